@@ -1,0 +1,183 @@
+"""Shares with intervals, and paired comparisons: no figure is shown without its n."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+
+IntervalMethod = Literal["wilson", "clopper-pearson"]
+_SCIPY_METHOD = {"wilson": "wilson", "clopper-pearson": "exact"}
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of items with its confidence interval.
+
+    Attributes:
+        k: number of hits.
+        n: number of items; with 0 the value and the bounds are NaN.
+        value: `k / n`.
+        low: lower bound of the interval.
+        high: upper bound.
+    """
+
+    k: int
+    n: int
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "no items"
+        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}] n={self.n}"
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """JSON-ready form; NaN becomes None."""
+        if self.n == 0:
+            return {"k": 0, "n": 0, "value": None, "low": None, "high": None}
+        return {"k": self.k, "n": self.n, "value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with a bootstrap interval (BCa).
+
+    Attributes:
+        value: the mean.
+        low: lower bound.
+        high: upper bound.
+        n: number of items.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}" if self.n else "no items"
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """JSON-ready form; NaN becomes None."""
+        if self.n == 0:
+            return {"value": None, "low": None, "high": None, "n": 0}
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """McNemar's exact test of two conditions on the same items.
+
+    Attributes:
+        only_first: items that only the first condition got.
+        only_second: items that only the second got.
+        p_value: two-sided, exact binomial on the discordant items; 1 if there are none.
+        n: number of items.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+    n: int
+
+
+def proportion(
+    hits: Iterable[Any] | int, n: int | None = None, *, confidence: float = 0.95, method: IntervalMethod = "wilson"
+) -> Proportion:
+    """Share of hits with its interval.
+
+    Args:
+        hits: booleans, one an item; or the number of hits, with `n`.
+        n: number of items, if `hits` is a number.
+        confidence: level of the two-sided interval.
+        method: `wilson` (score interval) or `clopper-pearson` (exact, never too narrow).
+
+    Raises:
+        ValueError: for counts that are no counts (`k > n`, negative) and for an unknown method.
+    """
+    if method not in _SCIPY_METHOD:
+        raise ValueError(f"method must be one of {list(_SCIPY_METHOD)}, got {method!r}.")
+    if n is None:
+        if isinstance(hits, int):
+            raise ValueError("Give n, the number of items, when `hits` is a count.")
+        values = [bool(hit) for hit in hits]
+        k, n = sum(values), len(values)
+    elif isinstance(hits, (int, np.integer)):
+        k = int(hits)
+    else:
+        raise ValueError("Give either booleans or a count with n, not both.")
+    if not 0 <= k <= n:
+        raise ValueError(f"A share needs 0 <= k <= n, got k={k}, n={n}.")
+    if n == 0:
+        return Proportion(0, 0, float("nan"), float("nan"), float("nan"))
+    interval = stats.binomtest(k, n).proportion_ci(confidence_level=confidence, method=_SCIPY_METHOD[method])
+    return Proportion(k, n, k / n, float(interval.low), float(interval.high))
+
+
+def mcnemar(first: Sequence[Any], second: Sequence[Any]) -> PairedTest:
+    """Compare two conditions on the same items by McNemar's exact test.
+
+    Args:
+        first: booleans of the first condition, one an item.
+        second: booleans of the second, in the same order.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"Paired conditions need the same items: got {len(first)} and {len(second)}.")
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
+    discordant = only_first + only_second
+    p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return PairedTest(only_first, only_second, p_value, len(first))
+
+
+def mean_with_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Mean:
+    """Mean with a BCa bootstrap interval of 2,000 resamples.
+
+    Args:
+        values: one number an item.
+        confidence: level of the interval.
+        seed: of the resampling.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.size == 0:
+        return Mean(float("nan"), float("nan"), float("nan"), 0)
+    value = float(data.mean())
+    # BCa is undefined when resampling cannot change the mean.
+    if data.size == 1 or np.ptp(data) == 0:
+        return Mean(value, value, value, int(data.size))
+    result = stats.bootstrap(
+        (data,),
+        np.mean,
+        n_resamples=2000,
+        confidence_level=confidence,
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    return Mean(value, float(result.confidence_interval.low), float(result.confidence_interval.high), int(data.size))
+
+
+def paired_difference(
+    first: Sequence[float] | np.ndarray,
+    second: Sequence[float] | np.ndarray,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Mean:
+    """Mean of `second - first` over the same items, with a bootstrap interval.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"Paired conditions need the same items: got {a.size} and {b.size}.")
+    return mean_with_interval(b - a, confidence=confidence, seed=seed)
