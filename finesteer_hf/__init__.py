@@ -1,0 +1,35 @@
+"""Steering adapters for Hugging Face models."""
+
+from finesteer_hf.adapter import LoadReport, SteeringAdapter
+from finesteer_hf.auto import SteeredModelForCausalLM
+from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
+from finesteer_hf.mixin import SteeringMixin
+from finesteer_hf.processors import (
+    ConstantVector,
+    Decision,
+    QueryStates,
+    SteeringProcessor,
+    SteeringProcessorList,
+    TokenView,
+)
+from finesteer_hf.sites import Site
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConstantVector",
+    "Decision",
+    "LoadReport",
+    "QueryStates",
+    "Site",
+    "SteeredModelForCausalLM",
+    "SteeringAdapter",
+    "SteeringConfig",
+    "SteeringMixin",
+    "SteeringProcessor",
+    "SteeringProcessorList",
+    "TokenView",
+    "register_steering_method",
+    "steering_methods",
+]

@@ -1,0 +1,87 @@
+"""The hooks: one a site, one on the decoder. They look up the calling thread's session and otherwise do nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from finesteer_hf.session import current_session
+from finesteer_hf.sites import Site, stream_of, with_stream
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.runtime import SteeringRuntime
+
+
+class DecoderHook:
+    """Begins a forward on the call's session, and makes a session for a plain forward that has none.
+
+    It sits on the decoder, not on the model: PEFT calls a model's `forward` directly and accelerate replaces it, but
+    both call the decoder as a module.
+    """
+
+    def __init__(self, runtime: SteeringRuntime) -> None:
+        self.runtime = runtime
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        session = current_session(self.runtime)
+        if session is None:
+            session = self.runtime.plain_session(args, kwargs)
+            if session is None:
+                return None
+            session.__enter__()
+            session.of_forward = True
+        session.begin_forward(args, kwargs)
+        return None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        session = current_session(self.runtime)
+        if session is not None and session.of_forward and session.probing is None:
+            session.__exit__()
+            self.runtime.end_plain_session(session, output)
+
+    def register(self, decoder: nn.Module) -> list[Any]:
+        """Put the hook on a decoder and return its handles."""
+        return [
+            decoder.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
+            # Also after an exception: a failed forward leaves no session behind.
+            decoder.register_forward_hook(self.after, always_call=True),
+        ]
+
+
+class SiteHook:
+    """Hands the stream at one site to the session, and puts back what the session returns."""
+
+    def __init__(self, runtime: SteeringRuntime, site: Site) -> None:
+        self.runtime = runtime
+        self.site = site
+        self.width = runtime.tower.width(site)
+        self.references = 0
+
+    def entering(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """For sites at a module's input."""
+        steered = self._visit(args)
+        return None if steered is None else with_stream(args, steered)
+
+    def leaving(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """For sites at a module's output."""
+        steered = self._visit(output)
+        return None if steered is None else with_stream(output, steered)
+
+    def _visit(self, value: Any) -> torch.Tensor | None:
+        session = current_session(self.runtime)
+        if session is None:
+            return None
+        return session.visit(self.site, stream_of(value, self.site, self.width))
+
+    def register(self, module: nn.Module) -> Any:
+        """Put the hook on the site's module and return its handle."""
+        if self.site.kind == "resid_post":
+            # First of the module's hooks: transformers records `hidden_states` with later ones, which then see the
+            # steered stream.
+            return module.register_forward_hook(self.leaving, prepend=True)
+        return module.register_forward_pre_hook(self.entering)

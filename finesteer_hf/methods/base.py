@@ -1,0 +1,178 @@
+"""What a steering method is: a processor that can be fitted, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.sites import Site
+
+
+Pool = Literal["query", "answer_mean", "answer_last"]
+Part = Literal["fit", "calibration", "validation"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know of the base model before any state is captured."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    head_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """The states that a method's fit needs.
+
+    Attributes:
+        sites: sites of the sweep; all are captured in one pass.
+        pools: `query` (the prompt's last token), `answer_mean` (mean over the answer's tokens), `answer_last` (its last
+            token).
+    """
+
+    sites: tuple[Site, ...]
+    pools: tuple[Pool, ...] = ("query", "answer_mean")
+
+
+@dataclass(frozen=True)
+class DosePoint:
+    """One strength of a dose-response curve, on held-out rows.
+
+    Attributes:
+        strength: lambda.
+        margin: mean over rows of log p(chosen) - log p(rejected), teacher forced, in nats a token.
+        margin_se: its standard error.
+        kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
+        accuracy: share of rows whose chosen answer is the likelier one.
+    """
+
+    strength: float
+    margin: float
+    margin_se: float
+    kl: float
+    accuracy: float
+
+
+class FitData(Protocol):
+    """States of a preference data set and of general prompts, split for fitting.
+
+    Preference rows (`prompt`, `chosen`, `rejected`) have `num_rows` rows; general prompts `num_general` rows. `part`
+    selects a split; splits are disjoint by prompt (and by group, if groups are given).
+    """
+
+    info: ModelInfo
+    seed: int
+
+    def query(self, site: Site, part: Part) -> np.ndarray:
+        """States of the prompts' last tokens, `[rows, width]` float32."""
+
+    def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        """Pooled states of the chosen answers, `[rows, width]` float32."""
+
+    def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        """Pooled states of the rejected answers, `[rows, width]` float32."""
+
+    def groups(self, part: Part) -> np.ndarray | None:
+        """Category of each row, or None if the data set has no categories."""
+
+    def general(self, site: Site, part: Part) -> np.ndarray:
+        """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
+
+    def dose_response(
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+    ) -> list[DosePoint]:
+        """Run the model steered at each strength on the validation part.
+
+        Args:
+            build: makes the processor of a strength.
+            strengths: lambdas to try, ascending.
+        """
+
+    def note(self, message: str) -> None:
+        """Show a line of progress."""
+
+
+@dataclass
+class FitResult:
+    """What a fit returns.
+
+    Attributes:
+        config: a copy of the given config with every `auto` replaced by what was chosen.
+        tensors: the parameters, fp32 (int64 for indices), adapter name outside the keys.
+        report: JSON-ready held-out figures, curves and choices; stored under `config.fit["report"]`.
+    """
+
+    config: SteeringConfig
+    tensors: dict[str, torch.Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class SteeringMethod(SteeringProcessor):
+    """Base of all methods: a `SteeringProcessor` made of a config and tensors.
+
+    A subclass sets `config_cls`, reads its parameters in `__init__`, and implements `needs` and `fit`. Nothing else in
+    the package names it.
+
+    Args:
+        config: the method's config, fitted.
+        tensors: its parameters.
+
+    Raises:
+        AdapterFileError: if a parameter is missing, left over, of a wrong shape or not finite.
+    """
+
+    config_cls: ClassVar[type[SteeringConfig]]
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        if not isinstance(config.strength, (int, float)):
+            raise AdapterFileError(
+                f"The {config.steering_type} config has strength={config.strength!r}; only a fitted adapter, whose "
+                "strength is a number, can steer. Run `fit_steering` first."
+            )
+        self.config = config
+        self.positions = config.positions
+        self.strength = float(config.strength)
+        self.tensors = dict(tensors)
+        self._on_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterFileError(f"Tensor {name!r} of the {config.steering_type} adapter holds NaN or infinity.")
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """Names and shapes of the parameters that a config calls for; None for a free axis."""
+        raise NotImplementedError
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """Sites and pools that `fit` will ask for.
+
+        Raises:
+            ValueError: if the config does not fit the model (a layer out of range).
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Fit the method on captured states.
+
+        Raises:
+            DatasetError: if there are too few rows for what the config asks.
+        """
+        raise NotImplementedError
+
+    def parameters_on(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The parameters on a device, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return self._on_device[device]

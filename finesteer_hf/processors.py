@@ -1,0 +1,162 @@
+"""The activation twin of transformers' `LogitsProcessor`.
+
+A steering method at run time is a `SteeringProcessor`: it names the sites it reads and writes, and is asked three
+things, each optional. `decide` once per query, from the unsteered states of the prompt's last token; `transform` at each
+forward, for maps of the activation and token-level methods; `logits_processors` once per call, for methods that act on
+logits. Hooks, positions, padding, caches, rows and scales are the run time's work, never the processor's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from finesteer_hf.sites import Site
+
+
+Positions = Literal["all", "prompt", "generated"]
+POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
+
+
+class QueryStates(Mapping[Site, torch.Tensor]):
+    """The unsteered states of the queries, one row each.
+
+    Maps each read site to `[rows, width]`, float32, on the device of that site's stream.
+
+    Attributes:
+        rows: number of rows in the batch, beams and returned sequences included.
+        device: where the rows live.
+    """
+
+    def __init__(self, states: Mapping[Site, torch.Tensor], rows: int, device: torch.device) -> None:
+        self._states = dict(states)
+        self.rows = rows
+        self.device = device
+
+    def __getitem__(self, site: Site) -> torch.Tensor:
+        return self._states[site]
+
+    def __iter__(self) -> Any:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+@dataclass
+class Decision:
+    """What a processor decided for the rows of a call.
+
+    Attributes:
+        vectors: for each write site `[rows, width]` or `[1, width]`, float32: added to the stream.
+        gate: `[rows]` in [0, 1], or None for an ungated method. A row of exactly 0 leaves its stream bit-identical.
+        record: what `output_steering=True` shows, tensors with one entry a row (`score`, `experts`, ...).
+    """
+
+    vectors: Mapping[Site, torch.Tensor]
+    gate: torch.Tensor | None = None
+    record: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TokenView:
+    """What a `transform` may know of the forward that it is part of.
+
+    Attributes:
+        mask: bool `[rows, tokens]`: real tokens that the processor's `positions` name; None if it names them all.
+        last_index: int64 `[rows]`: index in this forward of each row's newest real token.
+        in_prompt: whether the forward still contains prompt tokens.
+        scale: `[rows, 1, 1]` float32: the run-time scale of each row, strength not included.
+        state: the processor's own memory of this call; begins empty with each call.
+    """
+
+    mask: torch.Tensor | None
+    last_index: torch.Tensor | None
+    in_prompt: bool
+    scale: torch.Tensor
+    state: dict[str, Any]
+
+    def newest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """State of each row's newest real token, `[rows, width]`."""
+        if self.last_index is None:
+            return hidden[:, -1]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last_index.to(hidden.device)]
+
+
+class SteeringProcessor:
+    """Base of everything that steers activations.
+
+    Attributes:
+        reads: sites whose states at the prompt's last real token `decide` needs.
+        writes: sites that `decide` returns vectors for.
+        maps: sites at which `transform` is called in each forward.
+        positions: tokens that are steered: `all` (prompt and generated), `prompt`, or `generated` (from the last prompt
+            token on, the first state that produces a generated token).
+        strength: multiplies the vectors of `decide`; `steering_scale` multiplies it again at run time.
+    """
+
+    reads: tuple[Site, ...] = ()
+    writes: tuple[Site, ...] = ()
+    maps: tuple[Site, ...] = ()
+    positions: Positions = "all"
+    strength: float = 1.0
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """Decide, once per query, what is added at the write sites."""
+        return Decision(vectors={})
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Map the stream `[rows, tokens, width]` at a site of `maps`; rows of scale 0 must come back as they are."""
+        return hidden
+
+    def logits_processors(self, scale: torch.Tensor | float) -> list[Any]:
+        """`LogitsProcessor`s for `generate`'s own list; `scale` is a number, or `[rows]` float32 for mixed batches."""
+        return []
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites that need a hook, in the order in which a forward passes them."""
+        return tuple(sorted({*self.reads, *self.writes, *self.maps}))
+
+
+class SteeringProcessorList(list[SteeringProcessor]):
+    """Processors that act in order, for `generate(steering_processor=SteeringProcessorList([...]))`.
+
+    Example:
+        >>> processors = SteeringProcessorList([ConstantVector(Site("resid_post", 12), vector)])
+        >>> model.generate(**inputs, steering_processor=processors)
+    """
+
+    def __init__(self, processors: Iterable[SteeringProcessor] = ()) -> None:
+        super().__init__(processors)
+        for processor in self:
+            if not isinstance(processor, SteeringProcessor):
+                raise TypeError(
+                    f"A SteeringProcessorList holds SteeringProcessor objects, got {type(processor).__name__}."
+                )
+
+
+class ConstantVector(SteeringProcessor):
+    """Add one vector at one site, whatever the query.
+
+    Args:
+        site: where it is added.
+        vector: `[width]`, any float dtype.
+        positions: tokens that are steered.
+        strength: factor of the vector.
+    """
+
+    def __init__(
+        self, site: Site | str, vector: torch.Tensor, *, positions: Positions = "all", strength: float = 1.0
+    ) -> None:
+        self.site = Site.parse(site)
+        self.writes = (self.site,)
+        self.positions = positions
+        self.strength = strength
+        self.vector = vector.detach().float()
+
+    def decide(self, queries: QueryStates) -> Decision:
+        return Decision(vectors={self.site: self.vector.to(queries.device)[None]})

@@ -1,0 +1,237 @@
+"""What a steered model keeps beside its modules: loaded adapters, what is active, and the installed hooks.
+
+All of it lives outside the module tree, so that `state_dict`, `save_pretrained` and module names show the base model.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
+from finesteer_hf.hooks import DecoderHook, SiteHook
+from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
+from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.session import CallSession, Prompt, cache_length, forward_cache, forward_inputs
+from finesteer_hf.sites import Site, TextTower
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter and the processor made of it."""
+
+    adapter: SteeringAdapter
+    processor: SteeringProcessor
+
+
+@dataclass(frozen=True)
+class BlockSteering:
+    """What a `with model.steering(...)` block puts in place of what is set on the model."""
+
+    runtime_id: int
+    selection: Selection
+    processors: tuple[SteeringProcessor, ...]
+    outer: BlockSteering | None
+
+
+_BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", default=None)
+# Number of real prompt tokens of each row, for the plain forward that is about to run in this thread.
+PROMPT_LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("finesteer_hf_prompt_lengths", default=None)
+
+
+class SteeringRuntime:
+    """The steering of one model.
+
+    Args:
+        model: the causal LM.
+
+    Raises:
+        UnsupportedModelError: if its decoder blocks cannot be told.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.tower = TextTower(model)
+        self.adapters: dict[str, LoadedAdapter] = {}
+        self.selection: Selection = ()
+        self.site_hooks: dict[Site, tuple[SiteHook, Any]] = {}
+        self.decoder_handles: list[Any] = DecoderHook(self).register(self.tower.decoder)
+        self.lock = threading.RLock()
+        self._plain: weakref.WeakKeyDictionary[Any, CallSession] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model gets hooks of its own; locks and running caches stay with the original.
+        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "_plain")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.RLock()
+        self._plain = weakref.WeakKeyDictionary()
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: SteeringAdapter) -> None:
+        """Load an adapter under a name; one of that name is replaced for calls that begin from now on."""
+        processor = adapter.build()
+        for site in processor.sites:
+            self.tower.check(site)
+        with self.lock:
+            old = self.adapters.get(name)
+            self.hook(processor.sites)
+            self.adapters[name] = LoadedAdapter(adapter, processor)
+            if old is not None:
+                self.unhook(old.processor.sites)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and drop it from what is active."""
+        with self.lock:
+            loaded = self.get(name)
+            del self.adapters[name]
+            self.selection = tuple(pair for pair in self.selection if pair[0] != name)
+            self.unhook(loaded.processor.sites)
+
+    def get(self, name: str) -> LoadedAdapter:
+        """Look an adapter up, or raise `AdapterNotFoundError`."""
+        if name not in self.adapters:
+            raise AdapterNotFoundError(name, self.adapters)
+        return self.adapters[name]
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def hook(self, sites: Iterable[Site]) -> None:
+        """Put a hook on each site, once; hooks are counted."""
+        with self.lock:
+            for site in sites:
+                if site not in self.site_hooks:
+                    hook = SiteHook(self, site)
+                    self.site_hooks[site] = (hook, hook.register(self.tower.module(site)))
+                self.site_hooks[site][0].references += 1
+
+    def unhook(self, sites: Iterable[Site]) -> None:
+        """Take the hooks of sites away that nobody needs any more."""
+        with self.lock:
+            for site in sites:
+                hook, handle = self.site_hooks[site]
+                hook.references -= 1
+                if not hook.references:
+                    handle.remove()
+                    del self.site_hooks[site]
+
+    def remove_hooks(self) -> None:
+        """Take all hooks away."""
+        with self.lock:
+            for _, handle in self.site_hooks.values():
+                handle.remove()
+            for handle in self.decoder_handles:
+                handle.remove()
+            self.site_hooks.clear()
+            self.decoder_handles.clear()
+
+    # -- what a call steers with --------------------------------------------------------------------------------------
+
+    def active(self) -> tuple[Selection, tuple[SteeringProcessor, ...]]:
+        """What a call that names nothing steers with: the innermost block's choice, else what is set."""
+        block = _BLOCK.get()
+        while block is not None:
+            if block.runtime_id == id(self):
+                return block.selection, block.processors
+            block = block.outer
+        return self.selection, ()
+
+    def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> Any:
+        """Put a choice in place for this thread until `leave_block`."""
+        for name, _ in selection:
+            self.get(name)
+        self.hook(site for processor in processors for site in processor.sites)
+        return _BLOCK.set(BlockSteering(id(self), selection, processors, _BLOCK.get()))
+
+    def leave_block(self, token: Any, processors: tuple[SteeringProcessor, ...] = ()) -> None:
+        """Restore what was in place before `enter_block`."""
+        _BLOCK.reset(token)
+        self.unhook(site for processor in processors for site in processor.sites)
+
+    def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:
+        """Lay out a call in which all rows have the same adapters.
+
+        Args:
+            selection: the adapters.
+            processors: processors beside the adapters, after them.
+            scale: multiplies everything: a number, or one a row.
+        """
+        entries = [PlanEntry(name, self.get(name).processor, times(scale, own)) for name, own in selection]
+        entries += [PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors)]
+        return Plan.of(entries)
+
+    def mixed_plan(
+        self, selections: Sequence[Selection], processors: Sequence[SteeringProcessor], scale: Scale
+    ) -> Plan:
+        """Lay out a call in which each row has its own adapters; arguments as for `plan`, one selection a row."""
+        factors = scale if isinstance(scale, tuple) else (scale,) * len(selections)
+        if len(factors) != len(selections):
+            raise ValueError(
+                f"`steering` has {len(selections)} rows and `steering_scale` {len(factors)}; give both one entry a row."
+            )
+        entries = []
+        for name in dict.fromkeys(name for selection in selections for name, _ in selection):
+            scales = [dict(row).get(name, 0.0) * factor for row, factor in zip(selections, factors, strict=True)]
+            entries.append(PlanEntry(name, self.get(name).processor, tuple(scales)))
+        entries += [PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors)]
+        return Plan.of(entries)
+
+    # -- plain forwards -----------------------------------------------------------------------------------------------
+
+    def plain_session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSession | None:
+        """The session of a forward outside `generate`; None if nothing is active.
+
+        A forward that continues the cache of an earlier plain forward keeps that one's decisions, so that a hand-written
+        decoding loop steers as `generate` does; with `prompt_lengths` it decides anew.
+        """
+        lengths = PROMPT_LENGTHS.get()
+        selection, processors = self.active()
+        if not selection and not processors:
+            return None
+        if "cu_seq_lens_q" in kwargs and "block_table" in kwargs:
+            raise UnsupportedModelError(
+                "Steering is active, but continuous batching packs requests into one row, where queries cannot be told "
+                "apart. Use `generate`, or switch steering off with `model.set_steering(None)`."
+            )
+        plan = self.plan(selection, processors, 1.0)
+        cache = forward_cache(kwargs)
+        if cache is not None and lengths is None:
+            earlier = self._plain.get(cache)
+            if earlier is not None and earlier.plan == plan:
+                earlier.streams[0].cache = cache
+                return earlier
+        if not plan:
+            return None
+        prompt = None
+        if lengths is not None:
+            inputs = forward_inputs(args, kwargs)
+            past = 0 if cache is None else cache_length(cache)
+            mask = kwargs.get("attention_mask")
+            end = past + int(inputs.shape[1])
+            two_axes = isinstance(mask, torch.Tensor) and mask.ndim == 2
+            prompt = Prompt(end, mask.bool() if two_axes else None, lengths)  # type: ignore[union-attr]
+        return CallSession(self, plan, prompt)
+
+    def end_plain_session(self, session: CallSession, output: Any) -> None:
+        """Remember a plain forward's decisions with the cache that it filled."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            cache = getattr(output, "cache_params", None)
+        if cache is not None and session.streams:
+            # The dictionary's value must not keep its key alive.
+            session.forget_forward()
+            self._plain[cache] = session
+
+
+def times(scale: Scale, factor: float) -> Scale:
+    """Multiply a scale, or each row's."""
+    return tuple(value * factor for value in scale) if isinstance(scale, tuple) else scale * factor

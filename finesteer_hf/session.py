@@ -1,0 +1,430 @@
+"""The state of one call: what each row's query said, and what is added where.
+
+Nothing of a call is kept on the model. A session lives in a `ContextVar` of the calling thread for the length of one
+`generate` (or of one plain forward), so threads that share a model never see each other's steering, and an exception
+ends the session with the call.
+
+A session holds one *stream* a cache: the sequence being generated is one; the unconditional sequence of classifier-free
+guidance is another, and takes the decisions of the first. Tokens are told apart by their absolute position, from the
+cache's length before the forward: chunked prefill, candidates of assisted decoding and caches of earlier turns need no
+special case.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finesteer_hf.plan import Plan, PlanEntry, row_scales
+from finesteer_hf.positions import Window
+from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
+from finesteer_hf.sites import Site
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.runtime import SteeringRuntime
+
+
+_CURRENT: ContextVar[CallSession | None] = ContextVar("finesteer_hf_session", default=None)
+
+
+class StopForward(Exception):
+    """Ends a forward whose deepest needed site has been read."""
+
+
+@dataclass
+class Prompt:
+    """What is known of the prompts before the first forward.
+
+    Attributes:
+        length: absolute position after the last prompt column, cached turns included.
+        mask: bool `[rows, length]`, False at pads; None if there are none.
+        lengths: int64 `[rows]` numbers of real prompt tokens, if the query is not the last real token.
+        inputs: `input_ids` or `inputs_embeds` as the forward will get them, beams included.
+        expand: rows of a forward per row of the user's batch.
+    """
+
+    length: int
+    mask: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    expand: int = 1
+
+
+@dataclass
+class Stream:
+    """A sequence that grows with its own cache.
+
+    Attributes:
+        window: which of its columns are prompt, query, pad.
+        cache: the cache object, held so that its identity stays its own.
+        seen: columns that went through the model so far.
+        decisions: what each entry decided, by its index in the plan.
+        adds: for each site and step, what is added: by positions, cast to the stream's dtype.
+        decode: for sites with nothing but one add, what a decode step adds.
+    """
+
+    window: Window
+    cache: Any
+    seen: int
+    rows: int
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    states: dict[Site, torch.Tensor] = field(default_factory=dict)
+    adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
+    decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
+
+
+class CallSession:
+    """The steering of one call.
+
+    Args:
+        runtime: the model's run time.
+        plan: what the call steers with.
+        prompt: known before the first forward inside `generate`; None for a plain forward.
+        record: whether relative norms are kept for `output_steering`.
+
+    Attributes:
+        of_forward: whether the session ends with the forward that made it.
+    """
+
+    def __init__(
+        self, runtime: SteeringRuntime, plan: Plan, prompt: Prompt | None = None, *, record: bool = False
+    ) -> None:
+        self.runtime = runtime
+        self.plan = plan
+        self.prompt = prompt
+        self.record = record
+        self.of_forward = False
+        self.outer: CallSession | None = None
+        self.memory: list[dict[str, Any]] = [{} for _ in plan.entries]
+        self.streams: list[Stream] = []
+        self.stream: Stream | None = None
+        self.past = 0
+        self.tokens = 0
+        self.decoding = False
+        self.probing: set[Site] | None = None
+        self.relative_norms: dict[str, torch.Tensor] = {}
+        self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> CallSession:
+        self.outer = _CURRENT.get()
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _CURRENT.reset(self._token)
+
+    def forget_forward(self) -> None:
+        """Let go of the last forward's cache and arguments."""
+        self.streams[0].cache = None
+        self._forward = ((), {})
+
+    # -- a forward begins ---------------------------------------------------------------------------------------------
+
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Place a forward of the decoder on its stream; called by the decoder's pre-hook."""
+        if self.probing is not None:
+            return
+        inputs = forward_inputs(args, kwargs)
+        rows, self.tokens = int(inputs.shape[0]), int(inputs.shape[1])
+        cache = forward_cache(kwargs)
+        stream = self._stream_of(cache, rows)
+        if stream is None:
+            stream = self._new_stream(cache, rows, kwargs)
+        self.stream = stream
+        # Without a cache every forward brings the whole sequence again.
+        self.past = stream.seen if cache is not None else 0
+        stream.seen = self.past + self.tokens
+        self.decoding = cache is not None and self.past >= stream.window.prompt_end
+        self._forward = (args, kwargs)
+        if not self.decoding and self._must_read_first(stream):
+            self._read_whole_prompt(stream)
+
+    def _stream_of(self, cache: Any, rows: int) -> Stream | None:
+        for stream in self.streams:
+            same_sequence = cache is not None or self.tokens >= stream.window.prompt_end
+            if stream.cache is cache and stream.rows == rows and same_sequence:
+                return stream
+        return None
+
+    def _new_stream(self, cache: Any, rows: int, kwargs: dict[str, Any]) -> Stream:
+        past = 0 if cache is None else cache_length(cache)
+        prompt = self.prompt if self.prompt is not None and not self.streams else None
+        if prompt is not None:
+            window = Window.of(prompt.length, prompt.mask, prompt.lengths)
+        else:
+            mask = kwargs.get("attention_mask")
+            end = past + self.tokens
+            usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == (rows, end)
+            window = Window.of(end, mask.bool() if usable else None, None)  # type: ignore[union-attr]
+        stream = Stream(window, cache, past, rows)
+        if self.streams:
+            # Guidance runs a second sequence beside the first; the query, and so the decision, is the first one's.
+            stream.decisions = self.streams[0].decisions
+        self.streams.append(stream)
+        return stream
+
+    def _must_read_first(self, stream: Stream) -> bool:
+        if all(i in stream.decisions for i, entry in enumerate(self.plan.entries) if entry.processor.reads):
+            return False
+        if self.plan.writes_before_reading:
+            return True
+        if stream.window.query_within(self.past, self.tokens):
+            return False
+        # A chunk that ends before the query: what steers the prompt must be known before it is steered.
+        late = all(e.processor.positions == "generated" for e in self.plan.entries if e.processor.reads)
+        return not (late and stream.window.uniform)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_whole_prompt(self, stream: Stream) -> None:
+        """Run the unsteered prompt up to the deepest read site, and no further."""
+        args, kwargs = self._forward
+        complete = self.prompt is not None and stream is self.streams[0] and bool(self.prompt.inputs)
+        if complete and self.past + self.tokens < stream.window.prompt_end:
+            assert self.prompt is not None
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs_embeds")}
+            args = ()
+            width = stream.window.prompt_end - self.past
+            kwargs |= {name: value[:, -width:] for name, value in self.prompt.inputs.items()}
+            mask = stream.window.mask
+            if "position_ids" in kwargs:
+                positions = stream.window.position_ids(stream.rows, next(iter(self.prompt.inputs.values())).device)
+                kwargs["position_ids"] = positions[:, self.past :]
+            kwargs["attention_mask"] = None if mask is None else mask.long()
+        self._probe(stream, args, kwargs, {site for entry in self.plan.entries for site in entry.processor.reads})
+        for site in sorted(stream.states):
+            self._decide_after(site, stream)
+
+    def _probe(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], sites: set[Site]) -> None:
+        kwargs = dict(kwargs)
+        for name in ("past_key_values", "cache_params"):
+            cache = kwargs.get(name)
+            if cache is not None:
+                kwargs[name] = None
+                if self.past:
+                    kwargs[name] = copy.deepcopy(cache)
+                    kwargs[name].crop(self.past)
+        kwargs["use_cache"] = False
+        self.probing = sites
+        try:
+            self.runtime.tower.decoder(*args, **kwargs)
+        except StopForward:
+            pass
+        finally:
+            self.probing = None
+
+    def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
+        if site in stream.states or not stream.window.query_within(self.past, self.tokens):
+            return
+        if self._fired_before(site, stream):
+            args, kwargs = self._forward
+            later = {s for s in self.plan.readers if s >= site}
+            self._probe(stream, args, kwargs, later)
+        else:
+            stream.states[site] = stream.window.query_state(hidden, self.past)
+        self._decide_after(site, stream)
+
+    def _fired_before(self, site: Site, stream: Stream) -> bool:
+        """Whether a write of this forward has already changed the stream that is about to be read."""
+        for written, steps in self.plan.steps.items():
+            if written >= site:
+                continue
+            for step in steps:
+                if step.map is not None:
+                    return True
+                for index in step.adds:
+                    gate = stream.decisions[index].gate
+                    if gate is None or bool((gate != 0).any()):
+                        return True
+        return False
+
+    def _decide_after(self, site: Site, stream: Stream) -> None:
+        for index, entry in enumerate(self.plan.entries):
+            if index not in stream.decisions and entry.deepest_read == site:
+                self._decide(index, entry, stream, stream.states[site].device)
+
+    @torch.no_grad()
+    def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
+        states = {site: stream.states[site].to(device) for site in entry.processor.reads}
+        stream.decisions[index] = entry.processor.decide(QueryStates(states, stream.rows, device))
+
+    # -- a site is passed ---------------------------------------------------------------------------------------------
+
+    def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What a site's hook puts back, or None to leave the stream as it is."""
+        if self.decoding and self.stream is not None and site in self.stream.decode:
+            delta = self.stream.decode[site]
+            return None if delta is None else hidden + delta
+        stream = self.stream
+        if stream is None:
+            return None
+        if self.probing is not None:
+            if site in self.probing:
+                stream.states[site] = stream.window.query_state(hidden, self.past)
+                if site == max(self.probing):
+                    raise StopForward
+            return None
+        if site in self.plan.readers:
+            self._read(site, hidden, stream)
+        steered = hidden
+        for number, step in enumerate(self.plan.steps.get(site, ())):
+            if step.map is not None:
+                steered = self._transform(step.map, site, steered, stream)
+            else:
+                steered = self._add(site, number, step.adds, steered, stream)
+        return None if steered is hidden else steered
+
+    def _add(self, site: Site, number: int, adds: list[int], hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
+        undecided = [i for i in adds if i not in stream.decisions]
+        for index in undecided:
+            if self.plan.entries[index].processor.reads:
+                # Positions of this chunk come before the query; nothing of it is steered.
+                continue
+            self._decide(index, self.plan.entries[index], stream, hidden.device)
+        ready = [i for i in adds if i in stream.decisions]
+        if not ready:
+            return hidden
+        key = (site, number)
+        if key not in stream.adds or undecided:
+            stream.adds[key] = self._deltas(site, ready, hidden, stream)
+            if len(self.plan.steps[site]) == 1 and len(ready) == len(adds):
+                late = [d for p, d in stream.adds[key].items() if p != "prompt"]
+                stream.decode[site] = sum(late[1:], late[0]) if late else None
+        for positions, delta in stream.adds[key].items():
+            if self.decoding:
+                hidden = hidden if positions == "prompt" else hidden + delta
+                continue
+            mask = stream.window.token_mask(positions, self.past, self.tokens, hidden.device)
+            # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
+            hidden = hidden + (delta if mask is None else torch.where(mask[..., None], delta, -0.0))
+        return hidden
+
+    @torch.no_grad()
+    def _deltas(
+        self, site: Site, adds: list[int], hidden: torch.Tensor, stream: Stream
+    ) -> dict[Positions, torch.Tensor]:
+        total: dict[Positions, torch.Tensor] = {}
+        expand = self.prompt.expand if self.prompt is not None else 1
+        for index in adds:
+            entry, decision = self.plan.entries[index], stream.decisions[index]
+            if site not in decision.vectors:
+                continue
+            vector = decision.vectors[site].to(device=hidden.device, dtype=torch.float32)
+            scale = row_scales(entry.scale, stream.rows, expand, hidden.device)
+            coefficient = scale * entry.processor.strength
+            if decision.gate is not None:
+                coefficient = coefficient * decision.gate.to(hidden.device, torch.float32)
+            if isinstance(coefficient, torch.Tensor):
+                coefficient = coefficient[:, None]
+                delta = torch.where(coefficient == 0, -0.0, coefficient * vector)
+            else:
+                delta = coefficient * vector
+            if self.record:
+                self._record_norm(entry.name, site, delta, hidden, stream)
+            delta = delta.to(hidden.dtype)[:, None]
+            positions = entry.processor.positions
+            total[positions] = total[positions] + delta if positions in total else delta
+        return total
+
+    def _record_norm(self, name: str, site: Site, delta: torch.Tensor, hidden: torch.Tensor, stream: Stream) -> None:
+        if site in stream.states:
+            state = stream.states[site].to(hidden.device)
+        elif stream.window.query_within(self.past, self.tokens):
+            state = stream.window.query_state(hidden, self.past)
+        else:
+            return
+        self.relative_norms[name] = delta.norm(dim=-1).expand(stream.rows) / state.norm(dim=-1)
+
+    def _transform(self, index: int, site: Site, hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
+        entry = self.plan.entries[index]
+        positions = entry.processor.positions
+        if self.decoding and positions == "prompt":
+            return hidden
+        expand = self.prompt.expand if self.prompt is not None else 1
+        scale = row_scales(entry.scale, stream.rows, expand, hidden.device)
+        if not isinstance(scale, torch.Tensor):
+            scale = torch.full((stream.rows,), float(scale), device=hidden.device)
+        view = TokenView(
+            mask=None if self.decoding else stream.window.token_mask(positions, self.past, self.tokens, hidden.device),
+            last_index=None if self.decoding else stream.window.newest(self.past, self.tokens, hidden.device),
+            in_prompt=not self.decoding,
+            scale=scale[:, None, None],
+            state=self.memory[index],
+        )
+        return entry.processor.transform(site, hidden, view)
+
+    # -- what generate asks -------------------------------------------------------------------------------------------
+
+    def check_rows(self, prompt: Prompt) -> None:
+        """Raise `ValueError` if a list given for the rows does not fit the batch."""
+        rows = int(next(iter(prompt.inputs.values())).shape[0])
+        for entry in self.plan.entries:
+            row_scales(entry.scale, rows, prompt.expand, torch.device("cpu"))
+
+    def logits_processors(self) -> list[Any]:
+        """The logits processors of the plan's entries, in order."""
+        assert self.prompt is not None
+        inputs = next(iter(self.prompt.inputs.values()))
+        processors: list[Any] = []
+        for entry in self.plan.entries:
+            scale = row_scales(entry.scale, int(inputs.shape[0]), self.prompt.expand, inputs.device)
+            processors += entry.processor.logits_processors(scale)
+        return processors
+
+    # -- what the user sees -------------------------------------------------------------------------------------------
+
+    def records_of_sequences(self, sequences: int) -> dict[str, dict[str, torch.Tensor]]:
+        """For each entry the tensors of its decision, one entry for each returned sequence."""
+        if not self.streams:
+            return {}
+        main = self.streams[0]
+        expand = self.prompt.expand if self.prompt is not None else 1
+        # All rows of a query agree: take its first, once for each sequence that is returned of it.
+        rows = torch.arange(0, main.rows, expand).repeat_interleave(sequences * expand // main.rows)
+        result: dict[str, dict[str, torch.Tensor]] = {}
+        for index, entry in enumerate(self.plan.entries):
+            decision = main.decisions.get(index)
+            if decision is None:
+                continue
+            values = dict(decision.record)
+            if decision.gate is not None:
+                values["gate"] = decision.gate
+            if entry.name in self.relative_norms:
+                values["relative_norm"] = self.relative_norms[entry.name]
+            result[entry.name] = {name: value[rows.to(value.device)] for name, value in values.items()}
+        return result
+
+
+def current_session(runtime: SteeringRuntime) -> CallSession | None:
+    """The innermost session of this thread that belongs to a model; an assistant model has its own."""
+    session = _CURRENT.get()
+    while session is not None and session.runtime is not runtime:
+        session = session.outer
+    return session
+
+
+def forward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The token ids or embeddings that a decoder was called with."""
+    for candidate in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
+        if isinstance(candidate, torch.Tensor):
+            return candidate
+    raise ValueError("The decoder was called without input_ids and without inputs_embeds; it cannot be steered.")
+
+
+def forward_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache that a decoder was called with, or None."""
+    cache = kwargs.get("past_key_values")
+    return cache if cache is not None else kwargs.get("cache_params")
+
+
+def cache_length(cache: Any) -> int:
+    """Number of columns that a cache holds; state-space caches, which hold none, count as empty."""
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else 0
