@@ -1,0 +1,247 @@
+"""Interpretable experts in closed form: routed prototypes plus a reduced-rank residual, each only if it pays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
+from .closed_form import ReducedRankSteering, low_rank_vector
+from .experts import expert_weights
+from .linear_algebra import row_space
+from .routing import RoutedPrototypes, fit_prototypes
+from .selection import calibration_slope, held_out_r2, make_folds, mean_cosine, one_standard_error, row_losses
+
+
+def mixture_vector(
+    h: torch.Tensor,
+    router_weight: torch.Tensor,
+    router_bias: torch.Tensor,
+    prototypes: torch.Tensor,
+    mean: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    """Give v(h) = C softmax(R h + b) + up^T down^T (h - mean) + bias.
+
+    Args:
+        h: query states [..., d], any floating dtype.
+        router_weight, router_bias: R [K, d] and b [K] fp32.
+        prototypes: C^T [K, d] fp32, in the units of the shifts.
+        mean, down, up, bias: of the residual, as in `low_rank_vector`.
+
+    Returns:
+        [..., d] fp32.
+    """
+    return expert_weights(h, router_weight, router_bias) @ prototypes + low_rank_vector(h, mean, down, up, bias)
+
+
+class MixtureSteering(BaseEstimator):
+    """The default vector: v(h) = C softmax(R h + b) + U^T D^T (h - h_bar) + c, nothing of it trained by gradient.
+
+    Experts are clusters of the shifts with prototypes in their own units, routed by a linear discriminant of the
+    state; the residual is reduced-rank ridge regression of what routing, held out, leaves. One expert and no residual
+    is the constant mean shift. Every combination is cross-fitted, and the simplest within one standard error of the
+    best is kept: the whole comparison stays in `ablations_`.
+
+    Args:
+        num_experts: K, or "auto" for 1 to 4.
+        residual_rank: r, 0 for no residual, or "auto" (chosen by `ReducedRankSteering`, or none).
+        max_rank: the highest residual rank of "auto".
+        calibrate: multiply the deviation from the mean shift by its held-out slope.
+        folds, seed: of the cross-fits and of K-means.
+
+    Attributes:
+        router_weight_ [K, d], router_bias_ [K], prototypes_ [K, d], mean_ [d], down_ [d, r], up_ [r, d], bias_ [d]:
+            v as stored, fp32.
+        num_experts_, residual_rank_, expert_sizes_ [K], slope_, held_out_r2_, held_out_cosine_.
+        ablations_: dicts num_experts, residual_rank (mean over folds), held_out_r2, cosine, slope,
+            standard_error (of the R^2 difference to the best), chosen. K = 1 and r = 0 are always among them.
+    """
+
+    EXPERT_CANDIDATES = (1, 2, 3, 4)
+
+    def __init__(
+        self,
+        num_experts: int | str = "auto",
+        *,
+        residual_rank: int | str = "auto",
+        max_rank: int = 40,
+        calibrate: bool = True,
+        folds: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.num_experts = num_experts
+        self.residual_rank = residual_rank
+        self.max_rank = max_rank
+        self.calibrate = calibrate
+        self.folds = folds
+        self.seed = seed
+
+    def fit(self, states: ArrayLike, shifts: ArrayLike, groups: Any = None) -> MixtureSteering:
+        """Learn v from query states [M, d] and shifts delta [M, d], M >= 10.
+
+        Args:
+            groups: [M] labels; rows of a group are held out together in every choice.
+
+        Raises:
+            ValueError: bad rows, more experts than rows, experts with too few rows each, rank out of range.
+        """
+        h, delta = paired(states, shifts, min_rows=10)
+        labels = as_groups(groups, len(h))
+        counts = self._expert_counts(len(h))
+        self._check_rank(min(len(h) - 1, h.shape[1]))
+        features, feature_basis = row_space(h)
+        targets, target_basis = row_space(delta)
+        experts = {count: fit_prototypes(features, targets, count, groups=labels, seed=self.seed) for count in counts}
+        if self.num_experts == "auto":
+            experts = {count: fitted for count, fitted in experts.items() if len(fitted.sizes) == count}
+        elif len(experts[counts[-1]].sizes) < counts[-1]:
+            raise ValueError(
+                f"num_experts={counts[-1]} leaves an expert with too few of the {len(h)} rows to route to; "
+                f"{len(experts[counts[-1]].sizes)} is possible."
+            )
+        choice = self._compare(features, targets, labels, list(experts))
+        self._keep(experts[choice], features, targets, labels, (feature_basis, target_basis))
+        return self
+
+    def _expert_counts(self, rows: int) -> tuple[int, ...]:
+        if self.num_experts == "auto":
+            return self.EXPERT_CANDIDATES
+        count = self.num_experts
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 1 <= count <= rows:
+            raise ValueError(
+                f"num_experts={count!r} must be 'auto' or a whole number from 1 to the {rows} rows there are."
+            )
+        return (1,) if count == 1 else (1, int(count))
+
+    def _check_rank(self, limit: int) -> None:
+        rank = self.residual_rank
+        whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+        if not (rank == "auto" or (whole and 0 <= int(rank) <= limit)):
+            raise ValueError(f"residual_rank={rank!r} must be 'auto' or a whole number from 0 to {limit}.")
+
+    def _fit_residual(
+        self, experts: RoutedPrototypes, features: Matrix, targets: Matrix, groups: NDArray[Any] | None
+    ) -> ReducedRankSteering:
+        """Regress on the states what experts that have not seen a row leave of its shift."""
+        left = targets - targets.mean(axis=0)
+        count = len(experts.sizes)
+        if count > 1:
+            for train, test in make_folds(len(features), self.folds, groups, self.seed + 1):
+                kept = None if groups is None else groups[train]
+                part = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
+                left[test] = targets[test] - part.predict(features[test])
+        rank = self.residual_rank
+        if not isinstance(rank, str):
+            rank = min(int(rank), len(features) - 1, features.shape[1])
+        residual = ReducedRankSteering(
+            rank or "auto", max_rank=self.max_rank, calibrate=self.calibrate, folds=self.folds, seed=self.seed
+        )
+        return residual.fit(features, left, groups)
+
+    def _compare(self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, counts: list[int]) -> int:
+        """Cross-fit every combination, fill `ablations_`, set the choice and its slope; give its number of experts."""
+        keys = [(count, with_residual) for count in counts for with_residual in (False, True)]
+        predicted = {key: np.empty_like(targets) for key in keys}
+        ranks: dict[tuple[int, bool], list[int]] = {key: [] for key in keys}
+        constants = np.empty_like(targets)
+        for train, test in make_folds(len(features), self.folds, groups, self.seed):
+            kept = None if groups is None else groups[train]
+            constants[test] = targets[train].mean(axis=0)
+            for count in counts:
+                experts = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
+                residual = self._fit_residual(experts, features[train], targets[train], kept)
+                routed = experts.predict(features[test])
+                predicted[count, False][test] = routed
+                predicted[count, True][test] = routed + residual.predict(features[test])
+                ranks[count, False].append(0)
+                ranks[count, True].append(residual.rank_)
+        losses = np.stack([row_losses(targets, predicted[key]) for key in keys])
+        size = {key: (2 * key[0] if key[0] > 1 else 1) + 2 * float(np.mean(ranks[key])) for key in keys}
+        eligible = [index for index, key in enumerate(keys) if self._eligible(*key, counts)]
+        chosen = eligible[one_standard_error(losses[eligible], [size[keys[index]] for index in eligible], groups)]
+        self._tabulate(keys, ranks, targets, predicted, constants, losses, chosen)
+        count, self._with_residual = keys[chosen]
+        self.slope_ = max(0.0, self.ablations_[chosen]["slope"])
+        final = predicted[keys[chosen]]
+        if self.calibrate:
+            final = constants + self.slope_ * (final - constants)
+        self.held_out_r2_ = held_out_r2(targets, final, constants)
+        self.held_out_cosine_ = mean_cosine(targets, final)
+        return count
+
+    def _eligible(self, count: int, with_residual: bool, counts: list[int]) -> bool:
+        """Whether a combination is what was asked for; the others are there for comparison."""
+        if self.num_experts != "auto" and count != counts[-1]:
+            return False
+        return self.residual_rank == "auto" or with_residual == (self.residual_rank != 0)
+
+    def _tabulate(
+        self,
+        keys: list[tuple[int, bool]],
+        ranks: dict[tuple[int, bool], list[int]],
+        targets: Matrix,
+        predicted: dict[tuple[int, bool], Matrix],
+        constants: Matrix,
+        losses: Matrix,
+        chosen: int,
+    ) -> None:
+        total = row_losses(targets, constants).sum()
+        difference = losses - losses[losses.mean(axis=1).argmin()]
+        errors = difference.std(axis=1, ddof=1) * np.sqrt(len(targets)) / (total or 1.0)
+        self.ablations_: list[dict[str, Any]] = [
+            {
+                "num_experts": key[0],
+                "residual_rank": float(np.mean(ranks[key])),
+                "held_out_r2": held_out_r2(targets, predicted[key], constants),
+                "cosine": mean_cosine(targets, predicted[key]),
+                "slope": calibration_slope(targets, predicted[key], constants),
+                "standard_error": float(errors[index]),
+                "chosen": index == chosen,
+            }
+            for index, key in enumerate(keys)
+        ]
+
+    def _keep(
+        self,
+        experts: RoutedPrototypes,
+        features: Matrix,
+        targets: Matrix,
+        groups: NDArray[Any] | None,
+        bases: tuple[Matrix, Matrix],
+    ) -> None:
+        """Store the chosen combination, fitted on all rows, as fp32 in the space of states and shifts."""
+        scale = self.slope_ if self.calibrate else 1.0
+        overall = targets.mean(axis=0)
+        mean, bias = features.mean(axis=0), np.zeros(targets.shape[1])
+        down, up = np.zeros((features.shape[1], 0)), np.zeros((0, targets.shape[1]))
+        if self._with_residual:
+            residual = self._fit_residual(experts, features, targets, groups)
+            mean, bias = residual.mean_.astype(np.float64), scale * residual.bias_.astype(np.float64)
+            down, up = scale * residual.down_.astype(np.float64), residual.up_.astype(np.float64)
+        inputs, outputs = bases
+        self.num_experts_, self.expert_sizes_, self.residual_rank_ = len(experts.sizes), experts.sizes, down.shape[1]
+        self.router_weight_ = (experts.weight @ inputs.T).astype(np.float32)
+        self.router_bias_ = experts.bias.astype(np.float32)
+        self.prototypes_ = ((overall + scale * (experts.prototypes - overall)) @ outputs.T).astype(np.float32)
+        self.mean_, self.down_ = (inputs @ mean).astype(np.float32), (inputs @ down).astype(np.float32)
+        self.up_, self.bias_ = (up @ outputs.T).astype(np.float32), (outputs @ bias).astype(np.float32)
+
+    def predict(self, states: ArrayLike) -> NDArray[np.float32]:
+        """Give v of states [B, d]: [B, d] fp32."""
+        check_is_fitted(self)
+        checked = as_matrix(states, "states", min_rows=1, width=len(self.mean_))
+        return run(mixture_vector, checked, self.state())
+
+    def state(self) -> State:
+        """Give the arguments of `mixture_vector`."""
+        check_is_fitted(self)
+        names = ("router_weight", "router_bias", "prototypes", "mean", "down", "up", "bias")
+        return {name: runtime_tensor(getattr(self, f"{name}_")) for name in names}

@@ -1,0 +1,116 @@
+"""Ridge regression of shifts on states by one eigenproblem: every strength, rank and held-out residual from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import ArrayLike, Matrix, as_groups, paired
+from .linear_algebra import gram_eigen, row_space
+
+
+@dataclass(frozen=True)
+class RidgePath:
+    """The eigen-decomposed regression delta - delta_bar = (h - h_bar) B of M rows, for every ridge at once.
+
+    Attributes:
+        feature_mean: h_bar [p].
+        target_mean: delta_bar [q].
+        targets: delta - delta_bar [M, q].
+        left: U [M, k], eigenvalues: w [k] descending, right: V [p, k], of h - h_bar = U sqrt(w) V^T.
+        projected: U^T (delta - delta_bar) [k, q].
+    """
+
+    feature_mean: Matrix
+    target_mean: Matrix
+    targets: Matrix
+    left: Matrix
+    eigenvalues: Matrix
+    right: Matrix
+    projected: Matrix
+
+    @classmethod
+    def of(cls, features: Matrix, targets: Matrix) -> RidgePath:
+        """Decompose features [M, p] against targets [M, q]."""
+        feature_mean, target_mean = features.mean(axis=0), targets.mean(axis=0)
+        left, eigenvalues, right = gram_eigen(features - feature_mean)
+        centred = targets - target_mean
+        return cls(feature_mean, target_mean, centred, left, eigenvalues, right, left.T @ centred)
+
+    def strengths(self, count: int = 33) -> Matrix:
+        """Give the ridge strengths to try, over eight decades around the mean eigenvalue."""
+        return self.eigenvalues.mean() * np.logspace(-4, 4, count) if len(self.eigenvalues) else np.ones(1)
+
+    def held_out_residuals(self, ridge: float, blocks: Sequence[NDArray[Any]] | None = None) -> Matrix:
+        """Give what a refit without the row (or its block) leaves of each row, exactly and without refitting.
+
+        With the hat matrix S = 1 1^T / M + U diag(w / (w + ridge)) U^T, which contains both means, the residual of
+        a left-out block is (I - S_bb)^{-1} e_b; for a single row e_i / (1 - S_ii).
+
+        Args:
+            ridge: strength.
+            blocks: row indices that are left out together; None for each row alone.
+
+        Returns:
+            [M, q].
+
+        Raises:
+            ValueError: a row is fitted exactly whatever it says (leverage 1), so nothing is held out.
+        """
+        rows = len(self.targets)
+        shrink = self.eigenvalues / (self.eigenvalues + ridge)
+        residual = self.targets - (self.left * shrink) @ self.projected
+        if blocks is None:
+            slack = 1.0 - 1.0 / rows - np.square(self.left) @ shrink
+            if slack.min() < 1e-9:
+                raise ValueError(
+                    f"ridge={ridge:g} interpolates the {rows} rows: nothing is held out. Use a larger ridge."
+                )
+            return residual / slack[:, None]
+        held_out = np.empty_like(residual)
+        for block in blocks:
+            hat = 1.0 / rows + (self.left[block] * shrink) @ self.left[block].T
+            held_out[block] = np.linalg.solve(np.eye(len(block)) - hat, residual[block])
+        return held_out
+
+    def response_directions(self, ridge: float, rank: int) -> Matrix:
+        """Give the orthonormal output directions [q, r] of the best rank-r map at this ridge, best first.
+
+        They are the right singular vectors of the fitted values of the augmented least-squares problem
+        [A; sqrt(ridge) I] B = [D; 0], whose Gram matrix is P^T diag(w / (w + ridge)) P (Izenman 1975; Mukherjee and
+        Zhu 2011). Without ridge: of the ordinary fitted values. Not those of the shifts themselves, which may be
+        large where nothing is predictable.
+        """
+        shrink = self.eigenvalues / (self.eigenvalues + ridge)
+        return gram_eigen(np.sqrt(shrink)[:, None] * self.projected, rank)[2]
+
+    def input_directions(self, ridge: float, directions: Matrix) -> Matrix:
+        """Give B @ directions [p, r]: what a state is multiplied with to get its coefficients."""
+        weights = np.sqrt(self.eigenvalues) / (self.eigenvalues + ridge)
+        return self.right @ (weights[:, None] * (self.projected @ directions))
+
+
+def group_blocks(groups: NDArray[Any] | None) -> list[NDArray[np.intp]] | None:
+    """Give the row indices of each group, or None without groups."""
+    return None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+
+
+def held_out_residuals(states: ArrayLike, shifts: ArrayLike, ridge: float, groups: Any = None) -> Matrix:
+    """Give exact leave-one-out (or leave-one-group-out) residuals of ridge regression with an intercept.
+
+    Args:
+        states: [M, d].
+        shifts: [M, d].
+        ridge: strength, of the penalty ridge * ||B||_F^2 on the centred problem.
+        groups: [M] labels, or None for each row alone.
+
+    Returns:
+        [M, d] fp64: shift minus the prediction of a fit, means included, without the row (or its group).
+    """
+    h, delta = paired(states, shifts, min_rows=3)
+    path = RidgePath.of(row_space(h)[0], delta)
+    return path.held_out_residuals(ridge, group_blocks(as_groups(groups, len(h))))

@@ -1,0 +1,125 @@
+"""Prototypes of clustered shifts and a discriminant that routes states to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from .arrays import Matrix
+from .experts import cluster, cluster_means, clustering_features
+from .linear_algebra import principal_directions
+from .selection import make_folds
+
+
+ROUTING_DIMENSIONS = 128
+SMALLEST_EXPERT = 5
+
+
+@dataclass(frozen=True)
+class RoutedPrototypes:
+    """K prototypes and their router: weight [K, p], bias [K], prototypes [K, q], sizes [K] (rows of each cluster)."""
+
+    weight: Matrix
+    bias: Matrix
+    prototypes: Matrix
+    sizes: NDArray[np.intp]
+
+    def predict(self, features: Matrix) -> Matrix:
+        """Give the routed prototypes of features [n, p]: [n, q]."""
+        return softmax(features @ self.weight.T + self.bias, axis=1) @ self.prototypes
+
+
+def shrunken_prototypes(shifts: Matrix, labels: NDArray[np.intp]) -> Matrix:
+    """Give cluster means drawn to the overall mean: delta_bar + n_k t^2 / (n_k t^2 + s^2) (mean_k - delta_bar).
+
+    s^2 is the variance within clusters and t^2 that between them, both summed over dimensions.
+
+    Args:
+        shifts: [M, q].
+        labels: [M] from 0.
+
+    Returns:
+        [K, q].
+    """
+    overall, means = shifts.mean(axis=0), cluster_means(shifts, labels)
+    sizes = np.bincount(labels)
+    within = np.square(shifts - means[labels]).sum() / max(len(shifts) - len(sizes), 1)
+    spread = np.square(means - overall).sum(axis=1)
+    between = max(float((sizes * spread).sum() - (len(sizes) - 1) * within) / len(shifts), 0.0)
+    total = sizes * between + within
+    keep = sizes * between / np.where(total > 0, total, 1.0)
+    return overall + keep[:, None] * (means - overall)
+
+
+def fit_prototypes(
+    features: Matrix, shifts: Matrix, count: int, *, groups: NDArray[Any] | None = None, seed: int = 0
+) -> RoutedPrototypes:
+    """Cluster the shifts, and learn to tell the cluster from the state.
+
+    Routing is linear discriminant analysis with Ledoit-Wolf covariance on the leading principal components, which
+    gives log-priors plus affine log-likelihood ratios; the ratios are scaled by the one factor that minimises the
+    cross-fitted log-loss, so that routing which cannot tell the clusters apart falls back to their frequencies.
+
+    Args:
+        features: [M, p] states.
+        shifts: [M, q].
+        count: experts; fewer are made where one would have under 5 rows.
+        groups: [M], kept together when the factor is fitted.
+        seed: of K-means and folds.
+    """
+    labels = _usable_clusters(clustering_features(shifts, normalise=True, seed=seed), count, seed)
+    sizes = np.bincount(labels)
+    if len(sizes) == 1:
+        return RoutedPrototypes(np.zeros((1, features.shape[1])), np.zeros(1), shifts.mean(axis=0)[None, :], sizes)
+    mean = features.mean(axis=0)
+    _, components = principal_directions(features - mean, ROUTING_DIMENSIONS, seed)
+    coordinates = (features - mean) @ components
+    evidence = np.zeros((len(features), len(sizes)))
+    for train, test in make_folds(len(features), 5, groups, seed):
+        weight, offset = _discriminant(coordinates[train], labels[train], len(sizes))
+        evidence[test] = coordinates[test] @ weight.T + offset
+    log_prior = np.log(sizes / sizes.sum())
+    factor = _sharpness(evidence, log_prior, labels)
+    weight, offset = _discriminant(coordinates, labels, len(sizes))
+    folded = factor * weight @ components.T
+    return RoutedPrototypes(
+        folded, log_prior + factor * offset - folded @ mean, shrunken_prototypes(shifts, labels), sizes
+    )
+
+
+def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp]:
+    for fewer in range(min(count, len(np.unique(features, axis=0))), 1, -1):
+        labels = cluster(features, fewer, restarts=10, seed=seed)
+        if np.bincount(labels, minlength=fewer).min() >= SMALLEST_EXPERT:
+            return labels
+    return np.zeros(len(features), dtype=np.intp)
+
+
+def _discriminant(coordinates: Matrix, labels: NDArray[np.intp], count: int) -> tuple[Matrix, Matrix]:
+    """Give the affine log-likelihood ratios, weight [K, p] and offset [K]; 0 for a class without rows."""
+    weight, offset = np.zeros((count, coordinates.shape[1])), np.zeros(count)
+    if len(np.unique(labels)) < 2:
+        return weight, offset
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(coordinates, labels)
+    coefficients, intercepts = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn gives two classes as one log-odds
+        coefficients = np.vstack([np.zeros_like(coefficients), coefficients])
+        intercepts = np.concatenate([[0.0], intercepts])
+    ratios = intercepts - np.log(model.priors_)
+    weight[model.classes_], offset[model.classes_] = coefficients, ratios - ratios.mean()
+    return weight, offset
+
+
+def _sharpness(evidence: Matrix, log_prior: Matrix, labels: NDArray[np.intp]) -> float:
+    rows = np.arange(len(labels))
+
+    def log_loss(factor: float) -> float:
+        return -float(log_softmax(log_prior + factor * evidence, axis=1)[rows, labels].mean())
+
+    return float(minimize_scalar(log_loss, bounds=(0.0, 2.0), method="bounded").x)
