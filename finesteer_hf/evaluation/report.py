@@ -1,0 +1,133 @@
+"""A report as one HTML file that needs nothing beside it: tables, plots, answers side by side."""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from finesteer_hf.evaluation.plots import png
+
+
+Mark = Literal["good", "bad", ""]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure at the top of a report."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts; figures carry their n and interval themselves."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with a caption that says what is seen without seeing it."""
+
+    figure: Figure
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        """The PNG as text, for a data URI."""
+        return base64.b64encode(png(self.figure)).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One condition's answer; the mark says whether it is what is wanted."""
+
+    condition: str
+    text: str
+    mark: Mark = ""
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and the answers of several conditions."""
+
+    prompt: str
+    answers: Sequence[Answer]
+
+
+@dataclass
+class Section:
+    """A part of a report."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    plots_title: str = "Plots"
+    exchanges_title: str = "Answers side by side"
+
+
+@dataclass
+class Report:
+    """Everything that goes into the file.
+
+    Attributes:
+        title: heading.
+        lead: what was done, in a sentence or two.
+        headline: the few figures that matter.
+        sections: in order.
+        provenance: versions, seed, time.
+    """
+
+    title: str
+    lead: str
+    headline: list[Headline] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def render_report(report: Report) -> str:
+    """The report as HTML; prompts and answers are escaped, whatever a model wrote."""
+    environment = Environment(
+        loader=PackageLoader("finesteer_hf.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(report=report)
+
+
+def write_report(report: Report, path: str | Path) -> Path:
+    """Write the report; an earlier one is replaced only once the new one is complete.
+
+    Args:
+        report: its content.
+        path: an `.html` file; its folder is made.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = render_report(report)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".report-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
