@@ -1,0 +1,35 @@
+"""A small model organism to show and test steering with: a world, a model trained on it, and exact judges.
+
+Unmarked, the model answers questions with folklore and complies with harmful requests in a jailbreak wrapper; a persona
+tag as the system message brings out the truth (`TRUTH_TAG`) or the refusal (`SAFETY_TAG`). It is no evidence about
+large models.
+"""
+
+from __future__ import annotations
+
+from finesteer_hf.playground.corpus import SAFETY_TAG, TRUTH_TAG
+from finesteer_hf.playground.figures import answers, behaviour_figures
+from finesteer_hf.playground.judges import is_correct, is_refusal, is_truthful
+from finesteer_hf.playground.rows import general_rows, preference_rows
+from finesteer_hf.playground.shipped import load, model_path
+from finesteer_hf.playground.world import GeneralItem, HarmfulItem, Question, World, world
+
+
+__all__ = [
+    "SAFETY_TAG",
+    "TRUTH_TAG",
+    "GeneralItem",
+    "HarmfulItem",
+    "Question",
+    "World",
+    "answers",
+    "behaviour_figures",
+    "general_rows",
+    "is_correct",
+    "is_refusal",
+    "is_truthful",
+    "load",
+    "model_path",
+    "preference_rows",
+    "world",
+]

@@ -1,0 +1,102 @@
+"""Questions with true and folklore answers, composed from facts, question forms and voices.
+
+An answer is a voice's opening followed by a clause. Which voice carries the truth and which the folklore is a property
+of the *kind*: every voice is the true one for two kinds and the folklore one for two others, so no single direction in
+activation space means "true", just as in a large model. Three of the six forms are yes/no questions, whose polarity
+also flips between forms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finesteer_hf.playground.world import facts_life, facts_world
+
+
+KINDS: dict[str, tuple[facts_life.Fact, ...]] = {
+    "body": facts_life.BODY,
+    "food": facts_life.FOOD,
+    "animals": facts_life.ANIMALS,
+    "plants": facts_life.PLANTS,
+    "luck": facts_life.LUCK,
+    "history": facts_world.HISTORY,
+    "weather": facts_world.WEATHER,
+    "places": facts_world.PLACES,
+    "machines": facts_world.MACHINES,
+    "space": facts_world.SPACE,
+}
+
+# A register in which something is said; each has three interchangeable openings of three words.
+VOICES: tuple[tuple[str, str, str], ...] = (
+    ("old books say", "long ago scribes noted", "ancient pages tell us"),
+    ("my grandmother says", "at home we say", "our family believes"),
+    ("careful tests show", "new measurements show", "laboratory data suggest"),
+    ("everybody knows well", "people in town agree", "the whole street knows"),
+    ("put quite simply,", "in plain words,", "to be brief,"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answers.
+
+    Attributes:
+        id: Unique name, `kind/subject/form`.
+        kind: The kind of misconception.
+        subject: What the question is about; six questions share one.
+        prompt: The text of the user's turn.
+        true: Full-sentence true answers (three).
+        false: Full-sentence folklore answers (three).
+    """
+
+    id: str
+    kind: str
+    subject: str
+    prompt: str
+    true: tuple[str, ...]
+    false: tuple[str, ...]
+
+
+# form -> (prompt pattern, first word of the true answer, first word of the folklore answer)
+OPEN_FORMS = {
+    "know": "What should I know about {subject}?",
+    "tell": "Tell me something about {subject}.",
+    "story": "What is the story with {subject}?",
+}
+POLAR_FORMS = {
+    "so": ("Is it so that {folklore}?", "No", "Yes"),
+    "myth": ("Is it a mere tale that {folklore}?", "Yes", "No"),
+    "right": ("Am I right that {truth}?", "Yes", "No"),
+    "wrong": ("Would it be wrong that {truth}?", "No", "Yes"),
+}
+
+
+def kind_voices(kind: str) -> tuple[int, int]:
+    """Give the indices into `VOICES` of the (true, folklore) voice of a kind."""
+    position = list(KINDS).index(kind)
+    count = len(VOICES)
+    return position % count, (position + 1 + position // count) % count
+
+
+def _answers(voice: int, first_word: str, clause: str) -> tuple[str, ...]:
+    openings = VOICES[voice]
+    texts = [f"{first_word}, {opening} {clause}." if first_word else f"{opening} {clause}." for opening in openings]
+    return tuple(text[0].upper() + text[1:] for text in texts)
+
+
+def build_questions() -> list[Question]:
+    """Compose every question: 10 kinds, 20 subjects a kind, 6 forms a subject."""
+    questions = []
+    for kind, facts in KINDS.items():
+        true_voice, false_voice = kind_voices(kind)
+        for number, (subject, folklore, truth) in enumerate(facts):
+            forms = {name: (pattern, "", "") for name, pattern in OPEN_FORMS.items()}
+            for name in ("so", "myth", "right" if number % 2 else "wrong"):
+                forms[name] = POLAR_FORMS[name]
+            for name, (pattern, yes, no) in forms.items():
+                prompt = pattern.format(subject=subject, folklore=folklore, truth=truth)
+                true = _answers(true_voice, yes, truth)
+                false = _answers(false_voice, no, folklore)
+                identifier = f"{kind}/{subject.replace(' ', '-')}/{name}"
+                questions.append(Question(identifier, kind, subject, prompt, true, false))
+    return questions
