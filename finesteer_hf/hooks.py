@@ -1,4 +1,7 @@
-"""The hooks: one a site, one on the decoder. They look up the calling thread's session and otherwise do nothing."""
+"""The hooks: one a site, one on the decoder.
+
+They look up the calling thread's session (inside a compiled graph: `CompiledSteering`) and otherwise do nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,9 @@ class DecoderHook:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            self.runtime.compiled.begin_forward(kwargs)
+            return None
         session = current_session(self.runtime)
         if session is None:
             session = self.runtime.plain_session(args, kwargs)
@@ -39,6 +45,8 @@ class DecoderHook:
         return None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         session = current_session(self.runtime)
         if session is not None and session.of_forward and session.probing is None:
             session.__exit__()
@@ -73,6 +81,8 @@ class SiteHook:
         return None if steered is None else with_stream(output, steered)
 
     def _visit(self, value: Any) -> torch.Tensor | None:
+        if torch.compiler.is_compiling():
+            return self.runtime.compiled.visit(self.site, stream_of(value, self.site, self.width))
         session = current_session(self.runtime)
         if session is None:
             return None

@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
+from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
@@ -295,13 +296,44 @@ class SteeringMixin:
                 then token `prompt_lengths - 1` of the row's real tokens instead of the last one.
             **kwargs: as for the model's `forward`.
         """
-        if prompt_lengths is None:
+        if torch.compiler.is_compiling():
+            self._steering.compiled.lengths = prompt_lengths
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))
+        if prompt_lengths is not None:
+            prompt_lengths = torch.as_tensor(prompt_lengths, dtype=torch.long)
+        token = PROMPT_LENGTHS.set(prompt_lengths)
         try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            if not forward_is_compiled(self):  # type: ignore[arg-type]
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return self._call_compiled(super().__call__, prompt_lengths, *args, **kwargs)  # type: ignore[misc]
         finally:
             PROMPT_LENGTHS.reset(token)
+
+    def _call_compiled(self, call: Any, prompt_lengths: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime, session = self._steering, current_session(self._steering)
+        if session is None:
+            with runtime.compiled.lock:
+                runtime.sync_compiled()
+                runtime.compiled.lengths = prompt_lengths
+                return call(*args, **kwargs)
+        if session.can_decode_compiled:
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)
+        # The prompt is read and decided on eagerly, as it is when `generate` compiles by itself.
+        with torch.compiler.set_stance("force_eager"):
+            return call(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """transformers' compiled forward for decode steps, bound to what the calling thread's session adds."""
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+        runtime = self._steering
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            session = current_session(runtime)
+            if session is None or not session.can_decode_compiled:
+                return self(*args, **kwargs)
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), compiled, *args, **kwargs)
+
+        return call
 
     # -- copies -------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
 from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
@@ -58,11 +59,14 @@ class SteeringRuntime:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
         self.tower = TextTower(model)
         self.adapters: dict[str, LoadedAdapter] = {}
-        self.selection: Selection = ()
+        self._selection: Selection = ()
+        self.compiled = CompiledSteering()
         self.site_hooks: dict[Site, tuple[SiteHook, Any]] = {}
         self.decoder_handles: list[Any] = DecoderHook(self).register(self.tower.decoder)
+        forget_compiled_graphs(model)
         self.lock = threading.RLock()
         self._plain: weakref.WeakKeyDictionary[Any, CallSession] = weakref.WeakKeyDictionary()
 
@@ -74,6 +78,24 @@ class SteeringRuntime:
         self.__dict__.update(state)
         self.lock = threading.RLock()
         self._plain = weakref.WeakKeyDictionary()
+
+    @property
+    def selection(self) -> Selection:
+        """What is set on the model."""
+        return self._selection
+
+    @selection.setter
+    def selection(self, value: Selection) -> None:
+        self._selection = value
+        self.sync_compiled()
+
+    def sync_compiled(self) -> None:
+        """Let compiled plain forwards steer with what is active here and now."""
+        processors = {name: loaded.processor for name, loaded in self.adapters.items()}
+        selection, own = self.active()
+        for number, processor in enumerate(own):
+            processors[f"processor_{number}"] = processor
+        self.compiled.sync(processors, dict(selection) | {f"processor_{i}": 1.0 for i in range(len(own))})
 
     # -- adapters -----------------------------------------------------------------------------------------------------
 
@@ -88,6 +110,7 @@ class SteeringRuntime:
             self.adapters[name] = LoadedAdapter(adapter, processor)
             if old is not None:
                 self.unhook(old.processor.sites)
+            self.sync_compiled()
 
     def remove(self, name: str) -> None:
         """Forget an adapter and drop it from what is active."""
@@ -110,6 +133,7 @@ class SteeringRuntime:
         with self.lock:
             for site in sites:
                 if site not in self.site_hooks:
+                    forget_compiled_graphs(self.model)
                     hook = SiteHook(self, site)
                     self.site_hooks[site] = (hook, hook.register(self.tower.module(site)))
                 self.site_hooks[site][0].references += 1
@@ -123,6 +147,10 @@ class SteeringRuntime:
                 if not hook.references:
                     handle.remove()
                     del self.site_hooks[site]
+
+    def hooked_widths(self) -> dict[Site, int]:
+        """The hooked sites and the widths of their streams."""
+        return {site: hook.width for site, (hook, _) in self.site_hooks.items()}
 
     def remove_hooks(self) -> None:
         """Take all hooks away."""
@@ -150,11 +178,14 @@ class SteeringRuntime:
         for name, _ in selection:
             self.get(name)
         self.hook(site for processor in processors for site in processor.sites)
-        return _BLOCK.set(BlockSteering(id(self), selection, processors, _BLOCK.get()))
+        token = _BLOCK.set(BlockSteering(id(self), selection, processors, _BLOCK.get()))
+        self.sync_compiled()
+        return token
 
     def leave_block(self, token: Any, processors: tuple[SteeringProcessor, ...] = ()) -> None:
         """Restore what was in place before `enter_block`."""
         _BLOCK.reset(token)
+        self.sync_compiled()
         self.unhook(site for processor in processors for site in processor.sites)
 
     def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:

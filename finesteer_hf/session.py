@@ -13,6 +13,7 @@ special case.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class Stream:
         decisions: what each entry decided, by its index in the plan.
         adds: for each site and step, what is added: by positions, cast to the stream's dtype.
         decode: for sites with nothing but one add, what a decode step adds.
+        compiled: the same, laid out for a compiled step.
     """
 
     window: Window
@@ -76,6 +78,7 @@ class Stream:
     states: dict[Site, torch.Tensor] = field(default_factory=dict)
     adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
     decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
+    compiled: dict[Site, torch.Tensor] = field(default_factory=dict)
 
 
 class CallSession:
@@ -377,6 +380,27 @@ class CallSession:
             scale = row_scales(entry.scale, int(inputs.shape[0]), self.prompt.expand, inputs.device)
             processors += entry.processor.logits_processors(scale)
         return processors
+
+    # -- what a compiled decode step needs ----------------------------------------------------------------------------
+
+    @property
+    def can_decode_compiled(self) -> bool:
+        """Whether the prompt is done and every step from here on adds the same vectors."""
+        if self.of_forward or any(entry.processor.maps for entry in self.plan.entries):
+            return False
+        return bool(self.streams) and self.streams[0].seen >= self.streams[0].window.prompt_end
+
+    def compiled_deltas(self, sites: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
+        """What a decode step adds at each hooked site, `[rows, 1, width]`; -0.0 where the call does not steer."""
+        main = self.streams[0]
+        for site, width in sites.items():
+            if site not in main.compiled:
+                delta = main.decode.get(site)
+                model = self.runtime.tower.decoder
+                if delta is None:
+                    delta = torch.full((1, 1, width), -0.0, dtype=model.dtype, device=model.device)  # type: ignore[call-overload]
+                main.compiled[site] = delta.expand(main.rows, 1, width).contiguous()
+        return main.compiled
 
     # -- what the user sees -------------------------------------------------------------------------------------------
 
