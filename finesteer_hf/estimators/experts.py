@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import calinski_harabasz_score
 
 from .arrays import Matrix
+from .linear_algebra import principal_directions
 
 
 CLUSTERING_DIMENSIONS = 256
@@ -34,10 +36,15 @@ def expert_weights(h: torch.Tensor, router_weight: torch.Tensor, router_bias: to
 def clustering_features(shifts: Matrix, *, normalise: bool, seed: int = 0) -> Matrix:
     """Give what K-means sees: shifts [M, d], of unit length if `normalise`, in at most 256 principal directions."""
     if normalise:
-        norms = np.linalg.norm(shifts, axis=1, keepdims=True)
-        shifts = shifts / np.where(norms > 0, norms, 1.0)
-    dimensions = min(CLUSTERING_DIMENSIONS, len(shifts) - 1, shifts.shape[1])
-    return PCA(dimensions, svd_solver="full", random_state=seed).fit_transform(shifts)
+        shifts = unit_length(shifts)
+    centred = shifts - shifts.mean(axis=0)
+    return centred @ principal_directions(centred, CLUSTERING_DIMENSIONS, seed)[1]
+
+
+def unit_length(rows: Matrix) -> Matrix:
+    """Divide rows [M, d] by their norms; a zero row stays zero."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)
 
 
 def cluster(features: Matrix, num_experts: int, *, restarts: int = 20, seed: int = 0) -> NDArray[np.intp]:
@@ -46,10 +53,15 @@ def cluster(features: Matrix, num_experts: int, *, restarts: int = 20, seed: int
     Raises:
         ValueError: fewer distinct rows than experts.
     """
-    distinct = len(np.unique(features, axis=0))
-    if not 1 <= num_experts <= distinct:
-        raise ValueError(f"num_experts={num_experts} must lie between 1 and the {distinct} distinct shifts there are.")
-    return KMeans(num_experts, n_init=restarts, random_state=seed).fit_predict(features).astype(np.intp)
+    if num_experts > len(features):
+        raise ValueError(f"num_experts={num_experts} is more than the {len(features)} rows there are.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, as an error
+        labels = KMeans(num_experts, n_init=restarts, random_state=seed).fit_predict(features).astype(np.intp)
+    found = len(np.unique(labels))
+    if found < num_experts:
+        raise ValueError(f"num_experts={num_experts}, but the shifts are only {found} different ones.")
+    return labels
 
 
 def calinski_harabasz_curve(features: Matrix, candidates: Sequence[int], *, seed: int = 0) -> dict[int, float]:
@@ -58,14 +70,13 @@ def calinski_harabasz_curve(features: Matrix, candidates: Sequence[int], *, seed
     The index is undefined at K = 1, and a maximum at the lowest candidate is thin evidence for several modes.
 
     Raises:
-        ValueError: no candidate has fewer clusters than there are distinct rows.
+        ValueError: no candidate has fewer clusters than there are rows.
     """
-    distinct = len(np.unique(features, axis=0))
-    possible = [count for count in candidates if 2 <= count < distinct]
+    possible = [count for count in candidates if 2 <= count < len(features)]
     if not possible:
         raise ValueError(
-            f"num_experts='auto' tries {min(candidates)} to {max(candidates)} experts, but there are {distinct} "
-            "distinct shifts: give more rows, or num_experts=1."
+            f"num_experts='auto' tries {min(candidates)} to {max(candidates)} experts, but there are {len(features)} "
+            "rows: give more, or num_experts=1."
         )
     return {
         count: float(calinski_harabasz_score(features, cluster(features, count, restarts=10, seed=seed)))

@@ -50,8 +50,11 @@ def gram_eigen(centred: Matrix, count: int | None = None) -> tuple[Matrix, Matri
     wanted = side if count is None else min(count, side)
     if wanted == 0:
         return np.empty((rows, 0)), np.empty(0), np.empty((width, 0))
-    values, vectors = scipy.linalg.eigh(gram, subset_by_index=[side - wanted, side - 1], check_finite=False)
-    values, vectors = values[::-1], vectors[:, ::-1]
+    if wanted < side // 8:  # only then is a part of the spectrum cheaper than all of it
+        values, vectors = scipy.linalg.eigh(gram, subset_by_index=[side - wanted, side - 1], check_finite=False)
+    else:
+        values, vectors = scipy.linalg.eigh(gram, driver="evd", check_finite=False)
+    values, vectors = values[::-1][:wanted], vectors[:, ::-1][:, :wanted]
     kept = values > max(rows, width) * np.finfo(np.float64).eps * max(float(values[0]), 0.0)
     values, vectors = values[kept], vectors[:, kept]
     other = (centred if tall else centred.T) @ (vectors / np.sqrt(values))

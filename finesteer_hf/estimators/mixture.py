@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,22 @@ def mixture_vector(
         [..., d] fp32.
     """
     return expert_weights(h, router_weight, router_bias) @ prototypes + low_rank_vector(h, mean, down, up, bias)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One combination, cross-fitted: its held-out predictions [M, q] and squared errors [M]."""
+
+    num_experts: int
+    with_residual: bool
+    residual_rank: float
+    predicted: Matrix
+    losses: Matrix
+
+    @property
+    def stored_vectors(self) -> float:
+        """How many vectors of width d it takes to store: the measure of simplicity."""
+        return (2 * self.num_experts if self.num_experts > 1 else 1) + 2 * self.residual_rank
 
 
 class MixtureSteering(BaseEstimator):
@@ -147,66 +164,67 @@ class MixtureSteering(BaseEstimator):
         return residual.fit(features, left, groups)
 
     def _compare(self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, counts: list[int]) -> int:
-        """Cross-fit every combination, fill `ablations_`, set the choice and its slope; give its number of experts."""
-        keys = [(count, with_residual) for count in counts for with_residual in (False, True)]
-        predicted = {key: np.empty_like(targets) for key in keys}
-        ranks: dict[tuple[int, bool], list[int]] = {key: [] for key in keys}
+        """Cross-fit the combinations, fill `ablations_`, set the choice and its slope; give its number of experts.
+
+        All numbers of experts are compared without a residual; with one, only K = 1 and the best of the others.
+        """
+        self._folds = make_folds(len(features), self.folds, groups, self.seed)
         constants = np.empty_like(targets)
-        for train, test in make_folds(len(features), self.folds, groups, self.seed):
-            kept = None if groups is None else groups[train]
+        for train, test in self._folds:
             constants[test] = targets[train].mean(axis=0)
-            for count in counts:
-                experts = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
-                residual = self._fit_residual(experts, features[train], targets[train], kept)
-                routed = experts.predict(features[test])
-                predicted[count, False][test] = routed
-                predicted[count, True][test] = routed + residual.predict(features[test])
-                ranks[count, False].append(0)
-                ranks[count, True].append(residual.rank_)
-        losses = np.stack([row_losses(targets, predicted[key]) for key in keys])
-        size = {key: (2 * key[0] if key[0] > 1 else 1) + 2 * float(np.mean(ranks[key])) for key in keys}
-        eligible = [index for index, key in enumerate(keys) if self._eligible(*key, counts)]
-        chosen = eligible[one_standard_error(losses[eligible], [size[keys[index]] for index in eligible], groups)]
-        self._tabulate(keys, ranks, targets, predicted, constants, losses, chosen)
-        count, self._with_residual = keys[chosen]
-        self.slope_ = max(0.0, self.ablations_[chosen]["slope"])
-        final = predicted[keys[chosen]]
+        trials = [self._cross_fit(features, targets, groups, count, False) for count in counts]
+        several = [trial for trial in trials if trial.num_experts > 1]
+        contenders = [1] + ([min(several, key=lambda trial: trial.losses.mean()).num_experts] if several else [])
+        trials += [self._cross_fit(features, targets, groups, count, True) for count in contenders]
+        losses = np.stack([trial.losses for trial in trials])
+        eligible = [index for index, trial in enumerate(trials) if self._eligible(trial, counts)]
+        best = one_standard_error(losses[eligible], [trials[index].stored_vectors for index in eligible], groups)
+        chosen = trials[eligible[best]]
+        self._tabulate(trials, chosen, targets, constants)
+        self._with_residual = chosen.with_residual
+        self.slope_ = max(0.0, calibration_slope(targets, chosen.predicted, constants))
+        final = chosen.predicted
         if self.calibrate:
             final = constants + self.slope_ * (final - constants)
         self.held_out_r2_ = held_out_r2(targets, final, constants)
         self.held_out_cosine_ = mean_cosine(targets, final)
-        return count
+        return chosen.num_experts
 
-    def _eligible(self, count: int, with_residual: bool, counts: list[int]) -> bool:
+    def _cross_fit(
+        self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, count: int, with_residual: bool
+    ) -> _Trial:
+        predicted, ranks = np.empty_like(targets), []
+        for train, test in self._folds:
+            kept = None if groups is None else groups[train]
+            experts = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
+            predicted[test] = experts.predict(features[test])
+            if with_residual:
+                residual = self._fit_residual(experts, features[train], targets[train], kept)
+                predicted[test] += residual.predict(features[test])
+                ranks.append(residual.rank_)
+        rank = float(np.mean(ranks)) if ranks else 0.0
+        return _Trial(count, with_residual, rank, predicted, row_losses(targets, predicted))
+
+    def _eligible(self, trial: _Trial, counts: list[int]) -> bool:
         """Whether a combination is what was asked for; the others are there for comparison."""
-        if self.num_experts != "auto" and count != counts[-1]:
+        if self.num_experts != "auto" and trial.num_experts != counts[-1]:
             return False
-        return self.residual_rank == "auto" or with_residual == (self.residual_rank != 0)
+        return self.residual_rank == "auto" or trial.with_residual == (self.residual_rank != 0)
 
-    def _tabulate(
-        self,
-        keys: list[tuple[int, bool]],
-        ranks: dict[tuple[int, bool], list[int]],
-        targets: Matrix,
-        predicted: dict[tuple[int, bool], Matrix],
-        constants: Matrix,
-        losses: Matrix,
-        chosen: int,
-    ) -> None:
+    def _tabulate(self, trials: list[_Trial], chosen: _Trial, targets: Matrix, constants: Matrix) -> None:
         total = row_losses(targets, constants).sum()
-        difference = losses - losses[losses.mean(axis=1).argmin()]
-        errors = difference.std(axis=1, ddof=1) * np.sqrt(len(targets)) / (total or 1.0)
+        best = min(trials, key=lambda trial: trial.losses.mean()).losses
         self.ablations_: list[dict[str, Any]] = [
             {
-                "num_experts": key[0],
-                "residual_rank": float(np.mean(ranks[key])),
-                "held_out_r2": held_out_r2(targets, predicted[key], constants),
-                "cosine": mean_cosine(targets, predicted[key]),
-                "slope": calibration_slope(targets, predicted[key], constants),
-                "standard_error": float(errors[index]),
-                "chosen": index == chosen,
+                "num_experts": trial.num_experts,
+                "residual_rank": trial.residual_rank,
+                "held_out_r2": held_out_r2(targets, trial.predicted, constants),
+                "cosine": mean_cosine(targets, trial.predicted),
+                "slope": calibration_slope(targets, trial.predicted, constants),
+                "standard_error": float((trial.losses - best).std(ddof=1) * np.sqrt(len(best)) / (total or 1.0)),
+                "chosen": trial is chosen,
             }
-            for index, key in enumerate(keys)
+            for trial in trials
         ]
 
     def _keep(

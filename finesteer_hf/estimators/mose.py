@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, fraction, one_of, paired, positive, run
-from .experts import calinski_harabasz_curve, cluster, cluster_means, clustering_features, expert_weights
+from .experts import calinski_harabasz_curve, cluster, cluster_means, clustering_features, expert_weights, unit_length
 from .linear_algebra import principal_directions
 
 
@@ -197,9 +197,7 @@ class PaperMoSE(BaseEstimator):
         else:
             self.num_experts_ = int(self.num_experts)
         self.labels_ = cluster(features, self.num_experts_, seed=self.seed)
-        norms = np.linalg.norm(delta, axis=1, keepdims=True)
-        scaled = delta / np.where(norms > 0, norms, 1.0) if paper else delta
-        self.centroids_ = cluster_means(scaled, self.labels_).astype(np.float32)
+        self.centroids_ = cluster_means(unit_length(delta) if paper else delta, self.labels_).astype(np.float32)
 
     def _find_residual_basis(self, delta: Matrix) -> None:
         rest = delta

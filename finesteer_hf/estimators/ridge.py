@@ -41,7 +41,7 @@ class RidgePath:
         centred = targets - target_mean
         return cls(feature_mean, target_mean, centred, left, eigenvalues, right, left.T @ centred)
 
-    def strengths(self, count: int = 33) -> Matrix:
+    def strengths(self, count: int = 25) -> Matrix:
         """Give the ridge strengths to try, over eight decades around the mean eigenvalue."""
         return self.eigenvalues.mean() * np.logspace(-4, 4, count) if len(self.eigenvalues) else np.ones(1)
 

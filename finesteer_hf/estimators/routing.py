@@ -94,9 +94,12 @@ def fit_prototypes(
 
 
 def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp]:
-    for fewer in range(min(count, len(np.unique(features, axis=0))), 1, -1):
-        labels = cluster(features, fewer, restarts=10, seed=seed)
-        if np.bincount(labels, minlength=fewer).min() >= SMALLEST_EXPERT:
+    for fewer in range(min(count, len(features) // SMALLEST_EXPERT), 1, -1):
+        try:
+            labels = cluster(features, fewer, restarts=5, seed=seed)
+        except ValueError:  # fewer distinct shifts than that
+            continue
+        if np.bincount(labels).min() >= SMALLEST_EXPERT:
             return labels
     return np.zeros(len(features), dtype=np.intp)
 
