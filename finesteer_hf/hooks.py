@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finesteer_hf.checkpointing import steer_checkpoints
 from finesteer_hf.session import current_session
 from finesteer_hf.sites import Site, stream_of, with_stream
 
@@ -35,12 +36,18 @@ class DecoderHook:
             self.runtime.compiled.begin_forward(kwargs)
             return None
         session = current_session(self.runtime)
+        if session is not None and session.of_forward and session.probing is None:
+            # Left by a forward that an interrupt ended: the hook after a forward runs for errors, not for those.
+            session.__exit__()
+            session = None
         if session is None:
             session = self.runtime.plain_session(args, kwargs)
             if session is None:
                 return None
             session.__enter__()
             session.of_forward = True
+        if module.training and torch.is_grad_enabled():
+            steer_checkpoints((module, *self.runtime.tower.layers))
         session.begin_forward(args, kwargs)
         return None
 
@@ -64,9 +71,10 @@ class DecoderHook:
 class SiteHook:
     """Hands the stream at one site to the session, and puts back what the session returns."""
 
-    def __init__(self, runtime: SteeringRuntime, site: Site) -> None:
+    def __init__(self, runtime: SteeringRuntime, site: Site, module: nn.Module) -> None:
         self.runtime = runtime
         self.site = site
+        self.module = module
         self.width = runtime.tower.width(site)
         self.references = 0
 

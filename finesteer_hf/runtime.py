@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
 from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
 from finesteer_hf.hooks import DecoderHook, SiteHook
@@ -134,9 +135,23 @@ class SteeringRuntime:
             for site in sites:
                 if site not in self.site_hooks:
                     forget_compiled_graphs(self.model)
-                    hook = SiteHook(self, site)
-                    self.site_hooks[site] = (hook, hook.register(self.tower.module(site)))
+                    module = self.tower.module(site)
+                    hook = SiteHook(self, site, module)
+                    self.site_hooks[site] = (hook, hook.register(module))
                 self.site_hooks[site][0].references += 1
+
+    def follow_modules(self) -> None:
+        """Move hooks whose module was replaced since, as a LoRA that is loaded or merged does; called as a call begins.
+
+        A hook left on the layer inside a LoRA wrapper would steer the base path and not the LoRA's.
+        """
+        with self.lock:
+            for site, (hook, handle) in self.site_hooks.items():
+                module = self.tower.module(site)
+                if module is not hook.module:
+                    handle.remove()
+                    hook.module = module
+                    self.site_hooks[site] = (hook, hook.register(module))
 
     def unhook(self, sites: Iterable[Site]) -> None:
         """Take the hooks of sites away that nobody needs any more."""
@@ -161,6 +176,7 @@ class SteeringRuntime:
                 handle.remove()
             self.site_hooks.clear()
             self.decoder_handles.clear()
+            restore_checkpoints((self.tower.decoder, *self.tower.layers))
 
     # -- what a call steers with --------------------------------------------------------------------------------------
 
@@ -228,6 +244,7 @@ class SteeringRuntime:
         selection, processors = self.active()
         if not selection and not processors:
             return None
+        self.follow_modules()
         if "cu_seq_lens_q" in kwargs and "block_table" in kwargs:
             raise UnsupportedModelError(
                 "Steering is active, but continuous batching packs requests into one row, where queries cannot be told "

@@ -13,7 +13,7 @@ special case.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -212,12 +212,12 @@ class CallSession:
             if cache is not None:
                 kwargs[name] = None
                 if self.past:
-                    kwargs[name] = copy.deepcopy(cache)
-                    kwargs[name].crop(self.past)
+                    kwargs[name] = cache_until(cache, self.past)
         kwargs["use_cache"] = False
         self.probing = sites
         try:
-            self.runtime.tower.decoder(*args, **kwargs)
+            with torch.no_grad():
+                self.runtime.tower.decoder(*args, **kwargs)
         except StopForward:
             pass
         finally:
@@ -434,6 +434,22 @@ def current_session(runtime: SteeringRuntime) -> CallSession | None:
     return session
 
 
+def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs in the session that is current now, whenever and in whichever thread it is called."""
+    session = _CURRENT.get()
+    if session is None:
+        return function
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _CURRENT.set(session)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _CURRENT.reset(token)
+
+    return run
+
+
 def forward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The token ids or embeddings that a decoder was called with."""
     for candidate in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
@@ -452,3 +468,17 @@ def cache_length(cache: Any) -> int:
     """Number of columns that a cache holds; state-space caches, which hold none, count as empty."""
     length = getattr(cache, "get_seq_length", None)
     return int(length()) if length is not None else 0
+
+
+def cache_until(cache: Any, length: int) -> Any:
+    """A copy of a cache with its first `length` columns.
+
+    In the middle of a forward the layers that were passed already hold the new columns and the others do not, so each is
+    cut by its own surplus.
+    """
+    copied = copy.deepcopy(cache)
+    for layer in copied.layers:
+        surplus = int(layer.get_seq_length()) - length
+        if surplus > 0:
+            layer.crop(-surplus)
+    return copied
