@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -215,6 +216,7 @@ class SteeringMixin:
                 "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
             )
         processors = tuple(SteeringProcessorList(steering_processor or ()))
+        self._steering.follow_modules()
         self._steering.hook(site for processor in processors for site in processor.sites)
         try:
             with CallSession(self._steering, plan, record=output_steering) as session:
@@ -233,7 +235,7 @@ class SteeringMixin:
         factor = as_scale(scale)
         if isinstance(steering, _Unset):
             outer = current_session(self._steering)
-            if outer is not None:
+            if outer is not None and not outer.of_forward:
                 # A model that drafts for itself generates inside its own call: it drafts with the same steering.
                 return outer.plan
             selection, own = self._steering.active()
@@ -359,12 +361,28 @@ def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     if base_class in _STEERED_CLASSES:
         return _STEERED_CLASSES[base_class]
     namespace = {
+        "forward": _forward_of(base_class),
         "__module__": base_class.__module__,
         "__qualname__": base_class.__qualname__,
         "__doc__": base_class.__doc__,
         "_steering_base_class": base_class,
     }
     return _STEERED_CLASSES.setdefault(base_class, type(base_class.__name__, (SteeringMixin, base_class), namespace))
+
+
+def _forward_of(base_class: type[PreTrainedModel]) -> Any:
+    # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
+    @functools.wraps(base_class.forward)
+    def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
+        if prompt_lengths is None:
+            return base_class.forward(self, *args, **kwargs)
+        token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))
+        try:
+            return base_class.forward(self, *args, **kwargs)
+        finally:
+            PROMPT_LENGTHS.reset(token)
+
+    return forward
 
 
 def steer(model: PreTrainedModel) -> None:
