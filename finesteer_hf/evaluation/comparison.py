@@ -1,0 +1,70 @@
+"""One condition beside another, as rows that tables, cards and reports print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.statistics import Mean, Proportion
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """A figure under two conditions.
+
+    Attributes:
+        dataset: what was asked.
+        metric: what was counted.
+        unsteered: the figure of the base model; None where it has none (a gate).
+        steered: the figure under steering.
+        p_value: McNemar's exact test of the two, for shares of the same prompts.
+    """
+
+    dataset: str
+    metric: str
+    unsteered: Proportion | Mean | None
+    steered: Proportion | Mean | None
+    p_value: float | None = None
+
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """The row as texts; a dash for what does not exist."""
+        p_value = "-" if self.p_value is None else f"{self.p_value:.2g}"
+        return self.dataset, self.metric, _text(self.unsteered), _text(self.steered), p_value
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, kept in an adapter's config and shown on its card."""
+        return {
+            "dataset": self.dataset,
+            "metric": self.metric,
+            "unsteered": None if self.unsteered is None else self.unsteered.to_dict(),
+            "steered": None if self.steered is None else self.steered.to_dict(),
+            "p_value": self.p_value,
+        }
+
+
+COLUMNS = ("data", "figure", "unsteered", "steered", "McNemar p")
+
+
+def _text(figure: Proportion | Mean | None) -> str:
+    return "-" if figure is None else str(figure)
+
+
+def compare(dataset: str, metric: str, base: Outcome, steered: Outcome) -> list[ComparisonRow]:
+    """All figures of two conditions on the same prompts.
+
+    Args:
+        dataset: name of what was asked.
+        metric: what a hit is, for example "truthful".
+        base: outcome of the base model.
+        steered: outcome under steering.
+    """
+    rows = [ComparisonRow(dataset, metric, base.share, steered.share, steered.against(base).p_value)]
+    if base.choices is not None and steered.choices is not None:
+        rows.append(ComparisonRow(dataset, "MC1", base.choices.mc1_share, steered.choices.mc1_share))
+        rows.append(ComparisonRow(dataset, "MC2", base.choices.mc2_mean, steered.choices.mc2_mean))
+    fires = steered.fires()
+    if fires is not None:
+        rows.append(ComparisonRow(dataset, "gate fires", None, fires))
+    rows.append(ComparisonRow(dataset, "identical output", None, steered.identical_to(base)))
+    return rows
