@@ -132,6 +132,8 @@ class SteeringMethod(SteeringProcessor):
     """
 
     config_cls: ClassVar[type[SteeringConfig]]
+    #: Features of `finesteer_hf.testing` that the method raises for, each with the reason.
+    refuses: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         if not isinstance(config.strength, (int, float)):

@@ -1,0 +1,121 @@
+"""Fit a method on a toy model, then hold it to what every method must keep.
+
+The measure is the method itself in the plainest setting: one prompt at a time, no padding, greedy, dynamic cache. Whatever
+else `generate` can do must give the same tokens. A method that cannot honour a feature says so in `refuses`, and the suite
+checks that it raises rather than steering otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finesteer_hf.adapter import SteeringAdapter, tensors_equal
+from finesteer_hf.auto import SteeredModelForCausalLM
+from finesteer_hf.config import SteeringConfig, get_steering_method
+from finesteer_hf.testing import checks
+from finesteer_hf.testing.bench import Bench
+from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
+
+
+FEATURES: dict[str, Callable[[Bench], None]] = {
+    name.removeprefix("check_"): function for name, function in vars(checks).items() if name.startswith("check_")
+}
+
+
+@dataclass(frozen=True)
+class FeatureResult:
+    """What a feature's check found: `passed`, or `refused` with the method's reason."""
+
+    feature: str
+    outcome: str
+    reason: str = ""
+
+
+def fit_on_toy(config: SteeringConfig, seed: int = 0) -> tuple[Any, Any, SteeringAdapter]:
+    """Fit a config on the toy data and return model, tokenizer and adapter."""
+    from finesteer_hf.fitting import fit_steering
+
+    model, tokenizer = toy_model(seed), toy_tokenizer()
+    with warnings.catch_warnings():
+        # A toy data set is small and its answers alike; the data lint says so, rightly.
+        warnings.simplefilter("ignore")
+        adapter = fit_steering(
+            model,
+            tokenizer,
+            toy_preferences(),
+            config,
+            general_dataset=toy_general_prompts(),
+            progress=False,
+            seed=seed,
+        )
+    return model, tokenizer, adapter
+
+
+def make_bench(adapter: SteeringAdapter, model: Any = None) -> Bench:
+    """A model steered by an adapter, with prompts on which steering changes what is said."""
+    model = toy_model() if model is None else model
+    SteeredModelForCausalLM.from_model(model, steering={"a": adapter})
+    return Bench.of(model)
+
+
+def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> FeatureResult:
+    """Check one feature of one adapter on the toy model.
+
+    Raises:
+        AssertionError: if the feature is neither honoured nor refused.
+        ValueError: for a feature that the suite does not have.
+    """
+    if feature not in FEATURES:
+        raise ValueError(f"Unknown feature {feature!r}. The suite has: {sorted(FEATURES)}.")
+    bench = make_bench(adapter, model)
+    refuses: Mapping[str, str] = get_steering_method(adapter.config.steering_type).method_cls.refuses
+    if feature not in refuses:
+        FEATURES[feature](bench)
+        return FeatureResult(feature, "passed")
+    try:
+        FEATURES[feature](bench)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        return FeatureResult(feature, "refused", str(error))
+    raise AssertionError(
+        f"{feature!r} is listed in `refuses` ({refuses[feature]}), but it works or is silently ignored."
+    )
+
+
+def check_steering_method(
+    config: SteeringConfig, *, features: Iterable[str] | None = None, seed: int = 0
+) -> list[FeatureResult]:
+    """Hold a steering method to the suite.
+
+    Args:
+        config: a config to fit; small settings (a fixed layer, few experts) keep it quick.
+        features: names out of `FEATURES`; None for all.
+        seed: seed of the toy model and of the fit.
+
+    Returns:
+        One result a feature.
+
+    Raises:
+        AssertionError: naming the first feature that fails.
+    """
+    _, _, adapter = fit_on_toy(config, seed)
+    _check_files(adapter)
+    results = []
+    for feature in FEATURES if features is None else features:
+        try:
+            results.append(check_feature(feature, adapter, toy_model(seed)))
+        except AssertionError as error:
+            raise AssertionError(f"{config.steering_type} fails the feature {feature!r}: {error}") from error
+    return results
+
+
+def _check_files(adapter: SteeringAdapter) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save_pretrained(Path(folder) / "adapter")
+        again = SteeringAdapter.from_pretrained(Path(folder) / "adapter")
+    assert tensors_equal(adapter.tensors, again.tensors), "tensors change by saving and loading"
+    assert adapter.config == again.config, "the config changes by saving and loading"
