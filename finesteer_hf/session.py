@@ -224,14 +224,14 @@ class CallSession:
             self.probing = None
 
     def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
-        if site in stream.states or not stream.window.query_within(self.past, self.tokens):
+        if not stream.window.query_within(self.past, self.tokens):
             return
-        if self._fired_before(site, stream):
-            args, kwargs = self._forward
-            later = {s for s in self.plan.readers if s >= site}
-            self._probe(stream, args, kwargs, later)
-        else:
-            stream.states[site] = stream.window.query_state(hidden, self.past)
+        if site not in stream.states:
+            if self._fired_before(site, stream):
+                args, kwargs = self._forward
+                self._probe(stream, args, kwargs, {later for later in self.plan.readers if later >= site})
+            else:
+                stream.states[site] = stream.window.query_state(hidden, self.past)
         self._decide_after(site, stream)
 
     def _fired_before(self, site: Site, stream: Stream) -> bool:
