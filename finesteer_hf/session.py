@@ -256,7 +256,9 @@ class CallSession:
     @torch.no_grad()
     def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
         states = {site: stream.states[site].to(device) for site in entry.processor.reads}
-        stream.decisions[index] = entry.processor.decide(QueryStates(states, stream.rows, device))
+        # Under autocast the method's products would be taken in half precision.
+        with torch.autocast(device.type, enabled=False):
+            stream.decisions[index] = entry.processor.decide(QueryStates(states, stream.rows, device))
 
     # -- a site is passed ---------------------------------------------------------------------------------------------
 
