@@ -24,11 +24,19 @@ VOCAB, WIDTH, LAYERS, HEADS = 96, 32, 4, 4
 def tiny_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention, wide enough weights that steering changes tokens."""
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        initializer_range=0.3,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.3,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
 
 
@@ -156,16 +164,17 @@ def reference(
         query: column of each row's query; None: the last.
     """
     config = adapter.config
-    vector = torch.tanh(query_states(model, ids, config.read, query) @ adapter.tensors["map"])
-    delta = config.strength * vector
+    states = query_states(model, ids, config.read, query)
+    with torch.autocast("cpu", enabled=False):
+        delta = config.strength * torch.tanh(states @ adapter.tensors["map"])
     with plain_hook(model, config.write, lambda hidden: hidden + delta.to(hidden.dtype)[:, None]):
         yield
 
 
 def greedy(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Eight greedy tokens."""
-    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None)
-    return model.generate(input_ids=ids, **{**settings, **kwargs})
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{**settings, **kwargs})
 
 
 def hooks_of(model: nn.Module) -> dict[str, int]:
