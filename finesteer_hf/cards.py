@@ -12,14 +12,17 @@ import os
 import re
 import tempfile
 import warnings
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined
+
+from finesteer_hf.card_facts import adapter_facts, base_name, is_hub_id
 
 
 if TYPE_CHECKING:
@@ -29,13 +32,15 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 TEMPLATE_NAME = "adapter_card.md"
 PLACEHOLDER = "this-folder-or-its-repo"
+DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
+PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
 _START = "<!-- finesteer_hf:start"
 _END = "<!-- finesteer_hf:end -->"
 _SECTION = re.compile(rf"{re.escape(_START)}(?P<written>.*?)-->.*?{re.escape(_END)}", re.DOTALL)
 
 
 def write_card(adapter: SteeringAdapter, directory: Path, repo_id: str | None = None) -> Path:
-    """Write the adapter's `README.md` into a folder, merged into the one that is there.
+    """Write the adapter's `README.md` and its plots into a folder, merged into the README that is there.
 
     Args:
         adapter: a fitted adapter.
@@ -49,21 +54,33 @@ def write_card(adapter: SteeringAdapter, directory: Path, repo_id: str | None = 
     directory = Path(directory)
     path = directory / CARD_NAME
     existing = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-    body = render_section(adapter, repo_id or PLACEHOLDER)
+    plots = draw_plots(adapter)
+    body = render_section(adapter, repo_id or PLACEHOLDER, plots)
     try:
         text = merge_card(existing, body, card_metadata(adapter))
     except (yaml.YAMLError, ValueError) as error:
         warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
         return path
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=".readme-")
+    for name in PLOT_NAMES:
+        if name in plots:
+            _replace(directory / name, plots[name].png)
+        else:
+            # One of an adapter that was saved here before, and that the card no longer shows.
+            (directory / name).unlink(missing_ok=True)
+    _replace(path, text.encode("utf-8"))
+    return path
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a file in place once it is complete."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".card-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
@@ -71,54 +88,91 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
     config = adapter.config
     base = config.base_model_name_or_path
     on_hub = base is not None and is_hub_id(base)
+    results = eval_results(config.fit.get("evaluation", []))
     data = ModelCardData(
         library_name="finesteer_hf",
         base_model=base if on_hub else None,
         pipeline_tag="text-generation",
         tags=["steering", "activation-steering", config.steering_type.lower()],
+        model_name=f"{config.steering_type} steering adapter" if results else None,
+        eval_results=results or None,
     ).to_dict()
     if on_hub:
         data["base_model_relation"] = "adapter"
     return data
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be a Hub id and is no path of this machine."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
-
-
-def render_section(adapter: SteeringAdapter, adapter_argument: str) -> str:
-    """Our part of the card, from the packaged template."""
-    config = adapter.config
-    base = config.base_model_name_or_path
-    if base and not is_hub_id(base):
-        base = Path(base).name
-    numbers = sum(tensor.numel() for tensor in adapter.tensors.values())
-    facts = [
-        ("method", f"`{config.steering_type}`"),
-        ("base model", f"`{base}`" if base else "not recorded"),
-        ("base commit", f"`{config.base_model_revision}`" if config.base_model_revision else "not recorded"),
-        ("steered tokens", config.positions),
-        ("strength", f"{config.strength:g}" if isinstance(config.strength, (int, float)) else config.strength),
-        ("parameters", f"{numbers:,}"),
+def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
+    """The steered figures of an evaluation, as the Hub's metadata wants them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_slug(row["dataset"]),
+            dataset_name=row["dataset"],
+            metric_type=_slug(row["metric"]),
+            metric_name=row["metric"],
+            metric_value=round(row["steered"]["value"], 4),
+        )
+        for row in rows
+        if row.get("steered") and row["steered"]["value"] is not None
     ]
-    base_text = f"[`{base}`](https://huggingface.co/{base})" if base and is_hub_id(base) else f"`{base}`"
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(
-        template_text(TEMPLATE_NAME)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class CardPlot:
+    """A plot of the card."""
+
+    path: str
+    png: bytes
+    caption: str
+
+
+def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
+    """Plots of what the fit kept: the dose-response curve, the gate's scores; by file name."""
+    report = adapter.config.fit.get("report", {})
+    if not any(report.get(name) for name in ("dose_response", "gate_scores")):
+        return {}
+    from finesteer_hf.evaluation.plots import plot_dose_response, plot_gate_scores, png
+    from finesteer_hf.methods.base import DosePoint
+
+    plots = {}
+    curve = report.get("dose_response")
+    if curve:
+        figure = plot_dose_response([DosePoint(**point) for point in curve], chosen=float(adapter.config.strength))
+        caption = "Dose response on held-out rows: margin of the wanted answers and shift of general prompts."
+        plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
+    scores = report.get("gate_scores")
+    if scores:
+        figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
+        caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
+        plots[GATE_PLOT] = CardPlot(GATE_PLOT, png(figure, dpi=110), caption)
+    return plots
+
+
+def render_section(adapter: SteeringAdapter, repo: str, plots: dict[str, CardPlot]) -> str:
+    """Our part of the card, from the packaged template."""
+    base = adapter.config.base_model_name_or_path
+    name = base_name(adapter)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters["cell"] = _cell
+    return environment.from_string(template_text(TEMPLATE_NAME)).render(
+        method=adapter.config.steering_type,
+        base=name or "the-base-model",
+        base_link=f"[`{base}`](https://huggingface.co/{base})" if base and is_hub_id(base) else f"`{name}`",
+        repo=repo,
+        facts=adapter_facts(adapter),
+        figures=list(plots.values()),
     )
-    return template.render(
-        title=f"{config.steering_type} steering adapter",
-        method=config.steering_type,
-        base_text=base_text,
-        base_argument=base or "base/model",
-        adapter_argument=adapter_argument,
-        facts=facts,
-        data_facts=[],
-        evaluation=[],
-        evaluation_note="",
-        gate_facts=[],
-        figures=[],
-    )
+
+
+def _cell(text: str) -> str:
+    """A text inside a Markdown table: on one line, and neither a column's end nor HTML."""
+    line = " ".join(text.split())
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def merge_card(existing: str, body: str, metadata: dict[str, Any]) -> str:
