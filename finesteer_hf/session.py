@@ -469,7 +469,12 @@ def forward_cache(kwargs: dict[str, Any]) -> Any:
 def cache_length(cache: Any) -> int:
     """Number of columns that a cache holds; state-space caches, which hold none, count as empty."""
     length = getattr(cache, "get_seq_length", None)
-    return int(length()) if length is not None else 0
+    if length is None:
+        return 0
+    try:
+        return int(length())
+    except ValueError:
+        return 0
 
 
 def cache_until(cache: Any, length: int) -> Any:
