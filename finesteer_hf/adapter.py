@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from finesteer_hf.config import WEIGHTS_NAME, SteeringConfig, get_steering_method
+from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME, SteeringConfig, get_steering_method, read_config_file
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.methods.base import SteeringMethod
 from finesteer_hf.sites import TextTower
+from finesteer_hf.tensor_files import DTYPES, check_finite, check_layout, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class SteeringAdapter:
         config: the method's config.
         tensors: parameters by name; fp32, or int64 for indices.
         revision: commit that it was loaded from, if it came from the Hub.
-        source: Hub id or folder that it was loaded from.
+        source: where it was loaded from: a folder, or `org/name` with the folder in the repo and the revision asked for.
     """
 
     config: SteeringConfig
@@ -71,28 +68,15 @@ class SteeringAdapter:
         Raises:
             AdapterFileError: for wrong shapes, wrong dtypes, NaN or infinity, and, if strict, for other names.
         """
-        method_cls = get_steering_method(self.config.steering_type).method_cls
-        expected = method_cls.tensor_shapes(self.config)
-        missing = tuple(sorted(set(expected) - set(self.tensors)))
-        unexpected = tuple(sorted(set(self.tensors) - set(expected)))
-        if missing or (unexpected and strict):
-            raise AdapterFileError(
-                f"{WEIGHTS_NAME} does not match its config ({self.config.steering_type}): missing {list(missing)}, "
-                f"unexpected {list(unexpected)}. Expected: {sorted(expected)}."
-            )
-        for name, shape in expected.items():
-            tensor = self.tensors[name]
-            if tensor.dtype not in (torch.float32, torch.int64):
-                raise AdapterFileError(f"Tensor {name!r} has dtype {tensor.dtype}; adapters hold float32 (or int64).")
-            if len(tensor.shape) != len(shape) or any(
-                want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)
-            ):
-                raise AdapterFileError(
-                    f"Tensor {name!r} has shape {tuple(tensor.shape)}, the config calls for {shape} (None is free)."
-                )
-            if not torch.isfinite(tensor).all():
-                raise AdapterFileError(f"Tensor {name!r} holds NaN or infinity; the file is damaged.")
-        return missing, unexpected
+        expected = self.tensor_shapes()
+        found = {name: (_dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        check_layout(f"The {self.config.steering_type} adapter", found, expected, strict)
+        check_finite(self.tensors)
+        return (), tuple(sorted(set(found) - set(expected)))
+
+    def tensor_shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Names and shapes of the tensors that the config calls for; None for a free axis."""
+        return get_steering_method(self.config.steering_type).method_cls.tensor_shapes(self.config)
 
     def check_base(self, model: torch.nn.Module, tower: TextTower) -> tuple[str, ...]:
         """Compare the adapter with a model.
@@ -144,24 +128,28 @@ class SteeringAdapter:
         """
         from finesteer_hf.cards import write_card
 
-        self.check_tensors()
-        directory = Path(save_directory)
-        if directory.is_file():
-            raise FileExistsError(f"{directory} is a file; give a folder to save the adapter in.")
-        directory.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".steering-", suffix=".safetensors")
-        os.close(handle)
-        try:
-            save_file(contiguous, temporary, metadata={"format": "pt", "steering_type": self.config.steering_type})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, directory / WEIGHTS_NAME)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        self.config.save_pretrained(directory)
+        directory = self.write_files(save_directory)
         write_card(self, directory)
         if push_to_hub:
             self.push_to_hub(push_kwargs.pop("repo_id", directory.name), **push_kwargs)
+        return directory
+
+    def write_files(self, directory: str | Path) -> Path:
+        """Write config and tensors, without a card, into a folder that is made if it is not there.
+
+        The config holds the hash of the tensors' file: where a save is cut short between the two, loading tells.
+
+        Raises:
+            AdapterFileError: if the tensors do not match the config.
+            FileExistsError: if the path is a file.
+        """
+        self.check_tensors()
+        directory = Path(directory)
+        if directory.is_file():
+            raise FileExistsError(f"{directory} is a file; give a folder to save the adapter in.")
+        directory.mkdir(parents=True, exist_ok=True)
+        digest = write_tensors(directory / WEIGHTS_NAME, self.tensors, {"steering_type": self.config.steering_type})
+        self.config.save_pretrained(directory, weights_sha256=digest)
         return directory
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -190,34 +178,18 @@ class SteeringAdapter:
         from finesteer_hf.hub import resolve_adapter_files
 
         files = resolve_adapter_files(name_or_path, revision=revision, **hub_kwargs)
-        config = SteeringConfig.from_json_file(files.config)
+        data = read_config_file(files.config)
+        digest = data.get("weights_sha256")
+        if digest is not None and not isinstance(digest, str):
+            raise AdapterFileError(f"`weights_sha256` in {CONFIG_NAME} must be a text, got {type(digest).__name__}.")
+        adapter = cls(SteeringConfig.from_dict(data), {}, files.revision, files.name)
         assert files.weights is not None
-        adapter = cls(config, read_tensors(files.weights, config), files.revision, str(name_or_path))
-        adapter.check_tensors(strict)
+        adapter.tensors = read_tensors(files.weights, adapter.tensor_shapes(), strict=strict, sha256=digest)
         return adapter
 
 
-def read_tensors(path: str | Path, config: SteeringConfig) -> dict[str, torch.Tensor]:
-    """Read a safetensors file whose shapes were checked against the config before any is loaded.
-
-    Raises:
-        AdapterFileError: if the file is truncated or malformed, or a tensor is not what the config calls for.
-    """
-    expected = get_steering_method(config.steering_type).method_cls.tensor_shapes(config)
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            for name in file.keys():
-                shape = file.get_slice(name).get_shape()
-                want = expected.get(name)
-                if want is not None and (
-                    len(want) != len(shape) or any(w is not None and w != s for w, s in zip(want, shape, strict=True))
-                ):
-                    raise AdapterFileError(f"Tensor {name!r} has shape {tuple(shape)}, the config calls for {want}.")
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{Path(path).name} is damaged or no safetensors file: {error}") from error
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return next((name for name, dtype in DTYPES.items() if dtype is tensor.dtype), str(tensor.dtype))
 
 
 def active_lora_names(model: torch.nn.Module) -> list[str]:

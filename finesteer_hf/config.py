@@ -11,14 +11,17 @@ import dataclasses
 import importlib
 import json
 import math
+import reprlib
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
 from finesteer_hf.processors import POSITIONS, Positions
+from finesteer_hf.tensor_files import replacing, unique_keys
 
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ FORMAT_VERSION = 1
 ENTRY_POINT_GROUP = "finesteer_hf.methods"
 # A config is a page of settings and figures; anything larger is not one.
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+# Keys of the file that are no settings of the method.
+FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 
 ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
 
@@ -92,9 +97,9 @@ class SteeringConfig:
         if not isinstance(data, dict) or not isinstance(data.get("steering_type"), str):
             raise AdapterFileError(f"{CONFIG_NAME} must hold a JSON object with a text `steering_type`.")
         version = data.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise AdapterFileError(
-                f"{CONFIG_NAME} has format_version {version!r}; this finesteer_hf reads up to {FORMAT_VERSION}. Upgrade it."
+                f"{CONFIG_NAME} has format_version {version!r}; this finesteer_hf reads 1 to {FORMAT_VERSION}. Upgrade it."
             )
         config_cls = get_steering_method(data["steering_type"]).config_cls
         if not issubclass(config_cls, cls):
@@ -103,31 +108,50 @@ class SteeringConfig:
                 "`SteeringConfig.from_pretrained` or `SteeringAdapter.from_pretrained`, which take any."
             )
         requires = data.get("requires", [])
-        if not isinstance(requires, list):
+        if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
             raise AdapterFileError(f"`requires` in {CONFIG_NAME} must be a list of feature names, got {requires!r}.")
-        missing = sorted(str(name) for name in requires if name not in config_cls.understands)
+        missing = sorted(name for name in requires if name not in config_cls.understands)
         if missing:
             raise AdapterFileError(
                 f"The adapter requires features that this finesteer_hf does not understand: {missing}. "
                 f"Understood for {data['steering_type']}: {sorted(config_cls.understands)}. Upgrade finesteer_hf."
             )
+        kinds = _field_kinds(config_cls)
         names = {f.name for f in dataclasses.fields(config_cls)}
-        unknown = sorted(set(data) - names - {"format_version", "steering_type"})
+        unknown = sorted(set(data) - names - FILE_KEYS)
         if unknown:
             warnings.warn(
                 f"{CONFIG_NAME} has keys that this version does not know and does not need: {unknown}.", stacklevel=3
             )
+        for name in sorted(names & set(data)):
+            if not fits(data[name], kinds.get(name, Any)):
+                raise AdapterFileError(
+                    f"`{name}` in {CONFIG_NAME} must be {_kind_text(kinds[name])}, got {reprlib.repr(data[name])}."
+                )
         try:
             return config_cls(**{name: value for name, value in data.items() if name in names})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{CONFIG_NAME} cannot be read as {config_cls.__name__}: {error}") from error
 
-    def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `steering_config.json` into a folder and return its path."""
+    def save_pretrained(self, save_directory: str | Path, *, weights_sha256: str | None = None) -> Path:
+        """Write `steering_config.json` into a folder.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            weights_sha256: SHA-256 of the `steering_model.safetensors` that belongs to it, which loading checks.
+
+        Returns:
+            Path of the file.
+        """
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        data = self.to_dict()
+        if weights_sha256 is not None:
+            data["weights_sha256"] = weights_sha256
         # NaN is no JSON: a config that cannot be read back by every JSON reader must fail here.
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return path
 
     @classmethod
@@ -147,29 +171,71 @@ class SteeringConfig:
         """Read a `steering_config.json`.
 
         Raises:
-            AdapterFileError: if it is too large, no JSON, or repeats a key.
+            AdapterFileError: if it is too large, no JSON, or no config.
         """
-        path = Path(path)
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterFileError(
-                f"{path.name} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are read."
-            )
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_nan)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise AdapterFileError(f"{path.name} is not readable JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_config_file(path))
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise AdapterFileError(f"{CONFIG_NAME} repeats a key among {sorted(set(keys))[:20]}.")
-    return dict(pairs)
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read the JSON of a `steering_config.json`, without making a config of it.
+
+    Raises:
+        AdapterFileError: if it is too large, nested too deeply, no JSON object, repeats a key, or holds a number or a
+            text that no JSON file can say.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"{path.name} has {size} bytes; at most {MAX_CONFIG_BYTES} are read.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
+        # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path.name} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise AdapterFileError(f"{path.name} must hold a JSON object, not a {type(data).__name__}.")
+    return data
 
 
-def _no_nan(text: str) -> float:
-    raise AdapterFileError(f"{CONFIG_NAME} holds {text}, which is no JSON number.")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that an adapter can hold")
+    return value
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is what a config's field is declared to hold; a whole number is a float, true is no number."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is dict or kind is dict:
+        return isinstance(value, dict) and all(fits(item, args[1] if args else Any) for item in value.values())
+    if origin in (list, tuple) or kind in (list, tuple):
+        return isinstance(value, list) and all(fits(item, args[0] if args else Any) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if kind is type(None) else isinstance(value, kind)
+
+
+def _field_kinds(config_cls: type) -> dict[str, Any]:
+    """Declared types of a config's fields; empty if a name in them is unknown outside the class's own module."""
+    try:
+        return get_type_hints(config_cls)
+    except NameError:
+        return {}
+
+
+def _kind_text(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
 @dataclass(frozen=True)

@@ -52,3 +52,15 @@ class UnknownMethodError(SteeringError, ValueError):
 
 class DatasetError(SteeringError, ValueError):
     """A data set that cannot be fitted: empty, a missing column, identical answers, one class only."""
+
+
+class NoAdapterError(SteeringError, FileNotFoundError):
+    """No adapter where one was looked for: a folder, a repo, a revision of it, or a folder in it."""
+
+
+class PushError(SteeringError, RuntimeError):
+    """A push that did not go through; the message says what is on the Hub now."""
+
+
+class PushConflictError(PushError):
+    """Somebody else changed the same files on the Hub meanwhile; nothing was pushed."""

@@ -1,0 +1,85 @@
+"""Downloads whose content is what the Hub says it is.
+
+huggingface_hub checks the size of a download, not its hash, and names the cached file after the hash that the Hub
+announced: the git hash of a small file, the SHA-256 of a large one. So the name tells whether the content is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.tensor_files import sha256_of
+
+
+# What a connection, the Hub or its storage may fail with; huggingface_hub reports a failed upload as RuntimeError.
+FAILURES = (HTTPError, HfHubHTTPError, OSError, RuntimeError)
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: Any) -> Path:
+    """Download a file into the cache, or find it there, and check it against its announced hash.
+
+    A cached file that is damaged is downloaded once more, unless no request may be made.
+
+    Args:
+        repo_id: `org/name`.
+        path: path in the repo.
+        revision: branch, tag or commit.
+        **kwargs: as for `hf_hub_download`.
+
+    Returns:
+        Path in the cache.
+
+    Raises:
+        AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
+    """
+    local = Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
+    if is_intact(local):
+        return local
+    if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        raise AdapterFileError(
+            f"{path} of {repo_id} is damaged in the cache ({local}). Load it once with the Hub at hand to replace it."
+        )
+    forget(local)
+    local = Path(hf_hub_download(repo_id, path, revision=commit_of(local, path), **{**kwargs, "force_download": True}))
+    if not is_intact(local):
+        forget(local)
+        raise AdapterFileError(
+            f"{path} of {repo_id} arrived twice with another content than the Hub announces. Nothing was kept. Try "
+            "again; if it stays so, the file is damaged on the Hub, or something on the way to it is."
+        )
+    return local
+
+
+def commit_of(local: Path, path: str) -> str:
+    """The commit of a cached file, which the cache keeps under `snapshots/<commit>/<path in the repo>`."""
+    return local.parents[len(Path(path).parts) - 1].name
+
+
+def is_intact(local: Path) -> bool:
+    """Whether a cached file has the content that its blob's name says; true where the cache keeps no blobs."""
+    blob = local.resolve()
+    if blob.parent.name != "blobs" or not _HASH.fullmatch(blob.name):
+        return True
+    if len(blob.name) == 40:
+        return git_blob_sha1(blob.read_bytes()) == blob.name
+    return sha256_of(blob) == blob.name
+
+
+def forget(local: Path) -> None:
+    """Take a file out of the cache, its blob included."""
+    blob = local.resolve()
+    local.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+def git_blob_sha1(content: bytes) -> str:
+    """The hash by which git names a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

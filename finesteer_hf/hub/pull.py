@@ -1,0 +1,201 @@
+"""Find an adapter's files: in a folder, or in a repo of the Hub at one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME
+from finesteer_hf.errors import AdapterFileError, NoAdapterError
+from finesteer_hf.hub.integrity import commit_of, download
+from finesteer_hf.hub.names import check_subfolder, is_repo_name, listed, split_name
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Where an adapter's files are on this machine, and where they came from.
+
+    Attributes:
+        config: path of `steering_config.json`.
+        weights: path of `steering_model.safetensors`, None if it was not asked for.
+        source: the folder, or the repo's id (with the folder in it).
+        revision: commit that all files came from, None for a folder.
+        requested: branch, tag or commit that was asked for, None for the default branch.
+    """
+
+    config: Path
+    weights: Path | None
+    source: str
+    revision: str | None = None
+    requested: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The source with the branch or tag that was asked for: `org/name@v1`."""
+        return f"{self.source}@{self.requested}" if self.requested not in (None, self.revision) else self.source
+
+
+def resolve_adapter_files(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    weights: bool = True,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> AdapterFiles:
+    """Find an adapter's files, downloading them if they are on the Hub.
+
+    The config is asked for by the revision's name, which also tells the commit; everything else by that commit, so one
+    load never mixes two. A load whose files are in the cache makes one request, and none if the revision is a full
+    commit hash, `local_files_only` is set, or the Hub is switched off (`HF_HUB_OFFLINE`).
+
+    Args:
+        name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder@revision` names a folder of the repo.
+        revision: branch, tag or commit of the adapter's repo.
+        subfolder: folder inside the repo or folder.
+        weights: whether the tensors are wanted beside the config.
+        token: token of the Hub, if not the one that is signed in.
+        cache_dir: the cache, if not the usual one.
+        local_files_only: whether to look in the cache alone, without any request.
+        force_download: whether to download what is in the cache already.
+
+    Raises:
+        NoAdapterError: (a `FileNotFoundError`) if there is no such folder, repo, revision or adapter in it.
+        AdapterFileError: if a file is damaged or lies outside its folder.
+        ValueError: if an argument does not fit the others or is no name.
+    """
+    check_subfolder(subfolder)
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder and has no revisions, so revision={revision!r} cannot be taken.")
+        return _folder_files(folder, subfolder, weights)
+    if not isinstance(name_or_path, str) or not is_repo_name(name_or_path):
+        raise NoAdapterError(
+            f"There is no folder {str(name_or_path)!r}, and it is no Hub id of the form org/name or org/name@revision."
+        )
+    repo_id, subfolder, revision = split_name(name_or_path, subfolder, revision)
+    where = _Place(repo_id, revision, subfolder, token)
+    options = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    try:
+        config = download(repo_id, where.path(CONFIG_NAME), revision=revision, **options)
+        commit = commit_of(config, where.path(CONFIG_NAME))
+        tensors = download(repo_id, where.path(WEIGHTS_NAME), revision=commit, **options) if weights else None
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, HTTPError) as error:
+        raise NoAdapterError(where.explain(error, local_files_only)) from error
+    return AdapterFiles(config, tensors, where.name, commit, revision)
+
+
+def _folder_files(folder: Path, subfolder: str | None, weights: bool) -> AdapterFiles:
+    inner = folder / subfolder if subfolder else folder
+    config, tensors = inner / CONFIG_NAME, inner / WEIGHTS_NAME
+    for path in (config, *((tensors,) if weights else ())):
+        if not path.is_file():
+            found = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"*/{CONFIG_NAME}"))
+            raise NoAdapterError(
+                f"{inner} holds no {path.name}; it is no steering adapter, or only a part of one."
+                + (f" Folders in it that hold one: {listed(found)}." if found else "")
+            )
+        _check_inside(path, folder)
+    return AdapterFiles(config, tensors if weights else None, str(inner))
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the folder; the Hub's cache links from `snapshots/<commit>` to `blobs`."""
+    real, inside = path.resolve(), folder.resolve()
+    if inside in real.parents:
+        return
+    parts = inside.parts
+    if "snapshots" in parts:
+        repo = Path(*parts[: len(parts) - 1 - parts[::-1].index("snapshots")])
+        if real.parent == repo / "blobs":
+            return
+    raise AdapterFileError(f"{path} is a link to a file outside {folder}. Put the file itself there.")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where on the Hub an adapter was looked for, and what to say if it is not there."""
+
+    repo_id: str
+    revision: str | None
+    subfolder: str | None
+    token: str | bool | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
+
+    def path(self, file: str) -> str:
+        return f"{self.subfolder}/{file}" if self.subfolder else file
+
+    def explain(self, error: Exception, local_files_only: bool) -> str:
+        """Say what is missing, list what exists, say what to do."""
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        if isinstance(error, GatedRepoError):
+            return f"{self.repo_id} is gated: ask for access on its page, then sign in with `hf auth login`."
+        if isinstance(error, RepositoryNotFoundError):
+            signed_in = self.token if self.token is not None else get_token()
+            return f"There is no repo {self.repo_id!r} on the Hub, or it is private and " + (
+                "this token may not read it. Check the name, or give token= one that may."
+                if signed_in
+                else "no token was sent. Check the name, sign in with `hf auth login`, or give token=."
+            )
+        if isinstance(error, LocalEntryNotFoundError):
+            why = (
+                "local_files_only=True makes no request"
+                if local_files_only
+                else "HF_HUB_OFFLINE is set"
+                if constants.HF_HUB_OFFLINE
+                else "the Hub cannot be reached"
+            )
+            return (
+                f"The steering adapter {self.name!r}{at} is not in the cache, and {why}. Load it once with the Hub at "
+                f"hand, or give the folder that holds it. ({error})"
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return f"{self.repo_id} has no revision {self.revision!r}. {self._revisions()}"
+        if isinstance(error, EntryNotFoundError):
+            return f"{self.name}{at} holds no steering adapter ({CONFIG_NAME} and {WEIGHTS_NAME}). {self._contents()}"
+        return f"The steering adapter {self.name!r}{at} could not be downloaded: {error}"
+
+    def _revisions(self) -> str:
+        try:
+            refs = HfApi(token=self.token).list_repo_refs(self.repo_id)
+        except (HTTPError, OSError):
+            return "Look at the repo's page for its tags and branches."
+        tags, branches = (listed(ref.name for ref in kind) for kind in (refs.tags, refs.branches))
+        return f"Tags: {tags}; branches: {branches}. A commit is given by its 40 digits."
+
+    def _contents(self) -> str:
+        try:
+            files = HfApi(token=self.token).list_repo_files(self.repo_id, revision=self.revision)
+        except (HTTPError, OSError):
+            return "Look at the repo's page for what it holds."
+        adapters = [path.rpartition("/")[0] or "the root" for path in files if path.endswith(CONFIG_NAME)]
+        if adapters:
+            return f"Steering adapters in it: {listed(adapters)}; give subfolder= for one that is not in the root."
+        if "adapter_config.json" in files:
+            return "It holds a PEFT adapter: load that with AutoModelForCausalLM, as the model, not as steering=."
+        if "config.json" in files:
+            return "It holds a model: give it as the model, not as steering=."
+        return f"Files in it: {listed(files)}."

@@ -1,0 +1,304 @@
+"""Push an adapter: one commit, made against the commit that was looked at.
+
+What is on the Hub never changes by half: the files and the merged card travel in one commit with `parent_commit`, so a
+branch that moved meanwhile refuses it. If it was moved by other files alone, the card is merged again and the commit is
+made on top, once; if the adapter's own files changed, the push stops and says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import GitRefs, RepoFile
+
+from finesteer_hf.cards import CARD_NAME, write_card
+from finesteer_hf.errors import PushConflictError, PushError
+from finesteer_hf.hub.integrity import FAILURES, download, git_blob_sha1
+from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
+from finesteer_hf.hub.repo_card import write_repo_card
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.adapter import SteeringAdapter
+
+
+# Seconds before a commit or tag that did not arrive is sent again.
+PAUSES = (0.5, 2.0)
+
+
+def push_adapter(
+    adapter: SteeringAdapter,
+    repo_id: str,
+    *,
+    tag: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> CommitInfo:
+    """Upload an adapter in one commit, with its card merged into the repo's README.
+
+    Args:
+        adapter: a fitted adapter.
+        repo_id: `org/name`, or `name` in the token's own namespace; created if it is not there.
+        tag: name for the new commit; must not exist yet, so that a version never changes its meaning.
+        revision: branch to commit to, created from `main` if it is not there; by default `main`.
+        create_pr: whether to open a pull request instead of changing the branch.
+        private: visibility of a repo that is created; one that exists with the other visibility is an error.
+        commit_message: title of the commit.
+        commit_description: its text.
+        token: token of the Hub, if not the one that is signed in.
+        subfolder: folder of the repo for the adapter, so that one repo can hold several.
+
+    Returns:
+        The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. Where every file was there already, the commit
+        that is there.
+
+    Raises:
+        AdapterFileError: if the tensors do not match the config.
+        ValueError: if the tag exists, `tag` and `create_pr` are both given, or a name is none.
+        PushConflictError: if somebody else changed the adapter's files meanwhile; nothing was pushed.
+        PushError: if the Hub did not take it; the message says what is there.
+    """
+    adapter.check_tensors()
+    if tag is not None and create_pr:
+        raise ValueError("A tag names a commit of a branch: merge the pull request first, then tag it.")
+    check_repo_id(repo_id)
+    check_ref("tag", tag)
+    check_ref("revision", revision)
+    check_subfolder(subfolder)
+    api = HfApi(token=token)
+    message = commit_message or f"Upload {adapter.config.steering_type} adapter" + (f" {tag}" if tag else "")
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        branch = _prepare(api, repo_id, tag, revision, private)
+        with tempfile.TemporaryDirectory(prefix="finesteer-push-") as folder:
+            push = _Push(api, adapter, branch, subfolder, Path(folder), message, commit_description)
+            commit = push.open_pull_request() if create_pr else push.commit()
+    except HfHubHTTPError as error:
+        raise PushError(f"Nothing was pushed to {repo_id}: {_reason(error, repo_id)}") from error
+    if tag is not None:
+        _tag(api, repo_id, tag, commit.oid)
+    return commit
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Where a commit goes, and the commit that it goes on top of."""
+
+    repo_id: str
+    name: str
+    head: str
+
+
+def _prepare(api: HfApi, repo_id: str, tag: str | None, revision: str | None, private: bool | None) -> _Branch:
+    """Look at the repo, make it and the branch where they are missing, and refuse what cannot be done."""
+    refs = _refs(api, repo_id, private)
+    tags = {ref.name for ref in refs.tags}
+    if tag in tags:
+        raise ValueError(
+            f"{repo_id} has a tag {tag!r} already, and a version never changes its meaning. Nothing was pushed. Tags "
+            f"there: {listed(tags)}. Choose another, or first HfApi().delete_tag({repo_id!r}, tag={tag!r})."
+        )
+    name = revision or "main"
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    if name in heads:
+        return _Branch(repo_id, name, heads[name])
+    if name in tags:
+        raise ValueError(f"{name!r} is a tag of {repo_id}; commits go to branches. Branches there: {listed(heads)}.")
+    if not name.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=name, exist_ok=True)
+    return _Branch(repo_id, name, _head(api, repo_id, name))
+
+
+def _refs(api: HfApi, repo_id: str, private: bool | None) -> GitRefs:
+    try:
+        refs = api.list_repo_refs(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.list_repo_refs(repo_id)
+    if private is not None and bool(api.model_info(repo_id).private) is not private:
+        raise ValueError(
+            f"{repo_id} exists and is {'public' if private else 'private'}, which private={private} does not change. "
+            f"Nothing was pushed. Change it first with HfApi().update_repo_settings({repo_id!r}, private={private}), "
+            "or leave private= out."
+        )
+    return refs
+
+
+def _head(api: HfApi, repo_id: str, branch: str) -> str:
+    sha = api.model_info(repo_id, revision=branch).sha
+    assert sha is not None
+    return sha
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    """Name a commit; an answer that got lost is told from a tag that somebody else made."""
+    pauses = list(PAUSES)
+    while True:
+        try:
+            return api.create_tag(repo_id, tag=tag, revision=commit)
+        except FAILURES as error:
+            failure = error
+        try:
+            there = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        except FAILURES:
+            there = {}
+        if there.get(tag) == commit:
+            return None
+        if tag in there or not pauses:
+            why = "somebody else made one meanwhile, on another commit" if tag in there else _reason(failure, repo_id)
+            raise PushError(
+                f"The adapter was pushed to {repo_id} as commit {commit}, but the tag {tag!r} was not made: {why}. "
+                f"Make one with HfApi().create_tag({repo_id!r}, tag=..., revision={commit!r})."
+            ) from failure
+        time.sleep(pauses.pop(0))
+
+
+def _reason(error: Exception, repo_id: str) -> str:
+    """What the Hub said, and what to do where that is known."""
+    status = _status(error)
+    if status in (401, 403):
+        return (
+            f"the Hub does not let this token write to {repo_id}. Sign in with `hf auth login`, or give token= one with "
+            f"write access to {repo_id.split('/')[0]!r}; without it, create_pr=True opens a pull request ({error})."
+        )
+    return str(error)
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+@dataclass
+class _Push:
+    """One push under way."""
+
+    api: HfApi
+    adapter: SteeringAdapter
+    branch: _Branch
+    subfolder: str | None
+    folder: Path
+    message: str
+    description: str | None
+
+    def commit(self) -> CommitInfo:
+        """Commit to the branch, again where that is safe."""
+        repo_id, name, parent = self.branch.repo_id, self.branch.name, self.branch.head
+        merged_again, pauses = False, list(PAUSES)
+        while True:
+            files = self.write(parent)
+            try:
+                return self.send(files, parent)
+            except FAILURES as error:
+                status, failure = _status(error), error
+            if status is not None and status < 500 and status not in (408, 412, 429):
+                raise failure
+            head = self.head_after(failure)
+            if head == parent:
+                if not pauses:
+                    raise PushError(
+                        f"The Hub did not take the commit to {repo_id}: {failure}. Nothing was pushed, {name} is still "
+                        f"at {parent[:8]}. Push again."
+                    ) from failure
+                time.sleep(pauses.pop(0))
+            elif self.holds(files, head):
+                # The commit arrived, its answer did not: sent again it changes nothing, and its answer names it.
+                parent = head
+            elif merged_again or not self.unchanged(files, parent, head):
+                raise PushConflictError(
+                    f"Somebody else pushed to {repo_id} meanwhile: {name} is at {head[:8]}, no longer at {parent[:8]}. "
+                    "Nothing of yours was pushed. Look at what is there, then push again to put yours on top."
+                ) from failure
+            else:
+                merged_again, parent = True, head
+
+    def open_pull_request(self) -> CommitInfo:
+        """Open a pull request; sent once, since a second one might be a duplicate."""
+        try:
+            return self.send(self.write(self.branch.head), self.branch.head, create_pr=True)
+        except FAILURES as error:
+            if (status := _status(error)) is not None and status < 500:
+                raise
+            raise PushError(
+                f"The Hub did not answer to the pull request for {self.branch.repo_id}: {error}. Look there whether it "
+                "was opened before you push again."
+            ) from error
+
+    def send(self, files: Mapping[str, Path], parent: str, create_pr: bool = False) -> CommitInfo:
+        return self.api.create_commit(
+            self.branch.repo_id,
+            [CommitOperationAdd(path, source) for path, source in files.items()],
+            commit_message=self.message,
+            commit_description=self.description,
+            revision=self.branch.name,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+
+    def write(self, parent: str) -> dict[str, Path]:
+        """Write everything that is uploaded, cards merged with those of a commit; paths in the repo and here."""
+        shutil.rmtree(self.folder)
+        directory = self.folder / (self.subfolder or "")
+        directory.mkdir(parents=True)
+        self.adapter.write_files(directory)
+        self.fetch(f"{self.subfolder}/{CARD_NAME}" if self.subfolder else CARD_NAME, parent)
+        write_card(self.adapter, directory, "/".join(filter(None, (self.branch.repo_id, self.subfolder))))
+        if self.subfolder:
+            self.fetch(CARD_NAME, parent)
+            write_repo_card(self.adapter, self.folder, self.subfolder)
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
+
+    def fetch(self, path: str, commit: str) -> None:
+        """Copy a file of the repo into the folder, if there is one."""
+        try:
+            source = download(self.branch.repo_id, path, revision=commit, token=self.api.token)
+        except EntryNotFoundError:
+            return
+        (self.folder / path).write_bytes(source.read_bytes())
+
+    def head_after(self, failure: Exception) -> str:
+        """The branch's commit after a commit that may or may not have arrived."""
+        try:
+            return _head(self.api, self.branch.repo_id, self.branch.name)
+        except FAILURES as error:
+            raise PushError(
+                f"The push to {self.branch.repo_id} failed ({failure}), and the Hub does not say what it has ({error}). "
+                f"{self.branch.name} was at {self.branch.head[:8]} before: look there, then push again."
+            ) from failure
+
+    def holds(self, files: Mapping[str, Path], commit: str) -> bool:
+        """Whether a commit has exactly these files."""
+        there = self.entries(files, commit)
+        for path, source in files.items():
+            entry, content = there.get(path), source.read_bytes()
+            if entry is None or entry.size != len(content):
+                return False
+            operation = CommitOperationAdd(path, content)
+            ours = operation.upload_info.sha256.hex() if entry.lfs else git_blob_sha1(content)
+            if ours != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
+                return False
+        return True
+
+    def unchanged(self, files: Mapping[str, Path], before: str, after: str) -> bool:
+        """Whether the files, cards aside, are the same in two commits."""
+        ours = [path for path in files if Path(path).name != CARD_NAME]
+        old, new = self.entries(ours, before), self.entries(ours, after)
+        return {p: e.blob_id for p, e in old.items()} == {p: e.blob_id for p, e in new.items()}
+
+    def entries(self, paths: Mapping[str, Path] | list[str], commit: str) -> dict[str, RepoFile]:
+        found = self.api.get_paths_info(self.branch.repo_id, list(paths), revision=commit)
+        return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
