@@ -37,9 +37,17 @@ PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
 _START = "<!-- finesteer_hf:start"
 _END = "<!-- finesteer_hf:end -->"
 _SECTION = re.compile(rf"{re.escape(_START)}(?P<written>.*?)-->.*?{re.escape(_END)}", re.DOTALL)
+_LISTING_START = "<!-- finesteer_hf:adapters:start -->"
+_LISTING_END = "<!-- finesteer_hf:adapters:end -->"
+_LISTING_HEAD = ("## Steering adapters in this repo", "", "| folder | method | base model |", "|---|---|---|")
+_LISTING = re.compile(
+    rf"{re.escape(_LISTING_START)}.*?\|---\|---\|---\|\n(?P<rows>.*?)\n?{re.escape(_LISTING_END)}", re.DOTALL
+)
 
 
-def write_card(adapter: SteeringAdapter, directory: Path, repo_id: str | None = None) -> Path:
+def write_card(
+    adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
+) -> Path:
     """Write the adapter's `README.md` and its plots into a folder, merged into the README that is there.
 
     Args:
@@ -47,17 +55,17 @@ def write_card(adapter: SteeringAdapter, directory: Path, repo_id: str | None = 
         directory: an existing folder.
         repo_id: Hub id that the card's example loads; by default a placeholder, since a card may be published and a
             folder's path should not.
+        subfolder: folder of that repo which holds the adapter, for the example.
 
     Returns:
         Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
     """
     directory = Path(directory)
     path = directory / CARD_NAME
-    existing = path.read_text(encoding="utf-8-sig") if path.exists() else ""
     plots = draw_plots(adapter)
-    body = render_section(adapter, repo_id or PLACEHOLDER, plots)
+    body = render_section(adapter, repo_id or PLACEHOLDER, subfolder, plots)
     try:
-        text = merge_card(existing, body, card_metadata(adapter))
+        text = merge_card(_read(path), body, card_metadata(adapter))
     except (yaml.YAMLError, ValueError) as error:
         warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
         return path
@@ -153,7 +161,7 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
     return plots
 
 
-def render_section(adapter: SteeringAdapter, repo: str, plots: dict[str, CardPlot]) -> str:
+def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:
     """Our part of the card, from the packaged template."""
     base = adapter.config.base_model_name_or_path
     name = base_name(adapter)
@@ -164,6 +172,7 @@ def render_section(adapter: SteeringAdapter, repo: str, plots: dict[str, CardPlo
         base=name or "the-base-model",
         base_link=f"[`{base}`](https://huggingface.co/{base})" if base and is_hub_id(base) else f"`{name}`",
         repo=repo,
+        subfolder=subfolder,
         facts=adapter_facts(adapter),
         figures=list(plots.values()),
     )
@@ -187,25 +196,93 @@ def merge_card(existing: str, body: str, metadata: dict[str, Any]) -> str:
         ValueError: if the existing metadata block is no mapping.
         yaml.YAMLError: if it cannot be parsed.
     """
-    existing = existing.replace("\r\n", "\n")
-    theirs: dict[str, Any] = {}
-    block = REGEX_YAML_BLOCK.search(existing)
-    text = existing
-    if block is not None:
-        loaded = yaml.safe_load(block.group(2))
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ValueError("it must be a mapping")
-        theirs = loaded or {}
-        text = existing[: block.start()] + existing[block.end() :]
-    section = _SECTION.search(text)
-    merged = _merge_metadata(theirs, metadata, _written_before(section))
+    readme = _Readme.parse(existing)
+    section = _SECTION.search(readme.text)
+    merged = _merge_metadata(readme.metadata, metadata, _written_before(section))
     ours = f"{_START} {json.dumps(metadata, sort_keys=True)} -->\n{body.strip()}\n{_END}"
+    return readme.write(merged, _put(readme.text, section, ours))
+
+
+def merge_repo_card(adapter: SteeringAdapter, folder: Path, subfolder: str) -> Path:
+    """List an adapter of a subfolder in the README of its repo, beside whatever that says.
+
+    Args:
+        adapter: the adapter.
+        folder: a copy of the repo's root.
+        subfolder: where in the repo the adapter is.
+
+    Returns:
+        Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
+    """
+    path = Path(folder) / CARD_NAME
+    existing = _read(path)
+    metadata = {name: value for name, value in card_metadata(adapter).items() if name != "model-index"}
+    try:
+        readme = _Readme.parse(existing)
+    except (yaml.YAMLError, ValueError) as error:
+        warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
+        return path
+    section = _LISTING.search(readme.text)
+    ours = f"| [`{subfolder}`](./{subfolder}/{CARD_NAME}) |"
+    rows = [line for line in section["rows"].splitlines() if line.strip()] if section else []
+    rows = [row for row in rows if not row.startswith(ours)]
+    rows.append(f"{ours} {adapter.config.steering_type} | `{base_name(adapter) or 'not recorded'}` |")
+    listing = "\n".join([_LISTING_START, *_LISTING_HEAD, *sorted(rows), _LISTING_END])
+    merged = _merge_metadata(readme.metadata, metadata, {})
+    bases = [readme.metadata.get("base_model"), metadata.get("base_model")]
+    named = dict.fromkeys(name for base in bases if base for name in ([base] if isinstance(base, str) else base))
+    if len(named) > 1:
+        merged["base_model"] = list(named)
+    _replace(path, readme.write(merged, _put(readme.text, section, listing)).encode("utf-8"))
+    return path
+
+
+@dataclass(frozen=True)
+class _Readme:
+    """A README in its two parts.
+
+    Attributes:
+        metadata: its YAML block, read.
+        block: the block as it was written, `---` lines included; empty if there is none.
+        text: what follows.
+        newline: the line ends that the file uses.
+    """
+
+    metadata: dict[str, Any]
+    block: str
+    text: str
+    newline: str
+
+    @classmethod
+    def parse(cls, raw: str) -> _Readme:
+        newline = "\r\n" if "\r\n" in raw else "\n"
+        raw = raw.replace("\r\n", "\n")
+        block = REGEX_YAML_BLOCK.search(raw)
+        if block is None:
+            return cls({}, "", raw, newline)
+        metadata = yaml.safe_load(block.group(2))
+        if metadata is not None and not isinstance(metadata, dict):
+            raise ValueError("it must be a mapping")
+        return cls(metadata or {}, block.group(0), raw[: block.start()] + raw[block.end() :], newline)
+
+    def write(self, metadata: dict[str, Any], text: str) -> str:
+        block = self.block
+        # Written anew only where it changes: a user's comments and order would be lost for nothing.
+        if not block or metadata != self.metadata:
+            block = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
+        return f"{block}{text if text.startswith(chr(10)) else chr(10) + text}".replace("\n", self.newline)
+
+
+def _read(path: Path) -> str:
+    """A README's text with the line ends that it has; empty if there is none."""
+    return path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+
+
+def _put(text: str, section: re.Match[str] | None, ours: str) -> str:
+    """Put a section in the place of its former self, or at the end."""
     if section is not None:
-        text = text[: section.start()] + ours + text[section.end() :]
-    else:
-        text = f"{text.rstrip()}\n\n{ours}\n" if text.strip() else f"{ours}\n"
-    header = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+        return text[: section.start()] + ours + text[section.end() :]
+    return f"{text.rstrip()}\n\n{ours}\n" if text.strip() else f"{ours}\n"
 
 
 def _written_before(section: re.Match[str] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from finesteer_hf import SteeringAdapter, SteeringConfig
 from finesteer_hf.card_facts import adapter_facts, flatten, is_hub_id
-from finesteer_hf.cards import DOSE_PLOT, GATE_PLOT, template_text, write_card
+from finesteer_hf.cards import DOSE_PLOT, GATE_PLOT, merge_repo_card, template_text, write_card
 from finesteer_hf.evaluation.statistics import proportion
 from finesteer_hf.methods.base import DosePoint
 
@@ -148,6 +148,33 @@ def test_the_template_is_found_in_a_checkout() -> None:
     assert "How to use" in template_text("adapter_card.md")
     with pytest.raises(FileNotFoundError, match="reinstall"):
         template_text("missing.md")
+
+
+def test_line_ends_and_comments_of_a_user_survive_a_second_save(tmp_path: Path) -> None:
+    path = write_card(adapter(), tmp_path)
+    ours = path.read_text()
+    path.write_bytes(ours.replace("---\n", "---\n# mine\n", 1).replace("\n", "\r\n").encode())
+    before = path.read_bytes()
+    write_card(adapter(), tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_repo_lists_the_adapters_of_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("# Collection\n\nMine.\n")
+    for folder, base in (("b", "org/one"), ("a", "org/two"), ("b", "org/one")):
+        merge_repo_card(adapter(base), tmp_path, folder)
+    card = ModelCard.load(path)
+    assert card.text.strip().startswith("# Collection\n\nMine.")
+    rows = [line for line in card.text.splitlines() if line.startswith("| [")]
+    assert rows == ["| [`a`](./a/README.md) | CAA | `org/two` |", "| [`b`](./b/README.md) | CAA | `org/one` |"]
+    assert card.data.base_model == ["org/one", "org/two"] and card.data.library_name == "finesteer_hf"
+    before = path.read_text()
+    merge_repo_card(adapter("org/one"), tmp_path, "b")
+    assert path.read_text() == before
+    (tmp_path / "c").mkdir()
+    own = write_card(adapter(), tmp_path / "c", repo_id="me/many", subfolder="c").read_text()
+    assert 'steering="me/many", steering_kwargs={"subfolder": "c"}' in own
 
 
 def test_our_metadata_is_plain_yaml(tmp_path: Path) -> None:

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from evaluation_toys import half_plane_adapter
 
-from finesteer_hf import Decision, QueryStates, Site, SteeredModelForCausalLM, SteeringAdapter, config
+from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.evaluation.comparison import compare
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
 from finesteer_hf.evaluation.prompts import as_chat, encode_prompt
-from finesteer_hf.methods.base import SteeringMethod
-
-
-SITE = Site("resid_post", 1)
-
-
-@dataclass(kw_only=True)
-class HalfPlaneConfig(config.SteeringConfig):
-    """Steer where the query lies on one side of a plane."""
-
-    steering_type: ClassVar[str] = "TEST_HALF_PLANE"
-
-
-class HalfPlane(SteeringMethod):
-    config_cls = HalfPlaneConfig
-    reads = writes = (SITE,)
-
-    @classmethod
-    def tensor_shapes(cls, config: config.SteeringConfig) -> dict[str, tuple[int | None, ...]]:
-        return {"normal": (None,), "vector": (None,)}
-
-    def decide(self, queries: QueryStates) -> Decision:
-        score = queries[SITE] @ self.tensors["normal"]
-        return Decision({SITE: self.tensors["vector"][None]}, (score > 0).float(), {"score": score})
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    config.register_steering_method("TEST_HALF_PLANE", config_cls=HalfPlaneConfig, method_cls=HalfPlane)
-    yield
-    del config._REGISTRY["TEST_HALF_PLANE"]
 
 
 TEXTS = ["what is the sky made of ?", "tell me about cats", "sing a song", "tell me about dogs", "is it red or blue ?"]
@@ -61,16 +29,15 @@ def judged(judge: Any) -> list[JudgedPrompt]:
 
 
 @pytest.fixture
-def outcomes(model: Any, tokenizer: Any, registered: None) -> tuple[Any, Outcome, Outcome]:
+def outcomes(model: Any, tokenizer: Any, half_plane: None) -> tuple[Any, Outcome, Outcome]:
     states = []
     for text in TEXTS:
         with torch.no_grad():
             hidden = model(torch.tensor([encode_prompt(tokenizer, as_chat(text))]), output_hidden_states=True)
         states.append(hidden.hidden_states[2][0, -1])
-    torch.manual_seed(1)
     # A plane that has queries on both of its sides.
     normal = states[0] - torch.stack(states).mean(0)
-    adapter = SteeringAdapter(HalfPlaneConfig(strength=2.0), {"normal": normal, "vector": 4 * torch.randn(32)})
+    adapter = half_plane_adapter(normal)
     steered = SteeredModelForCausalLM.from_model(model, steering=adapter)
     prompts = judged(lambda text: None if not text else len(text) % 2 == 0)
     base = evaluate(steered, tokenizer, prompts, max_new_tokens=5)

@@ -1,0 +1,61 @@
+"""`finesteer demo`: the whole way on the model that ships with the package."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from finesteer_hf.cli.common import console, say, table
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapters and of report.html.")] = Path(
+        "out/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the halves and of the fits.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
+) -> None:
+    """Fit, save, load and evaluate a truthful and a safety adapter on the playground, and write report.html."""
+    # Imported here: the other commands should not wait for what only this one needs.
+    from finesteer_hf.cli.demo_report import build_report
+    from finesteer_hf.cli.demo_run import QUICK, DemoSettings, run_demo
+    from finesteer_hf.cli.demo_tables import (
+        CAA_NOTE,
+        GATE_COLUMNS,
+        GATE_NOTE,
+        INTERVAL_NOTE,
+        SPLIT_NAMES,
+        TASK_NAMES,
+        examples,
+        gate_rows,
+        paired_note,
+        trial_columns,
+        trial_rows,
+    )
+    from finesteer_hf.evaluation.report import write_report
+
+    settings: dict[str, Any] = dict(QUICK) if quick else {}
+    with warnings.catch_warnings():
+        # Loading fitted adapters on another object of the same model is what the demo does on purpose.
+        warnings.filterwarnings("ignore", message="Steering adapter")
+        result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)
+    for trial in result.trials:
+        title = f"{TASK_NAMES[trial.task]}, split {SPLIT_NAMES[trial.task, trial.split]}"
+        console.print()
+        console.print(table(trial_columns(trial), trial_rows(trial), title=title))
+        say(paired_note(trial))
+        if trial.split == "question":
+            for index in examples(trial, 3):
+                console.print(f"[bold]{escape(trial.base.target.prompts[index].text)}[/]", highlight=False)
+                for name, arm in (("unsteered", trial.base), ("FineSteer", trial.finesteer), ("CAA", trial.caa)):
+                    console.print(f"  [cyan]{name}:[/] {escape(arm.target.answers.texts[index])}", highlight=False)
+    console.print()
+    console.print(table(GATE_COLUMNS, gate_rows(result), title="gates on held-out prompts"))
+    for note in (CAA_NOTE, INTERVAL_NOTE, GATE_NOTE):
+        say(note)
+    path = write_report(build_report(result), out / "report.html")
+    console.print(f"[bold]{escape(str(path))}[/] written; {result.seconds:.0f} s in all", highlight=False)

@@ -1,0 +1,178 @@
+"""The demo's report: one HTML file."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial
+from finesteer_hf.cli.demo_tables import (
+    CAA_NOTE,
+    GATE_COLUMNS,
+    GATE_NOTE,
+    INTERVAL_NOTE,
+    SPLIT_NAMES,
+    TASK_NAMES,
+    examples,
+    gate_rows,
+    hit_name,
+    paired_note,
+    trial_columns,
+    trial_rows,
+)
+from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.plots import (
+    plot_dose_response,
+    plot_expert_use,
+    plot_gate_roc,
+    plot_gate_scores,
+    plot_shares,
+)
+from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
+from finesteer_hf.methods.base import DosePoint
+
+
+LEAD = (
+    "A small language model that ships with the package repeats folklore and complies with requests in a jailbreak "
+    "wrapper. Adapters were fitted on one half of its questions and requests, saved, loaded, and tried on the other half. "
+    "The model is an organism for showing and testing the machinery: these figures say nothing about large models."
+)
+
+
+def build_report(result: DemoResult) -> Report:
+    """The report of a demo run."""
+    sections = [_trial_section(result, trial) for trial in result.trials]
+    sections.append(_gate_section(result))
+    return Report(
+        title="FineSteer on the playground",
+        lead=LEAD,
+        headline=_headline(result),
+        sections=sections,
+        provenance={
+            "finesteer_hf": version("finesteer-hf"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+            "seed": str(result.settings.seed),
+            "time": f"{result.seconds:.0f} s",
+        },
+    )
+
+
+def _headline(result: DemoResult) -> list[Headline]:
+    items = []
+    for trial in result.trials:
+        if trial.split == "question":
+            before, after = trial.base.target.share, trial.finesteer.target.share
+            caa = trial.caa.target.share
+            detail = f"n={after.n}; CAA at best {100 * caa.value:.0f}%"
+            items.append(
+                Headline(TASK_NAMES[trial.task], f"{100 * before.value:.0f}% → {100 * after.value:.0f}%", detail)
+            )
+            same = trial.finesteer.general.identical_to(trial.base.general)
+            items.append(
+                Headline(
+                    f"general output unchanged ({trial.task})",
+                    f"{100 * same.value:.1f}%",
+                    f"n={same.n}; token for token",
+                )
+            )
+    return items
+
+
+def _trial_section(result: DemoResult, trial: Trial) -> Section:
+    name = TASK_NAMES[trial.task]
+    config = trial.adapter.config
+    section = Section(
+        title=f"{name[0].upper()}{name[1:]}, split {SPLIT_NAMES[trial.task, trial.split].partition(':')[0]}",
+        text=[
+            f"Split {SPLIT_NAMES[trial.task, trial.split]}. Fitted in {trial.fit_seconds:.0f} s: layer {config.layer}, "
+            f"strength {config.strength:g}, {sum(t.numel() for t in trial.adapter.tensors.values()):,} parameters.",
+            paired_note(trial),
+        ],
+        tables=[
+            Table(trial_columns(trial), trial_rows(trial), note=f"{CAA_NOTE} {INTERVAL_NOTE}"),
+            Table(
+                ("CAA's strength", hit_name(trial)),
+                [(f"{strength:g}", str(outcome.share)) for strength, outcome in trial.sweep],
+                title="CAA at each strength",
+            ),
+        ],
+        plots=[Plot(plot_shares(_shares(trial)), "Shares with 95% Wilson intervals, conditions side by side.")],
+        exchanges_title="Held-out answers side by side (drawn without regard to the outcome)",
+        exchanges=[
+            Exchange(
+                trial.base.target.prompts[index].text,
+                [
+                    _answer("unsteered", trial.base.target, index),
+                    _answer("FineSteer", trial.finesteer.target, index),
+                    _answer("CAA", trial.caa.target, index),
+                ],
+            )
+            for index in examples(trial, 8)
+        ],
+    )
+    curve = dose_points(trial.adapter.config.fit)
+    if curve:
+        caption = "Dose response on rows held out of the fit: margin of the wanted answers, shift of general prompts."
+        section.plots.append(Plot(plot_dose_response(curve, chosen=float(config.strength)), caption))
+    experts = trial.finesteer.target.recorded("experts")
+    if experts is not None and experts.ndim == 2 and experts.shape[1] > 1:
+        categories = [item.category for item in trial.finesteer.target.prompts]
+        section.plots.append(
+            Plot(plot_expert_use(experts, categories), "Expert use: mean routing weight by kind of prompt.")
+        )
+    return section
+
+
+def dose_points(fit: dict) -> list[DosePoint]:
+    """The dose-response curve that a fit kept; empty if it kept none."""
+    return [DosePoint(**point) for point in fit.get("report", {}).get("dose_response", [])]
+
+
+def _shares(trial: Trial) -> dict:
+    conditions: dict[str, Arm] = {"unsteered": trial.base, "FineSteer": trial.finesteer, "CAA (best)": trial.caa}
+    shares = {hit_name(trial): {name: arm.target.share for name, arm in conditions.items()}}
+    if trial.base.target.choices is not None:
+        shares["MC1"] = {
+            name: arm.target.choices.mc1_share for name, arm in conditions.items() if arm.target.choices is not None
+        }
+    shares["general tasks correct"] = {name: arm.general.share for name, arm in conditions.items()}
+    shares["general output identical"] = {
+        name: arm.general.identical_to(trial.base.general) for name, arm in conditions.items() if arm is not trial.base
+    }
+    return shares
+
+
+def _answer(condition: str, outcome: Outcome, index: int) -> Answer:
+    verdict = outcome.verdicts[index]
+    mark: Mark = "good" if verdict is True else "bad" if verdict is False else ""
+    gate = outcome.recorded("gate")
+    remark = f"gate {gate[index]:.2f}" if gate is not None else ""
+    return Answer(condition, outcome.answers.texts[index], mark, remark)
+
+
+def _gate_section(result: DemoResult) -> Section:
+    section = Section(
+        title="Gates",
+        text=["When to steer: the calibrated default beside the paper's three gates, and no gate at all."],
+        tables=[Table(GATE_COLUMNS, gate_rows(result), note=GATE_NOTE)],
+    )
+    for task in dict.fromkeys(row.task for row in result.gates):
+        scores = {}
+        for row in result.gates:
+            ir, general = row.ir.recorded("score"), row.general.recorded("score")
+            if row.task == task and ir is not None and general is not None:
+                scores.setdefault(row.score, (ir, general))
+        if scores:
+            section.plots.append(
+                Plot(
+                    plot_gate_roc(scores),
+                    f"{task}: target prompts caught against general prompts disturbed, held out.",
+                )
+            )
+            name, (ir, general) = next(iter(scores.items()))
+            section.plots.append(
+                Plot(plot_gate_scores(ir, general, score=f"{name} score"), f"{task}: scores of held-out prompts.")
+            )
+    return section

@@ -1,0 +1,107 @@
+"""The demo's figures as rows of text, for the terminal and for the report alike."""
+
+from __future__ import annotations
+
+import math
+
+from finesteer_hf.cli.demo_run import DemoResult, Trial
+from finesteer_hf.evaluation.statistics import Mean, Proportion
+
+
+TASK_NAMES = {"truthful": "truthful answers", "safety": "refusals of wrapped requests"}
+SPLIT_NAMES = {
+    ("truthful", "question"): "by question: no subject is in both halves",
+    ("truthful", "kind"): "by kind: no kind of misconception is in both halves",
+    ("safety", "question"): "by request: no base request is in both halves",
+    ("safety", "kind"): "by category: no category of harm is in both halves",
+}
+CAA_NOTE = (
+    "CAA: constant mean difference at the same layer, no gate, at the strength that was best on these very test prompts: "
+    "an upper bound that is generous to it. FineSteer's layer, gate and strength were chosen on the fit half alone."
+)
+INTERVAL_NOTE = (
+    "Shares: Wilson 95% intervals. MC2: mean with a bootstrap interval. Several prompts share a subject or a request, so "
+    "they are not fully independent and the intervals are somewhat too narrow."
+)
+GATE_NOTE = (
+    "A gate fires where its value is at least 0.5. Miss: held-out target prompts on which it does not fire. False alarm: "
+    "held-out general prompts (tasks and harmless look-alikes) on which it does. Dose: mean gate value. Each gate was "
+    "fitted anew, at the same layer, on the fit half."
+)
+
+
+def hit_name(trial: Trial) -> str:
+    """What a hit of the task is called."""
+    return "truthful answers" if trial.task == "truthful" else "refusals"
+
+
+def trial_columns(trial: Trial) -> tuple[str, ...]:
+    """Column names of a trial's table."""
+    return ("held out", "unsteered", "FineSteer", f"CAA, best strength {trial.caa_strength:g}")
+
+
+def trial_rows(trial: Trial) -> list[tuple[str, ...]]:
+    """All figures of a trial, one row each, unsteered, FineSteer and CAA."""
+    arms = (trial.base, trial.finesteer, trial.caa)
+    rows = [(hit_name(trial), *(str(arm.target.share) for arm in arms))]
+    if trial.base.target.choices is not None:
+        choices = [arm.target.choices for arm in arms]
+        rows.append(("MC1", *(_text(None if found is None else found.mc1_share) for found in choices)))
+        rows.append(("MC2", *(_text(None if found is None else found.mc2_mean) for found in choices)))
+    rows.append(("gate fires on these", "-", _text(trial.finesteer.target.fires()), "always on"))
+    rows.append(("gate fires on general prompts", "-", _text(trial.finesteer.general.fires()), "always on"))
+    rows.append(("general tasks correct", *(str(arm.general.share) for arm in arms)))
+    identical = [str(arm.general.identical_to(trial.base.general)) for arm in arms[1:]]
+    rows.append(("general output identical to unsteered", "-", *identical))
+    return rows
+
+
+def paired_note(trial: Trial) -> str:
+    """McNemar's tests of a trial in a sentence."""
+    base = trial.finesteer.target.against(trial.base.target)
+    caa = trial.finesteer.target.against(trial.caa.target)
+    return (
+        f"Paired, FineSteer against unsteered: {base.only_second} gained, {base.only_first} lost "
+        f"(McNemar p = {base.p_value:.1g}); against CAA: {caa.only_second} gained, {caa.only_first} lost "
+        f"(p = {caa.p_value:.1g})."
+    )
+
+
+GATE_COLUMNS = ("task", "gate", "score", "miss", "false alarm", "dose target", "dose general", "AUROC")
+
+
+def gate_rows(result: DemoResult) -> list[tuple[str, ...]]:
+    """Figures of all gates."""
+    return [
+        (
+            row.task,
+            row.gate,
+            row.score,
+            str(row.figures.miss),
+            str(row.figures.false_alarm),
+            f"{row.figures.dose_ir.value:.3f}",
+            f"{row.figures.dose_general.value:.3f}",
+            "-" if math.isnan(row.figures.auroc) or row.gate == "always" else f"{row.figures.auroc:.3f}",
+        )
+        for row in result.gates
+    ]
+
+
+def _text(figure: Proportion | Mean | None) -> str:
+    return "-" if figure is None else str(figure)
+
+
+def examples(trial: Trial, count: int) -> list[int]:
+    """Prompts to show, spread evenly over the categories and drawn without regard to the outcome."""
+    by_category: dict[str, list[int]] = {}
+    for index, item in enumerate(trial.base.target.prompts):
+        by_category.setdefault(item.category, []).append(index)
+    chosen: list[int] = []
+    turn = 0
+    while len(chosen) < min(count, len(trial.base.target.prompts)):
+        for indices in by_category.values():
+            # From the middle of each category: its first prompts are all of one form.
+            if turn < len(indices) and len(chosen) < count:
+                chosen.append(indices[(len(indices) // 2 + 7 * turn) % len(indices)])
+        turn += 1
+    return list(dict.fromkeys(chosen))

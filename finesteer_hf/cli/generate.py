@@ -1,0 +1,55 @@
+"""`finesteer generate`: answers, steered and unsteered."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from finesteer_hf.cli.common import console, load_model, load_tokenizer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; else lines of stdin.")
+    ] = None,
+    steering: Annotated[str | None, typer.Option("--steering", "-s", help="Adapter: folder or Hub id.")] = None,
+    scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Show the unsteered answer too.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Answer prompts greedily, unsteered beside steered, with what the gate said."""
+    from finesteer_hf.evaluation.generation import greedy_answers
+    from finesteer_hf.evaluation.prompts import as_chat
+    from finesteer_hf.evaluation.scoring import steered_as
+
+    texts = list(prompt) if prompt else [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise ValueError("Give --prompt TEXT, or a line of text on standard input.")
+    if plain and system:
+        raise ValueError("--system needs the chat template; leave --plain out.")
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, steering=steering, dtype=dtype, device=device)
+    prompts = [text if plain else as_chat(text, system) for text in texts]
+    conditions: list[tuple[str, str | None]] = [("unsteered", None)] if compare or steering is None else []
+    if steering is not None:
+        conditions.append(("steered", next(iter(loaded.steering_adapters))))
+    results = {}
+    for name, adapter in conditions:
+        with steered_as(loaded, adapter, scale):
+            results[name] = greedy_answers(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    for row, text in enumerate(texts):
+        console.print(f"[bold]{escape(text)}[/]", highlight=False)
+        for name, answers in results.items():
+            gates = [record["gate"][row] for record in answers.steering.values() if "gate" in record]
+            remark = f" (gate {float(gates[0]):.3f})" if gates else ""
+            console.print(f"  [cyan]{name}{remark}:[/] {escape(answers.texts[row])}", highlight=False)
