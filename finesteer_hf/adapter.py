@@ -158,6 +158,30 @@ class SteeringAdapter:
 
         return push_adapter(self, repo_id, **kwargs)
 
+    def __add__(self, other: SteeringAdapter) -> SteeringAdapter:
+        return self._combined([self, other], [1.0, 1.0]) if isinstance(other, SteeringAdapter) else NotImplemented
+
+    def __sub__(self, other: SteeringAdapter) -> SteeringAdapter:
+        return self._combined([self, other], [1.0, -1.0]) if isinstance(other, SteeringAdapter) else NotImplemented
+
+    def __mul__(self, factor: float) -> SteeringAdapter:
+        return self._combined([self], [factor]) if isinstance(factor, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SteeringAdapter:
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+
+    def __neg__(self) -> SteeringAdapter:
+        return self * -1.0
+
+    @staticmethod
+    def _combined(adapters: list[SteeringAdapter], weights: list[float]) -> SteeringAdapter:
+        """Constant adapters form a vector space; for others `finesteer_hf.algebra.combine` says why not."""
+        from finesteer_hf.algebra import combine
+
+        return combine(adapters, weights)
+
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, *, revision: str | None = None, strict: bool = True, **hub_kwargs: Any

@@ -1,0 +1,100 @@
+"""CONSTANT: vectors that are added at one or more sites, whatever the query.
+
+What other libraries call a control vector or a steering vector; it is not fitted here, but read from their files, made by
+hand, or combined from other constant adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.sites import Site, SiteKind
+
+
+_NOT_FITTED = (
+    "CONSTANT holds vectors that were made elsewhere and is not fitted. Read them with finesteer_hf.interop.load_vectors, "
+    "or fit a method such as CAA."
+)
+
+
+@dataclass(kw_only=True)
+class ConstantConfig(SteeringConfig):
+    """Where the vectors are added.
+
+    Attributes:
+        layers: decoder blocks, each with a tensor `vectors.<layer>`.
+        site: what of each block is steered: `resid_post` (its output), `resid_pre` (its input) or `head_out`.
+    """
+
+    steering_type: ClassVar[str] = "CONSTANT"
+
+    layers: list[int] = field(default_factory=list, metadata={"help": "Steered decoder blocks."})
+    site: SiteKind = field(default="resid_post", metadata={"help": "resid_pre, head_out or resid_post of each block."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers names a block twice: {self.layers[:50]}.")
+        for site in self.sites:
+            if self.num_hidden_layers is not None and site.layer >= self.num_hidden_layers:
+                raise ValueError(f"{site} is out of range for a model of {self.num_hidden_layers} layers.")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order of `layers`."""
+        return tuple(Site(self.site, layer) for layer in self.layers)
+
+
+class ConstantVectors(SteeringMethod):
+    """`H <- H + strength * v_l` at the site of each block l.
+
+    Args:
+        config: a `ConstantConfig`.
+        tensors: `vectors.<layer>`, `[width]` float32.
+    """
+
+    config_cls = ConstantConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        self.writes = cast(ConstantConfig, config).sites
+        if not self.writes:
+            raise AdapterFileError("The CONSTANT adapter names no layer, so it would steer nothing.")
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """The vectors, `[1, width]` at each site."""
+        tensors = self.parameters_on(queries.device)
+        return Decision(vectors={site: tensors[tensor_name(site)][None] for site in self.writes})
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One vector a layer; as wide as the residual stream, or as all heads together at `head_out`."""
+        settings = cast(ConstantConfig, config)
+        width = None if settings.site == "head_out" else settings.hidden_size
+        return {tensor_name(site): (width,) for site in settings.sites}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """Raises `ValueError`: there is nothing to fit."""
+        raise ValueError(_NOT_FITTED)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Raises `ValueError`: there is nothing to fit."""
+        raise ValueError(_NOT_FITTED)
+
+
+def tensor_name(site: Site) -> str:
+    """Name of a site's vector in the adapter's file."""
+    return f"vectors.{site.layer}"
+
+
+register_steering_method("CONSTANT", config_cls=ConstantConfig, method_cls=ConstantVectors)
