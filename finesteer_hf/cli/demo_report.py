@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
+from typing import Any
 
-from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial
+import numpy as np
+
+from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial, setting
 from finesteer_hf.cli.demo_tables import (
     CAA_NOTE,
     GATE_COLUMNS,
@@ -29,6 +32,7 @@ from finesteer_hf.evaluation.plots import (
     plot_shares,
 )
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
+from finesteer_hf.evaluation.statistics import Proportion
 from finesteer_hf.methods.base import DosePoint
 
 
@@ -82,12 +86,13 @@ def _headline(result: DemoResult) -> list[Headline]:
 
 def _trial_section(result: DemoResult, trial: Trial) -> Section:
     name = TASK_NAMES[trial.task]
+    split = SPLIT_NAMES[trial.task, trial.split]
     config = trial.adapter.config
     section = Section(
-        title=f"{name[0].upper()}{name[1:]}, split {SPLIT_NAMES[trial.task, trial.split].partition(':')[0]}",
+        title=f"{name[0].upper()}{name[1:]}, split {split.partition(':')[0]}",
         text=[
-            f"Split {SPLIT_NAMES[trial.task, trial.split]}. Fitted in {trial.fit_seconds:.0f} s: layer {config.layer}, "
-            f"strength {config.strength:g}, {sum(t.numel() for t in trial.adapter.tensors.values()):,} parameters.",
+            f"Split {split}. Fitted in {trial.fit_seconds:.0f} s: layer {setting(trial.adapter, 'layer')}, strength "
+            f"{config.strength:g}, {sum(t.numel() for t in trial.adapter.tensors.values()):,} parameters.",
             paired_note(trial),
         ],
         tables=[
@@ -125,12 +130,12 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
     return section
 
 
-def dose_points(fit: dict) -> list[DosePoint]:
+def dose_points(fit: dict[str, Any]) -> list[DosePoint]:
     """The dose-response curve that a fit kept; empty if it kept none."""
     return [DosePoint(**point) for point in fit.get("report", {}).get("dose_response", [])]
 
 
-def _shares(trial: Trial) -> dict:
+def _shares(trial: Trial) -> dict[str, dict[str, Proportion]]:
     conditions: dict[str, Arm] = {"unsteered": trial.base, "FineSteer": trial.finesteer, "CAA (best)": trial.caa}
     shares = {hit_name(trial): {name: arm.target.share for name, arm in conditions.items()}}
     if trial.base.target.choices is not None:
@@ -159,7 +164,7 @@ def _gate_section(result: DemoResult) -> Section:
         tables=[Table(GATE_COLUMNS, gate_rows(result), note=GATE_NOTE)],
     )
     for task in dict.fromkeys(row.task for row in result.gates):
-        scores = {}
+        scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for row in result.gates:
             ir, general = row.ir.recorded("score"), row.general.recorded("score")
             if row.task == task and ir is not None and general is not None:

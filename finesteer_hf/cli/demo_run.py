@@ -19,10 +19,19 @@ from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, general_
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.methods.finesteer import FineSteerConfig
-from finesteer_hf.methods.finesteer.config import GATES
+from finesteer_hf.methods.finesteer.config import Gate, GateScore
 
 
 MAX_NEW_TOKENS = 24
+# The default on the score that the data choose and on the paper's, the paper's three gates, and none.
+COMPARED_GATES: tuple[tuple[Gate, GateScore], ...] = (
+    ("conformal", "auto"),
+    ("conformal", "ser"),
+    ("quantile", "ser"),
+    ("logistic", "ser"),
+    ("ser", "ser"),
+    ("always", "auto"),
+)
 
 
 @dataclass(frozen=True)
@@ -160,9 +169,9 @@ def _fit_both(
     adapter = _fit(model, tokenizer, task, split, FineSteerConfig(), settings)
     seconds = time.perf_counter() - start
     folder = adapter.save_pretrained(settings.out / "adapters" / _name(task, split))
-    caa = _fit(model, tokenizer, task, split, CAAConfig(layer=adapter.config.layer, strength=1.0), settings)
+    caa = _fit(model, tokenizer, task, split, CAAConfig(layer=setting(adapter, "layer"), strength=1.0), settings)
     caa_folder = caa.save_pretrained(settings.out / "adapters" / f"{_name(task, split)}-caa")
-    say(f"fitted {task}, split by {split}: layer {adapter.config.layer}, {seconds:.0f} s")
+    say(f"fitted {task}, split by {split}: layer {setting(adapter, 'layer')}, {seconds:.0f} s")
     return _Fits(folder, caa_folder, seconds)
 
 
@@ -210,8 +219,9 @@ def _run_trial(
 def _run_gates(model: Any, steered: Any, tokenizer: Any, trial: Trial, settings: DemoSettings) -> list[GateRow]:
     """Fit each gate at the trial's layer and read it on the held-out prompts; nothing is generated but one token."""
     rows = []
-    for gate in GATES:
-        config = FineSteerConfig(gate=gate, layer=trial.adapter.config.layer, strength=1.0)
+    for gate, score in COMPARED_GATES:
+        layer = setting(trial.adapter, "layer")
+        config = FineSteerConfig(gate=gate, gate_score=score, layer=layer, strength=1.0)
         adapter = _fit(model, tokenizer, trial.task, trial.split, config, settings)
         steered.load_steering(adapter, "gate")
         ir, general = (
@@ -219,19 +229,24 @@ def _run_gates(model: Any, steered: Any, tokenizer: Any, trial: Trial, settings:
             for prompts in (trial.base.target.prompts, trial.base.general.prompts)
         )
         steered.delete_steering("gate")
-        figures = gate_figures(*_gates(ir, general, "gate"), **_scores(ir, general))
-        rows.append(GateRow(trial.task, gate, adapter.config.gate_score, figures, ir, general))
+        scores = _scores(ir, general)
+        figures = gate_figures(*_gates(ir, general), score_ir=scores[0], score_general=scores[1])
+        rows.append(GateRow(trial.task, gate, setting(adapter, "gate_score"), figures, ir, general))
     return rows
 
 
-def _gates(ir: Outcome, general: Outcome, what: str) -> list[np.ndarray]:
-    """What was recorded for both sets; an ungated adapter steers everything, which is a gate of 1."""
-    recorded = [(outcome.recorded(what), len(outcome.prompts)) for outcome in (ir, general)]
+def _gates(ir: Outcome, general: Outcome) -> list[np.ndarray]:
+    """Gates of both sets; an ungated adapter steers everything, which is a gate of 1."""
+    recorded = [(outcome.recorded("gate"), len(outcome.prompts)) for outcome in (ir, general)]
     return [np.ones(count) if values is None else values for values, count in recorded]
 
 
-def _scores(ir: Outcome, general: Outcome) -> dict[str, np.ndarray]:
+def _scores(ir: Outcome, general: Outcome) -> list[np.ndarray | None]:
+    """Scores of both sets, or None twice where the gate has none."""
     scores = [outcome.recorded("score") for outcome in (ir, general)]
-    if scores[0] is None or scores[1] is None:
-        return {}
-    return {"score_ir": scores[0], "score_general": scores[1]}
+    return scores if all(values is not None for values in scores) else [None, None]
+
+
+def setting(adapter: SteeringAdapter, name: str) -> Any:
+    """A setting of a method's own config."""
+    return adapter.config.to_dict()[name]

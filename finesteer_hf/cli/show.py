@@ -27,8 +27,9 @@ def show(
         if rows:
             console.print(table((title, ""), rows))
     if facts.evaluation:
-        rows = [(row["dataset"], row["metric"], row["unsteered"], row["steered"]) for row in facts.evaluation]
-        console.print(table(("data", "figure", "unsteered", "steered"), rows, title="Evaluation"))
+        columns = ("dataset", "metric", "unsteered", "steered", "p_value")
+        figures = [tuple(row[name] for name in columns) for row in facts.evaluation]
+        console.print(table(("data", "figure", "unsteered", "steered", "McNemar p"), figures, title="Evaluation"))
     sizes = [
         (name, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.numel() * tensor.element_size():,} bytes")
         for name, tensor in sorted(loaded.tensors.items())

@@ -62,13 +62,20 @@ def plot_gate_scores(
     figure, (axis,) = _axes(6.4, 3.2)
     a, b = np.asarray(ir, dtype=float).ravel(), np.asarray(general, dtype=float).ravel()
     both = np.r_[a, b] if threshold is None else np.r_[a, b, threshold]
-    bins = np.linspace(both.min(), both.max(), 41) if np.ptp(both) > 0 else 10
+    bins = np.linspace(both.min(), both.max(), 41) if np.ptp(both) > 0 else both[0] + np.linspace(-0.5, 0.5, 11)
     for values, colour, name, hatch in ((b, ORANGE, "general", "//"), (a, BLUE, "IR", "")):
         if values.size:
             weights = np.full(values.size, 1 / values.size)
             label = f"{name} queries (n={values.size})"
             axis.hist(
-                values, bins, weights=weights, color=colour, alpha=0.65, label=label, hatch=hatch, edgecolor="white"
+                values,
+                bins.tolist(),
+                weights=weights,
+                color=colour,
+                alpha=0.65,
+                label=label,
+                hatch=hatch,
+                edgecolor="white",
             )
     if threshold is not None:
         axis.axvline(threshold, color=INK, linewidth=1.5, linestyle="--", label=f"threshold {threshold:.3g}")

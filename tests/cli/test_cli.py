@@ -79,6 +79,10 @@ def test_eval_writes_figures_answers_and_the_card(folders: tuple[str, str], tmp_
     ]
     prompts.write_text("\n".join(lines), encoding="utf-8")
     out = tmp_path / "results" / "figures.json"
+    other = {"dataset": "GSM8K", "metric": "exact match", "unsteered": None, "steered": None, "p_value": None}
+    loaded = SteeringAdapter.from_pretrained(adapter)
+    loaded.config.fit["evaluation"] = [other, {**other, "dataset": "XSTest, safe"}]
+    loaded.save_pretrained(adapter)
     arguments = (
         "eval",
         base,
@@ -101,9 +105,8 @@ def test_eval_writes_figures_answers_and_the_card(folders: tuple[str, str], tmp_
         ("XSTest, harmful", "identical output"),
     ]
     assert len(content["answers"]) == 3
-    run(*arguments)
     kept = SteeringAdapter.from_pretrained(adapter).config.fit["evaluation"]
-    assert kept == content["figures"]
+    assert kept == [other, *content["figures"]]
     assert "| XSTest, safe | complied with |" in (Path(adapter) / "README.md").read_text()
     assert "local adapter folder" in run("eval", base, "-s", "org/x", "-b", "xstest", "--update-card", code=1)
 
