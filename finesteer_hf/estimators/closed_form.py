@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
 from .linear_algebra import row_space
 from .ridge import RidgePath, group_blocks
-from .selection import calibration_slope, held_out_r2, make_folds, mean_cosine, one_standard_error
+from .selection import WORTHLESS_R2, held_out_r2, make_folds, mean_cosine, one_standard_error, usable_slope
 
 
 def low_rank_vector(
@@ -38,10 +38,11 @@ class ReducedRankSteering(BaseEstimator):
     """v(h) = delta_bar + B^T (h - h_bar), B of rank r, ridge and rank chosen on held-out rows: no epochs, no seed.
 
     The mean shift is kept whole; only the deviation from it is predicted, and, regression predictions being shrunk,
-    is multiplied by the slope of the held-out shifts on it.
+    is multiplied by the slope of the held-out shifts on it (at most 2).
 
     Args:
-        rank: r, or "auto": the smallest within one standard error of the best cross-fitted loss, 0 included.
+        rank: r, or "auto": the smallest within one standard error, or .001 of R^2, of the best cross-fitted loss; 0
+            where nothing is predicted.
         ridge: strength, or "auto": the least exact leave-one-out (with groups: leave-one-group-out) loss.
         max_rank: the highest of "auto"; 40 keeps an adapter of d = 4096 under 2 MB.
         calibrate: multiply by the slope. It is measured in any case.
@@ -142,12 +143,15 @@ class ReducedRankSteering(BaseEstimator):
             {"rank": rank, "held_out_r2": 1.0 - float(loss.sum() / total.sum()) if total.any() else float("nan")}
             for rank, loss in enumerate(losses)
         ]
-        self.rank_ = one_standard_error(losses, range(top + 1), groups) if self.rank == "auto" else top
+        self.rank_ = top
+        if self.rank == "auto":
+            indifference = WORTHLESS_R2 * float(total.mean())
+            self.rank_ = one_standard_error(losses, range(top + 1), groups, indifference=indifference)
         moved = np.empty_like(targets)
         for (_, test), basis in zip(folds, directions, strict=True):
             used = min(self.rank_, basis.shape[1])
             moved[test] = coefficients[test, :used] @ basis[:, :used].T
-        self.slope_ = max(0.0, calibration_slope(targets, constants + moved, constants))
+        self.slope_ = usable_slope(targets, constants + moved, constants)
         predicted = constants + moved * (self.slope_ if self.calibrate else 1.0)
         self.held_out_r2_ = held_out_r2(targets, predicted, constants)
         self.held_out_cosine_ = mean_cosine(targets, predicted)

@@ -55,6 +55,8 @@ def cluster(features: Matrix, num_experts: int, *, restarts: int = 20, seed: int
     """
     if num_experts > len(features):
         raise ValueError(f"num_experts={num_experts} is more than the {len(features)} rows there are.")
+    if features.shape[1] == 0:
+        features = np.zeros((len(features), 1))  # equal rows have no principal direction
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said below, as an error
         labels = KMeans(num_experts, n_init=restarts, random_state=seed).fit_predict(features).astype(np.intp)

@@ -16,7 +16,20 @@ from .closed_form import ReducedRankSteering, low_rank_vector
 from .experts import expert_weights
 from .linear_algebra import row_space
 from .routing import RoutedPrototypes, fit_prototypes
-from .selection import calibration_slope, held_out_r2, make_folds, mean_cosine, one_standard_error, row_losses
+from .selection import (
+    WORTHLESS_R2,
+    calibration_slope,
+    held_out_r2,
+    make_folds,
+    mean_cosine,
+    one_standard_error,
+    row_losses,
+    usable_slope,
+)
+
+
+# of the experts whose leavings the residual is fitted on; the outer cross-fit judges the result
+INNER_FOLDS = 3
 
 
 def mixture_vector(
@@ -151,7 +164,7 @@ class MixtureSteering(BaseEstimator):
         left = targets - targets.mean(axis=0)
         count = len(experts.sizes)
         if count > 1:
-            for train, test in make_folds(len(features), self.folds, groups, self.seed + 1):
+            for train, test in make_folds(len(features), INNER_FOLDS, groups, self.seed + 1):
                 kept = None if groups is None else groups[train]
                 part = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
                 left[test] = targets[test] - part.predict(features[test])
@@ -178,11 +191,16 @@ class MixtureSteering(BaseEstimator):
         trials += [self._cross_fit(features, targets, groups, count, True) for count in contenders]
         losses = np.stack([trial.losses for trial in trials])
         eligible = [index for index, trial in enumerate(trials) if self._eligible(trial, counts)]
-        best = one_standard_error(losses[eligible], [trials[index].stored_vectors for index in eligible], groups)
+        best = one_standard_error(
+            losses[eligible],
+            [trials[index].stored_vectors for index in eligible],
+            groups,
+            indifference=WORTHLESS_R2 * float(row_losses(targets, constants).mean()),
+        )
         chosen = trials[eligible[best]]
         self._tabulate(trials, chosen, targets, constants)
         self._with_residual = chosen.with_residual
-        self.slope_ = max(0.0, calibration_slope(targets, chosen.predicted, constants))
+        self.slope_ = usable_slope(targets, chosen.predicted, constants)
         final = chosen.predicted
         if self.calibrate:
             final = constants + self.slope_ * (final - constants)

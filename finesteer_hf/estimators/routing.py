@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.covariance import ledoit_wolf
 
 from .arrays import Matrix
 from .experts import cluster, cluster_means, clustering_features
@@ -62,7 +63,7 @@ def fit_prototypes(
 ) -> RoutedPrototypes:
     """Cluster the shifts, and learn to tell the cluster from the state.
 
-    Routing is linear discriminant analysis with Ledoit-Wolf covariance on the leading principal components, which
+    Routing is linear discriminant analysis with a pooled Ledoit-Wolf covariance on the leading principal components, which
     gives log-priors plus affine log-likelihood ratios; the ratios are scaled by the one factor that minimises the
     cross-fitted log-loss, so that routing which cannot tell the clusters apart falls back to their frequencies.
 
@@ -105,17 +106,19 @@ def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp
 
 
 def _discriminant(coordinates: Matrix, labels: NDArray[np.intp], count: int) -> tuple[Matrix, Matrix]:
-    """Give the affine log-likelihood ratios, weight [K, p] and offset [K]; 0 for a class without rows."""
+    """Give the affine log-likelihood ratios, weight [K, p] and offset [K]; 0 for a class without rows.
+
+    The pooled covariance is shrunk once; scikit-learn's discriminant shrinks each class, in five times the time.
+    """
     weight, offset = np.zeros((count, coordinates.shape[1])), np.zeros(count)
-    if len(np.unique(labels)) < 2:
+    classes, members = np.unique(labels, return_inverse=True)
+    means = cluster_means(coordinates, members)
+    covariance, _ = ledoit_wolf(coordinates - means[members], assume_centered=True)
+    if len(classes) < 2 or not covariance.any():
         return weight, offset
-    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(coordinates, labels)
-    coefficients, intercepts = model.coef_, model.intercept_
-    if len(model.classes_) == 2:  # scikit-learn gives two classes as one log-odds
-        coefficients = np.vstack([np.zeros_like(coefficients), coefficients])
-        intercepts = np.concatenate([[0.0], intercepts])
-    ratios = intercepts - np.log(model.priors_)
-    weight[model.classes_], offset[model.classes_] = coefficients, ratios - ratios.mean()
+    solved = scipy.linalg.solve(covariance, means.T, assume_a="pos").T
+    ratios = -0.5 * (solved * means).sum(axis=1)
+    weight[classes], offset[classes] = solved, ratios - ratios.mean()
     return weight, offset
 
 

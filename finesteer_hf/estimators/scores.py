@@ -160,7 +160,7 @@ class StateScore(BaseEstimator):
         weight_ [d] fp32, bias_ (float), C_, curve_ (one dict a C: C, log_loss), chosen_params_.
     """
 
-    GRID = tuple(10.0**power for power in range(-2, 5))
+    GRID = tuple(10.0**power for power in range(-2, 4))
 
     def __init__(self, C: float | str = "auto", *, folds: int = 5, seed: int = 0) -> None:
         self.C = C
@@ -204,7 +204,7 @@ class StateScore(BaseEstimator):
 
     @staticmethod
     def _classifier(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, class_weight="balanced", max_iter=2_000)
+        return LogisticRegression(C=strength, class_weight="balanced", max_iter=2_000, tol=1e-6)
 
     def _choose(self, rows: Matrix, truth: NDArray[Any], groups: NDArray[Any] | None) -> float:
         smallest = int(min(truth.sum(), (1 - truth).sum()))

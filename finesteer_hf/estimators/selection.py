@@ -76,8 +76,23 @@ def calibration_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayL
     return float(((_as_float64(target, "target") - base) * moved).sum()) / energy if energy > 0 else 1.0
 
 
+# A thousandth of the variance of the shifts is worth no stored vector, however surely it is held out.
+WORTHLESS_R2 = 1e-3
+# A larger slope comes from predictions too small to measure one.
+MAX_SLOPE = 2.0
+
+
+def usable_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -> float:
+    """Give `calibration_slope` within [0, MAX_SLOPE]: what a prediction may be multiplied with."""
+    return float(np.clip(calibration_slope(target, prediction, constant), 0.0, MAX_SLOPE))
+
+
 def one_standard_error(
-    losses: Matrix | Sequence[Matrix], complexity: Sequence[float], groups: NDArray[Any] | None = None
+    losses: Matrix | Sequence[Matrix],
+    complexity: Sequence[float],
+    groups: NDArray[Any] | None = None,
+    *,
+    indifference: float = 0.0,
 ) -> int:
     """Choose the simplest candidate whose held-out loss is within one standard error of the best.
 
@@ -88,6 +103,7 @@ def one_standard_error(
         losses: [candidates, rows] held-out loss of each row.
         complexity: [candidates], smaller is simpler.
         groups: [rows]; rows of a group count as one observation of the difference.
+        indifference: a mean loss per row that is not worth any complexity.
 
     Returns:
         Index of the choice.
@@ -100,5 +116,6 @@ def one_standard_error(
         difference = np.stack([np.bincount(member, weights=row) for row in difference])
     units = difference.shape[1]
     error = difference.std(axis=1, ddof=1) / np.sqrt(units) if units > 1 else np.zeros(len(table))
-    within = np.flatnonzero(difference.mean(axis=1) <= error)
+    allowed = np.maximum(error, indifference * table.shape[1] / units)
+    within = np.flatnonzero(difference.mean(axis=1) <= allowed)
     return min(within.tolist(), key=lambda index: (complexity[index], table[index].mean()))
