@@ -116,13 +116,21 @@ class TextTower:
         return next(iter(candidates.values()))
 
     def check(self, site: Site) -> None:
-        """Raise `SiteError` if the model has no such site."""
+        """Raise if the model has no such site.
+
+        Raises:
+            SiteError: for a layer out of range, and for a block without a known attention output projection.
+            UnsupportedModelError: for head sites under tensor parallelism.
+        """
         if site.layer >= self.num_layers:
             raise SiteError(
                 f"Site {site} is out of range: the model has {self.num_layers} layers, 0 to {self.num_layers - 1}."
             )
-        if site.kind == "head_out":
-            self.output_projection(site.layer)
+        if site.kind == "head_out" and splits_its_input(self.output_projection(site.layer)):
+            raise UnsupportedModelError(
+                f"{site} cannot be steered under tensor parallelism: each rank holds its own heads there, not the whole "
+                "state. Steer a resid_pre or resid_post site, which every rank holds whole, or load the model unsharded."
+            )
 
     def width(self, site: Site) -> int:
         """Width of the states at a site."""
@@ -165,6 +173,16 @@ class TextTower:
         """The module that a hook for this site is put on."""
         self.check(site)
         return self.output_projection(site.layer) if site.kind == "head_out" else self.layers[site.layer]
+
+
+def splits_its_input(projection: nn.Module) -> bool:
+    """Whether tensor parallelism gives each rank a part of a projection's input; FSDP shards another axis."""
+    for parameter in projection.parameters():
+        last_axis = parameter.ndim - 1
+        for placement in getattr(parameter, "placements", ()):
+            if last_axis > 0 and placement.is_shard(last_axis):
+                return True
+    return False
 
 
 def stream_of(output: Any, site: Site, width: int) -> torch.Tensor:
