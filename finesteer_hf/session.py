@@ -242,6 +242,9 @@ class CallSession:
             for step in steps:
                 if step.map is not None:
                     return True
+                # Ranks that shard one model run the same passes, whatever the gates of their own prompts are.
+                if in_lockstep():
+                    return True
                 for index in step.adds:
                     gate = stream.decisions[index].gate
                     if gate is None or bool((gate != 0).any()):
@@ -434,6 +437,12 @@ def current_session(runtime: SteeringRuntime) -> CallSession | None:
     while session is not None and session.runtime is not runtime:
         session = session.outer
     return session
+
+
+def in_lockstep() -> bool:
+    """Whether other processes may wait for this one's forwards."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
