@@ -135,7 +135,16 @@ class SteeringMixin:
         self._steering.remove(adapter_name)
 
     def unload_steering(self) -> PreTrainedModel:
-        """Take everything off and give back the base model, the same object in its own class."""
+        """Take everything off and give back the base model, the same object in its own class.
+
+        Raises:
+            UnsupportedModelError: if sharding (FSDP2) gave the model a class of its own after it was steered.
+        """
+        if type(self) is not steered_class(self._steering_base_class):
+            raise UnsupportedModelError(
+                f"The model became a {type(self).__name__} after it was steered, so its own class cannot be given back. "
+                "Switch steering off with `model.set_steering(None)`, or steer after sharding."
+            )
         self._steering.remove_hooks()
         del self.__dict__["_steering"]
         self.__class__ = self._steering_base_class  # type: ignore[assignment]
