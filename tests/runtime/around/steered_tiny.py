@@ -61,12 +61,12 @@ def some_prompts(rows: int = 2, tokens: int = 7, seed: int = 1) -> torch.Tensor:
 
 @dataclass(kw_only=True)
 class QueryShiftConfig(SteeringConfig):
-    """Add `strength * tanh(q W)` at `write`, where q is the query's state at `read`."""
+    """Add `strength * tanh(q W)` at `write`, where q is the query's state at `read`; if gated, only where q[0] > 0."""
 
     steering_type = "TEST_QUERY_SHIFT"
     read: str = field(default="resid_post[1]")
     write: str = field(default="resid_post[1]")
-    read_width: int = WIDTH
+    gated: bool = False
 
 
 class QueryShift(SteeringMethod):
@@ -83,11 +83,13 @@ class QueryShift(SteeringMethod):
 
     @classmethod
     def tensor_shapes(cls, config: QueryShiftConfig) -> dict[str, tuple[int | None, ...]]:
-        return {"map": (config.read_width, WIDTH)}
+        return {"map": (WIDTH, WIDTH)}
 
     def decide(self, queries: QueryStates) -> Decision:
-        vector = torch.tanh(queries[self.reads[0]] @ self.parameters_on(queries.device)["map"])
-        return Decision({self.writes[0]: vector}, record={"norm": vector.norm(dim=-1)})
+        query = queries[self.reads[0]]
+        vector = torch.tanh(query @ self.parameters_on(queries.device)["map"])
+        gate = (query[:, 0] > 0).float() if self.config.gated else None
+        return Decision({self.writes[0]: vector}, gate)
 
 
 register_steering_method("TEST_QUERY_SHIFT", config_cls=QueryShiftConfig, method_cls=QueryShift)
