@@ -103,14 +103,9 @@ class ReducedRankSteering(BaseEstimator):
             if not (np.isfinite(ridge) and ridge >= 0):
                 raise ValueError(f"ridge={self.ridge!r} must be a number of at least 0, or 'auto'.")
             return ridge
-        blocks = group_blocks(groups)
-        constant = float(np.square(path.held_out_residuals(np.inf, blocks)).sum())
-        for ridge in path.strengths():
-            loss = float(np.square(path.held_out_residuals(ridge, blocks)).sum())
-            self.ridge_curve_.append(
-                {"ridge": float(ridge), "held_out_r2": 1.0 - loss / constant if constant else float("nan")}
-            )
-        return max(self.ridge_curve_, key=lambda row: row["held_out_r2"])["ridge"]
+        curve = path.held_out_curve(group_blocks(groups))
+        self.ridge_curve_ = [{"ridge": ridge, "held_out_r2": r2} for ridge, r2 in curve.items()]
+        return max(curve, key=lambda ridge: curve[ridge])
 
     def _choose_rank(self, path: RidgePath, features: Matrix, targets: Matrix, groups: NDArray[Any] | None) -> None:
         """Refit without each fold and judge all ranks at once: a rank-r prediction is the first r of r + 1 terms."""

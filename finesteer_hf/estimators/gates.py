@@ -283,11 +283,11 @@ class ConformalGate(_Gate):
         self.threshold_ = self.group_thresholds_[self.group_]
         self.calibration_scores_ = np.sort(by_group[self.group_])
         self.rank_ = ranks[self.group_]
-        self._state_bounds(general, {group: (len(part), ranks[group]) for group, part in by_group.items()})
+        self._set_bounds(general, {group: (len(part), ranks[group]) for group, part in by_group.items()})
         if self.rank_ == 0:
             self._warn_always(len(self.calibration_scores_), groups is not None)
 
-    def _state_bounds(self, general: Any, sizes: dict[str, tuple[int, int]]) -> None:
+    def _set_bounds(self, general: Any, sizes: dict[str, tuple[int, int]]) -> None:
         n = len(self.calibration_scores_)
         self.level_ = min(self.epsilon, (self.rank_ + 1) / (n + 1))
         zero_rank = min(1, self.rank_)

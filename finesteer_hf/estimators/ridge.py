@@ -41,9 +41,26 @@ class RidgePath:
         centred = targets - target_mean
         return cls(feature_mean, target_mean, centred, left, eigenvalues, right, left.T @ centred)
 
-    def strengths(self, count: int = 25) -> Matrix:
-        """Give the ridge strengths to try, over eight decades around the mean eigenvalue."""
-        return self.eigenvalues.mean() * np.logspace(-4, 4, count) if len(self.eigenvalues) else np.ones(1)
+    def held_out_curve(self, blocks: Sequence[NDArray[Any]] | None = None) -> dict[float, float]:
+        """Give the exact held-out R^2 of ridge strengths: each decade around the mean eigenvalue, thirds near the best.
+
+        Args:
+            blocks: as in `held_out_residuals`.
+
+        Returns:
+            Strength to R^2 against the constant predictor, itself refitted without the row; by rising strength.
+        """
+        constant = float(np.square(self.held_out_residuals(np.inf, blocks)).sum())
+        scale = float(self.eigenvalues.mean()) if len(self.eigenvalues) else 1.0
+
+        def r2(ridge: float) -> float:
+            loss = float(np.square(self.held_out_residuals(ridge, blocks)).sum())
+            return 1.0 - loss / constant if constant else float("nan")
+
+        curve = {ridge: r2(ridge) for ridge in (scale * np.logspace(-4, 4, 9)).tolist()}
+        best = max(curve, key=lambda ridge: curve[ridge])
+        curve |= {ridge: r2(ridge) for ridge in (best * 10.0 ** (np.array([-2, -1, 1, 2]) / 3)).tolist()}
+        return dict(sorted(curve.items()))
 
     def held_out_residuals(self, ridge: float, blocks: Sequence[NDArray[Any]] | None = None) -> Matrix:
         """Give what a refit without the row (or its block) leaves of each row, exactly and without refitting.
@@ -95,8 +112,13 @@ class RidgePath:
 
 
 def group_blocks(groups: NDArray[Any] | None) -> list[NDArray[np.intp]] | None:
-    """Give the row indices of each group, or None without groups."""
-    return None if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    """Give the row indices of each group, or None without groups; raises ValueError if all rows are of one."""
+    if groups is None:
+        return None
+    names = np.unique(groups)
+    if len(names) < 2:
+        raise ValueError(f"groups: all rows are of '{names[0]}', so no group can be held out. Give 2 groups, or none.")
+    return [np.flatnonzero(groups == name) for name in names]
 
 
 def held_out_residuals(states: ArrayLike, shifts: ArrayLike, ridge: float, groups: Any = None) -> Matrix:

@@ -113,9 +113,10 @@ def _discriminant(coordinates: Matrix, labels: NDArray[np.intp], count: int) -> 
     weight, offset = np.zeros((count, coordinates.shape[1])), np.zeros(count)
     classes, members = np.unique(labels, return_inverse=True)
     means = cluster_means(coordinates, members)
-    covariance, _ = ledoit_wolf(coordinates - means[members], assume_centered=True)
-    if len(classes) < 2 or not covariance.any():
+    within = coordinates - means[members]
+    if len(classes) < 2 or not within.any():
         return weight, offset
+    covariance, _ = ledoit_wolf(within, assume_centered=True)
     solved = scipy.linalg.solve(covariance, means.T, assume_a="pos").T
     ratios = -0.5 * (solved * means).sum(axis=1)
     weight[classes], offset[classes] = solved, ratios - ratios.mean()

@@ -56,7 +56,7 @@ class AutoScore(BaseEstimator):
         self.seed = seed
 
     def fit(self, ir: ArrayLike, general: ArrayLike | None = None, groups: Any = None) -> AutoScore:
-        """Choose and fit on IR states [M, d] and general states [N, d], N >= 4, or None.
+        """Choose and fit on IR states [M, d], M >= 12, and general states [N, d], N >= 4, or None.
 
         Raises:
             ValueError: bad rows, an unknown candidate, or only candidates that need general rows and none given.
@@ -64,7 +64,7 @@ class AutoScore(BaseEstimator):
         fraction(self.epsilon, "epsilon")
         for name in self.candidates:
             one_of(name, SCORES, "candidates")
-        positives = as_matrix(ir, "ir", min_rows=8)
+        positives = as_matrix(ir, "ir", min_rows=12)
         if general is None:
             names = [name for name in self.candidates if name != "state"]
             if not names:

@@ -278,11 +278,12 @@ def cross_fitted_scores(
     general_scores = None if negatives is None else np.empty(len(negatives), dtype=np.float32)
     general_folds = [(None, None)] * count if negatives is None else make_folds(len(negatives), count, None, seed)
     frozen = clone(fitted).set_params(**fitted.chosen_params_)
+    ir_folds = make_folds(len(positives), count, labels, seed)
     if isinstance(frozen, IntervenedSubspace):
-        frozen.set_params(max_fraction=0.999)  # the rank was settled, and warned about, on all rows
-    for (train, test), (general_train, general_test) in zip(
-        make_folds(len(positives), count, labels, seed), general_folds, strict=True
-    ):
+        smallest = min(len(train) for train, _ in ir_folds)
+        # the rank was settled, and warned about, on all rows
+        frozen.set_params(max_fraction=0.999, rank=min(fitted.chosen_params_["rank"], smallest - 1))
+    for (train, test), (general_train, general_test) in zip(ir_folds, general_folds, strict=True):
         seen = None if negatives is None else negatives[general_train]
         part = clone(frozen).fit(positives[train], seen, groups=None if labels is None else labels[train])
         ir_scores[test] = part.score_samples(positives[test])

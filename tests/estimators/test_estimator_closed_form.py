@@ -229,6 +229,15 @@ def test_default_is_no_worse_than_the_paper_held_out() -> None:
         assert held_out_r2(shifts[test], ours, constant) >= held_out_r2(shifts[test], paper, constant)
 
 
+def test_equal_shifts_or_equal_states_give_the_constant() -> None:
+    states, shifts = regression(30, 20)
+    same = np.tile(shifts[:1], (30, 1))
+    for estimator in (ReducedRankSteering(), MixtureSteering(folds=3)):
+        np.testing.assert_allclose(estimator.fit(states, same).predict(states), same, atol=1e-5)
+        blind = estimator.fit(np.ones_like(states), shifts).predict(states)
+        np.testing.assert_allclose(blind, np.tile(shifts.mean(axis=0), (30, 1)), atol=1e-5)
+
+
 def test_bad_input_is_refused() -> None:
     states, shifts = regression(30, 20)
     for estimator, message in [
@@ -248,6 +257,8 @@ def test_bad_input_is_refused() -> None:
             estimator.fit(np.where(np.arange(30)[:, None] == 4, np.inf, states), shifts)
         with pytest.raises(ValueError, match="at least"):
             estimator.fit(states[:1], shifts[:1])
+    with pytest.raises(ValueError, match="all rows are of 'one'"):
+        ReducedRankSteering().fit(states, shifts, ["one"] * 30)
     with pytest.raises(ValueError, match="interpolates"):
         held_out_residuals(*regression(10, 20), ridge=0.0)
     with pytest.raises(ValueError, match="6 wide, but the fitted data is 20 wide"):
