@@ -3,6 +3,7 @@
 from finesteer_hf.adapter import LoadReport, SteeringAdapter
 from finesteer_hf.auto import SteeredModelForCausalLM
 from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
+from finesteer_hf.hub import list_adapters
 from finesteer_hf.mixin import SteeringMixin
 from finesteer_hf.processors import (
     ConstantVector,
@@ -30,6 +31,7 @@ __all__ = [
     "SteeringProcessor",
     "SteeringProcessorList",
     "TokenView",
+    "list_adapters",
     "register_steering_method",
     "steering_methods",
 ]

@@ -109,7 +109,14 @@ class SteeringAdapter:
             notes.append(f"fitted with LoRA {config.lora}, now active: {active}")
         return tuple(notes)
 
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **push_kwargs: Any) -> Path:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        custom_generate: bool = False,
+        **push_kwargs: Any,
+    ) -> Path:
         """Write config, tensors and card into a folder.
 
         The tensors are written to a temporary file and moved into place, so a full disk leaves no half adapter.
@@ -117,6 +124,7 @@ class SteeringAdapter:
         Args:
             save_directory: the folder; made if it is not there.
             push_to_hub: whether to upload it afterwards.
+            custom_generate: whether to add code with which plain transformers steers; see `push_adapter`.
             **push_kwargs: as for `push_to_hub`; `repo_id` defaults to the folder's name.
 
         Returns:
@@ -130,8 +138,13 @@ class SteeringAdapter:
 
         directory = self.write_files(save_directory)
         write_card(self, directory)
+        if custom_generate:
+            from finesteer_hf.custom_generate import write_custom_generate
+
+            write_custom_generate(directory, None)
         if push_to_hub:
-            self.push_to_hub(push_kwargs.pop("repo_id", directory.name), **push_kwargs)
+            repo_id = push_kwargs.pop("repo_id", directory.name)
+            self.push_to_hub(repo_id, custom_generate=custom_generate, **push_kwargs)
         return directory
 
     def write_files(self, directory: str | Path) -> Path:
@@ -148,7 +161,7 @@ class SteeringAdapter:
         if directory.is_file():
             raise FileExistsError(f"{directory} is a file; give a folder to save the adapter in.")
         directory.mkdir(parents=True, exist_ok=True)
-        digest = write_tensors(directory / WEIGHTS_NAME, self.tensors, {"steering_type": self.config.steering_type})
+        digest = write_tensors(directory / WEIGHTS_NAME, self.tensors)
         self.config.save_pretrained(directory, weights_sha256=digest)
         return directory
 

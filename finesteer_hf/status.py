@@ -54,7 +54,7 @@ class SteeringStatus:
     def __str__(self) -> str:
         lines = [f"active: {self.active or 'nothing'}; hooks at {', '.join(self.hooks) or 'no site'}"]
         for a in self.adapters:
-            origin = f" from {a.source}" + (f"@{a.revision[:8]}" if a.revision else "") if a.source else ""
+            origin = f" from {a.source}" + (f" (commit {a.revision[:12]})" if a.revision else "") if a.source else ""
             lines.append(
                 f"  {a.name}: {a.steering_type}{origin}, reads {list(a.reads)}, writes {list(a.writes + a.maps)}, "
                 f"positions={a.positions}, strength={a.strength:g}, scale={a.scale}"

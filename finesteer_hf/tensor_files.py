@@ -115,11 +115,12 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return made
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a safetensors file; returns its SHA-256."""
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write a safetensors file; returns its SHA-256, which is the same for the same tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt", **metadata})
+        # One entry of metadata: of several, the order in the file is another each time, and so would be its hash.
+        save_file(contiguous, temporary, metadata={"format": "pt"})
         return sha256_of(temporary)
 
 

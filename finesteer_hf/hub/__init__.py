@@ -2,6 +2,7 @@
 
 from finesteer_hf.hub.pull import AdapterFiles, resolve_adapter_files
 from finesteer_hf.hub.push import push_adapter
+from finesteer_hf.hub.search import HubAdapter, list_adapters
 
 
-__all__ = ["AdapterFiles", "push_adapter", "resolve_adapter_files"]
+__all__ = ["AdapterFiles", "HubAdapter", "list_adapters", "push_adapter", "resolve_adapter_files"]

@@ -46,6 +46,7 @@ def push_adapter(
     commit_description: str | None = None,
     token: str | bool | None = None,
     subfolder: str | None = None,
+    custom_generate: bool = False,
 ) -> CommitInfo:
     """Upload an adapter in one commit, with its card merged into the repo's README.
 
@@ -60,6 +61,8 @@ def push_adapter(
         commit_description: its text.
         token: token of the Hub, if not the one that is signed in.
         subfolder: folder of the repo for the adapter, so that one repo can hold several.
+        custom_generate: whether to add `custom_generate/generate.py`, with which plain transformers steers by
+            `model.generate(**inputs, custom_generate=repo_id, trust_remote_code=True)`.
 
     Returns:
         The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. Where every file was there already, the commit
@@ -85,7 +88,7 @@ def push_adapter(
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         branch = _prepare(api, repo_id, tag, revision, private)
         with tempfile.TemporaryDirectory(prefix="finesteer-push-") as folder:
-            push = _Push(api, adapter, branch, subfolder, Path(folder), message, commit_description)
+            push = _Push(api, adapter, branch, subfolder, custom_generate, Path(folder), message, commit_description)
             commit = push.open_pull_request() if create_pr else push.commit()
     except HfHubHTTPError as error:
         raise PushError(f"Nothing was pushed to {repo_id}: {_reason(error, repo_id)}") from error
@@ -190,6 +193,7 @@ class _Push:
     adapter: SteeringAdapter
     branch: _Branch
     subfolder: str | None
+    custom_generate: bool
     folder: Path
     message: str
     description: str | None
@@ -254,21 +258,34 @@ class _Push:
         directory = self.folder / (self.subfolder or "")
         directory.mkdir(parents=True)
         self.adapter.write_files(directory)
-        self.fetch(f"{self.subfolder}/{CARD_NAME}" if self.subfolder else CARD_NAME, parent)
-        write_card(self.adapter, directory, "/".join(filter(None, (self.branch.repo_id, self.subfolder))))
+        cards = {path: self.fetch(path, parent) for path in self.cards}
+        name = f"{self.branch.repo_id}/{self.subfolder}" if self.subfolder else self.branch.repo_id
+        write_card(self.adapter, directory, name)
         if self.subfolder:
-            self.fetch(CARD_NAME, parent)
             write_repo_card(self.adapter, self.folder, self.subfolder)
-        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        return {path.relative_to(self.folder).as_posix(): path for path in found}
+        if self.custom_generate:
+            from finesteer_hf.custom_generate import write_custom_generate
 
-    def fetch(self, path: str, commit: str) -> None:
-        """Copy a file of the repo into the folder, if there is one."""
+            write_custom_generate(self.folder, name)
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        files = {path.relative_to(self.folder).as_posix(): path for path in found}
+        # A card that could not be merged is not sent: the Hub would check what is none of ours.
+        return {path: source for path, source in files.items() if cards.get(path) != source.read_bytes()}
+
+    @property
+    def cards(self) -> list[str]:
+        """READMEs of the repo that the push merges something into."""
+        return [CARD_NAME, f"{self.subfolder}/{CARD_NAME}"] if self.subfolder else [CARD_NAME]
+
+    def fetch(self, path: str, commit: str) -> bytes | None:
+        """Copy a file of the repo into the folder, if there is one; returns its content."""
         try:
             source = download(self.branch.repo_id, path, revision=commit, token=self.api.token)
         except EntryNotFoundError:
-            return
-        (self.folder / path).write_bytes(source.read_bytes())
+            return None
+        content = source.read_bytes()
+        (self.folder / path).write_bytes(content)
+        return content
 
     def head_after(self, failure: Exception) -> str:
         """The branch's commit after a commit that may or may not have arrived."""
