@@ -1,0 +1,324 @@
+"""From prompts and answers to token ids: the one place where a query is templated and an answer's span is found.
+
+A query's state is read at its last token, after the chat template with the generation prompt; what is fitted and what is
+steered must therefore be rendered by the same lines. An answer's tokens are those after the prompt's, compared id by
+id: a template or a tokenizer may join text across the boundary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finesteer_hf.errors import DatasetError
+from finesteer_hf.fitting.data import Message, PreferenceRow, Text, name_rows
+
+
+AnswerEnd = Literal["include", "exclude"]
+# A tokenizer may join a prompt's last characters with an answer's first; more than this is a template that renders the
+# prompt differently once an answer follows.
+MAX_REJOINED_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Token ids that go through the model.
+
+    Attributes:
+        ids: all of them; special tokens included, no padding.
+        answer_start: index of the first answer token; None for a prompt alone.
+    """
+
+    ids: tuple[int, ...]
+    answer_start: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A preference row as token ids."""
+
+    prompt: Passage
+    chosen: Passage
+    rejected: Passage
+
+
+@dataclass
+class Encoded:
+    """Encoded rows and what should be said about them.
+
+    Attributes:
+        rows: one for each preference row.
+        remarks: messages, each with the numbers of the rows it is about.
+    """
+
+    rows: list[EncodedRow]
+    remarks: dict[str, list[int]] = field(default_factory=dict)
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer inside a processor of a vision-language model, or the tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """sha256 of the tokenizer's chat template; None if it has none."""
+    template = getattr(text_tokenizer(tokenizer), "chat_template", None)
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else repr(sorted(dict(template).items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def format_query(tokenizer: Any, prompt: Text, system: str | None = None) -> list[int]:
+    """Token ids of a query, as fitting and steering read it.
+
+    Messages go through the chat template with the generation prompt, and get no second beginning-of-text token. Text is
+    tokenised as it is, with the tokenizer's special tokens; with `system` it becomes a user message.
+
+    Args:
+        tokenizer: a transformers tokenizer (or a processor that holds one).
+        prompt: text, or messages up to the query.
+        system: text of a system message to put in front.
+
+    Returns:
+        Ids of one sequence, unpadded, to be given to the model as `[1, tokens]`.
+
+    Raises:
+        DatasetError: if messages are given and the tokenizer has no chat template, or its template refuses them.
+
+    Example:
+        >>> ids = format_query(tokenizer, [{"role": "user", "content": "Do vaccines cause autism?"}])
+        >>> model.generate(torch.tensor([ids]), max_new_tokens=32)
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    if system is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = [{"role": "system", "content": system}, *messages]
+    return tokenise(tokenizer, [render_prompt(tokenizer, prompt)], special_tokens=isinstance(prompt, str))[0]
+
+
+def render_prompt(tokenizer: Any, prompt: Text) -> str:
+    """The text of a query: as it is, or the chat template's with the generation prompt.
+
+    Raises:
+        DatasetError: as for `format_query`.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return _render(tokenizer, prompt, add_generation_prompt=True)
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
+    """Token ids of texts, never truncated; `special_tokens` is False for what a chat template rendered."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, truncation=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    import jinja2
+
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise DatasetError(
+            f"the row holds chat messages, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
+            "template. Set `tokenizer.chat_template`, or give prompts and answers as text."
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except jinja2.TemplateError as error:
+        raise DatasetError(
+            f"the chat template refuses the messages with the roles {[m['role'] for m in messages]}: {error}. Where it "
+            "knows no system role, put the system text in front of the first user message."
+        ) from error
+
+
+# -- data sets --------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(
+    tokenizer: Any,
+    prompts: Sequence[Text],
+    *,
+    max_length: int | None = None,
+    max_positions: int | None = None,
+    what: str = "general_dataset",
+) -> list[Passage]:
+    """Encode prompts, each once however often it occurs.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompts: text or messages.
+        max_length: most tokens of a prompt.
+        max_positions: most tokens that the model can take.
+        what: how messages call the data set.
+
+    Raises:
+        DatasetError: naming the rows: no chat template, a refused role, a prompt that is too long (a prompt is never
+            truncated: that would cut the generation prompt off).
+    """
+    tokenizer = text_tokenizer(tokenizer)
+    rendered = _each(range(len(prompts)), lambda i: render_prompt(tokenizer, prompts[i]), what)
+    encoded: list[list[int]] = [[]] * len(prompts)
+    for special in (True, False):
+        mine = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) is special]
+        for i, ids in zip(mine, tokenise(tokenizer, [rendered[i] for i in mine], special_tokens=special), strict=True):
+            encoded[i] = ids
+    limit = min((n for n in (max_length, max_positions) if n is not None), default=None)
+    if limit is not None:
+        long = [i for i, ids in enumerate(encoded) if len(ids) > limit]
+        if long:
+            raise DatasetError(
+                f"{what}: {name_rows(long)}: the prompt has {len(encoded[long[0]])} tokens, at most {limit} are possible "
+                f"({'max_length' if limit == max_length else 'the positions of the model'}). Prompts are never "
+                "truncated, for their last token is the query; shorten or drop these rows."
+            )
+    empty = [i for i, ids in enumerate(encoded) if not ids]
+    if empty:
+        raise DatasetError(f"{what}: {name_rows(empty)}: the prompt has no token.")
+    return [Passage(tuple(ids)) for ids in encoded]
+
+
+def encode_preferences(
+    tokenizer: Any,
+    rows: Sequence[PreferenceRow],
+    *,
+    answer_end: AnswerEnd = "include",
+    max_length: int | None = None,
+    max_positions: int | None = None,
+    what: str = "train_dataset",
+) -> Encoded:
+    """Encode prompts and answers and find each answer's span.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        rows: the data set.
+        answer_end: whether what the chat template puts after an answer (end of turn) belongs to it. FineSteer's
+            published code includes it. Rows of plain text have no such tokens, and none are added.
+        max_length: answers are cut to this many tokens, prompt included, and the rows are named in a remark.
+        max_positions: most tokens that the model can take.
+        what: how messages call the data set.
+
+    Raises:
+        DatasetError: naming the rows: as for `encode_prompts`, an answer that is too long for the model, an answer
+            without tokens, a template that renders the prompt differently once an answer follows.
+    """
+    if answer_end not in ("include", "exclude"):
+        raise ValueError(f"answer_end must be 'include' or 'exclude', got {answer_end!r}.")
+    tokenizer = text_tokenizer(tokenizer)
+    prompts = encode_prompts(
+        tokenizer, [row.prompt for row in rows], max_length=max_length, max_positions=max_positions, what=what
+    )
+    result = Encoded([])
+    sides: dict[str, list[Passage]] = {}
+    for side in ("chosen", "rejected"):
+        answers = [getattr(row, side) for row in rows]
+        ids = _encode_answers(tokenizer, rows, answers, answer_end, what)
+        sides[side] = _find_spans(tokenizer, prompts, ids, side, max_length, max_positions, what, result.remarks)
+    result.rows = [EncodedRow(*row) for row in zip(prompts, sides["chosen"], sides["rejected"], strict=True)]
+    return result
+
+
+def _each(numbers: Iterable[int], make: Any, what: str) -> list[Any]:
+    """Make something of each row, and name the rows where that is refused."""
+    made: list[Any] = []
+    refused: dict[str, list[int]] = {}
+    for number in numbers:
+        try:
+            made.append(make(number))
+        except DatasetError as error:
+            refused.setdefault(str(error), []).append(number)
+    if refused:
+        message, rows = next(iter(refused.items()))
+        raise DatasetError(f"{what}: {name_rows(rows)}: {message}")
+    return made
+
+
+def _encode_answers(
+    tokenizer: Any, rows: Sequence[PreferenceRow], answers: Sequence[Text], answer_end: AnswerEnd, what: str
+) -> list[list[int]]:
+    """Ids of prompt and answer together."""
+
+    def render(i: int) -> str:
+        prompt, answer = rows[i].prompt, answers[i]
+        if isinstance(prompt, str):
+            return prompt + str(answer)
+        assert isinstance(answer, list)
+        text = _render(tokenizer, [*prompt, *answer], add_generation_prompt=False)
+        if answer_end == "exclude":
+            content = answer[-1]["content"].strip()
+            at = text.rfind(content)
+            if at < 0:
+                raise DatasetError(
+                    "the chat template changes the answer's text, so its end cannot be found; use answer_end='include'."
+                )
+            text = text[: at + len(content)]
+        return text
+
+    texts = _each(range(len(rows)), render, what)
+    ids: list[list[int]] = [[]] * len(rows)
+    for special in (True, False):
+        mine = [i for i, row in enumerate(rows) if isinstance(row.prompt, str) is special]
+        for i, found in zip(mine, tokenise(tokenizer, [texts[i] for i in mine], special_tokens=special), strict=True):
+            ids[i] = found
+    return ids
+
+
+def _find_spans(
+    tokenizer: Any,
+    prompts: Sequence[Passage],
+    answers: Sequence[list[int]],
+    side: str,
+    max_length: int | None,
+    max_positions: int | None,
+    what: str,
+    remarks: dict[str, list[int]],
+) -> list[Passage]:
+    passages: list[Passage] = []
+    reworded: list[int] = []
+    empty: list[int] = []
+    too_long: list[int] = []
+    for number, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+        pairs = zip(prompt.ids, ids, strict=False)
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt.ids), len(ids)))
+        rejoined = len(prompt.ids) - start
+        if rejoined > MAX_REJOINED_TOKENS:
+            reworded.append(number)
+        elif rejoined:
+            message = f"the first tokens of an answer join the prompt's last {rejoined}; they count as the answer's"
+            _remark(remarks, message, number)
+        if max_length is not None and len(ids) > max_length:
+            _remark(remarks, f"the {side} answer was cut to max_length={max_length} tokens", number)
+            ids = ids[:max_length]
+        elif max_positions is not None and len(ids) > max_positions:
+            too_long.append(number)
+        if len(ids) <= start:
+            empty.append(number)
+        passages.append(Passage(tuple(ids), start))
+    if reworded:
+        first = reworded[0]
+        start = passages[first].answer_start or 0
+        raise DatasetError(
+            f"{what}: {name_rows(reworded)}: with the {side} answer after it, the prompt is rendered differently from "
+            f"token {start} on: {tokenizer.decode(list(prompts[first].ids[start:]))!r} became "
+            f"{tokenizer.decode(list(passages[first].ids[start : start + 8]))!r}. Use a chat template whose generation "
+            "prompt is what it also puts before an answer (for a thinking model: its non-thinking form)."
+        )
+    if too_long:
+        raise DatasetError(
+            f"{what}: {name_rows(too_long)}: prompt and {side} answer have {len(passages[too_long[0]].ids)} tokens, the "
+            f"model can take {max_positions}. Shorten them, or cut the answers with `max_length={max_positions}`."
+        )
+    if empty:
+        raise DatasetError(f"{what}: {name_rows(empty)}: no token is left of the {side} answer.")
+    return passages
+
+
+def _remark(remarks: dict[str, list[int]], message: str, number: int) -> None:
+    rows = remarks.setdefault(message, [])
+    if number not in rows:
+        rows.append(number)
