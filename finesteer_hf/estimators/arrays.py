@@ -15,7 +15,7 @@ Matrix = NDArray[np.float64]
 State = dict[str, torch.Tensor]
 
 
-def _as_float64(values: ArrayLike, name: str) -> Matrix:
+def as_float64(values: ArrayLike, name: str) -> Matrix:
     if isinstance(values, torch.Tensor):
         return values.detach().to("cpu", torch.float64).numpy()
     try:
@@ -48,7 +48,7 @@ def as_matrix(
     Raises:
         ValueError: not two-dimensional, too few rows, NaN or Inf (with the number of rows), wrong width.
     """
-    array = _as_float64(values, name)
+    array = as_float64(values, name)
     if array.ndim != 2:
         raise ValueError(f"{name} must be two-dimensional [rows, d], not of shape {list(array.shape)}.")
     if len(array) < min_rows or array.shape[1] == 0:
@@ -61,7 +61,7 @@ def as_matrix(
 
 def as_vector(values: ArrayLike, name: str, *, min_rows: int = 1) -> Matrix:
     """Check a list of scores [n] and give it as fp64; raises ValueError as `as_matrix` does."""
-    array = _as_float64(values, name)
+    array = as_float64(values, name)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional [rows], not of shape {list(array.shape)}.")
     if len(array) < min_rows:

@@ -77,8 +77,8 @@ class MixtureSteering(BaseEstimator):
 
     Experts are clusters of the shifts with prototypes in their own units, routed by a linear discriminant of the
     state; the residual is reduced-rank ridge regression of what routing, held out, leaves. One expert and no residual
-    is the constant mean shift. Every combination is cross-fitted, and the simplest within one standard error of the
-    best is kept: the whole comparison stays in `ablations_`.
+    is the constant mean shift. The combinations are cross-fitted, and the simplest within one standard error (or .001
+    of R^2) of the best is kept: the whole comparison stays in `ablations_`.
 
     Args:
         num_experts: K, or "auto" for 1 to 4.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, KFold
 
-from .arrays import ArrayLike, Matrix, _as_float64
+from .arrays import ArrayLike, Matrix, as_float64
 
 
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]
@@ -34,7 +34,7 @@ def make_folds(rows: int, folds: int = 5, groups: NDArray[Any] | None = None, se
 
 def row_losses(target: ArrayLike, prediction: ArrayLike) -> Matrix:
     """Give the squared error ||target - prediction||^2 of each row, [rows] fp64."""
-    return np.square(_as_float64(target, "target") - _as_float64(prediction, "prediction")).sum(axis=-1)
+    return np.square(as_float64(target, "target") - as_float64(prediction, "prediction")).sum(axis=-1)
 
 
 def held_out_r2(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -> float:
@@ -54,7 +54,7 @@ def held_out_r2(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -
 
 def mean_cosine(target: ArrayLike, prediction: ArrayLike) -> float:
     """Give the mean cosine between each shift and its prediction, both [rows, d]; a zero vector counts as 0."""
-    a, b = _as_float64(target, "target"), _as_float64(prediction, "prediction")
+    a, b = as_float64(target, "target"), as_float64(prediction, "prediction")
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(np.mean((a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)))
 
@@ -70,10 +70,10 @@ def calibration_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayL
     Returns:
         The least-squares slope; 1.0 where the prediction never leaves the constant.
     """
-    base = _as_float64(constant, "constant")
-    moved = _as_float64(prediction, "prediction") - base
+    base = as_float64(constant, "constant")
+    moved = as_float64(prediction, "prediction") - base
     energy = float(np.square(moved).sum())
-    return float(((_as_float64(target, "target") - base) * moved).sum()) / energy if energy > 0 else 1.0
+    return float(((as_float64(target, "target") - base) * moved).sum()) / energy if energy > 0 else 1.0
 
 
 # A thousandth of the variance of the shifts is worth no stored vector, however surely it is held out.
