@@ -176,8 +176,11 @@ def client_of(hub: HubServer, home: Path, token: str | None = None) -> Iterator[
 
 
 def forget_connections() -> None:
-    """Drop what clients keep between calls: open connections, proxies read from the environment, file systems."""
+    """Drop what clients keep between calls: connections, proxies read from the environment, file systems, endpoints."""
     HfFileSystem.clear_instance_cache()
+    if "transformers.utils.hub" in sys.modules:
+        # transformers makes one client and keeps the endpoint that it began with.
+        sys.modules["transformers.utils.hub"]._hf_api = None  # type: ignore[attr-defined]
     close_session()
 
 

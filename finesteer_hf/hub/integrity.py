@@ -40,7 +40,13 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
     Raises:
         AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
     """
-    local = Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
+    again = {**kwargs, "force_download": True}
+    try:
+        local = Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
+    except OSError as error:
+        if not _has_wrong_size(error):
+            raise
+        local = _download_again(repo_id, path, revision, again)
     if is_intact(local):
         return local
     if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
@@ -48,7 +54,7 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
             f"{path} of {repo_id} is damaged in the cache ({local}). Load it once with the Hub at hand to replace it."
         )
     forget(local)
-    local = Path(hf_hub_download(repo_id, path, revision=commit_of(local, path), **{**kwargs, "force_download": True}))
+    local = _download_again(repo_id, path, commit_of(local, path), again)
     if not is_intact(local):
         forget(local)
         raise AdapterFileError(
@@ -56,6 +62,22 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
             "again; if it stays so, the file is damaged on the Hub, or something on the way to it is."
         )
     return local
+
+
+def _download_again(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
+    except OSError as error:
+        if not _has_wrong_size(error):
+            raise
+        raise AdapterFileError(
+            f"{path} of {repo_id} arrived twice with another size than the Hub announces. Nothing was kept: {error}"
+        ) from error
+
+
+def _has_wrong_size(error: OSError) -> bool:
+    """Whether an error is huggingface_hub's own for a download of a wrong size: it has no class and no number."""
+    return type(error) is OSError and error.errno is None
 
 
 def commit_of(local: Path, path: str) -> str:
