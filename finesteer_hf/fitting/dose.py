@@ -46,24 +46,28 @@ class DoseRunner:
         try:
             with self.model.disable_steering():
                 base = self._next_token()
-            points = []
+            margins, divergences = [], []
             for strength in strengths:
                 with self.model.steering_with(SteeringProcessorList([build(strength)])):
-                    margins = self._margins()
-                    kl = self._divergence(base, self._next_token())
-                points.append(
-                    DosePoint(
-                        strength=float(strength),
-                        margin=float(margins.mean()) if len(margins) else float("nan"),
-                        margin_se=float(margins.std(ddof=1) / np.sqrt(len(margins))) if len(margins) > 1 else 0.0,
-                        kl=kl,
-                        accuracy=float((margins > 0).mean()) if len(margins) else float("nan"),
-                    )
-                )
-            return points
+                    margins.append(self._margins())
+                    divergences.append(self._divergence(base, self._next_token()))
+            return [self._point(*found, margins) for found in zip(strengths, margins, divergences, strict=True)]
         finally:
             if not already:
                 self.model.unload_steering()
+
+    @staticmethod
+    def _point(strength: float, own: np.ndarray, kl: float, curve: Sequence[np.ndarray]) -> DosePoint:
+        best = max(curve, key=lambda margins: margins.mean()) if len(own) else own
+        many = len(own) > 1
+        return DosePoint(
+            strength=float(strength),
+            margin=float(own.mean()) if len(own) else float("nan"),
+            margin_se=float(own.std(ddof=1) / np.sqrt(len(own))) if many else 0.0,
+            kl=kl,
+            accuracy=float((own > 0).mean()) if len(own) else float("nan"),
+            gap_se=float((best - own).std(ddof=1) / np.sqrt(len(own))) if many else 0.0,
+        )
 
     def _margins(self) -> np.ndarray:
         def score(side: str) -> np.ndarray:

@@ -54,6 +54,7 @@ class DosePoint:
         margin_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
         accuracy: share of rows whose chosen answer is the likelier one.
+        gap_se: standard error of the difference to the curve's best margin within the same rows; 0 at the best.
     """
 
     strength: float
@@ -61,6 +62,7 @@ class DosePoint:
     margin_se: float
     kl: float
     accuracy: float
+    gap_se: float = 0.0
 
 
 class FitData(Protocol):
@@ -82,8 +84,11 @@ class FitData(Protocol):
     def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
         """Pooled states of the rejected answers, `[rows, width]` float32."""
 
-    def groups(self, part: Part) -> np.ndarray | None:
-        """Category of each row, or None if the data set has no categories."""
+    def prompts(self, part: Part) -> np.ndarray:
+        """Label of each row's prompt; rows that share a prompt are one query."""
+
+    def groups(self, part: Part) -> np.ndarray:
+        """Label of what is held out together: the row's prompt, or its category where categories are split."""
 
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""

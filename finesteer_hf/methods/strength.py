@@ -29,7 +29,7 @@ def choose_strength(
 
     Args:
         rule: a number; `auto`: of the strengths whose divergence on general prompts is within the budget, the smallest
-            whose margin is within one standard error of the best; `kl:x`: the largest with a 95th percentile of
+            whose margin is within one standard error (of the difference, row by row) of the best; `kl:x`: the largest with a 95th percentile of
             divergence of at most x nats, interpolated; `norm:x`: the vector becomes x of the state's norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
@@ -64,7 +64,7 @@ def _by_margin(curve: list[DosePoint], budget: float) -> tuple[float, list[DoseP
         chosen = curve[0]
         return chosen.strength, curve, f"every strength diverges by more than {budget:g} nats; the smallest is taken"
     best = max(allowed, key=lambda point: point.margin)
-    chosen = next(point for point in allowed if point.margin >= best.margin - best.margin_se)
+    chosen = next(point for point in allowed if point.margin >= best.margin - point.gap_se)
     return (
         chosen.strength,
         curve,
