@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from finesteer_hf.evaluation.likelihood import batches_by_length, is_steerable, model_device
 from finesteer_hf.evaluation.prompts import Prompt, encode_prompt
-from finesteer_hf.evaluation.scoring import batches_by_length, is_steerable, model_device
 
 
 @dataclass

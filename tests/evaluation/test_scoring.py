@@ -11,9 +11,10 @@ import torch
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.generation import greedy_answers, until_end
+from finesteer_hf.evaluation.likelihood import batches_by_length
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores, score_choices
 from finesteer_hf.evaluation.prompts import as_chat, encode_answer, encode_prompt
-from finesteer_hf.evaluation.scoring import answer_log_probs, batches_by_length, next_token_log_probs, steered_as
+from finesteer_hf.evaluation.scoring import answer_log_probs, next_token_log_probs, steered_as
 from finesteer_hf.evaluation.utility import kl_divergence
 
 
