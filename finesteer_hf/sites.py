@@ -6,6 +6,7 @@ is taken after the final norm.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from functools import total_ordering
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from finesteer_hf.errors import SiteError, UnsupportedModelError
 
@@ -23,8 +25,33 @@ SiteKind = Literal["resid_pre", "head_out", "resid_post"]
 _ORDER: dict[str, int] = {"resid_pre": 0, "head_out": 1, "resid_post": 2}
 _PATTERN = re.compile(r"^(resid_pre|head_out|resid_post)\[(\d+)\]$")
 
-_ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention", "self_attention_layer")
-_OUTPUT_PROJECTION_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "attn_out")
+# Where blocks keep the projection that mixes the heads of their attention.
+_OUTPUT_PROJECTIONS = (
+    *(
+        f"{attention}.{projection}"
+        for attention in ("self_attn", "attn", "attention", "self_attention", "self_attention_layer")
+        for projection in ("o_proj", "out_proj", "dense", "c_proj", "wo", "attn_out")
+    ),
+    "attention.output.dense",
+    "attn.attention.out_proj",
+    "self_att.self_attention.attention_out",
+    "multi_head_attention.dense",
+    # Blocks of one kind or another under one name: the others call their projection differently.
+    "mixer.o_proj",
+    "temporal_block.o_proj",
+)
+# Names of a decoder's list of blocks, where other lists of that length stand beside it.
+_BLOCK_LIST_NAMES = ("layers", "h", "blocks", "layer")
+# Decoders whose blocks, or whose forwards, do not have the layout that sites are defined by.
+_REFUSED_TYPES = {
+    "diffusion_gemma": "it denoises blocks of tokens instead of appending them one by one",
+    "hrm_text": "it runs its blocks several times in one forward, so a site has no single state",
+    "prophetnet": "its blocks carry a stream for each predicted token beside the main one",
+    "reformer": "its reversible blocks carry two streams, of a length of their own",
+    "rwkv": "it decodes with a state that is no cache of transformers', so positions cannot be told",
+    "xlm": "it keeps attentions and feed-forward layers in lists of their own, so it has no blocks",
+    "xlnet": "its blocks take states as [tokens, rows, width]",
+}
 
 
 @total_ordering
@@ -80,7 +107,8 @@ class TextTower:
         model: a `PreTrainedModel` with a causal language model head.
 
     Raises:
-        UnsupportedModelError: for encoder-decoder models and for decoders whose blocks cannot be told.
+        UnsupportedModelError: for encoder-decoder models, for decoders whose blocks cannot be told, and for those known
+            to have another layout than one stream `[rows, tokens, width]` that passes each block once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,29 +119,12 @@ class TextTower:
             )
         text_config: Any = config.get_text_config(decoder=True)
         self.config = text_config
-        self.num_layers = int(text_config.num_hidden_layers)
+        self.decoder = find_decoder(model)
+        for known in (config, text_config, getattr(self.decoder, "config", None)):
+            refuse_layout(type(model).__name__, known)
+        self.layers = find_blocks(self.decoder, text_config, type(model).__name__)
+        self.num_layers = len(self.layers)
         self.hidden_size = int(text_config.hidden_size)
-        self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
-        self.layers = self._find_layers(type(model).__name__)
-
-    def _find_layers(self, model_name: str) -> nn.ModuleList:
-        candidates = {
-            name: child
-            for name, child in self.decoder.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == self.num_layers
-        }
-        if len(candidates) > 1:
-            # Per-layer helpers (embeddings, norms) may stand beside the blocks; the blocks hold an attention or a mixer.
-            depth = {name: sum(1 for _ in child[0].children()) for name, child in candidates.items()}
-            best = max(depth.values())
-            candidates = {name: child for name, child in candidates.items() if depth[name] == best}
-        if len(candidates) != 1:
-            found = {name: len(c) for name, c in self.decoder.named_children() if isinstance(c, nn.ModuleList)}
-            raise UnsupportedModelError(
-                f"Cannot tell the decoder blocks of {model_name}: the config says {self.num_layers} layers, and "
-                f"{type(self.decoder).__name__} holds the module lists {found}."
-            )
-        return next(iter(candidates.values()))
 
     def check(self, site: Site) -> None:
         """Raise if the model has no such site.
@@ -136,7 +147,11 @@ class TextTower:
         """Width of the states at a site."""
         if site.kind != "head_out":
             return self.hidden_size
-        return self.num_heads * self.head_size
+        projection: Any = self.output_projection(site.layer)
+        # Not heads x head size of the config: latent attention has value heads of a size of their own, and some models
+        # have heads of different sizes in different blocks.
+        width = getattr(projection, "in_features", None)
+        return int(projection.weight.shape[0] if width is None else width)
 
     @property
     def num_heads(self) -> int:
@@ -145,7 +160,10 @@ class TextTower:
 
     @property
     def head_size(self) -> int:
-        """Size of one head; not always `hidden_size / num_heads`."""
+        """Size of one head at the head sites, those of the first block that has one; not always width / heads."""
+        for layer in range(self.num_layers):
+            with contextlib.suppress(SiteError):
+                return self.width(Site("head_out", layer)) // self.num_heads
         return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
     def output_projection(self, layer: int) -> nn.Module:
@@ -155,24 +173,69 @@ class TextTower:
             SiteError: if the block has no attention, or its output projection has an unknown name.
         """
         block = self.layers[layer]
-        for attention_name in _ATTENTION_NAMES:
-            attention = getattr(block, attention_name, None)
-            # GPT-NeoX-like blocks hold the projection directly; BERT-like blocks nest it one module deeper.
-            for holder in (attention, getattr(attention, "attention", None)):
-                for name in _OUTPUT_PROJECTION_NAMES:
-                    projection = getattr(holder, name, None)
-                    if isinstance(projection, nn.Module):
-                        return projection
+        for path in _OUTPUT_PROJECTIONS:
+            projection: Any = block
+            for name in path.split("."):
+                projection = getattr(projection, name, None)
+            if isinstance(projection, nn.Module):
+                return projection
         raise SiteError(
-            f"Block {layer} ({type(block).__name__}) has no attention output projection that is known: looked for "
-            f"{list(_ATTENTION_NAMES)} holding one of {list(_OUTPUT_PROJECTION_NAMES)}. Steer a resid_pre or resid_post "
-            "site instead."
+            f"Block {layer} ({type(block).__name__}, of {[name for name, _ in block.named_children()]}) has no attention "
+            "output projection that is known. Steer a resid_pre or resid_post site instead."
         )
 
     def module(self, site: Site) -> nn.Module:
         """The module that a hook for this site is put on."""
         self.check(site)
         return self.output_projection(site.layer) if site.kind == "head_out" else self.layers[site.layer]
+
+
+def refuse_layout(model_name: str, config: Any) -> None:
+    """Raise `UnsupportedModelError` for a config whose model is known to have another layout."""
+    reason = _REFUSED_TYPES.get(getattr(config, "model_type", ""))
+    streams = max(int(getattr(config, name, None) or 1) for name in ("hc_mult", "hc_count", "altup_num_inputs"))
+    if reason is None and streams > 1:
+        reason = f"its blocks carry {streams} residual streams instead of one"
+    if reason is not None:
+        raise UnsupportedModelError(f"{model_name} cannot be steered: {reason}.")
+
+
+def find_decoder(model: nn.Module) -> nn.Module:
+    """The module that takes a causal LM's tokens through its blocks, the head left out."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    if decoder is not model and isinstance(decoder, PreTrainedModel):
+        return decoder
+    # Some classes answer with themselves, or with a head that they happen to call `decoder`.
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inner) != 1:
+        raise UnsupportedModelError(
+            f"Cannot tell the decoder of {type(model).__name__}: get_decoder() gives a {type(decoder).__name__}, and the "
+            f"models inside it are {[type(child).__name__ for child in inner]}."
+        )
+    return inner[0]
+
+
+def find_blocks(decoder: nn.Module, config: Any, model_name: str) -> nn.ModuleList:
+    """The list of a decoder's blocks: the outermost one that is as long as the config says.
+
+    Raises:
+        UnsupportedModelError: if there is none, or several that cannot be told apart.
+    """
+    # LongCat counts each block twice in `num_hidden_layers`: a block holds two attentions.
+    sizes = {int(n) for n in (config.num_hidden_layers, getattr(config, "num_layers", None)) if n}
+    lists = {name: child for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList)}
+    candidates = {name: child for name, child in lists.items() if len(child) in sizes}
+    depth = min((name.count(".") for name in candidates), default=0)
+    candidates = {name: child for name, child in candidates.items() if name.count(".") == depth}
+    if len(candidates) > 1:
+        candidates = {n: child for n, child in candidates.items() if n.rpartition(".")[2] in _BLOCK_LIST_NAMES}
+    if len(candidates) != 1:
+        outer = {name: len(child) for name, child in lists.items() if name.count(".") <= 1}
+        raise UnsupportedModelError(
+            f"Cannot tell the decoder blocks of {model_name}: the config says {config.num_hidden_layers} layers, and "
+            f"{type(decoder).__name__} holds the module lists {outer}."
+        )
+    return next(iter(candidates.values()))
 
 
 def splits_its_input(projection: nn.Module) -> bool:
