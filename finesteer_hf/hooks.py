@@ -55,9 +55,12 @@ class DecoderHook:
         if torch.compiler.is_compiling():
             return
         session = current_session(self.runtime)
-        if session is not None and session.of_forward and session.probing is None:
+        if session is None or session.probing is not None:
+            return
+        if session.of_forward:
             session.__exit__()
             self.runtime.end_plain_session(session, output)
+        session.end_forward(output, module.training)
 
     def register(self, decoder: nn.Module) -> list[Any]:
         """Put the hook on a decoder and return its handles."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
@@ -110,6 +111,7 @@ class CallSession:
         self.tokens = 0
         self.decoding = False
         self.probing: set[Site] | None = None
+        self.passage = Passage(0, 0)
         self.relative_norms: dict[str, torch.Tensor] = {}
         self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
@@ -146,8 +148,17 @@ class CallSession:
         stream.seen = self.past + self.tokens
         self.decoding = cache is not None and self.past >= stream.window.prompt_end
         self._forward = (args, kwargs)
+        self.passage = Passage(rows, self.tokens)
         if not self.decoding and self._must_read_first(stream):
             self._read_whole_prompt(stream)
+
+    def end_forward(self, output: Any, training: bool) -> None:
+        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error."""
+        # Layer drop leaves blocks out in training.
+        whole = output is not None and not self.decoding and not training
+        # A draft that leaves the model early shortens the config for the time being.
+        depth = int(self.runtime.tower.config.num_hidden_layers)
+        self.passage.end(self.plan.sites if whole else (), depth)
 
     def _stream_of(self, cache: Any, rows: int) -> Stream | None:
         for stream in self.streams:
@@ -279,6 +290,7 @@ class CallSession:
                 if site == max(self.probing):
                     raise StopForward
             return None
+        self.passage.check(site, hidden)
         if site in self.plan.readers:
             self._read(site, hidden, stream)
         steered = hidden
