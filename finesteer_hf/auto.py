@@ -75,7 +75,7 @@ class SteeredModelForCausalLM:
         """Steer a model that is already loaded: quantised, sharded, offloaded or a `PeftModel`; in place.
 
         Args:
-            model: a causal LM of transformers, or a `PeftModel` around one.
+            model: a causal LM of transformers, or a `PeftModel` or `PeftMixedModel` around one.
             steering: as for `from_pretrained`.
 
         Returns:
@@ -92,8 +92,10 @@ class SteeredModelForCausalLM:
 
 
 def _inner_model(model: Any) -> PreTrainedModel | Any:
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
 
+    if isinstance(model, PeftMixedModel):
+        return model.base_model.model
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
