@@ -148,7 +148,7 @@ class SteeringMixin:
         self._steering.remove_hooks()
         del self.__dict__["_steering"]
         self.__class__ = self._steering_base_class  # type: ignore[assignment]
-        return self  # type: ignore[return-value]
+        return self
 
     @property
     def active_steering(self) -> dict[str, float]:
