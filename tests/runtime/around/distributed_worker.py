@@ -1,4 +1,4 @@
-"""Run by torchrun on two ranks: `distributed_worker.py TASK BASE_FOLDER RESULT_FILE`.
+"""Run by torchrun on two ranks: `distributed_worker.py BASE_FOLDER RESULT_FILE`.
 
 Rank 0 writes what it found as tensors and JSON; the test compares it with one process's answers.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +116,12 @@ def every_hook(module: torch.nn.Module) -> list[Any]:
     return [type(getattr(hook, "__self__", hook)).__module__ for hook in hooks]
 
 
-TASKS: dict[str, Callable[[str], dict[str, Any]]] = {"tensor_parallel": tensor_parallel, "fsdp": fsdp}
-
-
 def main() -> None:
-    task, base, result_file = sys.argv[1:]
+    base, result_file = sys.argv[1:]
     torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    result = TASKS[task](base)
+    result = {"fsdp": fsdp(base), "tensor_parallel": tensor_parallel(base)}
     if dist.get_rank() == 0:
         Path(result_file).write_text(json.dumps(result, default=lambda value: value.tolist()))
     dist.barrier()

@@ -106,9 +106,9 @@ def query_shift(
 
 def site_module(model: nn.Module, site: str) -> nn.Module:
     """The module of a site in a tiny model, found by name; LoRA wrappers included."""
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.base_model.model if isinstance(model, (PeftMixedModel, PeftModel)) else model
     parsed = Site.parse(site)
     block = (base.model.layers if hasattr(base, "model") else base.transformer.h)[parsed.layer]
     if parsed.kind != "head_out":

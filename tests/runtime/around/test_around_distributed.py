@@ -15,21 +15,22 @@ from steered_tiny import greedy, query_shift, query_states, some_prompts, steer_
 
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed"),
+]
 
 
-def run_on_two_ranks(task: str, folder: Path) -> dict[str, Any]:
-    """Run a task of the worker under torchrun and return what rank 0 wrote."""
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What rank 0 of the worker wrote, by task."""
+    folder = tmp_path_factory.mktemp("ranks")
     tiny_llama().save_pretrained(folder / "base")
     result = folder / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, task, str(folder / "base"), str(result)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        [*command, str(folder / "base"), str(result)], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(result.read_text())
@@ -42,8 +43,8 @@ def in_one_process() -> dict[str, list[list[int]]]:
     return {name: tokens.tolist() for name, tokens in distributed_worker.answers_of(model).items()}
 
 
-def test_tensor_parallel(tmp_path: Path) -> None:
-    result = run_on_two_ranks("tensor_parallel", tmp_path)
+def test_tensor_parallel(on_two_ranks: dict[str, Any]) -> None:
+    result = on_two_ranks["tensor_parallel"]
     assert result["ranks_agree"]
     want = in_one_process()
     assert len({str(tokens) for tokens in want.values()}) == len(want)
@@ -52,10 +53,10 @@ def test_tensor_parallel(tmp_path: Path) -> None:
     assert result["nothing_added"]
 
 
-def test_fully_sharded(tmp_path: Path) -> None:
+def test_fully_sharded(on_two_ranks: dict[str, Any]) -> None:
     import distributed_worker
 
-    result = run_on_two_ranks("fsdp", tmp_path)
+    result = on_two_ranks["fsdp"]
     assert result["ranks_agree"]
     want = in_one_process()
     assert result["answers"] == result["answers_steered_first"] == want

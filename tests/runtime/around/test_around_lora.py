@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from steered_tiny import (
     BUILDERS,
     greedy,
@@ -198,6 +198,17 @@ def test_one_line_with_a_lora_repo(lora_folders: dict[str, str]) -> None:
     steered = SteeredModelForCausalLM.from_pretrained(lora_folders["one"], steering=lora_folders["one"])
     assert active_lora_names(steered) == ["default"]
     check(steered, expected(plain, adapter, ids), ids)
+
+
+def test_mixed_adapters_of_peft(lora_folders: dict[str, str]) -> None:
+    ids, adapter = some_prompts(), query_shift("head_out[1]")
+    plain = PeftMixedModel.from_pretrained(tiny_llama(), lora_folders["one"])
+    mixed = PeftMixedModel.from_pretrained(tiny_llama(), lora_folders["one"])
+    steered = SteeredModelForCausalLM.from_model(mixed, steering=adapter)
+    assert steered is mixed
+    with reference(plain, adapter, ids):
+        want = greedy(plain, ids)
+    assert torch.equal(greedy(steered, ids), want)
 
 
 def test_native_adapters_added_disabled_and_deleted() -> None:
