@@ -58,6 +58,10 @@ class NoAdapterError(SteeringError, FileNotFoundError):
     """No adapter where one was looked for: a folder, a repo, a revision of it, or a folder in it."""
 
 
+class HubUnreachableError(SteeringError, ConnectionError):
+    """The Hub did not answer, or answered with an error of its own, and the cache has not what was asked for."""
+
+
 class PushError(SteeringError, RuntimeError):
     """A push that did not go through; the message says what is on the Hub now."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from finesteer_hf.tensor_files import sha256_of
 
 # What a connection, the Hub or its storage may fail with; huggingface_hub reports a failed upload as RuntimeError.
 FAILURES = (HTTPError, HfHubHTTPError, OSError, RuntimeError)
+# Seconds before a download that failed is tried once more.
+PAUSE = 0.5
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -40,13 +43,13 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
     Raises:
         AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
     """
-    again = {**kwargs, "force_download": True}
     try:
-        local = Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
-    except OSError as error:
-        if not _has_wrong_size(error):
+        local = _fetch(repo_id, path, revision, kwargs)
+    except FAILURES as error:
+        if not _is_passing(error):
             raise
-        local = _download_again(repo_id, path, revision, again)
+        time.sleep(PAUSE)
+        local = _fetch(repo_id, path, revision, kwargs)
     if is_intact(local):
         return local
     if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
@@ -54,7 +57,7 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
             f"{path} of {repo_id} is damaged in the cache ({local}). Load it once with the Hub at hand to replace it."
         )
     forget(local)
-    local = _download_again(repo_id, path, commit_of(local, path), again)
+    local = _fetch(repo_id, path, commit_of(local, path), {**kwargs, "force_download": True})
     if not is_intact(local):
         forget(local)
         raise AdapterFileError(
@@ -64,20 +67,29 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
     return local
 
 
-def _download_again(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]) -> Path:
+def _fetch(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
     except OSError as error:
-        if not _has_wrong_size(error):
+        # huggingface_hub's own check of the size raises a bare OSError, without a class or a number.
+        if type(error) is not OSError or error.errno is not None:
+            raise
+        wrong_size = error
+    try:
+        return Path(hf_hub_download(repo_id, path, revision=revision, **{**kwargs, "force_download": True}))
+    except OSError as error:
+        if type(error) is not OSError or error.errno is not None:
             raise
         raise AdapterFileError(
-            f"{path} of {repo_id} arrived twice with another size than the Hub announces. Nothing was kept: {error}"
+            f"{path} of {repo_id} arrived twice with another size than the Hub announces. Nothing was kept: {wrong_size}"
         ) from error
 
 
-def _has_wrong_size(error: OSError) -> bool:
-    """Whether an error is huggingface_hub's own for a download of a wrong size: it has no class and no number."""
-    return type(error) is OSError and error.errno is None
+def _is_passing(error: Exception) -> bool:
+    """Whether a failure may be gone a moment later and was not retried yet: a connection that was closed, a 5xx."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500
+    return isinstance(error, HTTPError)
 
 
 def commit_of(local: Path, path: str) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME
-from finesteer_hf.errors import AdapterFileError, NoAdapterError
+from finesteer_hf.errors import AdapterFileError, HubUnreachableError, NoAdapterError
 from finesteer_hf.hub.integrity import commit_of, download
 from finesteer_hf.hub.names import check_subfolder, is_repo_name, listed, split_name
 
@@ -75,6 +75,7 @@ def resolve_adapter_files(
 
     Raises:
         NoAdapterError: (a `FileNotFoundError`) if there is no such folder, repo, revision or adapter in it.
+        HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache has not everything.
         AdapterFileError: if a file is damaged or lies outside its folder.
         ValueError: if an argument does not fit the others or is no name.
     """
@@ -100,8 +101,8 @@ def resolve_adapter_files(
         config = download(repo_id, where.path(CONFIG_NAME), revision=revision, **options)
         commit = commit_of(config, where.path(CONFIG_NAME))
         tensors = download(repo_id, where.path(WEIGHTS_NAME), revision=commit, **options) if weights else None
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, HTTPError) as error:
-        raise NoAdapterError(where.explain(error, local_files_only)) from error
+    except (EntryNotFoundError, HfHubHTTPError, HTTPError) as error:
+        raise where.explain(error, local_files_only) from error
     return AdapterFiles(config, tensors, where.name, commit, revision)
 
 
@@ -148,35 +149,37 @@ class _Place:
     def path(self, file: str) -> str:
         return f"{self.subfolder}/{file}" if self.subfolder else file
 
-    def explain(self, error: Exception, local_files_only: bool) -> str:
+    def explain(self, error: Exception, local_files_only: bool) -> NoAdapterError | HubUnreachableError:
         """Say what is missing, list what exists, say what to do."""
         at = f" at revision {self.revision!r}" if self.revision else ""
         if isinstance(error, GatedRepoError):
-            return f"{self.repo_id} is gated: ask for access on its page, then sign in with `hf auth login`."
+            return NoAdapterError(
+                f"{self.repo_id} is gated: ask for access on its page, then sign in with `hf auth login`."
+            )
         if isinstance(error, RepositoryNotFoundError):
             signed_in = self.token if self.token is not None else get_token()
-            return f"There is no repo {self.repo_id!r} on the Hub, or it is private and " + (
-                "this token may not read it. Check the name, or give token= one that may."
-                if signed_in
-                else "no token was sent. Check the name, sign in with `hf auth login`, or give token=."
-            )
-        if isinstance(error, LocalEntryNotFoundError):
-            why = (
-                "local_files_only=True makes no request"
-                if local_files_only
-                else "HF_HUB_OFFLINE is set"
-                if constants.HF_HUB_OFFLINE
-                else "the Hub cannot be reached"
-            )
-            return (
-                f"The steering adapter {self.name!r}{at} is not in the cache, and {why}. Load it once with the Hub at "
-                f"hand, or give the folder that holds it. ({error})"
+            return NoAdapterError(
+                f"There is no repo {self.repo_id!r} on the Hub, or it is private and "
+                + (
+                    "this token may not read it. Check the name, or give token= one that may."
+                    if signed_in
+                    else "no token was sent. Check the name, sign in with `hf auth login`, or give token=."
+                )
             )
         if isinstance(error, RevisionNotFoundError):
-            return f"{self.repo_id} has no revision {self.revision!r}. {self._revisions()}"
+            return NoAdapterError(f"{self.repo_id} has no revision {self.revision!r}. {self._revisions()}")
+        if isinstance(error, LocalEntryNotFoundError):
+            missing = f"The steering adapter {self.name!r}{at} is not in the cache, and "
+            todo = "Load it once with the Hub at hand, or give the folder that holds it."
+            if local_files_only:
+                return NoAdapterError(f"{missing}local_files_only=True makes no request. {todo}")
+            if constants.HF_HUB_OFFLINE:
+                return NoAdapterError(f"{missing}HF_HUB_OFFLINE is set. {todo}")
+            return HubUnreachableError(f"{missing}the Hub cannot be reached. {todo} ({error.__cause__ or error})")
         if isinstance(error, EntryNotFoundError):
-            return f"{self.name}{at} holds no steering adapter ({CONFIG_NAME} and {WEIGHTS_NAME}). {self._contents()}"
-        return f"The steering adapter {self.name!r}{at} could not be downloaded: {error}"
+            files = f"{CONFIG_NAME} and {WEIGHTS_NAME}"
+            return NoAdapterError(f"{self.name}{at} holds no steering adapter ({files}). {self._contents()}")
+        return HubUnreachableError(f"The steering adapter {self.name!r}{at} could not be downloaded: {error}")
 
     def _revisions(self) -> str:
         try:

@@ -19,6 +19,7 @@ import finesteer_hf
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
 from finesteer_hf.adapter import tensors_equal
 from finesteer_hf.errors import AdapterFileError, NoAdapterError
+from finesteer_hf.hub import integrity
 
 
 @contextmanager
@@ -32,6 +33,11 @@ def requests_of(hub: HubServer) -> Iterator[list[str]]:
 
 def load(name: str, **kwargs: Any) -> SteeringAdapter:
     return SteeringAdapter.from_pretrained(name, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrity, "PAUSE", 0.0)
 
 
 @pytest.fixture
@@ -205,6 +211,33 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
 
 
 # Accidents
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("HEAD .*config", "status", status=503),
+        Fault("GET .*config", "status", status=502),
+        Fault("HEAD .*config", "drop"),
+        Fault("GET .*safetensors", "drop"),
+        Fault("GET .*safetensors", "slow", seconds=0.3),
+    ],
+    ids=lambda fault: f"{fault.match} {fault.kind}",
+)
+def test_a_hub_that_stumbles_once_is_asked_again(repo: HubServer, fault: Fault) -> None:
+    repo.faults.add(fault)
+    assert tensors_equal(load("org/a@v1").tensors, small_adapter(1).tensors)
+    assert not repo.faults.pending()
+
+
+def test_a_hub_that_keeps_stumbling_is_told_from_a_missing_adapter(repo: HubServer) -> None:
+    repo.faults.add(Fault("HEAD .*config", "drop", times=None))
+    with pytest.raises(ConnectionError, match=r"'org/a' at revision 'v1' could not be downloaded"):
+        load("org/a@v1")
+    repo.faults.clear()
+    repo.faults.add(Fault("HEAD .*safetensors", "status", status=403, error_code="GatedRepo"))
+    with pytest.raises(NoAdapterError, match="org/a is gated"):
+        load("org/a@v1")
 
 
 @pytest.mark.parametrize("file", ["steering_config.json", "steering_model.safetensors"])
