@@ -3,7 +3,10 @@
 from finesteer_hf.adapter import LoadReport, SteeringAdapter
 from finesteer_hf.auto import SteeredModelForCausalLM
 from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
+from finesteer_hf.fitting import fit_steering
 from finesteer_hf.hub import list_adapters
+from finesteer_hf.methods.caa import CAAConfig
+from finesteer_hf.methods.finesteer import FineSteerConfig
 from finesteer_hf.mixin import SteeringMixin
 from finesteer_hf.processors import (
     ConstantVector,
@@ -19,8 +22,10 @@ from finesteer_hf.sites import Site
 __version__ = "0.1.0"
 
 __all__ = [
+    "CAAConfig",
     "ConstantVector",
     "Decision",
+    "FineSteerConfig",
     "LoadReport",
     "QueryStates",
     "Site",
@@ -31,6 +36,7 @@ __all__ = [
     "SteeringProcessor",
     "SteeringProcessorList",
     "TokenView",
+    "fit_steering",
     "list_adapters",
     "register_steering_method",
     "steering_methods",
