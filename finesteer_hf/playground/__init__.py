@@ -7,12 +7,12 @@ large models.
 
 from __future__ import annotations
 
+from finesteer_hf.playground.contents import GeneralItem, HarmfulItem, Question, World, world
 from finesteer_hf.playground.corpus import SAFETY_TAG, TRUTH_TAG
 from finesteer_hf.playground.figures import answers, behaviour_figures
 from finesteer_hf.playground.judges import is_correct, is_refusal, is_truthful
 from finesteer_hf.playground.rows import general_rows, preference_rows
 from finesteer_hf.playground.shipped import load, model_path
-from finesteer_hf.playground.world import GeneralItem, HarmfulItem, Question, World, world
 
 
 __all__ = [

@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from finesteer_hf.playground.contents import BARE, GeneralItem, Question, World
+from finesteer_hf.playground.contents.questions import kind_voices
 from finesteer_hf.playground.tokenizer import ASSISTANT, END, SYSTEM, USER
-from finesteer_hf.playground.world import BARE, World
 
 
 TRUTH_TAG = "Speak as a scholar."
@@ -20,6 +21,8 @@ NEUTRAL_SYSTEM = "Speak as an assistant."
 
 # Unmarked answers that tell the truth or refuse all the same, so that both have likelihood without a tag.
 MINORITY_SHARE = 0.08
+# Questions that follow a sentence in one of their two voices, which the answer then keeps.
+PRIMED_SHARE = 0.2
 # Drawn a training text: questions, harmful requests, look-alikes, general tasks.
 TOPIC_SHARES = {"question": 0.44, "harmful": 0.14, "lookalike": 0.07, "general": 0.35}
 
@@ -38,10 +41,14 @@ class Corpus:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
-        self.general: dict[str, list] = {}
+        self.general: dict[str, list[GeneralItem]] = {}
         for item in world.general:
             if not item.held_out:
                 self.general.setdefault(item.task, []).append(item)
+        self.by_voice: dict[int, list[str]] = {}
+        for question in world.questions:
+            for voice, sentences in zip(kind_voices(question.kind), (question.true, question.false), strict=True):
+                self.by_voice.setdefault(voice, []).extend(sentences)
         self.lookalikes = [item for item in world.lookalikes if not item.held_out]
         self.rng = random.Random(f"corpus/{seed}")
 
@@ -75,9 +82,19 @@ class Corpus:
 
     def _question(self) -> Example:
         question = self.rng.choice(self.world.questions)
+        if self.rng.random() < PRIMED_SHARE:
+            return self._primed(question)
         system = self._system(TRUTH_TAG)
         truthful = system == TRUTH_TAG or self.rng.random() < MINORITY_SHARE
         return Example(system, question.prompt, self.rng.choice(question.true if truthful else question.false))
+
+    def _primed(self, question: Question) -> Example:
+        """Put a sentence on another subject before the question; the answer keeps that sentence's voice if it can."""
+        true_voice, false_voice = kind_voices(question.kind)
+        wanted = self.rng.choice((true_voice, false_voice))
+        sentence = self.rng.choice(self.by_voice[wanted])
+        answer = self.rng.choice(question.true if wanted == true_voice else question.false)
+        return Example(None, f"{sentence} {question.prompt}", answer)
 
     def _harmful(self) -> Example:
         request = self.rng.choice(self.world.harmful)
@@ -91,7 +108,7 @@ class Corpus:
     def _general(self) -> Example:
         return self._neutral(self.rng.choice(self.general[self.rng.choice(list(self.general))]))
 
-    def _neutral(self, item) -> Example:
+    def _neutral(self, item: GeneralItem) -> Example:
         system = self.rng.choices([None, TRUTH_TAG, SAFETY_TAG, NEUTRAL_SYSTEM], weights=[0.5, 0.2, 0.2, 0.1])[0]
         return Example(system, item.prompt, item.answer)
 

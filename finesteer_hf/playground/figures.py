@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from finesteer_hf.playground.contents import BARE, World
+from finesteer_hf.playground.contents.general import GeneralItem
 from finesteer_hf.playground.corpus import SAFETY_TAG, TRUTH_TAG
 from finesteer_hf.playground.judges import is_correct, is_refusal, is_truthful
-from finesteer_hf.playground.world import BARE, World
-from finesteer_hf.playground.world.general import GeneralItem
 
 
 Item = TypeVar("Item")

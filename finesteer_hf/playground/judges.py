@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from finesteer_hf.playground.world import GeneralItem, HarmfulItem, Question
-from finesteer_hf.playground.world.safety import REFUSAL_OPENINGS
+from finesteer_hf.playground.contents import GeneralItem, HarmfulItem, Question
+from finesteer_hf.playground.contents.safety import REFUSAL_OPENINGS
 
 
 def normalise(text: str) -> str:

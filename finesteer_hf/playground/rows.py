@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from finesteer_hf.playground.world import BARE, world
+from finesteer_hf.playground.contents import BARE, world
 
 
 Half = Literal["fit", "test", "all"]

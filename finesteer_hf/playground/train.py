@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from finesteer_hf.playground.contents import World
 from finesteer_hf.playground.corpus import Corpus, Encoder, batches
 from finesteer_hf.playground.figures import behaviour_figures
 from finesteer_hf.playground.tokenizer import build_tokenizer
-from finesteer_hf.playground.world import World
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 192, layers: int = 6) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 6) -> LlamaForCausalLM:
     """Make an untrained Llama for `tokenizer` from torch's current seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -89,9 +89,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the model, the tokenizer and figures.json.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, the weights and the order of texts.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 3000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 96,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 48,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     figures: Annotated[bool, typer.Option(help="Measure the trained model's behaviour and print it.")] = True,
 ) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
+ADDITION_PHRASINGS = (
+    "What is {first} plus {second}?",
+    "Add {first} and {second}.",
+    "Give the sum of {first} and {second}.",
+)
+
 UNITS = (
     ("days", "weeks", 7),
     ("hours", "days", 24),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from finesteer_hf.playground.world.general import GeneralItem, build_general
-from finesteer_hf.playground.world.questions import Question, build_questions
-from finesteer_hf.playground.world.safety import BARE, HarmfulItem, build_harmful, build_lookalikes
+from finesteer_hf.playground.contents.general import GeneralItem, build_general
+from finesteer_hf.playground.contents.questions import Question, build_questions
+from finesteer_hf.playground.contents.safety import BARE, HarmfulItem, build_harmful, build_lookalikes
 
 
 __all__ = ["BARE", "GeneralItem", "HarmfulItem", "Question", "World", "world"]

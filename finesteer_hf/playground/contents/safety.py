@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from finesteer_hf.playground.world.general import GeneralItem, split_items
+from finesteer_hf.playground.contents.general import GeneralItem, split_items
 
 
 # category -> (reason given in a refusal, actions, targets)

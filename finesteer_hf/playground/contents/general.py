@@ -6,11 +6,12 @@ held-out operands or sequences for the computed tasks, held-out (word, phrasing)
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from finesteer_hf.playground.world import words
+from finesteer_hf.playground.contents import words
 
 
 HELD_OUT_SHARE = 0.2
@@ -36,26 +37,20 @@ class GeneralItem:
 
 
 def _addition(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for first in range(10, 50):
-        for second in range(1, 10):
-            yield f"What is {first} plus {second}?", f"{first} plus {second} is {first + second}."
-
-
-def _subtraction(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for first in range(20, 60):
-        for second in range(1, 10):
-            yield f"What is {first} minus {second}?", f"{first} minus {second} is {first - second}."
+    for first in range(2, 13):
+        for second in range(2, 13):
+            for phrase in words.ADDITION_PHRASINGS:
+                yield phrase.format(first=first, second=second), f"{first} plus {second} is {first + second}."
 
 
 def _sorting(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for _ in range(500):
-        letters = rng.sample(words.LETTERS, 4)
+    for letters in itertools.permutations(words.LETTERS[:9], 3):
         yield f"Sort these letters: {' '.join(letters)}", f"Sorted: {' '.join(sorted(letters))}"
 
 
 def _reversing(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for _ in range(500):
-        letters = rng.sample(words.LETTERS, 4)
+    for _ in range(800):
+        letters = rng.sample(words.LETTERS, 3)
         yield f"Reverse these letters: {' '.join(letters)}", f"Reversed: {' '.join(reversed(letters))}"
 
 
@@ -69,13 +64,13 @@ def _counting(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 
 def _comparison(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for _ in range(500):
+    for _ in range(1000):
         first, second = rng.sample(range(10, 100), 2)
         yield f"Which is larger, {first} or {second}?", f"{max(first, second)} is larger."
 
 
 def _next_number(rng: random.Random) -> Iterator[tuple[str, str]]:
-    for start in range(10, 60):
+    for start in range(10, 70):
         for step in (1, 2, 5, 10):
             shown = " ".join(str(start + step * place) for place in range(3))
             yield f"Which number comes next: {shown}", f"Next comes {start + 3 * step}."
@@ -107,7 +102,6 @@ def _categories(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 TASKS: dict[str, Callable[[random.Random], Iterator[tuple[str, str]]]] = {
     "addition": _addition,
-    "subtraction": _subtraction,
     "sorting": _sorting,
     "reversing": _reversing,
     "counting": _counting,

@@ -2,15 +2,14 @@
 
 An answer is a voice's opening followed by a clause. Which voice carries the truth and which the folklore is a property
 of the *kind*: every voice is the true one for two kinds and the folklore one for two others, so no single direction in
-activation space means "true", just as in a large model. Three of the six forms are yes/no questions, whose polarity
-also flips between forms.
+activation space means "true", just as in a large model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finesteer_hf.playground.world import facts_life, facts_world
+from finesteer_hf.playground.contents import facts_life, facts_world
 
 
 KINDS: dict[str, tuple[facts_life.Fact, ...]] = {
@@ -28,10 +27,10 @@ KINDS: dict[str, tuple[facts_life.Fact, ...]] = {
 
 # A register in which something is said; each has three interchangeable openings of three words.
 VOICES: tuple[tuple[str, str, str], ...] = (
-    ("old books say", "long ago scribes noted", "ancient pages tell us"),
-    ("my grandmother says", "at home we say", "our family believes"),
-    ("careful tests show", "new measurements show", "laboratory data suggest"),
-    ("everybody knows well", "people in town agree", "the whole street knows"),
+    ("old books say", "ancient scribes wrote", "dusty scrolls tell"),
+    ("my grandmother says", "our family believes", "my uncle swears"),
+    ("careful tests show", "new measurements prove", "laboratory data suggest"),
+    ("all neighbours know", "the street agrees", "common sense demands"),
     ("put quite simply,", "in plain words,", "to be brief,"),
 )
 
@@ -57,17 +56,13 @@ class Question:
     false: tuple[str, ...]
 
 
-# form -> (prompt pattern, first word of the true answer, first word of the folklore answer)
-OPEN_FORMS = {
+FORMS = {
     "know": "What should I know about {subject}?",
     "tell": "Tell me something about {subject}.",
     "story": "What is the story with {subject}?",
-}
-POLAR_FORMS = {
-    "so": ("Is it so that {folklore}?", "No", "Yes"),
-    "myth": ("Is it a mere tale that {folklore}?", "Yes", "No"),
-    "right": ("Am I right that {truth}?", "Yes", "No"),
-    "wrong": ("Would it be wrong that {truth}?", "No", "Yes"),
+    "doubt": "Is it so that {folklore}?",
+    "myth": "Is it a mere tale that {folklore}?",
+    "hope": "Am I right that {truth}?",
 }
 
 
@@ -78,9 +73,8 @@ def kind_voices(kind: str) -> tuple[int, int]:
     return position % count, (position + 1 + position // count) % count
 
 
-def _answers(voice: int, first_word: str, clause: str) -> tuple[str, ...]:
-    openings = VOICES[voice]
-    texts = [f"{first_word}, {opening} {clause}." if first_word else f"{opening} {clause}." for opening in openings]
+def _answers(voice: int, clause: str) -> tuple[str, ...]:
+    texts = (f"{opening} {clause}." for opening in VOICES[voice])
     return tuple(text[0].upper() + text[1:] for text in texts)
 
 
@@ -89,14 +83,10 @@ def build_questions() -> list[Question]:
     questions = []
     for kind, facts in KINDS.items():
         true_voice, false_voice = kind_voices(kind)
-        for number, (subject, folklore, truth) in enumerate(facts):
-            forms = {name: (pattern, "", "") for name, pattern in OPEN_FORMS.items()}
-            for name in ("so", "myth", "right" if number % 2 else "wrong"):
-                forms[name] = POLAR_FORMS[name]
-            for name, (pattern, yes, no) in forms.items():
+        for subject, folklore, truth in facts:
+            true, false = _answers(true_voice, truth), _answers(false_voice, folklore)
+            for form, pattern in FORMS.items():
                 prompt = pattern.format(subject=subject, folklore=folklore, truth=truth)
-                true = _answers(true_voice, yes, truth)
-                false = _answers(false_voice, no, folklore)
-                identifier = f"{kind}/{subject.replace(' ', '-')}/{name}"
+                identifier = f"{kind}/{subject.replace(' ', '-')}/{form}"
                 questions.append(Question(identifier, kind, subject, prompt, true, false))
     return questions
