@@ -1,9 +1,10 @@
 """Steering adapters for Hugging Face models."""
 
+from typing import TYPE_CHECKING, Any
+
 from finesteer_hf.adapter import LoadReport, SteeringAdapter
 from finesteer_hf.auto import SteeredModelForCausalLM
 from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
-from finesteer_hf.fitting import fit_steering
 from finesteer_hf.hub import list_adapters
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.methods.finesteer import FineSteerConfig
@@ -18,6 +19,9 @@ from finesteer_hf.processors import (
 )
 from finesteer_hf.sites import Site
 
+
+if TYPE_CHECKING:
+    from finesteer_hf.fitting import fit_steering
 
 __version__ = "0.1.0"
 
@@ -41,3 +45,12 @@ __all__ = [
     "register_steering_method",
     "steering_methods",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Fitting brings data sets and plots along; who only steers does not wait for them.
+    if name == "fit_steering":
+        from finesteer_hf.fitting import fit_steering
+
+        return fit_steering
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
