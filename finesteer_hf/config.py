@@ -20,8 +20,9 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
+from finesteer_hf.json_files import read_json_object
 from finesteer_hf.processors import POSITIONS, Positions
-from finesteer_hf.tensor_files import replacing, unique_keys
+from finesteer_hf.tensor_files import replacing
 
 
 if TYPE_CHECKING:
@@ -180,30 +181,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """Read the JSON of a `steering_config.json`, without making a config of it.
 
     Raises:
-        AdapterFileError: if it is too large, nested too deeply, no JSON object, repeats a key, or holds a number or a
-            text that no JSON file can say.
+        AdapterFileError: if it is not; see `read_json_object`.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise AdapterFileError(f"{path.name} has {size} bytes; at most {MAX_CONFIG_BYTES} are read.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
-        # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path.name} is not readable JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise AdapterFileError(f"{path.name} must hold a JSON object, not a {type(data).__name__}.")
-    return data
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no number that an adapter can hold")
-    return value
+    return read_json_object(path, MAX_CONFIG_BYTES)
 
 
 def fits(value: Any, kind: Any) -> bool:

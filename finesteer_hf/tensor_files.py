@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.json_files import unique_keys
 
 
 Shape = tuple[int | None, ...]
@@ -43,7 +44,7 @@ def read_tensors(
             not called for, of another shape or dtype, or holds NaN or infinity.
     """
     path = Path(path)
-    _check_header(path)
+    check_header(path)
     if sha256 is not None and sha256_of(path) != sha256:
         raise AdapterFileError(
             f"{path.name} is not the file that its config was saved with (its SHA-256 is another): it is damaged, or one "
@@ -89,8 +90,12 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise AdapterFileError(f"Tensor {name!r} holds NaN or infinity; the file is damaged.")
 
 
-def _check_header(path: Path) -> None:
-    """Refuse headers that would take memory, and tensors that are declared twice (the last would win)."""
+def check_header(path: Path) -> None:
+    """Refuse a safetensors header that would take much memory, or declares a tensor twice (the last would win).
+
+    Raises:
+        AdapterFileError: for such a header, or none.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -104,15 +109,6 @@ def _check_header(path: Path) -> None:
         json.loads(header, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path.name} is damaged or no safetensors file: {error}") from error
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make a JSON object, for `object_pairs_hook`; raises `ValueError` if a key is repeated."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"a key is repeated among {sorted(set(keys))[:20]}")
-    return made
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,0 +1,7 @@
+"""Steering vectors of other libraries, read into CONSTANT adapters; constant adapters written as GGUF."""
+
+from finesteer_hf.interop.gguf_files import save_gguf
+from finesteer_hf.interop.load import FORMATS, load_vectors
+
+
+__all__ = ["FORMATS", "load_vectors", "save_gguf"]

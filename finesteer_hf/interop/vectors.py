@@ -1,0 +1,67 @@
+"""What a file of another library holds, once it is read."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.sites import SiteKind
+
+
+# Wider than any model's residual stream; a file that declares more is none of a steering vector.
+WIDEST = 1 << 20
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class ForeignVectors:
+    """Vectors of a file.
+
+    Attributes:
+        vectors: `[width]` for each decoder block, in the file's own size.
+        site: what of the block they are added to.
+        strength: factor that the file asks for.
+        model_type: `config.model_type` that the file names, if it names one.
+    """
+
+    vectors: dict[int, torch.Tensor]
+    site: SiteKind
+    strength: float = 1.0
+    model_type: str | None = None
+
+
+def as_vector(value: Any, what: str) -> torch.Tensor:
+    """A value as a float32 vector; axes of length 1 in front are dropped.
+
+    Raises:
+        AdapterFileError: if it is no single vector of finite numbers.
+    """
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim == 0:
+        raise AdapterFileError(f"{what} is no vector of floating-point numbers, but {reprlib.repr(value)}.")
+    shape = tuple(value.shape)
+    if any(axis != 1 for axis in shape[:-1]) or not 0 < shape[-1] <= WIDEST:
+        raise AdapterFileError(
+            f"{what} has shape {shape}: several directions (for tokens, heads or planes) are no constant vector."
+        )
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise AdapterFileError(f"{what} is stored as {value.layout} on {value.device}; plain dense tensors are read.")
+    vector = value.detach().reshape(-1).to(torch.float32).clone()
+    if not torch.isfinite(vector).all():
+        raise AdapterFileError(f"{what} holds NaN, infinity, or numbers too large for float32.")
+    return vector
+
+
+def as_layer(text: str | int, what: str) -> int:
+    """A block's number, from 0.
+
+    Raises:
+        AdapterFileError: if it is none.
+    """
+    digits = str(text)
+    if not digits.isascii() or not digits.isdecimal() or len(digits) > 6 or int(digits) >= MOST_LAYERS:
+        raise AdapterFileError(f"{what} names the layer {digits[:40]!r}; blocks are numbered from 0.")
+    return int(digits)
