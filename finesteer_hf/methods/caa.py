@@ -1,0 +1,188 @@
+"""CAA: one constant vector, the mean difference of wanted and unwanted answers (Rimsky et al., ACL 2024).
+
+With `vector="queries"` it is the difference of the prompts' own states, these less general ones: a refusal vector
+(Arditi et al., NeurIPS 2024) when these are harmful and the general ones harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError, DatasetError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.layers import SHORT_LIST, candidate_layers, try_layers
+from finesteer_hf.methods.strength import choose_strength, median_norm
+from finesteer_hf.processors import Decision, Positions, QueryStates
+from finesteer_hf.sites import Site
+
+
+POOLS = ("answer_mean", "answer_last")
+VECTORS = ("answers", "queries")
+MIN_ROWS = 2
+
+
+@dataclass(kw_only=True)
+class CAAConfig(SteeringConfig):
+    """Settings of a constant vector.
+
+    Attributes:
+        layer: decoder block whose output is steered; `auto` takes the one with the best held-out margin.
+        pool: answer states that are averaged: `answer_mean` over the answer's tokens, `answer_last` its last token (the
+            answer's letter in the paper's multiple-choice prompts).
+        vector: `answers` (chosen minus rejected) or `queries` (these prompts minus the general ones).
+    """
+
+    steering_type: ClassVar[str] = "CAA"
+
+    # The paper adds the vector after the user's turn: to the last prompt token and to what is generated.
+    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    strength: float | str = field(
+        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+    )
+    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
+    pool: Literal["answer_mean", "answer_last"] = field(
+        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+    )
+    vector: Literal["answers", "queries"] = field(
+        default="answers", metadata={"help": "What the vector separates: answers or queries."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counted = isinstance(self.layer, int) and not isinstance(self.layer, bool) and self.layer >= 0
+        if self.layer != "auto" and not counted:
+            raise ValueError(f"layer must be 'auto' or a whole number of at least 0, got {self.layer!r}.")
+        if counted and self.num_hidden_layers is not None and int(self.layer) >= self.num_hidden_layers:
+            raise ValueError(f"layer={self.layer} is out of range for a model of {self.num_hidden_layers} layers.")
+        for name, allowed in (("pool", POOLS), ("vector", VECTORS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+
+
+class CAA(SteeringMethod):
+    """`H <- H + strength * v` at the output of one block, whatever the query.
+
+    Args:
+        config: a fitted `CAAConfig`.
+        tensors: `vector`, `[hidden_size]` float32.
+    """
+
+    config_cls = CAAConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        layer = cast(CAAConfig, config).layer
+        if layer == "auto" or "vector" not in tensors:
+            raise AdapterFileError("A CAA adapter needs a layer and the tensor 'vector'; fit it with `fit_steering`.")
+        self.site = Site("resid_post", int(layer))
+        self.writes = (self.site,)
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """The vector, `[1, hidden_size]`."""
+        return Decision(vectors={self.site: self.parameters_on(queries.device)["vector"][None]})
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One vector of the residual stream."""
+        return {"vector": (config.hidden_size,)}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The outputs of the candidate layers.
+
+        Raises:
+            ValueError: if the layer is out of range.
+        """
+        settings = cast(CAAConfig, config)
+        layers = candidate_layers(settings.layer, info.num_layers)
+        pools: tuple[Pool, ...] = ("query",) if settings.vector == "queries" else ("query", settings.pool)
+        return CaptureRequest(tuple(Site("resid_post", layer) for layer in layers), pools)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Average the differences of the `fit` and `calibration` parts; choose layer and strength on `validation`.
+
+        Raises:
+            DatasetError: for too few rows, or for a vector of queries without general prompts.
+        """
+        settings = cast(CAAConfig, config)
+        layers = candidate_layers(settings.layer, data.info.num_layers)
+        found = {layer: _mean_difference(data, settings, Site("resid_post", layer)) for layer in layers}
+        effects = {layer: _effect(data, settings, Site("resid_post", layer)) for layer in layers}
+        promising = sorted(layers, key=lambda layer: -effects[layer])[:SHORT_LIST]
+
+        def fitted(layer: int, strength: float) -> CAAConfig:
+            return dataclasses.replace(
+                settings,
+                layer=layer,
+                strength=strength,
+                hidden_size=data.info.hidden_size,
+                num_hidden_layers=data.info.num_layers,
+            )
+
+        def builder(layer: int) -> Callable[[float], CAA]:
+            return lambda strength: cls(fitted(layer, strength), {"vector": found[layer]})
+
+        layer, tried = try_layers(data, {layer: builder(layer) for layer in promising}, settings.strength)
+        norms = {
+            "vector_norm": float(found[layer].norm()),
+            "state_norm": median_norm(data.query(Site("resid_post", layer), "fit")),
+        }
+        strength, curve, why = choose_strength(
+            settings.strength,
+            data,
+            builder(layer),
+            vector_norm=norms["vector_norm"],
+            state_norm=norms["state_norm"],
+        )
+        report: dict[str, Any] = {
+            "layer": layer,
+            "layers": [{"layer": at, "effect": effects[at]} for at in layers],
+            "layers_tried": tried,
+            "vector": norms,
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(fitted(layer, strength), {"vector": found[layer]}, report)
+
+
+def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tensor:
+    """The vector at a site, `[d]` float32; averaged in float64."""
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    wanted, unwanted = zip(*(_sides(data, config, site, part) for part in parts), strict=True)
+    if min(sum(map(len, wanted)), sum(map(len, unwanted))) < MIN_ROWS:
+        what = "general prompts (general_dataset)" if config.vector == "queries" else "rows"
+        raise DatasetError(
+            f"CAA with vector={config.vector!r} averages {sum(map(len, wanted))} states against "
+            f"{sum(map(len, unwanted))}, and needs at least {MIN_ROWS} of each: give more {what}."
+        )
+    means = [np.concatenate(side).mean(axis=0, dtype=np.float64) for side in (wanted, unwanted)]
+    return torch.from_numpy((means[0] - means[1]).astype(np.float32))
+
+
+def _sides(data: FitData, config: CAAConfig, site: Site, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    if config.vector == "queries":
+        return data.query(site, part), data.general(site, part)
+    return data.chosen(site, part, config.pool), data.rejected(site, part, config.pool)
+
+
+def _effect(data: FitData, config: CAAConfig, site: Site) -> float:
+    """How far the vector of the `fit` part tells the sides of the `calibration` part apart, in pooled deviations."""
+    sides = [part.astype(np.float64) for part in _sides(data, config, site, "fit")]
+    held_out = _sides(data, config, site, "calibration")
+    if min(map(len, [*sides, *held_out])) == 0:
+        return 0.0
+    direction = sides[0].mean(axis=0) - sides[1].mean(axis=0)
+    held_out = (held_out[0] @ direction, held_out[1] @ direction)
+    spread = float(np.sqrt((held_out[0].var() + held_out[1].var()) / 2))
+    return float(held_out[0].mean() - held_out[1].mean()) / max(spread, 1e-12)
+
+
+register_steering_method("CAA", config_cls=CAAConfig, method_cls=CAA)

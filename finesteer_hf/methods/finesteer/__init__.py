@@ -1,0 +1,13 @@
+"""FINESTEER: a gate that says when to steer, and a mixture of experts that says how.
+
+Weng, Zhang, Cai, Li, Wang, Tian: FineSteer (ACL 2026, arXiv 2604.15488).
+"""
+
+from finesteer_hf.config import register_steering_method
+from finesteer_hf.methods.finesteer.config import FineSteerConfig
+from finesteer_hf.methods.finesteer.method import FineSteer
+
+
+register_steering_method("FINESTEER", config_cls=FineSteerConfig, method_cls=FineSteer)
+
+__all__ = ["FineSteer", "FineSteerConfig"]

@@ -1,0 +1,172 @@
+"""Fitting the experts: the closed forms, of which the best on held-out rows is kept, or the paper's trained mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from finesteer_hf.errors import DatasetError
+from finesteer_hf.estimators import (
+    MixtureSteering,
+    PaperMoSE,
+    ReducedRankSteering,
+    calibration_slope,
+    held_out_r2,
+    mean_cosine,
+)
+from finesteer_hf.methods.finesteer.config import Experts, FineSteerConfig
+from finesteer_hf.methods.finesteer.rows import ContrastRows
+from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file
+
+
+# What an adapter may take by default, in bytes: 2 MB less a page of header.
+SIZE_LIMIT = 1_990_000
+# More directions than this were never worth their size on held-out rows.
+HIGHEST_RANK = 64
+PAPER_RANK = 10
+MIN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class ExpertFit:
+    """Fitted experts.
+
+    Attributes:
+        kind: `mixture`, `reduced_rank` or `paper`.
+        num_experts, residual_rank: what was chosen.
+        tensors: by the names of the adapter's file.
+        estimator: gives v for states.
+        constant: the mean shift of the rows, `[d]`.
+        report: what was compared, on rows held out within the fit.
+    """
+
+    kind: Experts
+    num_experts: int
+    residual_rank: int
+    tensors: dict[str, torch.Tensor]
+    estimator: Any = field(repr=False)
+    constant: np.ndarray = field(repr=False)
+    report: dict[str, Any]
+
+    def predict(self, states: np.ndarray) -> np.ndarray:
+        """v of states `[M, d]`."""
+        return np.asarray(self.estimator.predict(states))
+
+    def judge(self, rows: ContrastRows) -> dict[str, Any]:
+        """Figures on rows that nothing was fitted on."""
+        if not len(rows):
+            return {"rows": 0}
+        vectors, constant = self.predict(rows.queries), np.broadcast_to(self.constant, rows.shifts.shape)
+        figures: dict[str, Any] = {
+            "rows": len(rows),
+            "r2": held_out_r2(rows.shifts, vectors, constant),
+            "cosine": mean_cosine(rows.shifts, vectors),
+            "cosine_of_constant": mean_cosine(rows.shifts, constant),
+            "calibration_slope": calibration_slope(rows.shifts, vectors, constant),
+        }
+        return figures
+
+
+def fit_experts(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: int = 0) -> ExpertFit:
+    """Fit what the config asks for.
+
+    Args:
+        config: its `experts`, `num_experts`, `residual_rank`, `residual` and `key_dim` count.
+        rows: queries and shifts.
+        seed: of folds, K-means and training.
+        spare: bytes that the rest of the adapter takes.
+
+    Raises:
+        DatasetError: if there are too few rows for what is asked.
+    """
+    if len(rows) < MIN_ROWS:
+        raise DatasetError(
+            f"The experts need at least {MIN_ROWS} rows to fit on, got {len(rows)}; hundreds are advised."
+        )
+    for name, limit in (("num_experts", len(rows)), ("residual_rank", min(len(rows) - 1, rows.shifts.shape[1]))):
+        value = getattr(config, name)
+        if value != "auto" and value > limit:
+            raise DatasetError(
+                f"{name}={value} is more than the {len(rows)} rows of width {rows.shifts.shape[1]} allow ({limit}). Give "
+                f"more rows, a lower {name}, or 'auto'."
+            )
+    if config.experts == "paper":
+        return _paper(config, rows, seed)
+    if config.experts == "reduced_rank":
+        return _reduced_rank(config, rows, seed, spare)
+    return _mixture(config, rows, seed, spare)
+
+
+def highest_rank(width: int, num_experts: int, spare: int) -> int:
+    """The residual rank up to which held-out rows decide: within the size limit, a quarter of the width, and 64."""
+    affordable = (SIZE_LIMIT - spare - 4 * width * (2 * num_experts + 2)) // (8 * width)
+    return max(1, min(HIGHEST_RANK, width // 4, affordable))
+
+
+def _reduced_rank(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: int) -> ExpertFit:
+    width = rows.shifts.shape[1]
+    fitted = ReducedRankSteering(config.residual_rank, max_rank=highest_rank(width, 0, spare), seed=seed)
+    fitted.fit(rows.queries, rows.shifts, rows.groups)
+    report = {
+        "held_out_r2": fitted.held_out_r2_,
+        "held_out_cosine": fitted.held_out_cosine_,
+        "slope": fitted.slope_,
+        "ridge": fitted.ridge_,
+        "ranks": fitted.rank_curve_,
+    }
+    return _expert_fit("reduced_rank", 1, fitted.rank_, fitted, rows, report)
+
+
+def _mixture(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: int) -> ExpertFit:
+    most = max(MixtureSteering.EXPERT_CANDIDATES) if config.num_experts == "auto" else int(config.num_experts)
+    fitted = MixtureSteering(
+        config.num_experts,
+        residual_rank=config.residual_rank,
+        max_rank=highest_rank(rows.shifts.shape[1], most, spare),
+        seed=seed,
+    )
+    fitted.fit(rows.queries, rows.shifts, rows.groups)
+    report = {
+        "held_out_r2": fitted.held_out_r2_,
+        "held_out_cosine": fitted.held_out_cosine_,
+        "slope": fitted.slope_,
+        "ablations": fitted.ablations_,
+        "rows_of_experts": fitted.expert_sizes_,
+    }
+    found = _expert_fit("mixture", fitted.num_experts_, fitted.residual_rank_, fitted, rows, report)
+    return found if config.experts == "mixture" or found.num_experts > 1 else _without_router(found)
+
+
+def _without_router(found: ExpertFit) -> ExpertFit:
+    """One expert needs no routing: its prototype is part of the bias."""
+    tensors = {name: found.tensors[name] for name in EXPERT_TENSORS["reduced_rank"].values()}
+    tensors["residual.bias"] = tensors["residual.bias"] + found.tensors["experts.prototypes"][0]
+    return ExpertFit("reduced_rank", 1, found.residual_rank, tensors, found.estimator, found.constant, found.report)
+
+
+def _paper(config: FineSteerConfig, rows: ContrastRows, seed: int) -> ExpertFit:
+    rank = PAPER_RANK if config.residual_rank == "auto" else int(config.residual_rank)
+    if rank == 0:
+        raise ValueError("experts='paper' has a residual of at least rank 1, got residual_rank=0; use 'mixture'.")
+    variant = "orthogonal" if config.residual == "orthogonal" else "paper"
+    fitted = PaperMoSE(config.num_experts, residual_rank=rank, key_dim=config.key_dim, variant=variant, seed=seed)
+    fitted.fit(rows.queries, rows.shifts, rows.groups)
+    report = {
+        "variant": config.residual,
+        "epochs": len(fitted.history_),
+        "best_epoch": fitted.best_epoch_,
+        "validation_error": fitted.validation_error_,
+        "calinski_harabasz": [{"num_experts": k, "index": value} for k, value in fitted.expert_curve_.items()],
+    }
+    return _expert_fit("paper", fitted.num_experts_, rank, fitted, rows, report)
+
+
+def _expert_fit(
+    kind: str, num_experts: int, rank: int, estimator: Any, rows: ContrastRows, report: dict[str, Any]
+) -> ExpertFit:
+    tensors = to_file(EXPERT_TENSORS[kind], estimator.state())
+    constant = rows.shifts.mean(axis=0)
+    return ExpertFit(cast(Experts, kind), int(num_experts), int(rank), tensors, estimator, constant, report)

@@ -1,0 +1,110 @@
+"""FineSteer at run time: score, gate, vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS, VECTOR_FUNCTIONS, expert_weights
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods.finesteer.config import FineSteerConfig
+from finesteer_hf.methods.finesteer.fit import fit_finesteer
+from finesteer_hf.methods.finesteer.layers import candidate_sites
+from finesteer_hf.methods.finesteer.tensors import (
+    EXPERT_TENSORS,
+    GATE_TENSORS,
+    expected_shapes,
+    from_file,
+    score_names,
+)
+from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.sites import Site
+
+
+Formula = Callable[..., torch.Tensor]
+
+
+class FineSteer(SteeringMethod):
+    """`H <- H + strength * g(h_q) * v(h_q)`, with g and v from the unsteered state h_q of the query (Eq. 6-15).
+
+    All of it is float32 on the device of the query's state, without a branch on a value.
+
+    Args:
+        config: a fitted `FineSteerConfig`.
+        tensors: what `tensor_shapes` names.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or a tensor is missing or not finite.
+    """
+
+    config_cls = FineSteerConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(FineSteerConfig, config)
+        missing = sorted(set(expected_shapes(settings)) - set(tensors))
+        if missing:
+            raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config calls for.")
+        self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
+        self.reads, self.writes = (self.read_site,), (self.write_site,)
+        self._gated = settings.gate != "always"
+        if self._gated:
+            self._score = SCORE_FUNCTIONS[settings.gate_score]
+            self._gate = cast(Formula, GATE_FUNCTIONS[settings.gate])
+        self._vector = cast(Formula, VECTOR_FUNCTIONS[settings.experts])
+        self._score_names, self._gate_names = score_names(settings), GATE_TENSORS[settings.gate]
+        self._expert_names = EXPERT_TENSORS[settings.experts]
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """Score each query, open the gate by its score, and mix its vector.
+
+        Args:
+            queries: `[rows, hidden_size]` float32 at the read site.
+
+        Returns:
+            The vectors `[rows, hidden_size]`, the gate `[rows]` (None if it is always open), and the record: `score`
+            `[rows]` and, with experts, their routing weights `experts` `[rows, K]`.
+        """
+        h = queries[self.read_site]
+        tensors = self.parameters_on(h.device)
+        record: dict[str, torch.Tensor] = {}
+        gate = None
+        if self._gated:
+            record["score"] = self._score(h, **from_file(self._score_names, tensors))
+            gate = self._gate(record["score"], **from_file(self._gate_names, tensors))
+        if "router.weight" in tensors:
+            record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
+        vector = self._vector(h, **from_file(self._expert_names, tensors))
+        return Decision(vectors={self.write_site: vector}, gate=gate, record=record)
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """Names and shapes of the tensors of a fitted config.
+
+        Raises:
+            AdapterFileError: if the config is not fitted.
+        """
+        return expected_shapes(cast(FineSteerConfig, config))
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The read and write sites of every candidate layer, at the query and over the answers.
+
+        Raises:
+            ValueError: if the layer is out of the model's range.
+        """
+        pairs = candidate_sites(cast(FineSteerConfig, config), info)
+        return CaptureRequest(sites=tuple(sorted({site for pair in pairs.values() for site in pair})))
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Choose the layer, fit the gate and the experts, choose the strength.
+
+        Raises:
+            DatasetError: if there are too few rows, or no general prompts where the gate needs them.
+        """
+        return fit_finesteer(data, cast(FineSteerConfig, config), cls)

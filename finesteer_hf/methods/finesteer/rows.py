@@ -1,0 +1,104 @@
+"""The rows of a fit: queries with their shifts, without counting anything twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finesteer_hf.methods.base import FitData, Part
+from finesteer_hf.sites import Site
+
+
+@dataclass(frozen=True)
+class ContrastRows:
+    """Queries and the shifts that belong to them.
+
+    Attributes:
+        queries: `[M, d]` float64.
+        shifts: chosen minus rejected, `[M, d]` float64.
+        groups: `[M]` labels of rows that must be held out together, or None if each row stands alone.
+    """
+
+    queries: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    groups: NDArray[Any] | None
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    @property
+    def vary(self) -> bool:
+        """Whether the queries differ at all: the input of the first block is the last token, which a template fixes."""
+        return bool(np.ptp(self.queries, axis=0).max(initial=0.0) > 1e-6 * np.abs(self.queries).max(initial=0.0))
+
+    def sample(self, most: int, seed: int) -> ContrastRows:
+        """At most `most` rows, drawn without replacement."""
+        if len(self) <= most:
+            return self
+        kept = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
+        return ContrastRows(self.queries[kept], self.shifts[kept], None if self.groups is None else self.groups[kept])
+
+
+def contrast_rows(data: FitData, read: Site, shift: Site, parts: Sequence[Part]) -> ContrastRows:
+    """Rows of some parts, a part that repeats an earlier one left out.
+
+    Args:
+        data: captured states.
+        read: where queries are read.
+        shift: where answers are compared.
+        parts: in order.
+    """
+    distinct = _distinct([(part, data.query(read, part)) for part in parts])
+    queries = np.concatenate([data.query(read, part) for part in distinct])
+    shifts = np.concatenate(
+        [data.chosen(shift, part).astype(np.float64) - data.rejected(shift, part) for part in distinct]
+    )
+    groups = np.concatenate([data.groups(part) for part in distinct])
+    alone = len(np.unique(groups)) in (1, len(groups))
+    return ContrastRows(queries.astype(np.float64), shifts, None if alone else groups)
+
+
+def query_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
+    """One row of each prompt of some parts, `[prompts, d]`: what is promised of a gate counts queries, not answers."""
+    rows = []
+    for part in _distinct([(part, data.query(read, part)) for part in parts]):
+        first = np.unique(data.prompts(part), return_index=True)[1]
+        rows.append(data.query(read, part)[np.sort(first)])
+    return np.concatenate(rows)
+
+
+def general_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
+    """General queries of some parts, `[rows, d]`; zero rows if there are none."""
+    distinct = _distinct([(part, data.general(read, part)) for part in parts])
+    return np.concatenate([data.general(read, part) for part in distinct])
+
+
+def _distinct(parts: Sequence[tuple[Part, np.ndarray]]) -> list[Part]:
+    """Parts whose rows are not those of an earlier one: a data set too small to split has all rows in each part."""
+    kept: list[tuple[Part, np.ndarray]] = []
+    for part, rows in parts:
+        if not any(np.array_equal(rows, earlier) for _, earlier in kept):
+            kept.append((part, rows))
+    return [part for part, _ in kept]
+
+
+def json_ready(value: Any) -> Any:
+    """A report as JSON holds it: built-in numbers, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def over_rows(rows: np.ndarray, figure: Callable[[], float]) -> float | None:
+    """A figure of held-out rows, or None if none were held out."""
+    return float(figure()) if len(rows) else None
