@@ -1,32 +1,39 @@
 """Reading states: one pass a text, no further than the deepest site, and only the positions that are needed.
 
-Chosen and rejected answers of a row share their prompt, so the prompt goes through the model once: its keys and values are
-kept, and both answers continue from them. The query's state comes out of that same pass. Batches are of similar length
-within a token budget; the blocks above the deepest site and the language-model head never run.
+The answers of a row share their prompt, so the prompt goes through the model once: its keys and values are kept, and
+every answer continues from them. Where an architecture's cache cannot do that (state-space layers, windows shorter than
+the text), texts go through whole, and the query's state is read in the pass of an answer. The blocks above the deepest
+site and the language-model head never run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import name_rows
-from finesteer_hf.fitting.templating import EncodedRow, Passage
+from finesteer_hf.fitting.jobs import Job, TextPass, batches, pad_right, sequences_of
+from finesteer_hf.fitting.reading import ForwardReader, Wanted
+from finesteer_hf.fitting.templating import Passage
 from finesteer_hf.methods.base import CaptureRequest, Pool
-from finesteer_hf.session import StopForward
-from finesteer_hf.sites import Site, TextTower, stream_of
+from finesteer_hf.sites import Site, TextTower
 
 
-Key = tuple[Site, str]
-# Padded tokens a batch; a wider batch gains nothing on a CPU and costs memory on a GPU.
+Unit = TypeVar("Unit")
+Key = tuple[Site, Pool]
+# Padded tokens a batch: more gains nothing on a CPU; on a GPU more fits, and what does not is halved.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
+# Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
+SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_TOLERANCE = 5e-2
 
 
 @dataclass
@@ -44,305 +51,269 @@ class CaptureCount:
     padded_tokens: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
+class CapturedBatch:
+    """States of some passages, float32.
+
+    Attributes:
+        prompts: prompts whose states are in `states[site, "query"]`, `[prompts, width]`.
+        answers: answers whose states are in the other entries, `[answers, width]`.
+        states: by site and pool.
+    """
+
+    prompts: tuple[Passage, ...]
+    answers: tuple[Passage, ...]
+    states: Mapping[Key, np.ndarray]
+
+
 class StateReader:
     """Runs texts through a decoder up to the deepest of some sites.
 
     Args:
         model: a causal LM; if it is steered, it is read unsteered.
         request: sites and pools.
-        token_budget: padded tokens a batch; None for a default by device.
-        share_prefix: whether both answers continue from their prompt's cache; None: where the cache allows it.
+        batch_size: texts a forward, or `auto` for a budget of tokens.
+        share_prompts: whether answers continue from their prompt's cache; None: if the first rows read alike both ways.
+        describe: says where passages come from, for messages.
 
     Attributes:
         count: what was done so far.
+        shares_prompts: what was found out about sharing; None before the first row.
     """
 
-    model: Any
-    request: CaptureRequest
-    token_budget: int | None = None
-    share_prefix: bool | None = None
-    count: CaptureCount = field(default_factory=CaptureCount)
+    def __init__(
+        self,
+        model: Any,
+        request: CaptureRequest,
+        *,
+        batch_size: int | str = "auto",
+        share_prompts: bool | None = None,
+        describe: Callable[[Sequence[Passage]], str] | None = None,
+    ) -> None:
+        if batch_size != "auto" and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ValueError(f"batch_size must be 'auto' or a whole number of at least 1, got {batch_size!r}.")
+        self.model = model
+        self.request = request
+        self.tower = TextTower(model)
+        self.reader = ForwardReader(self.tower, request.sites, request.pools)
+        self.device = input_device(model)
+        self.batch_size = batch_size
+        self.token_budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        self.window = shareable_length(model, self.tower)
+        self.shares_prompts = False if self.window == 0 else share_prompts
+        self.describe = describe or (lambda passages: f"{len(passages)} texts")
+        self.count = CaptureCount()
+        parameters = inspect.signature(self.tower.decoder.forward).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes_cache_flag = "use_cache" in parameters or open_ended
 
-    def __post_init__(self) -> None:
-        self.tower = TextTower(self.model)
-        for site in self.request.sites:
-            self.tower.check(site)
-        self.device = self.model.get_input_embeddings().weight.device
-        if self.device.type == "meta":
-            # Under offload the weights are elsewhere until they are used; inputs go where accelerate wants them.
-            self.device = torch.device("cpu")
-        if self.token_budget is None:
-            self.token_budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
-        if self.share_prefix is None:
-            self.share_prefix = cache_can_be_shared(self.model)
+    def for_request(self, request: CaptureRequest) -> StateReader:
+        """A reader of other sites and pools that goes on with the same count and settings."""
+        other = StateReader(
+            self.model,
+            request,
+            batch_size=self.batch_size,
+            share_prompts=self.shares_prompts,
+            describe=self.describe,
+        )
+        other.count = self.count
+        return other
 
-    # -- prompts ------------------------------------------------------------------------------------------------------
-
-    def read_prompts(
-        self, prompts: Sequence[Passage], advance: Callable[[int], None] | None = None
-    ) -> dict[Key, np.ndarray]:
-        """States of the prompts' last tokens.
+    def read(self, jobs: Sequence[Job], advance: Callable[[int], None] = lambda done: None) -> Iterator[CapturedBatch]:
+        """Read the states of jobs, batch by batch.
 
         Args:
-            prompts: token ids.
-            advance: told of each batch's number of rows.
-
-        Returns:
-            For each site `(site, "query")`: `[rows, width]` float32.
+            jobs: what to read; longest first within each kind, so that a batch that is too large fails at once.
+            advance: told of each batch's number of texts.
 
         Raises:
             DatasetError: naming the rows whose states are NaN or infinite.
+            UnsupportedModelError: if a site has another layout than `[rows, tokens, width]`.
         """
-        out = self._empty(len(prompts), ("query",))
-        with self._reading() as states:
-            for rows in self._batches([len(p.ids) for p in prompts]):
-                ids, mask = pad_left([prompts[i].ids for i in rows], self.device)
-                self._forward(states, ids, mask)
-                for site, hidden in states.items():
-                    out[site, "query"][rows] = to_numpy(hidden[:, -1])
-                if advance is not None:
-                    advance(len(rows))
-        check_finite(out, "general_dataset")
-        return out
-
-    # -- preference rows ----------------------------------------------------------------------------------------------
-
-    def read_rows(
-        self, rows: Sequence[EncodedRow], advance: Callable[[int], None] | None = None
-    ) -> dict[Key, np.ndarray]:
-        """States of queries and answers.
-
-        Args:
-            rows: encoded preference rows.
-            advance: told of each batch's number of rows.
-
-        Returns:
-            For each site `(site, "query")`, `(site, "chosen/answer_mean")` and so on: `[rows, width]` float32.
-
-        Raises:
-            DatasetError: naming the rows whose states are NaN or infinite.
-        """
-        names = [f"{side}/{pool}" for side in ("chosen", "rejected") for pool in self.request.pools if pool != "query"]
-        out = self._empty(len(rows), ("query", *names))
-        shared = [i for i, row in enumerate(rows) if self.share_prefix and continues_prompt(row)]
-        whole = sorted(set(range(len(rows))) - set(shared))
-        with self._reading() as states:
-            lengths = [max(len(rows[i].chosen.ids), len(rows[i].rejected.ids)) for i in shared]
-            for batch in self._batches(lengths, copies=2):
-                numbers = [shared[i] for i in batch]
-                self._read_shared(states, rows, numbers, out)
-                if advance is not None:
-                    advance(len(numbers))
-            for batch in self._batches([max(len(rows[i].chosen.ids), len(rows[i].rejected.ids)) for i in whole]):
-                numbers = [whole[i] for i in batch]
-                self._read_whole(states, rows, numbers, out)
-                if advance is not None:
-                    advance(len(numbers))
-        check_finite(out, "train_dataset")
-        return out
-
-    def _read_shared(
-        self,
-        states: dict[Site, torch.Tensor],
-        rows: Sequence[EncodedRow],
-        numbers: list[int],
-        out: dict[Key, np.ndarray],
-    ) -> None:
-        prompt_ids, prompt_mask = pad_left([rows[i].prompt.ids for i in numbers], self.device)
-        cache = DynamicCache(config=self.model.config)
-        self._forward(states, prompt_ids, prompt_mask, cache=cache)
-        for site, hidden in states.items():
-            out[site, "query"][numbers] = to_numpy(hidden[:, -1])
-        if len(self.request.pools) == 1:
-            return
-        answers = [side.ids[side.answer_start :] for i in numbers for side in (rows[i].chosen, rows[i].rejected)]
-        cache.batch_repeat_interleave(2)
-        ids, mask = pad_right(answers, self.device)
-        self._forward(states, ids, mask, cache=cache, before=prompt_mask.repeat_interleave(2, dim=0))
-        self._pool(states, mask.bool(), numbers, ("chosen", "rejected"), out)
-
-    def _read_whole(
-        self,
-        states: dict[Site, torch.Tensor],
-        rows: Sequence[EncodedRow],
-        numbers: list[int],
-        out: dict[Key, np.ndarray],
-    ) -> None:
-        prompts = [rows[i].prompt.ids for i in numbers]
-        for side in ("chosen", "rejected"):
-            passages: list[Passage] = [getattr(rows[i], side) for i in numbers]
-            # The last column of each row's prompt; where text was joined across the boundary, the prompt has a pass of
-            # its own below.
-            ids, mask = pad_left([p.ids for p in passages], self.device)
-            self._forward(states, ids, mask)
-            widths = torch.tensor([len(p.ids) for p in passages], device=ids.device)
-            starts = torch.tensor([p.answer_start or 0 for p in passages], device=ids.device)
-            columns = torch.arange(ids.shape[1], device=ids.device)[None]
-            span = columns >= (ids.shape[1] - widths + starts)[:, None]
-            self._pool(states, span, numbers, (side,), out)
-        ids, mask = pad_left(prompts, self.device)
-        self._forward(states, ids, mask)
-        for site, hidden in states.items():
-            out[site, "query"][numbers] = to_numpy(hidden[:, -1])
-
-    def _pool(
-        self,
-        states: dict[Site, torch.Tensor],
-        span: torch.Tensor,
-        numbers: list[int],
-        sides: tuple[str, ...],
-        out: dict[Key, np.ndarray],
-    ) -> None:
-        for site, hidden in states.items():
-            inside = span.to(hidden.device)
-            values: dict[Pool, torch.Tensor] = {}
-            if "answer_mean" in self.request.pools:
-                # Outside the span there may be anything, NaN at fully masked pads included: it must not be multiplied.
-                total = torch.where(inside[..., None], hidden.float(), 0.0).sum(1)
-                values["answer_mean"] = total / inside.sum(1, keepdim=True)
-            if "answer_last" in self.request.pools:
-                last = inside.shape[1] - 1 - inside.int().flip(1).argmax(1)
-                values["answer_last"] = hidden[torch.arange(len(hidden), device=hidden.device), last]
-            for pool, value in values.items():
-                for offset, side in enumerate(sides):
-                    out[site, f"{side}/{pool}"][numbers] = to_numpy(value[offset :: len(sides)])
-
-    # -- the forward --------------------------------------------------------------------------------------------------
-
-    def _batches(self, lengths: Sequence[int], copies: int = 1) -> Iterator[list[int]]:
-        """Row numbers of similar length, longest first, so that too large a budget fails at once."""
-        assert self.token_budget is not None
-        batch: list[int] = []
-        widest = 0
-        for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            widest = widest or lengths[row]
-            if batch and (len(batch) + 1) * widest * copies > self.token_budget:
-                yield batch
-                batch, widest = [], lengths[row]
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _empty(self, rows: int, names: Sequence[str]) -> dict[Key, np.ndarray]:
-        return {
-            (site, name): np.empty((rows, self.tower.width(site)), dtype=np.float32)
-            for site in self.request.sites
-            for name in names
-        }
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[dict[Site, torch.Tensor]]:
-        """Hooks at the sites, evaluation mode, no gradients and no steering, for the length of a block."""
-        states: dict[Site, torch.Tensor] = {}
-        deepest = max(self.request.sites)
-
-        def keep(site: Site, value: Any) -> None:
-            states[site] = stream_of(value, site, self.tower.width(site))
-            if site == deepest:
-                raise StopForward
-
-        def entering(site: Site) -> Callable[..., None]:
-            return lambda module, args: keep(site, args)
-
-        def leaving(site: Site) -> Callable[..., None]:
-            return lambda module, args, output: keep(site, output)
-
-        handles = []
-        training = self.model.training
+        wants_answers = any(pool != "query" for pool in self.request.pools)
+        if not wants_answers:
+            jobs = [Job(job.prompt) for job in jobs if job.prompt is not None]
+        pairs = [job for job in jobs if job.prompt is not None and len(job.answers) > 1]
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
-        try:
-            for site in self.request.sites:
-                module = self.tower.module(site)
-                if site.kind == "resid_post":
-                    handles.append(module.register_forward_hook(leaving(site)))
+        with unsteered(), self.reader.installed():
+            if pairs and self.shares_prompts is None:
+                self.shares_prompts = self._reads_alike(pairs)
+            shared = [job for job in pairs if self.shares_prompts and sum(padded_widths([job])) < self.window]
+            whole = sequences_of(job for job in jobs if job not in set(shared))
+            shared.sort(key=lambda job: padded_widths([job]), reverse=True)
+            whole.sort(key=lambda text: len(text.ids), reverse=True)
+            for batch in self._run(shared, self._shared_cost, self._read_shared):
+                advance(len(batch.prompts) + len(batch.answers))
+                yield self._checked(batch)
+            for batch in self._run(whole, self._whole_cost, self._read_whole):
+                advance(len(batch.prompts) + len(batch.answers))
+                yield self._checked(batch)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _shared_cost(self, jobs: Sequence[Job]) -> int:
+        texts = sum(len(job.answers) for job in jobs)
+        return texts if self.batch_size != "auto" else texts * sum(padded_widths(jobs)) // 2
+
+    def _whole_cost(self, texts: Sequence[TextPass]) -> int:
+        return len(texts) if self.batch_size != "auto" else len(texts) * max(len(text.ids) for text in texts)
+
+    def _run(
+        self,
+        units: Sequence[Unit],
+        cost: Callable[[Sequence[Unit]], int],
+        read: Callable[[Sequence[Unit]], CapturedBatch],
+    ) -> Iterator[CapturedBatch]:
+        """Run units in batches; a batch that exhausts the memory is halved, and so is the budget of those to come."""
+        waiting = list(units)
+        while waiting:
+            budget = self.token_budget if self.batch_size == "auto" else int(self.batch_size)
+            batch = next(batches(waiting, cost, budget))
+            try:
+                result = read(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                if self.batch_size == "auto":
+                    self.token_budget = max(1, cost(batch) // 2)
                 else:
-                    handles.append(module.register_forward_pre_hook(entering(site)))
-            self.model.eval()
-            with torch.no_grad(), unsteered():
-                yield states
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.model.train(training)
+                    self.batch_size = max(1, cost(batch) // 2)
+                continue
+            waiting = waiting[len(batch) :]
+            yield result
+
+    def _checked(self, batch: CapturedBatch) -> CapturedBatch:
+        for (site, pool), values in batch.states.items():
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if len(bad):
+                passages = batch.prompts if pool == "query" else batch.answers
+                raise DatasetError(
+                    f"{self.describe([passages[i] for i in bad])}: the state at {site} ({pool}) is NaN or infinite. Load "
+                    "the model in bfloat16 or float32 (float16 overflows in some models), or drop these rows."
+                )
+        return batch
+
+    # -- forwards -----------------------------------------------------------------------------------------------------
+
+    def _read_whole(self, texts: Sequence[TextPass]) -> CapturedBatch:
+        ids, mask = pad_right([text.ids for text in texts], self.device)
+        wanted = Wanted()
+        prompts, answers = [], []
+        for row, text in enumerate(texts):
+            if text.prompt is not None:
+                prompts.append(text.prompt)
+                wanted.query_rows.append(row)
+                wanted.query_columns.append(len(text.prompt.ids) - 1)
+            if text.answer is not None:
+                answers.append(text.answer)
+                wanted.answer_rows.append(row)
+                wanted.answer_starts.append(int(text.answer.answer_start or 0))
+                wanted.answer_ends.append(len(text.ids))
+        states = self._forward({"input_ids": ids, "attention_mask": mask}, mask, wanted)
+        return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
+
+    def _read_shared(self, jobs: Sequence[Job]) -> CapturedBatch:
+        prompts = [job.prompt for job in jobs if job.prompt is not None]
+        ids, mask = pad_right([prompt.ids for prompt in prompts], self.device)
+        cache = DynamicCache(config=self.model.config)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(jobs), -1)
+        wanted = Wanted(list(range(len(jobs))), [len(prompt.ids) - 1 for prompt in prompts])
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        of_prompts = self._forward(inputs, mask, wanted, use_cache=True)
+
+        owners = torch.tensor([row for row, job in enumerate(jobs) for _ in job.answers], device=ids.device)
+        answers = [answer for job in jobs for answer in job.answers]
+        select_rows(cache, owners)
+        ids, answer_mask = pad_right([a.ids[a.answer_start :] for a in answers], self.device)
+        lengths = mask.sum(1)[owners]
+        positions = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        counts = [len(a.ids) - int(a.answer_start or 0) for a in answers]
+        wanted = Wanted([], [], list(range(len(answers))), [0] * len(answers), counts)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask[owners], answer_mask], dim=1),
+            "position_ids": positions,
+            "past_key_values": cache,
+        }
+        of_answers = self._forward(inputs, answer_mask, wanted, use_cache=True)
+        states = {
+            site: {**of_answers[site], **{p: v for p, v in pools.items() if p == "query"}}
+            for site, pools in of_prompts.items()
+        }
+        return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
 
     def _forward(
-        self,
-        states: dict[Site, torch.Tensor],
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        cache: DynamicCache | None = None,
-        before: torch.Tensor | None = None,
-    ) -> None:
-        states.clear()
-        whole = mask if before is None else torch.cat([before, mask], dim=1)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "use_cache": cache is not None}
-        if cache is not None:
-            inputs["past_key_values"] = cache
-            positions = (whole.cumsum(-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, -ids.shape[1] :]
-        elif takes_position_ids(self.tower.decoder):
-            inputs["position_ids"] = (whole.cumsum(-1) - 1).clamp(min=0)
+        self, inputs: dict[str, Any], mask: torch.Tensor, wanted: Wanted, use_cache: bool = False
+    ) -> dict[Site, dict[Pool, torch.Tensor]]:
+        if self._takes_cache_flag:
+            inputs["use_cache"] = use_cache
         self.count.passes += 1
         self.count.tokens += int(mask.sum())
         self.count.padded_tokens += mask.numel()
-        with contextlib.suppress(StopForward):
-            self.tower.decoder(**inputs)
+        return self.reader.run(inputs, wanted)
+
+    def _reads_alike(self, jobs: Sequence[Job]) -> bool:
+        """Whether two rows of different length read the same through a shared prompt as they do whole."""
+        by_length = sorted(jobs, key=lambda job: padded_widths([job]))
+        few = [Job(job.prompt, job.answers[:2]) for job in (by_length[0], by_length[len(by_length) // 2])]
+        few = list(dict.fromkeys(few))
+        if sum(padded_widths(few)) >= self.window:
+            return False
+        whole = self._read_whole(sequences_of(few))
+        try:
+            shared = self._read_shared(few)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        tolerance = SHARED_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
+        for key, expected in whole.states.items():
+            difference = np.linalg.norm(shared.states[key] - expected, axis=1)
+            if not (difference <= tolerance * np.linalg.norm(expected, axis=1)).all():
+                return False
+        return True
 
 
-def continues_prompt(row: EncodedRow) -> bool:
-    """Whether both answers begin after exactly the prompt's tokens."""
-    length = len(row.prompt.ids)
-    return all(
-        side.answer_start == length and side.ids[:length] == row.prompt.ids for side in (row.chosen, row.rejected)
-    )
+def padded_widths(jobs: Sequence[Job]) -> tuple[int, int]:
+    """Widths of the longest prompt and of the longest answer after it."""
+    prompts = max(len(job.prompt.ids) for job in jobs if job.prompt is not None)
+    return prompts, max((len(a.ids) - int(a.answer_start or 0) for job in jobs for a in job.answers), default=0)
 
 
-def cache_can_be_shared(model: Any) -> bool:
-    """Whether a prompt's cache holds nothing but keys and values of all its columns.
+def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, np.ndarray]:
+    """States on the CPU."""
+    return {(site, pool): value.cpu().numpy() for site, pools in states.items() for pool, value in pools.items()}
 
-    Sliding windows drop columns, and state-space layers keep a state that padding would enter.
+
+def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Repeat or drop rows of a cache, whose layers may be on several devices, or empty above the deepest site."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.get_seq_length():
+            layer.batch_select_indices(rows.to(layer.keys.device))
+
+
+def shareable_length(model: Any, tower: TextTower) -> int:
+    """Longest text whose prompt's cache can be shared; 0 if the architecture's cache cannot be.
+
+    Layers with a sliding window keep every column of a text that is shorter than the window.
     """
-    if getattr(model, "_is_stateful", False) or not takes_position_ids(TextTower(model).decoder):
-        return False
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+    if (
+        getattr(model, "_is_stateful", False)
+        or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
+    ):
+        return 0
+    length = 1 << 62
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            length = min(length, int(layer.sliding_window))
+        elif type(layer) is not DynamicLayer:
+            return 0
+    return length
 
 
-def takes_position_ids(decoder: torch.nn.Module) -> bool:
-    """Whether a decoder lets its caller say where tokens stand."""
-    import inspect
-
-    return "position_ids" in inspect.signature(decoder.forward).parameters
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 `[rows, tokens]`, texts at the right edge."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 `[rows, tokens]`, texts at the left edge."""
-    width = max(map(len, rows))
-    ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
-
-
-def to_numpy(states: torch.Tensor) -> np.ndarray:
-    """States as float32 on the CPU."""
-    return states.detach().float().cpu().numpy()
-
-
-def check_finite(states: Mapping[Key, np.ndarray], what: str) -> None:
-    """Raise `DatasetError` naming the rows with NaN or infinite states."""
-    for (site, name), values in states.items():
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(bad):
-            raise DatasetError(
-                f"{what}: {name_rows(bad.tolist())}: the state at {site} ({name}) is NaN or infinite. Load the model in "
-                "bfloat16 or float32 (float16 overflows in some models), or drop these rows."
-            )
+def input_device(model: Any) -> torch.device:
+    """Where token ids go; accelerate's hooks move them on if the embeddings are offloaded."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -3,94 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
+from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool
 from finesteer_hf.processors import SteeringProcessor
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, TextTower
 
 
+@dataclass
 class CapturedData:
-    """`FitData` on activation stores.
+    """`FitData` on an activation store.
 
-    Args:
+    Attributes:
         info: the base model's sizes.
         seed: of everything random in the fit.
-        preferences: store of the preference rows.
-        general: store of the general prompts; None if there are none.
-        split: parts of the preference rows.
+        tower: the model's decoder stack.
+        store: holds the states of all rows and general prompts.
+        rows: the preference rows, those of the validation data set last.
+        general_prompts: prompts that must not be steered; may be empty.
+        split: parts of the rows.
         general_split: parts of the general prompts.
-        row_prompts: label of each row's prompt.
-        row_units: label of what was split by.
+        row_prompts: for each row the label of its prompt.
+        row_units: for each row the label of what it was split by.
         dose: runs the model steered.
         say: shows a line of progress.
     """
 
-    def __init__(
-        self,
-        info: ModelInfo,
-        seed: int,
-        preferences: ActivationStore,
-        general: ActivationStore | None,
-        split: Split,
-        general_split: Split | None,
-        row_prompts: Sequence[str],
-        row_units: Sequence[str],
-        dose: DoseRunner,
-        say: Callable[[str], None],
-    ) -> None:
-        self.info, self.seed = info, seed
-        self._preferences, self._general = preferences, general
-        self._split, self._general_split = split, general_split
-        self._prompts = np.unique(row_prompts, return_inverse=True)[1]
-        self._units = np.unique(row_units, return_inverse=True)[1]
-        self._dose, self._say = dose, say
+    info: ModelInfo
+    seed: int
+    tower: TextTower
+    store: ActivationStore
+    rows: Sequence[EncodedRow]
+    general_prompts: Sequence[Passage]
+    split: Split
+    general_split: Split
+    row_prompts: np.ndarray
+    row_units: np.ndarray
+    dose: DoseRunner
+    say: Callable[[str], None]
 
     def query(self, site: Site, part: Part) -> np.ndarray:
-        """States of the prompts' last tokens."""
-        return self._preferences.get(site, "query")[self._split.rows[part]]
+        """States of the prompts' last tokens, `[rows, width]` float32."""
+        return self._states(site, "query", [self.rows[i].prompt for i in self.split.rows[part]])
 
     def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
-        """Pooled states of the chosen answers."""
-        return self._preferences.get(site, f"chosen/{pool}")[self._split.rows[part]]
+        """Pooled states of the chosen answers, `[rows, width]` float32."""
+        return self._states(site, pool, [self.rows[i].chosen for i in self.split.rows[part]])
 
     def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
-        """Pooled states of the rejected answers."""
-        return self._preferences.get(site, f"rejected/{pool}")[self._split.rows[part]]
+        """Pooled states of the rejected answers, `[rows, width]` float32."""
+        return self._states(site, pool, [self.rows[i].rejected for i in self.split.rows[part]])
 
     def prompts(self, part: Part) -> np.ndarray:
-        """Label of each row's prompt."""
-        return self._prompts[self._split.rows[part]]
+        """Label of each row's prompt; rows that share a prompt are one query."""
+        return self.row_prompts[self.split.rows[part]]
 
     def groups(self, part: Part) -> np.ndarray:
-        """Label of what is held out together."""
-        return self._units[self._split.rows[part]]
+        """Label of what is held out together: the row's prompt, or its category where categories are split."""
+        return self.row_units[self.split.rows[part]]
 
     def general(self, site: Site, part: Part) -> np.ndarray:
-        """States of the general prompts' last tokens; zero rows if there are none."""
-        if self._general is None or self._general_split is None:
-            width = self._preferences.get(site, "query").shape[1]
-            return np.zeros((0, width), dtype=np.float32)
-        return self._general.get(site, "query")[self._general_split.rows[part]]
+        """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
+        return self._states(site, "query", [self.general_prompts[i] for i in self.general_split.rows[part]])
 
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
     ) -> list[DosePoint]:
         """Run the model steered at each strength on the validation part."""
-        return self._dose.run(build, strengths)
+        return self.dose.run(build, strengths)
 
     def note(self, message: str) -> None:
         """Show a line of progress."""
-        self._say(message)
+        self.say(message)
+
+    def _states(self, site: Site, pool: Pool, passages: Sequence[Passage]) -> np.ndarray:
+        if not passages:
+            return np.zeros((0, self.tower.width(site)), dtype=np.float32)
+        return self.store.get((site, pool), passages)
 
 
-def model_info(model: Any, tower: Any) -> ModelInfo:
-    """Sizes of a base model."""
+def model_info(tower: TextTower) -> ModelInfo:
+    """Sizes of a base model; no heads where it has no attention."""
     heads = int(getattr(tower.config, "num_attention_heads", 0) or 0)
     return ModelInfo(
         num_layers=tower.num_layers,

@@ -1,15 +1,18 @@
-"""Dose response: what a strength does to held-out answers, and to general prompts."""
+"""Dose response: what a strength does to held-out answers, and to what general prompts say next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from finesteer_hf.auto import SteeredModelForCausalLM
-from finesteer_hf.evaluation.likelihood import batches_by_length, model_device, pad_right, token_log_probs
+from finesteer_hf.fitting.capture import input_device
+from finesteer_hf.fitting.jobs import batches, pad_right
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.mixin import SteeringMixin
@@ -17,82 +20,220 @@ from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 
 
 # More rows make the curve no clearer than its standard error shows, and each costs two passes a strength.
-MAX_ROWS, MAX_PROMPTS = 128, 64
+MAX_ROWS, MAX_PROMPTS = 200, 64
+# Greedy tokens after a general prompt over which the divergence is taken, beside the first.
+CONTINUATION = 8
+# Logits of a batch, in values: the vocabulary is what a batch is wide in.
+LOGIT_BUDGET = 1 << 28
+TOKEN_BUDGET = 4096
 
 
 class DoseRunner:
-    """Runs a model steered at several strengths.
+    """Runs a model steered at several strengths on fixed rows; it is steered for the length of a run only.
 
     Args:
-        model: the base model; it is steered for the length of a run if it is not already.
+        model: the base model, steered or not; adapters that are active on it play no part.
         rows: held-out preference rows.
         prompts: general prompts.
-        advance: told of each strength that is done.
+        seed: of the draw where there are more than `MAX_ROWS` or `MAX_PROMPTS`.
     """
 
-    def __init__(self, model: Any, rows: Sequence[EncodedRow], prompts: Sequence[Passage]) -> None:
+    def __init__(self, model: Any, rows: Sequence[EncodedRow], prompts: Sequence[Passage], seed: int = 0) -> None:
         self.model = model
-        self.rows = [row for row in rows if row.chosen.answer_start and row.rejected.answer_start][:MAX_ROWS]
-        self.prompts = list(prompts)[:MAX_PROMPTS]
+        self.rows = draw(rows, MAX_ROWS, seed)
+        self.prompts = draw(prompts, MAX_PROMPTS, seed)
+        self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
+        self.device = input_device(model)
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._unsteered: np.ndarray | None = None
+        self._general: list[Passage] | None = None
+        self._build: Callable[[float], SteeringProcessor] | None = None
+        self._known: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
-    def run(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> list[DosePoint]:
-        """The curve, one point a strength, ascending.
+    def run(
+        self,
+        build: Callable[[float], SteeringProcessor],
+        strengths: Sequence[float],
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[DosePoint]:
+        """The curve, in the order of the strengths; strength 0 is the model itself.
 
-        Margins are mean log p(chosen) - log p(rejected) in nats a token. Divergence is KL(unsteered || steered) of the
-        distribution after each prompt.
+        Strengths that were run for the same `build` before are not run again.
+
+        Args:
+            build: makes the processor of a strength.
+            strengths: lambdas to try.
+            advance: told of each forward's number of texts.
+
+        Returns:
+            Margins in nats a token, rows of one prompt taken together in the standard errors; divergences in nats, at
+            the next token and along the unsteered greedy continuation.
         """
-        already = isinstance(self.model, SteeringMixin)
-        SteeredModelForCausalLM.from_model(self.model)
-        try:
-            with self.model.disable_steering():
-                base = self._next_token()
-            margins, divergences = [], []
-            for strength in strengths:
-                with self.model.steering_with(SteeringProcessorList([build(strength)])):
-                    margins.append(self._margins())
-                    divergences.append(self._divergence(base, self._next_token()))
-            return [self._point(*found, margins) for found in zip(strengths, margins, divergences, strict=True)]
-        finally:
-            if not already:
-                self.model.unload_steering()
+        if build is not self._build:
+            self._build, self._known = build, {}
+        new = [strength for strength in map(float, strengths) if strength not in self._known]
+        if new:
+            already = isinstance(self.model, SteeringMixin)
+            SteeredModelForCausalLM.from_model(self.model)
+            try:
+                processors = {strength: build(strength) for strength in new if strength}
+                margins = self._margins(processors, advance)
+                divergences = self._divergences(processors, advance)
+            finally:
+                if not already:
+                    self.model.unload_steering()
+            self._known |= {strength: (margins[strength], divergences[strength]) for strength in {*new, 0.0}}
+        curve = {strength: self._known[strength] for strength in map(float, strengths)}
+        best = max((margins for margins, _ in curve.values()), key=lambda margins: margins.mean())
+        return [
+            DosePoint(
+                strength=strength,
+                margin=float(margins.mean()),
+                margin_se=clustered_se(margins, self.units),
+                kl=float(np.percentile(kl, 95)) if len(kl) else 0.0,
+                accuracy=float((margins > 0).mean()),
+                gap_se=clustered_se(best - margins, self.units),
+            )
+            for strength, (margins, kl) in curve.items()
+        ]
 
-    @staticmethod
-    def _point(strength: float, own: np.ndarray, kl: float, curve: Sequence[np.ndarray]) -> DosePoint:
-        best = max(curve, key=lambda margins: margins.mean()) if len(own) else own
-        many = len(own) > 1
-        return DosePoint(
-            strength=float(strength),
-            margin=float(own.mean()) if len(own) else float("nan"),
-            margin_se=float(own.std(ddof=1) / np.sqrt(len(own))) if many else 0.0,
-            kl=kl,
-            accuracy=float((own > 0).mean()) if len(own) else float("nan"),
-            gap_se=float((best - own).std(ddof=1) / np.sqrt(len(own))) if many else 0.0,
+    # -- what is measured ---------------------------------------------------------------------------------------------
+
+    def _margins(
+        self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
+    ) -> dict[float, np.ndarray]:
+        """log p(chosen) - log p(rejected) in nats a token, `[rows]`, for each strength and for 0."""
+        passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
+        scores: dict[float, dict[Passage, float]] = {strength: {} for strength in processors}
+        if self._unsteered is None:
+            scores[0.0] = {}
+        for batch in self._batches(passages):
+            for strength in scores:
+                for passage, logits in self._logits(batch, processors.get(strength)):
+                    answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
+                    log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])
+                    scores[strength][passage] = float(log_probs.mean())
+                advance(len(batch))
+        margins = {
+            strength: np.array([found[row.chosen] - found[row.rejected] for row in self.rows])
+            for strength, found in scores.items()
+        }
+        if self._unsteered is None:
+            self._unsteered = margins[0.0]
+        return {**margins, 0.0: self._unsteered}
+
+    def _divergences(
+        self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
+    ) -> dict[float, np.ndarray]:
+        """KL(unsteered || steered) in nats of each distribution, for each strength and for 0."""
+        if self._general is None:
+            self._general = self._continued()
+        found: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
+        for batch in self._batches(self._general):
+            base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
+            for strength, processor in processors.items():
+                for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
+                    kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+                    found[strength].append(kl.clamp(min=0).cpu())
+                advance(len(batch))
+        divergences = {
+            strength: torch.cat(values).double().numpy() if values else np.zeros(0)
+            for strength, values in found.items()
+        }
+        return {**divergences, 0.0: np.zeros(0)}
+
+    @torch.no_grad()
+    def _continued(self) -> list[Passage]:
+        """The general prompts with their unsteered greedy continuation."""
+        config = self.model.generation_config
+        eos = config.eos_token_id
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        settings = GenerationConfig(
+            max_new_tokens=CONTINUATION,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
         )
+        continued = []
+        for batch in self._batches(self.prompts, extra=CONTINUATION):
+            width = max(len(p.ids) for p in batch)
+            ids = torch.tensor([[0] * (width - len(p.ids)) + list(p.ids) for p in batch], device=self.device)
+            mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch], device=self.device)
+            with self.model.disable_steering():
+                texts = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for prompt, said in zip(batch, texts[:, width:].tolist(), strict=True):
+                length = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
+                continued.append(Passage((*prompt.ids, *said[:length]), len(prompt.ids)))
+        return continued
 
-    def _margins(self) -> np.ndarray:
-        def score(side: str) -> np.ndarray:
-            passages: list[Passage] = [getattr(row, side) for row in self.rows]
-            prompts = [p.ids[: p.answer_start] for p in passages]
-            answers = [p.ids[p.answer_start :] for p in passages]
-            return token_log_probs(self.model, prompts, answers, per_token=True)
+    # -- forwards -----------------------------------------------------------------------------------------------------
 
-        return score("chosen") - score("rejected")
+    def _batches(self, passages: Sequence[Passage], extra: int = 0) -> Iterator[list[Passage]]:
+        """Passages of similar length whose logits fit."""
+        budget = max(1, min(TOKEN_BUDGET, LOGIT_BUDGET // self.vocabulary))
+        ordered = sorted(passages, key=lambda p: (p.answer_start or 0, len(p.ids)), reverse=True)
+        return batches(ordered, lambda batch: len(batch) * (max(len(p.ids) for p in batch) + extra), budget)
 
-    @torch.inference_mode()
-    def _next_token(self) -> torch.Tensor:
-        device = model_device(self.model)
-        found: list[torch.Tensor] = [torch.empty(0)] * len(self.prompts)
-        for rows in batches_by_length([len(p.ids) for p in self.prompts], 4096):
-            ids, mask = pad_right([self.prompts[i].ids for i in rows])
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            last = logits[torch.arange(len(rows)), mask.sum(1) - 1].float().log_softmax(-1).cpu()
-            for i, values in zip(rows, last, strict=True):
-                found[i] = values
-        return torch.stack(found) if found else torch.zeros(0, 1)
+    @torch.no_grad()
+    def _logits(
+        self, batch: Sequence[Passage], processor: SteeringProcessor | None
+    ) -> Iterator[tuple[Passage, torch.Tensor]]:
+        """For each passage the logits that predict its answer's tokens and the one after, `[answer + 1, vocabulary]`."""
+        ids, mask = pad_right([p.ids for p in batch], self.device)
+        starts = [int(p.answer_start or 0) for p in batch]
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": torch.tensor(starts)}
+        first = min(starts) - 1
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = ids.shape[1] - first
+        steering = SteeringProcessorList([] if processor is None else [processor])
+        with self.model.steering_with(steering):
+            logits = self.model(**inputs, use_cache=False).logits
+        skipped = ids.shape[1] - logits.shape[1]
+        on_logits = [] if processor is None else processor.logits_processors(1.0)
+        for row, (passage, start) in enumerate(zip(batch, starts, strict=True)):
+            own = logits[row, start - 1 - skipped : len(passage.ids) - skipped].float()
+            if on_logits:
+                own = apply_logits_processors(on_logits, ids[row], start, own)
+            yield passage, own
 
-    @staticmethod
-    def _divergence(base: torch.Tensor, steered: torch.Tensor) -> float:
-        if not len(base):
-            return 0.0
-        kl = (base.exp() * (base - steered)).sum(-1).clamp(min=0)
-        return float(np.percentile(kl.numpy(), 95))
+
+def apply_logits_processors(
+    processors: Sequence[Any], ids: torch.Tensor, start: int, logits: torch.Tensor
+) -> torch.Tensor:
+    """What `generate` would make of logits at each step of a given text.
+
+    Args:
+        processors: transformers' `LogitsProcessor`s, in order.
+        ids: `[tokens]` the text.
+        start: number of its tokens before the first step.
+        logits: `[steps, vocabulary]`.
+    """
+    steps = []
+    for step, scores in enumerate(logits):
+        for processor in processors:
+            scores = processor(ids[None, : start + step], scores[None])[0]
+        steps.append(scores)
+    return torch.stack(steps)
+
+
+def clustered_se(values: np.ndarray, units: np.ndarray) -> float:
+    """Standard error of a mean over rows of which those of one unit are not independent.
+
+    Args:
+        values: `[rows]`.
+        units: `[rows]` numbers of the units, from 0.
+    """
+    count = len(np.unique(units))
+    if count < 2:
+        return 0.0
+    sums = np.bincount(units, weights=values - values.mean())
+    return float(np.sqrt((sums**2).sum() * count / (count - 1)) / len(values))
+
+
+def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:
+    """At most so many items, drawn at random, in their order."""
+    if len(items) <= most:
+        return list(items)
+    kept = np.sort(np.random.default_rng(seed).choice(len(items), most, replace=False))
+    return [items[i] for i in kept]

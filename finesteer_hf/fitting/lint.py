@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from finesteer_hf.fitting.data import PreferenceRow, Text, name_rows, prompt_key
-from finesteer_hf.fitting.templating import Encoded
+from finesteer_hf.fitting.templating import EncodedRow, Passage, text_tokenizer
+
+
+class DatasetWarning(UserWarning):
+    """Something in a data set that may make the fitted adapter worse than it could be."""
 
 
 # Tokens that only a chat template should write.
@@ -24,81 +30,166 @@ TEMPLATE_MARKS = (
 )
 LENGTH_AUROC = 0.75
 RARE_GROUP_SHARE = 0.02
+# Rows that have to agree before a common beginning is called a wrapper, and how long it has to be.
+MIN_WRAPPED_ROWS, MIN_WRAPPER = 10, 3
 
 
-def lint_preferences(rows: Sequence[PreferenceRow], encoded: Encoded, evaluated: int = 0) -> list[str]:
-    """Findings about a data set, none of which prevents a fit.
+def lint_rows(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], tokenizer: Any) -> list[str]:
+    """Findings about preference rows, none of which prevents a fit.
 
     Args:
-        rows: all rows; the last `evaluated` of them are the validation data.
-        encoded: the same rows as token ids, with the remarks of encoding.
-        evaluated: number of validation rows.
+        rows: the rows.
+        encoded: the same rows as token ids.
+        tokenizer: the tokenizer that encoded them.
     """
-    trained = len(rows) - evaluated
-    findings = [f"{message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
-    findings += _duplicates(rows[:trained])
-    if evaluated:
-        findings += _leakage(rows[:trained], rows[trained:])
-    findings += _template_marks(rows)
-    findings += _length_confound(encoded)
-    findings += _rare_groups(rows[:trained])
+    return [
+        *_duplicates(rows),
+        *_template_marks(rows),
+        *_double_start([row.prompt for row in encoded], tokenizer),
+        *_plain_text_for_chat_model(rows, tokenizer),
+        *_glued_answers(rows),
+        *_length_confound(encoded),
+        *_rare_groups(rows),
+    ]
+
+
+def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow]) -> list[str]:
+    """Findings about general prompts, beside the rows that they are told apart from."""
+    chats = {isinstance(prompt, list) for prompt in prompts}, {isinstance(row.prompt, list) for row in rows}
+    findings = []
+    if len(prompts) and chats[0] != chats[1]:
+        findings.append(
+            "general_dataset and train_dataset have different forms (chat messages and plain text): the gate may learn the "
+            "form"
+        )
+    own, general = common_ends([_text(row.prompt) for row in rows]), common_ends([_text(prompt) for prompt in prompts])
+    if len(rows) >= MIN_WRAPPED_ROWS and prompts:
+        for where, ours, theirs in zip(("begin", "end"), own, general, strict=True):
+            if len(ours.strip()) >= MIN_WRAPPER and ours.strip() not in theirs:
+                findings.append(
+                    f"all training prompts {where} with {ours.strip()[:60]!r}, the general ones do not: the gate may "
+                    "learn that. Wrap both alike"
+                )
     return findings
 
 
-def _duplicates(rows: Sequence[PreferenceRow]) -> list[str]:
-    seen: dict[tuple[str, str, str], int] = {}
-    repeated = []
-    for number, row in enumerate(rows):
-        key = (prompt_key(row.prompt), str(row.chosen), str(row.rejected))
-        if key in seen:
-            repeated.append(number)
-        seen.setdefault(key, number)
-    return [f"rows that repeat an earlier one: {name_rows(repeated)}"] if repeated else []
+def drop_known(
+    prompts: Sequence[Text], rows: Sequence[PreferenceRow], what: str, why: str
+) -> tuple[list[int], list[str]]:
+    """Row numbers of the prompts that are not also training prompts, and a finding about the others."""
+    known = {prompt_key(row.prompt) for row in rows}
+    shared = [i for i, prompt in enumerate(prompts) if prompt_key(prompt) in known]
+    kept = sorted(set(range(len(prompts))) - set(shared))
+    finding = f"{what}: {name_rows(shared)}: the prompt is also in train_dataset; {why}" if shared else ""
+    return kept, [finding] if finding else []
 
 
-def _leakage(train: Sequence[PreferenceRow], held_out: Sequence[PreferenceRow]) -> list[str]:
-    known = {prompt_key(row.prompt) for row in train}
-    leaked = [i for i, row in enumerate(held_out) if prompt_key(row.prompt) in known]
-    return (
-        [f"eval_dataset has prompts of train_dataset, so its figures flatter: {name_rows(leaked)}"] if leaked else []
-    )
+def lint_memory(passages: int, width: int) -> list[str]:
+    """Whether states that are kept in memory would fill it.
+
+    Args:
+        passages: number of prompts and answers.
+        width: float32 values of each, all sites and pools together.
+    """
+    size = 4 * passages * width
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return []
+    if size < free / 2:
+        return []
+    return [
+        f"the captured states take {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: give `store_dir`, name a "
+        "layer, or take fewer rows"
+    ]
 
 
 def _text(value: Text) -> str:
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
 
 
+def common_ends(texts: Sequence[str]) -> tuple[str, str]:
+    """What all texts begin with, and what the rest of all ends with."""
+    start = _common_start(texts)
+    return start, _common_start([text[len(start) :][::-1] for text in texts])[::-1]
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    # Of all texts the first and the last in order differ earliest.
+    first, last = (min(texts), max(texts)) if texts else ("", "")
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _duplicates(rows: Sequence[PreferenceRow]) -> list[str]:
+    seen: set[tuple[str, str, str]] = set()
+    repeated = []
+    for number, row in enumerate(rows):
+        key = (prompt_key(row.prompt), str(row.chosen), str(row.rejected))
+        if key in seen:
+            repeated.append(number)
+        seen.add(key)
+    return [f"rows that repeat an earlier one: {name_rows(repeated)}"] if repeated else []
+
+
 def _template_marks(rows: Sequence[PreferenceRow]) -> list[str]:
     marked = [
         i
         for i, row in enumerate(rows)
-        if not isinstance(row.prompt, str) and any(m in _text(row.prompt) for m in TEMPLATE_MARKS)
+        if isinstance(row.prompt, list) and any(mark in _text(row.prompt) for mark in TEMPLATE_MARKS)
     ]
     if not marked:
         return []
     return [f"messages that already hold a chat template's tokens, so they are templated twice: {name_rows(marked)}"]
 
 
-def _length_confound(encoded: Encoded) -> list[str]:
-    lengths = [
-        [len(side.ids) - (side.answer_start or 0) for row in encoded.rows for side in (row.chosen, row.rejected)]
-    ][0]
-    labels = [1, 0] * len(encoded.rows)
-    if len(set(lengths)) == 1:
+def _double_start(prompts: Sequence[Passage], tokenizer: Any) -> list[str]:
+    start = getattr(text_tokenizer(tokenizer), "bos_token_id", None)
+    double = [i for i, prompt in enumerate(prompts) if start is not None and prompt.ids[:2] == (start, start)]
+    return [f"prompts that begin with two beginning-of-text tokens: {name_rows(double)}"] if double else []
+
+
+def _plain_text_for_chat_model(rows: Sequence[PreferenceRow], tokenizer: Any) -> list[str]:
+    if getattr(text_tokenizer(tokenizer), "chat_template", None) is None:
         return []
-    auroc = float(roc_auc_score(labels, lengths))
+    plain = [
+        i
+        for i, row in enumerate(rows)
+        if isinstance(row.prompt, str) and not any(mark in row.prompt for mark in TEMPLATE_MARKS)
+    ]
+    if not plain:
+        return []
+    return [
+        f"the tokenizer has a chat template, but prompts are plain text and tokenised as they are: {name_rows(plain)}. If "
+        "the model is used as a chat model, give messages"
+    ]
+
+
+def _glued_answers(rows: Sequence[PreferenceRow]) -> list[str]:
+    glued = [
+        i
+        for i, row in enumerate(rows)
+        if isinstance(row.prompt, str)
+        and any(row.prompt[-1].isalnum() and str(answer)[0].isalnum() for answer in (row.chosen, row.rejected))
+    ]
+    if not glued:
+        return []
+    return [f"answers that follow their prompt without a space between, so two words become one: {name_rows(glued)}"]
+
+
+def _length_confound(encoded: Sequence[EncodedRow]) -> list[str]:
+    lengths = [len(side.ids) - (side.answer_start or 0) for row in encoded for side in (row.chosen, row.rejected)]
+    auroc = float(roc_auc_score([1, 0] * len(encoded), lengths))
     if max(auroc, 1 - auroc) < LENGTH_AUROC:
         return []
     chosen, rejected = np.mean(lengths[0::2]), np.mean(lengths[1::2])
     return [
-        f"chosen and rejected answers can be told by length alone (AUROC {auroc:.2f}; {chosen:.1f} and {rejected:.1f} tokens "
-        "on average): the vector may learn length"
+        f"chosen and rejected answers can be told by length alone (AUROC {auroc:.2f}; {chosen:.1f} and {rejected:.1f} "
+        "tokens on average): the vector may learn length"
     ]
 
 
 def _rare_groups(rows: Sequence[PreferenceRow]) -> list[str]:
-    if not rows or rows[0].group is None:
-        return []
-    counts = Counter(str(row.group) for row in rows)
+    counts = Counter(row.group for row in rows if row.group is not None)
     rare = sorted(group for group, count in counts.items() if count < RARE_GROUP_SHARE * len(rows))
     return [f"categories with fewer than {RARE_GROUP_SHARE:.0%} of the rows: {rare}"] if rare else []

@@ -1,174 +1,328 @@
-"""An activation store: captured states in shards that survive a kill, read without copying, and serve every method.
+"""An activation store: states by passage, in shards that survive a kill and serve every method.
 
-A store is a folder with `manifest.json` and safetensors shards of consecutive rows. A shard is written to a temporary file
-and renamed, then named in the manifest, which is replaced in the same way: whatever moment a process dies at, the store
-holds whole shards only, and the next run continues with the first that is missing.
+States are found by what they are of: the passage's token ids, the site, the pool. Rows that were added, a changed chat
+template or another method's sites therefore need no new store: what is there is reused, what is missing is captured.
+States of another model go to a folder of their own.
+
+A shard is a safetensors file that is written under a temporary name and renamed, and only then named in the manifest,
+which is replaced in the same way: at whatever moment a process dies, the store holds whole shards only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from finesteer_hf.errors import DatasetError
-from finesteer_hf.sites import Site
+from finesteer_hf.fitting.capture import CapturedBatch, Key
+from finesteer_hf.fitting.templating import Passage
 
 
 MANIFEST = "manifest.json"
-SHARD_ROWS = 1024
 STORE_VERSION = 1
+SHARD_BYTES = 64 * 1024 * 1024
+# A killed process loses at most what it captured in this time.
+SHARD_SECONDS = 20.0
+DIGEST_BYTES = 16
 
-Read = Callable[[int, int], Mapping[tuple[Site, str], np.ndarray]]
+
+def passage_digest(passage: Passage) -> bytes:
+    """Name of a passage in a store."""
+    text = f"{passage.answer_start}:{','.join(map(str, passage.ids))}"
+    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+
+@dataclass
+class Shard:
+    """States of some passages: in memory, or in a file that is mapped when it is read.
+
+    Attributes:
+        names: of its states.
+        arrays: the states by name, if they are in memory.
+        file: its file name, if they are not.
+    """
+
+    names: frozenset[str]
+    arrays: Mapping[str, np.ndarray] | None = None
+    file: str | None = None
 
 
 class ActivationStore:
-    """States of a fixed list of rows.
+    """States of passages of one model.
 
     Args:
-        name: which rows (`preferences`, `general`); the file names begin with it.
-        rows: their number.
-        identity: what the states depend on: model, template, data. A folder made for another is refused.
-        folder: where shards go; None keeps them in memory.
-        shard_rows: rows of a shard.
+        folder: where shards go, in a folder of the model's own; None keeps them in memory.
+        identity: what tells the model from another; see `model_identity`.
+        resume: whether states that are already there are used; if not, they are removed.
+        shard_bytes: how much is held back until a shard is written.
 
     Raises:
-        DatasetError: if the folder belongs to another model or other data.
+        OSError: if the folder cannot be made or written, or another process writes to it.
+
+    Example:
+        >>> with ActivationStore(folder, model_identity(model)) as store:
+        ...     for batch in reader.read(jobs_missing):
+        ...         store.add(batch)
+        ...     states = store.get(Site("resid_post", 12), "query", prompts)
     """
 
     def __init__(
-        self, name: str, rows: int, identity: Mapping[str, Any], folder: Path | None, *, shard_rows: int = SHARD_ROWS
+        self,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self.name, self.rows, self.folder, self.shard_rows = name, rows, folder, shard_rows
-        self.identity = dict(identity) | {"rows": rows, "shard_rows": shard_rows, "version": STORE_VERSION}
-        self.memory: dict[int, dict[str, np.ndarray]] = {}
-        self.files: dict[str, list[str]] = {}
-        if folder is not None:
-            self._open(folder)
+        self.identity = dict(identity)
+        self.shard_bytes = shard_bytes
+        self._shards: list[Shard] = []
+        self._where: dict[bytes, list[tuple[int, int]]] = {}
+        self._waiting: list[CapturedBatch] = []
+        self._waiting_since = time.monotonic()
+        self._entries: list[dict[str, Any]] = []
+        self._lock: FileLock | None = None
+        self.folder = None if folder is None else Path(folder) / str(identity["fingerprint"])[:16]
+        if self.folder is not None:
+            self._open(self.folder, resume)
 
-    def _open(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"Cannot make the store folder {folder}: {error.strerror}.") from error
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"The store folder {folder} is read-only; give another `store_dir`.")
-        manifest = folder / f"{self.name}-{MANIFEST}"
-        if not manifest.exists():
-            return
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        if found["identity"] != self.identity:
-            changed = sorted(
-                key
-                for key in {*found["identity"], *self.identity}
-                if found["identity"].get(key) != self.identity.get(key)
-            )
-            raise DatasetError(
-                f"The store {folder} was captured with another {', '.join(changed)}. Its states do not fit this run: give "
-                "another `store_dir`, or delete that one."
-            )
-        self.files = {
-            number: [f for f in names if (folder / f).is_file()] for number, names in found["shards"].items()
-        }
+    def __enter__(self) -> ActivationStore:
+        return self
 
-    @property
-    def starts(self) -> list[int]:
-        """First row of each shard."""
-        return list(range(0, self.rows, self.shard_rows))
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # What was captured before an interrupt is kept; after a failed write another one would hide its message.
+        if kind is None or not issubclass(kind, OSError):
+            self.flush()
+        self.close()
 
-    def missing(self, keys: Sequence[tuple[Site, str]]) -> list[int]:
-        """First rows of the shards that lack one of the states."""
-        return [start for start in self.starts if not {name_of(k) for k in keys} <= self._names(start)]
+    # -- states -------------------------------------------------------------------------------------------------------
 
-    def fill(self, keys: Sequence[tuple[Site, str]], read: Read) -> None:
-        """Capture what is missing.
+    def lacks(self, passage: Passage, keys: Iterable[Key]) -> set[Key]:
+        """Which states of a passage are not there yet."""
+        found = self._where.get(passage_digest(passage), ())
+        names = {name for shard, _ in found for name in self._shards[shard].names}
+        return {key for key in keys if name_of(key) not in names}
 
-        Args:
-            keys: `(site, what)` of the states that will be asked for.
-            read: captures rows `[start, stop)`.
+    def add(self, batch: CapturedBatch) -> None:
+        """Keep a batch; what a folder is to keep is written when enough has come together.
+
+        Raises:
+            OSError: if the disk is full or the folder cannot be written; what was written before stays valid.
         """
-        for start in self.missing(keys):
-            stop = min(start + self.shard_rows, self.rows)
-            have = self._names(start)
-            states = {name_of(key): value for key, value in read(start, stop).items() if name_of(key) not in have}
-            self._write(start, states)
-
-    def get(self, site: Site, what: str) -> np.ndarray:
-        """States of all rows, `[rows, width]` float32; a single shard is memory-mapped."""
-        name = name_of((site, what))
-        parts = [self._read(start, name) for start in self.starts]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _names(self, start: int) -> set[str]:
         if self.folder is None:
-            return set(self.memory.get(start, ()))
-        names: set[str] = set()
-        for file in self.files.get(str(start), ()):
-            with safe_open(self.folder / file, framework="np") as shard:
-                names.update(shard.keys())
-        return names
-
-    def _read(self, start: int, name: str) -> np.ndarray:
-        if self.folder is None:
-            return self.memory[start][name]
-        for file in self.files.get(str(start), ()):
-            with safe_open(self.folder / file, framework="pt") as shard:
-                if name in shard.keys():
-                    tensor: torch.Tensor = shard.get_tensor(name)
-                    return tensor.numpy()
-        raise KeyError(f"The store has no {name!r} for the rows from {start} on; call `fill` first.")
-
-    def _write(self, start: int, states: Mapping[str, np.ndarray]) -> None:
-        if self.folder is None:
-            self.memory.setdefault(start, {}).update(states)
+            self._append(batch, {name_of(key): values for key, values in batch.states.items()}, None)
             return
-        digest = hashlib.sha256("\n".join(sorted(states)).encode()).hexdigest()[:8]
-        file = f"{self.name}-{start:09d}-{digest}.safetensors"
-        _replace(self.folder / file, lambda path: save_file(dict(states), path))
-        self.files.setdefault(str(start), []).append(file)
-        content = json.dumps({"identity": self.identity, "shards": self.files}, indent=1, sort_keys=True)
-        _replace(
-            self.folder / f"{self.name}-{MANIFEST}", lambda path: Path(path).write_text(content, encoding="utf-8")
+        if not self._waiting:
+            self._waiting_since = time.monotonic()
+        self._waiting.append(batch)
+        size = sum(values.nbytes for waiting in self._waiting for values in waiting.states.values())
+        if size >= self.shard_bytes or time.monotonic() - self._waiting_since > SHARD_SECONDS:
+            self.flush()
+
+    def get(self, key: Key, passages: Sequence[Passage]) -> np.ndarray:
+        """States of passages, `[passages, width]` float32; only the rows that are asked for are read.
+
+        Raises:
+            KeyError: if one is not there.
+        """
+        self.flush()
+        name = name_of(key)
+        rows_of: dict[int, tuple[list[int], list[int]]] = {}
+        for row, passage in enumerate(passages):
+            found = self._where.get(passage_digest(passage), ())
+            place = next(((s, r) for s, r in found if name in self._shards[s].names), None)
+            if place is None:
+                raise KeyError(f"The store has no {name} of a passage of {len(passage.ids)} tokens; capture it first.")
+            targets, sources = rows_of.setdefault(place[0], ([], []))
+            targets.append(row)
+            sources.append(place[1])
+        result: np.ndarray | None = None
+        for shard, (targets, sources) in rows_of.items():
+            with self._array(self._shards[shard], name) as array:
+                if result is None:
+                    result = np.empty((len(passages), array.shape[1]), dtype=np.float32)
+                result[targets] = array[sources]
+        if result is None:
+            raise KeyError(f"No passage was asked for, so the width of {name} is unknown.")
+        return result
+
+    @contextlib.contextmanager
+    def _array(self, shard: Shard, name: str) -> Any:
+        if shard.arrays is not None:
+            yield shard.arrays[name]
+            return
+        assert self.folder is not None and shard.file is not None
+        # torch maps the file; numpy's reader would copy the whole tensor.
+        with safe_open(self.folder / shard.file, framework="pt") as file:
+            yield file.get_tensor(name).numpy()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write what is waiting as a shard.
+
+        Raises:
+            OSError: as for `add`.
+        """
+        if not self._waiting:
+            return
+        assert self.folder is not None
+        waiting, self._waiting = self._waiting, []
+        for keys in dict.fromkeys(frozenset(batch.states) for batch in waiting):
+            alike = [batch for batch in waiting if frozenset(batch.states) == keys]
+            merged = CapturedBatch(
+                tuple(p for batch in alike for p in batch.prompts),
+                tuple(a for batch in alike for a in batch.answers),
+                {key: np.concatenate([batch.states[key] for batch in alike]) for key in keys},
+            )
+            self._write(self.folder, merged)
+
+    def _write(self, folder: Path, batch: CapturedBatch) -> None:
+        arrays = {name_of(key): np.ascontiguousarray(values) for key, values in batch.states.items()}
+        digests = {"prompts": digests_of(batch.prompts), "answers": digests_of(batch.answers)}
+        file = f"shard-{len(self._entries):06d}-{secrets.token_hex(4)}.safetensors"
+        content = save({**arrays, **digests})
+        write_whole(folder / file, content)
+        entry = {
+            "file": file,
+            "bytes": len(content),
+            "prompts": len(batch.prompts),
+            "answers": len(batch.answers),
+            "states": sorted(arrays),
+        }
+        self._write_manifest(folder, [*self._entries, entry])
+        self._entries.append(entry)
+        self._append(batch, arrays, file)
+
+    def _write_manifest(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+        content = {"version": STORE_VERSION, **self.identity, "dtype": "float32", "shards": entries}
+        write_whole(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    def _append(self, batch: CapturedBatch, arrays: Mapping[str, np.ndarray], file: str | None) -> None:
+        self._index(
+            digests_of(batch.prompts), digests_of(batch.answers), frozenset(arrays), None if file else arrays, file
         )
 
+    def _index(
+        self,
+        prompts: np.ndarray,
+        answers: np.ndarray,
+        names: frozenset[str],
+        arrays: Mapping[str, np.ndarray] | None,
+        file: str | None,
+    ) -> None:
+        queries = frozenset(name for name in names if name.endswith("/query"))
+        for digests, own in ((prompts, queries), (answers, names - queries)):
+            if len(digests) and own:
+                self._shards.append(Shard(own, arrays, file))
+                for row, digest in enumerate(digests):
+                    self._where.setdefault(digest.tobytes(), []).append((len(self._shards) - 1, row))
 
-def name_of(key: tuple[Site, str]) -> str:
-    """Name of a state in a shard."""
+    def _open(self, folder: Path, resume: bool) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout as error:
+            raise OSError(
+                f"Another process is writing to the activation store {folder}. Wait for it, or give another store_dir."
+            ) from error
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"Cannot write to the activation store, give another store_dir ({error.strerror})",
+                str(folder),
+            ) from error
+        try:
+            if resume:
+                self._read_manifest(folder)
+            listed = {entry["file"] for entry in self._entries}
+            # Left by a process that was killed between a shard and the manifest.
+            for orphan in folder.glob("*shard-*"):
+                if orphan.name not in listed:
+                    orphan.unlink()
+            self._write_manifest(folder, self._entries)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_manifest(self, folder: Path) -> None:
+        path = folder / MANIFEST
+        if not path.exists():
+            return
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"{path} cannot be read; what it lists is captured again.", stacklevel=2)
+            return
+        for entry in entries:
+            file = folder / Path(entry["file"]).name
+            try:
+                if file.stat().st_size != entry["bytes"]:
+                    raise OSError(f"{file.stat().st_size} bytes, expected {entry['bytes']}")
+                with safe_open(file, framework="np") as shard:
+                    prompts, answers = shard.get_tensor("prompts"), shard.get_tensor("answers")
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"{file} is damaged and is captured again: {error}.", stacklevel=2)
+                continue
+            self._entries.append(entry)
+            self._index(prompts, answers, frozenset(entry["states"]), None, entry["file"])
+
+    def close(self) -> None:
+        """Let other processes write."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def name_of(key: Key) -> str:
+    """Name of a state in a shard: `resid_post[12]/answer_mean`."""
     return f"{key[0]}/{key[1]}"
 
 
-def model_identity(model: Any) -> dict[str, Any]:
-    """What tells one base model from another: its config, and a sample of its weights."""
-    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    parameters = list(model.named_parameters())
-    for _, parameter in parameters[:: max(1, len(parameters) // 8)]:
-        if parameter.device.type != "meta":
-            sample = parameter.detach().flatten()[:64]
-            if sample.is_floating_point():
-                digest.update(sample.float().cpu().numpy().tobytes())
-    return {"model": digest.hexdigest()}
+def digests_of(passages: Sequence[Passage]) -> np.ndarray:
+    """Digests, uint8 `[passages, 16]`."""
+    joined = b"".join(passage_digest(passage) for passage in passages)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
 
 
-def _replace(target: Path, write: Callable[[str], Any]) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".store-")
-    os.close(handle)
+def write_whole(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: saying how much space was needed and what to do.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise OSError(f"Cannot write {target}: {error}. What was stored before is intact.") from error
+        free = 0
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(target.parent).free
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {len(content):,} bytes could not be written ({free:,} free). What the store held before is "
+            "intact; make room and run again to continue",
+            str(target),
+        ) from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -13,7 +13,12 @@ from finesteer_hf.processors import SteeringProcessor
 
 # Multiples of the vector; a fitted vector is a difference of states, so 1 is its natural length.
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Nats that the 95th percentile of general prompts' tokens may diverge by under `auto`.
 KL_BUDGET = 0.1
+# How often the grid is continued downwards to meet a budget, or upwards while the margin still grows.
+MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
+# `kl:x` is met to this share of x.
+KL_TOLERANCE, MAX_REFINEMENTS = 0.05, 4
 
 
 def choose_strength(
@@ -28,60 +33,116 @@ def choose_strength(
     """Choose a strength and say why.
 
     Args:
-        rule: a number; `auto`: of the strengths whose divergence on general prompts is within the budget, the smallest
-            whose margin is within one standard error (of the difference, row by row) of the best; `kl:x`: the largest with a 95th percentile of
-            divergence of at most x nats, interpolated; `norm:x`: the vector becomes x of the state's norm.
+        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET`, the smallest
+            whose margin is within one standard error (of the difference, row by row) of the best; `kl:x`: the one whose
+            95th percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
         vector_norm: median norm of the vectors.
         state_norm: median norm of the states that they are added to.
-        strengths: lambdas of the curve, ascending.
+        strengths: lambdas of the curve, positive and ascending; it is continued where that is called for.
 
     Returns:
-        The strength, the curve (empty for a number and for `norm:x`), and the reason.
+        The strength, the curve by ascending strength, from 0 on (empty for a number and for `norm:x`), and the reason.
 
     Raises:
-        ValueError: for another rule.
+        ValueError: for another rule; if vectors of norm zero are to be scaled; if no strength diverges as `kl:x` asks.
     """
     if isinstance(rule, (int, float)):
         return float(rule), [], "given"
     kind, _, number = rule.partition(":")
     if kind == "norm" and number:
         share = _positive(rule, number)
-        return share * state_norm / max(vector_norm, 1e-12), [], f"the vector is {share:g} of the state's norm"
+        if not vector_norm > 0:
+            raise ValueError(f"strength={rule!r} scales vectors to a norm, but their norm is {vector_norm}.")
+        return share * state_norm / vector_norm, [], f"the vector is {share:g} of the state's norm"
     if rule != "auto" and not (kind == "kl" and number):
         raise ValueError(f"strength must be a number, 'auto', 'kl:<nats>' or 'norm:<share>', got {rule!r}.")
     limit = KL_BUDGET if rule == "auto" else _positive(rule, number)
-    curve = data.dose_response(build, strengths)
+    curve = list(data.dose_response(build, (0.0, *strengths)))
     if kind == "kl":
-        return strength_at_kl(curve, limit), curve, f"95th percentile of the divergence is {limit:g} nats"
-    return (*_by_margin(curve, limit),)
+        return _at_divergence(curve, limit, data, build)
+    return _by_margin(curve, limit, data, build)
 
 
-def _by_margin(curve: list[DosePoint], budget: float) -> tuple[float, list[DosePoint], str]:
-    allowed = [point for point in curve if not point.kl > budget]
-    if not allowed:
-        chosen = curve[0]
-        return chosen.strength, curve, f"every strength diverges by more than {budget:g} nats; the smallest is taken"
+def _by_margin(
+    curve: list[DosePoint], budget: float, data: FitData, build: Callable[[float], SteeringProcessor]
+) -> tuple[float, list[DosePoint], str]:
+    def run(strengths: Sequence[float]) -> list[DosePoint]:
+        return data.dose_response(build, sorted({*(point.strength for point in curve), *strengths}))
+
+    least = curve[1].strength
+    if min(point.kl for point in curve[1:]) > budget:
+        curve = run([least / 2**power for power in range(1, MAX_HALVINGS + 1)])
+    for _ in range(MAX_GROWTHS):
+        last = curve[-1]
+        if last.kl > budget or last is not max(curve, key=lambda point: point.margin):
+            break
+        curve = run([last.strength * GROWTH])
+    base, points = curve[0], curve[1:]
+    within = [point.strength for point in points if point.kl <= budget]
+    if not within:
+        why = f"every strength diverges by more than {budget:g} nats on general prompts; the smallest tried is taken"
+        return points[0].strength, curve, why
+    # Once more, so that the differences are those to the best strength within the budget.
+    allowed = data.dose_response(build, within)
     best = max(allowed, key=lambda point: point.margin)
     chosen = next(point for point in allowed if point.margin >= best.margin - point.gap_se)
-    return (
-        chosen.strength,
-        curve,
-        f"smallest within one standard error of the best margin, divergence <= {budget:g} nats",
+    why = (
+        f"smallest within one standard error of the best margin ({best.margin:+.3f} at {best.strength:g}, unsteered "
+        f"{base.margin:+.3f}), divergence on general prompts at most {budget:g} nats"
     )
+    if best.margin <= base.margin:
+        why = f"no strength raises the held-out margin; {why}"
+    return chosen.strength, curve, why
 
 
-def strength_at_kl(curve: Sequence[DosePoint], limit: float) -> float:
-    """The strength at which a curve's divergence is `limit`, log-log interpolated; its last one if it never is."""
+def _at_divergence(
+    curve: list[DosePoint], target: float, data: FitData, build: Callable[[float], SteeringProcessor]
+) -> tuple[float, list[DosePoint], str]:
+    def run(strength: float) -> list[DosePoint]:
+        return data.dose_response(build, sorted({*(point.strength for point in curve), strength}))
+
+    for _ in range(MAX_GROWTHS):
+        if curve[-1].kl >= target:
+            break
+        curve = run(curve[-1].strength * 2)
+    if curve[-1].kl <= 0:
+        raise ValueError(
+            f"strength='kl:{target:g}' cannot be met: general prompts do not diverge at any strength up to "
+            f"{curve[-1].strength:g}, for the gate is closed on them. Use strength='auto' or a number."
+        )
+    for _ in range(MAX_REFINEMENTS):
+        nearest = min(curve[1:], key=lambda point: abs(point.kl - target))
+        guess = strength_at_kl(curve[1:], target)
+        known = any(math.isclose(guess, point.strength) for point in curve)
+        if known or abs(nearest.kl - target) <= KL_TOLERANCE * target:
+            break
+        curve = run(guess)
+    nearest = min(curve[1:], key=lambda point: abs(point.kl - target))
+    return nearest.strength, curve, f"95th percentile of the divergence is {nearest.kl:.3g} nats"
+
+
+def strength_at_kl(curve: Sequence[DosePoint], target: float) -> float:
+    """The strength at which a curve's divergence is `target`, log-log interpolated between its neighbours.
+
+    Below the curve, divergence is taken to grow with the square of the strength; above it, the last strength is
+    returned.
+
+    Args:
+        curve: points of positive strength, ascending.
+        target: nats, positive.
+    """
     below: DosePoint | None = None
     for point in curve:
-        if point.kl > limit:
-            if below is None or below.kl <= 0:
-                # Divergence grows with the square of a small strength.
-                return point.strength * math.sqrt(limit / point.kl) if below is None else below.strength
+        if point.kl >= target:
+            if below is None:
+                return point.strength * math.sqrt(target / point.kl)
+            if below.kl <= 0:
+                # A gate that opens somewhere in between: nothing to interpolate, so halve the interval.
+                return math.sqrt(below.strength * point.strength)
             slope = math.log(point.strength / below.strength) / math.log(point.kl / below.kl)
-            return below.strength * math.exp(slope * math.log(limit / below.kl))
+            return below.strength * math.exp(slope * math.log(target / below.kl))
         below = point
     return curve[-1].strength
 
