@@ -103,7 +103,7 @@ def check_steering_method(
         AssertionError: naming the first feature that fails.
     """
     _, _, adapter = fit_on_toy(config, seed)
-    _check_files(adapter)
+    check_files(adapter)
     results = []
     for feature in FEATURES if features is None else features:
         try:
@@ -113,7 +113,8 @@ def check_steering_method(
     return results
 
 
-def _check_files(adapter: SteeringAdapter) -> None:
+def check_files(adapter: SteeringAdapter) -> None:
+    """Check that saving and loading changes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(Path(folder) / "adapter")
         again = SteeringAdapter.from_pretrained(Path(folder) / "adapter")

@@ -1,0 +1,44 @@
+"""The suite on fitted methods."""
+
+import functools
+
+import pytest
+
+from finesteer_hf import CAAConfig, FineSteerConfig
+from finesteer_hf.testing import FEATURES, check_feature
+from finesteer_hf.testing.conformance import check_files, fit_on_toy
+
+
+CONFIGS = {
+    "finesteer": FineSteerConfig(
+        layer=1, gate_score="state", experts="mixture", num_experts=2, residual_rank=2, strength=4.0
+    ),
+    "finesteer-paper": FineSteerConfig.paper(
+        layer=1, subspace_rank=4, num_experts=4, residual_rank=3, compat="official"
+    ),
+    "caa": CAAConfig(layer=1, strength=4.0),
+}
+# The paper's form differs from the default in its tensors and its read site, not in what the run time does with it.
+QUICK = {"left_padding", "chunked_prefill", "beams", "compiled_static_cache"}
+
+
+@functools.cache
+def fitted(name):
+    return fit_on_toy(CONFIGS[name])[2]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files(name):
+    check_files(fitted(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        pytest.param(name, feature, marks=[] if name == "finesteer" or feature in QUICK else pytest.mark.slow)
+        for name in CONFIGS
+        for feature in sorted(FEATURES)
+    ],
+)
+def test_feature(name, feature):
+    check_feature(feature, fitted(name))
