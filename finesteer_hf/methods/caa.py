@@ -7,7 +7,7 @@ With `vector="queries"` it is the difference of the prompts' own states, these l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -17,8 +17,8 @@ import torch
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
-from finesteer_hf.methods.layers import SHORT_LIST, candidate_layers, try_layers
-from finesteer_hf.methods.strength import choose_strength, median_norm
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
 
@@ -127,26 +127,23 @@ class CAA(SteeringMethod):
                 num_hidden_layers=data.info.num_layers,
             )
 
-        def builder(layer: int) -> Callable[[float], CAA]:
-            return lambda strength: cls(fitted(layer, strength), {"vector": found[layer]})
-
-        layer, tried = try_layers(data, {layer: builder(layer) for layer in promising}, settings.strength)
-        norms = {
-            "vector_norm": float(found[layer].norm()),
-            "state_norm": median_norm(data.query(Site("resid_post", layer), "fit")),
+        trials = {
+            layer: Trial(
+                build=lambda strength, at=layer: cls(fitted(at, strength), {"vector": found[at]}),  # type: ignore[misc]
+                vector_norm=float(found[layer].norm()),
+                state_norm=median_norm(data.query(Site("resid_post", layer), "fit")),
+            )
+            for layer in promising
         }
-        strength, curve, why = choose_strength(
-            settings.strength,
-            data,
-            builder(layer),
-            vector_norm=norms["vector_norm"],
-            state_norm=norms["state_norm"],
-        )
+        layer, tried = promising[0], None
+        if len(promising) > 1:
+            layer, tried = try_layers(data, trials, settings.strength)
+        strength, curve, why = trials[layer].choose_strength(settings.strength, data)
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "effect": effects[at]} for at in layers],
             "layers_tried": tried,
-            "vector": norms,
+            "vector": {"vector_norm": trials[layer].vector_norm, "state_norm": trials[layer].state_norm},
             "strength": why,
             "dose_response": [dataclasses.asdict(point) for point in curve],
         }

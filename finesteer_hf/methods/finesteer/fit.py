@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import expert_weights
-from finesteer_hf.methods.base import FitData, FitResult, ModelInfo
+from finesteer_hf.methods.base import FitData, FitResult, ModelInfo, Part
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, fit_experts
 from finesteer_hf.methods.finesteer.gate import GateFit, fit_gate
 from finesteer_hf.methods.finesteer.layers import shift_site, sweep_layers
-from finesteer_hf.methods.finesteer.rows import contrast_rows, json_ready
-from finesteer_hf.methods.layers import SHORT_LIST, try_layers
-from finesteer_hf.methods.strength import choose_strength, median_norm
+from finesteer_hf.methods.finesteer.rows import ContrastRows, contrast_rows, json_ready
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, try_layers
 from finesteer_hf.sites import Site
 
 
@@ -60,9 +59,9 @@ class LayerFit:
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
     """Fit gate, experts, layer and strength.
 
-    Of the layers that tell the queries apart, those whose shifts are best predicted are tried: gate and experts are
-    fitted at each, and the model is run steered on held-out rows. The experts learn from the `fit` and `calibration`
-    parts (`fit_gate` says what the gate learns from); layer and strength are chosen on `validation`.
+    Of the layers that tell the queries apart, those whose shifts are best predicted are tried: a gate and the quickest
+    experts are fitted at each, and the model is run steered on held-out rows. The experts learn from the `fit` and
+    `calibration` parts (`fit_gate` says what the gate learns from); layer and strength are chosen on `validation`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts where there are none.
@@ -71,57 +70,63 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     if rows < MIN_ROWS:
         raise DatasetError(f"FINESTEER needs at least {MIN_ROWS} rows to fit on, got {rows}; hundreds are advised.")
     promising, sweep = sweep_layers(data, config)
-    fits = {layer: _fit_layer(data, config, layer) for layer in promising[:SHORT_LIST]}
+    promising = promising[:SHORT_LIST]
+    gates = {layer: _fit_gate(data, config, layer) for layer in promising}
 
-    def builder(fit: LayerFit) -> Callable[[float], FineSteer]:
-        tensors = {**fit.gate.tensors, **fit.experts.tensors}
-        return lambda strength: method_cls(fit.config(config, data.info, strength), tensors)
-
-    layer, tried = try_layers(data, {layer: builder(fit) for layer, fit in fits.items()}, config.strength)
-    chosen = fits[layer]
-    train = contrast_rows(data, chosen.read, shift_site(config, chosen.read, chosen.write), ("fit", "calibration"))
-    vector_norm = median_norm(chosen.experts.predict(train.queries))
-    state_norm = median_norm(data.query(chosen.write, "fit"))
-    strength, curve, why = choose_strength(
-        config.strength, data, builder(chosen), vector_norm=vector_norm, state_norm=state_norm
-    )
-    norms = {"vector_norm": vector_norm, "state_norm": state_norm}
-    data.note(f"layer {layer}, strength {strength:g}: {why}")
-    return FitResult(
-        config=chosen.config(config, data.info, strength),
-        tensors={**chosen.gate.tensors, **chosen.experts.tensors},
-        report=json_ready(
-            {
-                "layer": layer,
-                "layers": sweep,
-                "layers_tried": tried,
-                "vector": chosen.experts.judge(_validation(data, config, chosen)) | norms,
-                "experts": chosen.experts.report,
-                "expert_use": _expert_use(chosen.experts, train.queries),
-                "gate": chosen.gate.report,
-                "gate_scores": chosen.gate.scores,
-                "strength": why,
-                "dose_response": [dataclasses.asdict(point) for point in curve],
-            }
-        ),
-    )
-
-
-def _fit_layer(data: FitData, config: FineSteerConfig, layer: int) -> LayerFit:
-    data.note(f"fitting gate and experts at layer {layer}")
-    read, write = sites_of(config, layer)
-    rows = contrast_rows(data, read, shift_site(config, read, write), ("fit", "calibration"))
-    if not rows.vary:
-        raise DatasetError(
-            f"All {len(rows)} queries have the same state at {read}, so neither gate nor experts can tell them apart. "
-            "Choose a later layer."
+    def fit_at(layer: int, settings: FineSteerConfig) -> LayerFit:
+        data.note(f"fitting experts at layer {layer}")
+        rows = _rows(data, config, layer, ("fit", "calibration"))
+        return LayerFit(
+            layer, *sites_of(config, layer), gates[layer], fit_experts(settings, rows, data.seed, gates[layer].size)
         )
-    gate = fit_gate(config, data, read)
-    return LayerFit(layer, read, write, gate, fit_experts(config, rows, data.seed, gate.size))
+
+    def trial(fit: LayerFit) -> Trial:
+        tensors = {**fit.gate.tensors, **fit.experts.tensors}
+        return Trial(
+            build=lambda strength: method_cls(fit.config(config, data.info, strength), tensors),
+            vector_norm=median_norm(fit.experts.predict(data.query(fit.read, "fit"))),
+            state_norm=median_norm(data.query(fit.write, "fit")),
+        )
+
+    layer, tried = promising[0], None
+    if len(promising) > 1:
+        quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
+        layer, tried = try_layers(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
+    chosen = fit_at(layer, config)
+    steering = trial(chosen)
+    strength, curve, why = steering.choose_strength(config.strength, data)
+    data.note(f"layer {layer}, strength {strength:g}: {why}")
+    norms = {"vector_norm": steering.vector_norm, "state_norm": steering.state_norm}
+    report = {
+        "layer": layer,
+        "layers": sweep,
+        "layers_tried": tried,
+        "vector": chosen.experts.judge(_rows(data, config, layer, ("validation",))) | norms,
+        "experts": chosen.experts.report,
+        "expert_use": _expert_use(chosen.experts, data.query(chosen.read, "fit")),
+        "gate": chosen.gate.report,
+        "gate_scores": chosen.gate.scores,
+        "strength": why,
+        "dose_response": [dataclasses.asdict(point) for point in curve],
+    }
+    tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
+    return FitResult(chosen.config(config, data.info, strength), tensors, json_ready(report))
 
 
-def _validation(data: FitData, config: FineSteerConfig, fit: LayerFit) -> Any:
-    return contrast_rows(data, fit.read, shift_site(config, fit.read, fit.write), ("validation",))
+def _fit_gate(data: FitData, config: FineSteerConfig, layer: int) -> GateFit:
+    read, _ = sites_of(config, layer)
+    if not _rows(data, config, layer, ("fit",)).vary:
+        raise DatasetError(
+            f"All queries have the same state at {read}, so neither gate nor experts can tell them apart. Choose a later "
+            "layer."
+        )
+    data.note(f"fitting the gate at layer {layer}")
+    return fit_gate(config, data, read)
+
+
+def _rows(data: FitData, config: FineSteerConfig, layer: int, parts: tuple[Part, ...]) -> ContrastRows:
+    read, write = sites_of(config, layer)
+    return contrast_rows(data, read, shift_site(config, read, write), parts)
 
 
 def _expert_use(experts: ExpertFit, queries: np.ndarray) -> list[float] | None:

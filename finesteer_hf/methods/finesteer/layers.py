@@ -14,7 +14,7 @@ from finesteer_hf.estimators.ridge import group_blocks
 from finesteer_hf.methods.base import FitData, ModelInfo
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
 from finesteer_hf.methods.finesteer.rows import ContrastRows, contrast_rows, general_rows
-from finesteer_hf.methods.layers import candidate_layers
+from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
 
 

@@ -52,10 +52,9 @@ class FineSteer(SteeringMethod):
         self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
         self.reads, self.writes = (self.read_site,), (self.write_site,)
         self._gated = settings.gate != "always"
-        if self._gated:
-            self._score = SCORE_FUNCTIONS[settings.gate_score]
-            self._gate = cast(Formula, GATE_FUNCTIONS[settings.gate])
-        self._vector = cast(Formula, VECTOR_FUNCTIONS[settings.experts])
+        self._score = cast("Formula", SCORE_FUNCTIONS.get(settings.gate_score))
+        self._gate = GATE_FUNCTIONS[settings.gate]
+        self._vector = cast("Formula", VECTOR_FUNCTIONS[settings.experts])
         self._score_names, self._gate_names = score_names(settings), GATE_TENSORS[settings.gate]
         self._expert_names = EXPERT_TENSORS[settings.experts]
 
