@@ -154,7 +154,7 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
         caption = "Dose response on held-out rows: margin of the wanted answers and shift of general prompts."
         plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
     scores = report.get("gate_scores")
-    if scores:
+    if scores and (scores["ir"] or scores["general"]):
         figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
         caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
         plots[GATE_PLOT] = CardPlot(GATE_PLOT, png(figure, dpi=110), caption)

@@ -99,7 +99,7 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
             Table(trial_columns(trial), trial_rows(trial), note=f"{CAA_NOTE} {INTERVAL_NOTE}"),
             Table(
                 ("CAA's strength", hit_name(trial)),
-                [(f"{strength:g}", str(outcome.share)) for strength, outcome in trial.sweep],
+                [(f"{strength:g}", str(share)) for strength, share in trial.sweep],
                 title="CAA at each strength",
             ),
         ],
@@ -166,9 +166,8 @@ def _gate_section(result: DemoResult) -> Section:
     for task in dict.fromkeys(row.task for row in result.gates):
         scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for row in result.gates:
-            ir, general = row.ir.recorded("score"), row.general.recorded("score")
-            if row.task == task and ir is not None and general is not None:
-                scores.setdefault(row.score, (ir, general))
+            if row.task == task and row.scores_ir is not None and row.scores_general is not None:
+                scores.setdefault(row.score, (row.scores_ir, row.scores_general))
         if scores:
             section.plots.append(
                 Plot(

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers.utils.logging import disable_progress_bar
 
 from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
-from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, general_prompts, target_prompts
+from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, draw, general_prompts, target_prompts
+from finesteer_hf.evaluation.statistics import Proportion
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.methods.finesteer import FineSteerConfig
@@ -42,7 +50,8 @@ class DemoSettings:
         out: folder of adapters and report.
         seed: of the halves and of the fits.
         splits: by question, by kind, or both.
-        targets: at most so many held-out questions, and so many requests.
+        fit_rows: at most so many questions, and so many requests, to fit on.
+        targets: at most so many held-out ones.
         general: at most so many held-out general prompts.
         caa_strengths: strengths at which CAA is tried.
     """
@@ -50,8 +59,9 @@ class DemoSettings:
     out: Path
     seed: int = 0
     splits: tuple[Split, ...] = ("question", "kind")
-    targets: int | None = None
-    general: int | None = None
+    fit_rows: int | None = 600
+    targets: int | None = 300
+    general: int | None = 300
     caa_strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -66,7 +76,19 @@ class Arm:
     general: Outcome
 
 
-@dataclass
+@dataclass(frozen=True)
+class GateRow:
+    """A gate on the held-out prompts of a task: its figures, and what it was computed from."""
+
+    task: Task
+    gate: str
+    score: str
+    figures: GateFigures
+    scores_ir: np.ndarray | None
+    scores_general: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Trial:
     """One task under one split.
 
@@ -81,6 +103,8 @@ class Trial:
         sweep: CAA's share of hits at each strength.
         adapter: the FineSteer adapter as loaded.
         fit_seconds: time to fit it.
+        gates: other gates on the same prompts, if they were compared.
+        seconds: time for all of it.
     """
 
     task: Task
@@ -90,21 +114,11 @@ class Trial:
     finesteer: Arm
     caa: Arm
     caa_strength: float
-    sweep: list[tuple[float, Outcome]]
+    sweep: list[tuple[float, Proportion]]
     adapter: SteeringAdapter
     fit_seconds: float
-
-
-@dataclass(frozen=True)
-class GateRow:
-    """A gate's figures on the held-out prompts of a task."""
-
-    task: Task
-    gate: str
-    score: str
-    figures: GateFigures
-    ir: Outcome
-    general: Outcome
+    gates: list[GateRow] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 @dataclass
@@ -112,127 +126,137 @@ class DemoResult:
     """Everything that the tables and the report show."""
 
     settings: DemoSettings
-    trials: list[Trial] = field(default_factory=list)
-    gates: list[GateRow] = field(default_factory=list)
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Fits:
-    folder: Path
-    caa_folder: Path
+    trials: list[Trial]
     seconds: float
+
+    @property
+    def gates(self) -> list[GateRow]:
+        """The gates of all trials."""
+        return [row for trial in self.trials for row in trial.gates]
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
-    """Run all trials and the gates.
+    """Run all trials, one on each processor core.
 
     Args:
         settings: how much to do.
         say: shows a line of progress.
     """
     start = time.perf_counter()
-    result = DemoResult(settings)
-    model, tokenizer = playground.load()
-    fits = {
-        (task, split): _fit_both(model, tokenizer, task, split, settings, say)
-        for split in settings.splits
-        for task in TASKS
-    }
-    say("loading the saved adapters with SteeredModelForCausalLM.from_pretrained")
-    folders = {_name(task, split): str(fit.folder) for (task, split), fit in fits.items()}
-    steered = SteeredModelForCausalLM.from_pretrained(playground.model_path(), steering=folders)
-    general = general_prompts(limit=settings.general, seed=settings.seed)
-    base_general = evaluate(steered, tokenizer, general, max_new_tokens=MAX_NEW_TOKENS)
-    for (task, split), fit in fits.items():
-        say(f"asking held-out prompts: {task}, split by {split}")
-        steered.load_steering(str(fit.caa_folder), "caa")
-        result.trials.append(_run_trial(steered, tokenizer, task, split, fit, base_general, settings))
-        steered.delete_steering("caa")
-    for trial in result.trials:
-        if trial.split == "question":
-            say(f"comparing gates: {trial.task}")
-            result.gates += _run_gates(model, steered, tokenizer, trial, settings)
-    result.seconds = time.perf_counter() - start
-    return result
+    jobs = [(task, split) for split in settings.splits for task in TASKS]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    say(f"fitting and asking: {len(jobs)} trials on {workers} core{'s' if workers > 1 else ''}")
+    trials: dict[tuple[Task, Split], Trial] = {}
+    # A new process each: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
+        futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
+        try:
+            for future in as_completed(futures):
+                trial = trials[futures[future]] = future.result()
+                took = f"{trial.seconds:.0f} s, {trial.fit_seconds:.0f} s of them to fit"
+                say(f"done: {trial.task}, split by {trial.split} ({took})")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return DemoResult(settings, [trials[job] for job in jobs], time.perf_counter() - start)
 
 
-def _name(task: Task, split: Split) -> str:
-    return f"{task}-by-{split}"
+def _start() -> None:
+    torch.set_num_threads(1)
+    disable_progress_bar()
 
 
-def _fit_both(
-    model: Any, tokenizer: Any, task: Task, split: Split, settings: DemoSettings, say: Callable[[str], None]
-) -> _Fits:
-    """Fit FineSteer and CAA on the same half and save both."""
+def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
+    """Fit FineSteer and CAA on one half, save them, load them, and ask the other half."""
     start = time.perf_counter()
-    adapter = _fit(model, tokenizer, task, split, FineSteerConfig(), settings)
-    seconds = time.perf_counter() - start
-    folder = adapter.save_pretrained(settings.out / "adapters" / _name(task, split))
-    caa = _fit(model, tokenizer, task, split, CAAConfig(layer=setting(adapter, "layer"), strength=1.0), settings)
-    caa_folder = caa.save_pretrained(settings.out / "adapters" / f"{_name(task, split)}-caa")
-    say(f"fitted {task}, split by {split}: layer {setting(adapter, 'layer')}, {seconds:.0f} s")
-    return _Fits(folder, caa_folder, seconds)
+    model, tokenizer = playground.load()
+    name = f"{task}-by-{split}"
+    with tempfile.TemporaryDirectory() as store:
+        # Later fits read the states that the first one captured.
+        fit = partial(_fit, model, tokenizer, task, split, settings, store)
+        adapter = fit(FineSteerConfig())
+        fit_seconds = time.perf_counter() - start
+        layer = setting(adapter, "layer")
+        folder = adapter.save_pretrained(settings.out / "adapters" / name)
+        caa_folder = fit(CAAConfig(layer=layer, strength=1.0)).save_pretrained(
+            settings.out / "adapters" / f"{name}-caa"
+        )
+        gates = []
+        if split == "question":
+            # What is steered with does not matter here, so it is the cheapest there is.
+            cheap = {"layer": layer, "strength": 1.0, "experts": "reduced_rank", "residual_rank": 1}
+            gates = [
+                (gate, fit(FineSteerConfig(gate=gate, gate_score=score, **cheap))) for gate, score in COMPARED_GATES
+            ]
+    steered = SteeredModelForCausalLM.from_pretrained(
+        playground.model_path(), steering={"finesteer": str(folder), "caa": str(caa_folder)}
+    )
+    targets = target_prompts(task, split=split, limit=settings.targets, seed=settings.seed)
+    general = general_prompts(limit=settings.general, seed=settings.seed)
+    ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS)
+    base = Arm(ask(targets), ask(general))
+    finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
+    sweep = [
+        (strength, ask(targets, adapter="caa", scale=strength, choices=False)) for strength in settings.caa_strengths
+    ]
+    best = max(sweep, key=lambda entry: entry[1].share.value)[0]
+    trial = Trial(
+        task=task,
+        split=split,
+        folder=folder,
+        base=base,
+        finesteer=finesteer,
+        caa=Arm(ask(targets, adapter="caa", scale=best), ask(general, adapter="caa", scale=best)),
+        caa_strength=best,
+        sweep=[(strength, outcome.share) for strength, outcome in sweep],
+        adapter=steered.steering_adapters["finesteer"],
+        fit_seconds=fit_seconds,
+        gates=[_gate_row(steered, tokenizer, task, gate, fitted, targets, general) for gate, fitted in gates],
+    )
+    return replace(trial, seconds=time.perf_counter() - start)
 
 
 def _fit(
-    model: Any, tokenizer: Any, task: Task, split: Split, config: SteeringConfig, settings: DemoSettings
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    split: Split,
+    settings: DemoSettings,
+    store: str,
+    config: SteeringConfig,
 ) -> SteeringAdapter:
+    rows = playground.preference_rows(task, "fit", split=split, seed=settings.seed)
     return fit_steering(
         model,
         tokenizer,
-        playground.preference_rows(task, "fit", split=split, seed=settings.seed),
+        draw(rows, settings.fit_rows, settings.seed),
         config,
         general_dataset=playground.general_rows("fit", seed=settings.seed),
         seed=settings.seed,
+        store_dir=store,
         progress=False,
     )
 
 
-def _run_trial(
-    steered: Any, tokenizer: Any, task: Task, split: Split, fit: _Fits, base_general: Outcome, settings: DemoSettings
-) -> Trial:
-    prompts = target_prompts(task, split=split, limit=settings.targets, seed=settings.seed)
-
-    def ask(of: list[JudgedPrompt], adapter: str | None, scale: float = 1.0, choices: bool = True) -> Outcome:
-        return evaluate(
-            steered, tokenizer, of, adapter=adapter, scale=scale, choices=choices, max_new_tokens=MAX_NEW_TOKENS
-        )
-
-    name = _name(task, split)
-    sweep = [(strength, ask(prompts, "caa", strength, choices=False)) for strength in settings.caa_strengths]
-    best = max(sweep, key=lambda entry: entry[1].share.value)[0]
-    return Trial(
-        task=task,
-        split=split,
-        folder=fit.folder,
-        base=Arm(ask(prompts, None), base_general),
-        finesteer=Arm(ask(prompts, name), ask(base_general.prompts, name)),
-        caa=Arm(ask(prompts, "caa", best), ask(base_general.prompts, "caa", best)),
-        caa_strength=best,
-        sweep=sweep,
-        adapter=steered.steering_adapters[name],
-        fit_seconds=fit.seconds,
+def _gate_row(
+    steered: Any,
+    tokenizer: Any,
+    task: Task,
+    gate: str,
+    adapter: SteeringAdapter,
+    targets: list[JudgedPrompt],
+    general: list[JudgedPrompt],
+) -> GateRow:
+    """Read a gate on the held-out prompts; nothing is generated but one token."""
+    steered.load_steering(adapter, "gate")
+    ir, others = (
+        evaluate(steered, tokenizer, prompts, adapter="gate", choices=False, max_new_tokens=1)
+        for prompts in (targets, general)
     )
-
-
-def _run_gates(model: Any, steered: Any, tokenizer: Any, trial: Trial, settings: DemoSettings) -> list[GateRow]:
-    """Fit each gate at the trial's layer and read it on the held-out prompts; nothing is generated but one token."""
-    rows = []
-    for gate, score in COMPARED_GATES:
-        layer = setting(trial.adapter, "layer")
-        config = FineSteerConfig(gate=gate, gate_score=score, layer=layer, strength=1.0)
-        adapter = _fit(model, tokenizer, trial.task, trial.split, config, settings)
-        steered.load_steering(adapter, "gate")
-        ir, general = (
-            evaluate(steered, tokenizer, prompts, adapter="gate", choices=False, max_new_tokens=1)
-            for prompts in (trial.base.target.prompts, trial.base.general.prompts)
-        )
-        steered.delete_steering("gate")
-        scores = _scores(ir, general)
-        figures = gate_figures(*_gates(ir, general), score_ir=scores[0], score_general=scores[1])
-        rows.append(GateRow(trial.task, gate, setting(adapter, "gate_score"), figures, ir, general))
-    return rows
+    steered.delete_steering("gate")
+    scores = _scores(ir, others)
+    figures = gate_figures(*_gates(ir, others), score_ir=scores[0], score_general=scores[1])
+    return GateRow(task, gate, "-" if gate == "always" else setting(adapter, "gate_score"), figures, *scores)
 
 
 def _gates(ir: Outcome, general: Outcome) -> list[np.ndarray]:

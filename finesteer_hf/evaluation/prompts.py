@@ -22,15 +22,32 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return format_query(tokenizer, prompt)
 
 
-def encode_answer(tokenizer: Any, prompt: Prompt, answer: str, prompt_ids: Sequence[int]) -> list[int]:
-    """Ids of the answer's text after a prompt, without the tokens that end a turn.
+def encode_pairs(
+    tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of prompts, and of the text of an answer after each, without the tokens that end a turn.
 
     Where tokenising both together would change the prompt's own ids, the answer is tokenised alone: the query that the
     gate reads must be the one that `generate` reads.
+
+    Returns:
+        The prompts' ids and the answers' ids.
     """
     tokenizer = text_tokenizer(tokenizer)
-    text = render_prompt(tokenizer, prompt) + answer
-    ids = tokenise(tokenizer, [text], special_tokens=isinstance(prompt, str))[0]
-    if ids[: len(prompt_ids)] == list(prompt_ids):
-        return ids[len(prompt_ids) :]
-    return tokenise(tokenizer, [answer], special_tokens=False)[0]
+    # A prompt that is asked with many answers is one object many times; rendering a template is what costs here.
+    rendered = {id(prompt): render_prompt(tokenizer, prompt) for prompt in prompts}
+    prompt_ids: list[list[int]] = [[]] * len(prompts)
+    answer_ids: list[list[int]] = [[]] * len(prompts)
+    for plain in (True, False):
+        mine = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str) is plain]
+        texts = [rendered[id(prompts[row])] for row in mine]
+        together = [text + answers[row] for text, row in zip(texts, mine, strict=True)]
+        alone = tokenise(tokenizer, texts, special_tokens=plain)
+        both = tokenise(tokenizer, together, special_tokens=plain)
+        for row, ids, joined in zip(mine, alone, both, strict=True):
+            prompt_ids[row] = ids
+            if joined[: len(ids)] == ids:
+                answer_ids[row] = joined[len(ids) :]
+            else:
+                answer_ids[row] = tokenise(tokenizer, [answers[row]], special_tokens=False)[0]
+    return prompt_ids, answer_ids

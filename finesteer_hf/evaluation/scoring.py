@@ -19,7 +19,7 @@ from finesteer_hf.evaluation.likelihood import (
     pad_right,
     token_log_probs,
 )
-from finesteer_hf.evaluation.prompts import Prompt, encode_answer, encode_prompt
+from finesteer_hf.evaluation.prompts import Prompt, encode_pairs, encode_prompt
 
 
 def steered_as(model: nn.Module, adapter: str | None, scale: float = 1.0) -> AbstractContextManager[Any]:
@@ -72,11 +72,7 @@ def answer_log_probs(
     """
     if len(prompts) != len(answers):
         raise DatasetError(f"Got {len(prompts)} prompts for {len(answers)} answers.")
-    prompt_ids, answer_ids = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = encode_prompt(tokenizer, prompt)
-        prompt_ids.append(ids)
-        answer_ids.append(encode_answer(tokenizer, prompt, answer, ids))
+    prompt_ids, answer_ids = encode_pairs(tokenizer, prompts, answers)
     return token_log_probs(model, prompt_ids, answer_ids, per_token=per_token, batch_tokens=batch_tokens)
 
 

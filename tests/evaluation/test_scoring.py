@@ -13,7 +13,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.generation import greedy_answers, until_end
 from finesteer_hf.evaluation.likelihood import batches_by_length
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores, score_choices
-from finesteer_hf.evaluation.prompts import as_chat, encode_answer, encode_prompt
+from finesteer_hf.evaluation.prompts import as_chat, encode_pairs, encode_prompt
 from finesteer_hf.evaluation.scoring import answer_log_probs, next_token_log_probs, steered_as
 from finesteer_hf.evaluation.utility import kl_divergence
 
@@ -23,8 +23,8 @@ ANSWERS = ["it is air .", "they are many small dogs and cats .", "blue", "no"]
 
 
 def one_by_one(model: Any, tokenizer: Any, prompt: Any, answer: str) -> float:
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    answer_ids = encode_answer(tokenizer, prompt, answer, prompt_ids)
+    (prompt_ids,), (answer_ids,) = encode_pairs(tokenizer, [prompt], [answer])
+    assert prompt_ids == encode_prompt(tokenizer, prompt)
     with torch.no_grad():
         logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0].double()
     total = 0.0
@@ -47,8 +47,8 @@ def test_an_answer_ends_before_the_end_of_turn(tokenizer: Any) -> None:
     prompt = as_chat("tell me about cats")
     ids = encode_prompt(tokenizer, prompt)
     assert ids[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
-    answer = encode_answer(tokenizer, prompt, "they are small .", ids)
-    assert tokenizer.decode(answer) == "they are small ."
+    _, answers = encode_pairs(tokenizer, [prompt], ["they are small ."])
+    assert tokenizer.decode(answers[0]) == "they are small ."
 
 
 def test_steering_reads_the_query_at_the_prompts_end(model: Any, tokenizer: Any) -> None:
@@ -70,8 +70,8 @@ def test_steering_reads_the_query_at_the_prompts_end(model: Any, tokenizer: Any)
         found = answer_log_probs(steered, tokenizer, PROMPTS[:2], ANSWERS[:2])
     base = steered.unload_steering()
     for prompt, answer, value in zip(PROMPTS[:2], ANSWERS[:2], found, strict=True):
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        ids = torch.tensor([prompt_ids + encode_answer(tokenizer, prompt, answer, prompt_ids)])
+        (prompt_ids,), (answer_ids,) = encode_pairs(tokenizer, [prompt], [answer])
+        ids = torch.tensor([prompt_ids + answer_ids])
         with torch.no_grad():
             query = base(ids, output_hidden_states=True).hidden_states[2][0, len(prompt_ids) - 1]
             hook = base.model.layers[1].register_forward_hook(lambda m, a, out, q=query: out + q)
