@@ -34,8 +34,9 @@ _OUTPUT_PROJECTIONS = (
     ),
     "attention.output.dense",
     "attn.attention.out_proj",
-    "self_att.self_attention.attention_out",
+    "attn.Wo",
     "multi_head_attention.dense",
+    "norm_attn_norm.attn.out_proj",
     # Blocks of one kind or another under one name: the others call their projection differently.
     "mixer.o_proj",
     "temporal_block.o_proj",
@@ -44,8 +45,12 @@ _OUTPUT_PROJECTIONS = (
 _BLOCK_LIST_NAMES = ("layers", "h", "blocks", "layer")
 # Decoders whose blocks, or whose forwards, do not have the layout that sites are defined by.
 _REFUSED_TYPES = {
+    "blt": "its blocks run on patches of bytes, not on tokens",
+    "cpmant": "it puts columns of its own before the tokens of a prompt",
     "diffusion_gemma": "it denoises blocks of tokens instead of appending them one by one",
     "hrm_text": "it runs its blocks several times in one forward, so a site has no single state",
+    "musicgen_decoder": "it generates several codebooks of audio a step, each in a row of its own",
+    "musicgen_melody_decoder": "it generates several codebooks of audio a step, each in a row of its own",
     "prophetnet": "its blocks carry a stream for each predicted token beside the main one",
     "reformer": "its reversible blocks carry two streams, of a length of their own",
     "rwkv": "it decodes with a state that is no cache of transformers', so positions cannot be told",
@@ -118,10 +123,10 @@ class TextTower:
                 f"{type(model).__name__} is an encoder-decoder; steering adapters work on decoder-only causal LMs."
             )
         text_config: Any = config.get_text_config(decoder=True)
+        for known in (config, text_config):
+            refuse_layout(type(model).__name__, known)
         self.config = text_config
         self.decoder = find_decoder(model)
-        for known in (config, text_config, getattr(self.decoder, "config", None)):
-            refuse_layout(type(model).__name__, known)
         self.layers = find_blocks(self.decoder, text_config, type(model).__name__)
         self.num_layers = len(self.layers)
         self.hidden_size = int(text_config.hidden_size)
