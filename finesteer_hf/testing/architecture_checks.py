@@ -1,0 +1,346 @@
+"""What every architecture is held to, each time against a plain hook on the same module.
+
+A check of `CHECKS` returns None if it holds, or a sentence saying why there was nothing to check: a property that the
+unsteered model lacks itself, or a site that it has not. It raises `AssertionError` if steering does something else than
+the plain hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from finesteer_hf.errors import SiteError
+from finesteer_hf.mixin import SteeringMixin
+from finesteer_hf.processors import ConstantVector
+from finesteer_hf.sites import Site, SiteKind
+from finesteer_hf.testing.probe import Probe, probe_adapter
+from finesteer_hf.testing.reference import adding, first_tensor, reading
+
+
+NEW_TOKENS = 3
+LAYER = 1
+# Of a logit's size, for results that add the same numbers in another order (a row alone, a cache).
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Answer:
+    """What a call generated: `sequences` `[rows, columns]`, `logits` `[steps, rows, vocabulary]`."""
+
+    sequences: torch.Tensor
+    logits: torch.Tensor
+
+    def row(self, index: int) -> Answer:
+        """One row, as if it had been generated alone."""
+        return Answer(self.sequences[index : index + 1], self.logits[:, index : index + 1])
+
+
+def same_bits(a: Answer, b: Answer) -> bool:
+    """Whether two answers are equal to the bit."""
+    return torch.equal(a.sequences, b.sequences) and torch.equal(a.logits, b.logits)
+
+
+def agree(a: Answer, b: Answer) -> bool:
+    """Whether two answers say the same new tokens, with logits equal up to rounding."""
+    if not torch.equal(a.sequences[:, -NEW_TOKENS:], b.sequences[:, -NEW_TOKENS:]):
+        return False
+    finite = a.logits[a.logits.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(a.logits, b.logits, rtol=0, atol=TOLERANCE * size)
+
+
+class Subject:
+    """A tiny model under test, and what it says unsteered.
+
+    Args:
+        model: steered (`SteeredModelForCausalLM.from_model`), with nothing loaded.
+        vocabulary: prompts are drawn from the ids below it.
+    """
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self.model = model
+        self.blocks: nn.ModuleList = model._steering.tower.layers
+        generator = torch.Generator().manual_seed(11)
+        self.ids = torch.randint(3, vocabulary, (3, 6), generator=generator)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, :2] = 0
+        self.mask[2, :3] = 0
+        self.padded_ids = self.ids * self.mask
+        width = model._steering.tower.hidden_size
+        self.direction = torch.randn(width, generator=generator)
+
+    def say(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any) -> Answer:
+        """Generate greedily, unless `kwargs` say otherwise."""
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True}
+        out = self.model.generate(**inputs, return_dict_in_generate=True, **{**settings, **kwargs})
+        return Answer(out.sequences, torch.stack(out.logits))
+
+    def alone(self, index: int, **kwargs: Any) -> Answer:
+        """One row of the padded batch without its pads."""
+        return self.say(self.padded_ids[index : index + 1, self.mask[index].bool()], **kwargs)
+
+    @cached_property
+    def base(self) -> Answer:
+        """The batch without pads, unsteered."""
+        return self.say(self.ids)
+
+    @cached_property
+    def states(self) -> torch.Tensor:
+        """Unsteered states of the three queries after block `LAYER`, `[3, width]`."""
+        with reading(self.blocks[LAYER]) as seen:
+            self.say(self.ids, max_new_tokens=1)
+        return seen[0][:, -1]
+
+    @cached_property
+    def vector(self) -> torch.Tensor:
+        """A vector as long as the states that it is added to, `[width]`."""
+        return self.direction / self.direction.norm() * self.states.norm(dim=-1).mean()
+
+    @cached_property
+    def pads_change_the_base(self) -> bool:
+        """Whether rows of a left-padded batch differ from the rows alone, unsteered."""
+        batch = self.say(self.padded_ids, self.mask)
+        return not all(agree(batch.row(i), self.alone(i)) for i in range(3))
+
+    @cached_property
+    def batches_change_the_base(self) -> bool:
+        """Whether rows of a batch without pads differ from the rows alone, unsteered."""
+        return not all(agree(self.base.row(i), self.say(self.ids[i : i + 1])) for i in range(3))
+
+    def site(self, kind: SiteKind) -> Site:
+        """The site of block `LAYER`."""
+        return Site(kind, LAYER)
+
+    def constant(self, kind: SiteKind = "resid_post", vector: torch.Tensor | None = None) -> dict[str, Any]:
+        """Arguments of `generate` that add a vector at a site of block `LAYER`."""
+        return {"steering_processor": [ConstantVector(self.site(kind), self.vector if vector is None else vector)]}
+
+
+def check_blocks(subject: Subject) -> str | None:
+    """A forward passes the blocks in order, each once, and each takes the stream that the one before returned."""
+    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    handles = [
+        block.register_forward_hook(
+            lambda m, args, output, index=index: calls.append((index, args[0], first_tensor(output)))
+        )
+        for index, block in enumerate(subject.blocks)
+    ]
+    try:
+        with torch.no_grad():
+            subject.say(subject.ids, max_new_tokens=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = [index for index, _, _ in calls]
+    assert order == sorted(set(order)), f"the blocks are called in the order {order}"
+    for (index, _, output), (_, following, _) in itertools.pairwise(calls):
+        assert torch.equal(output, following), f"the block after {index} does not take what block {index} returned"
+    skipped = sorted(set(range(len(subject.blocks))) - set(order))
+    return f"a text without images skips the blocks {skipped}" if skipped else None
+
+
+def check_greedy(subject: Subject) -> str | None:
+    """A batch is steered to the bit as by a plain hook, and says something else than unsteered."""
+    steered = subject.say(subject.ids, **subject.constant())
+    with adding(subject.blocks[LAYER], subject.vector):
+        expected = subject.say(subject.ids)
+    assert same_bits(steered, expected), "a batch is steered otherwise than by a plain hook"
+    assert not agree(steered, subject.base), "steering shows in no logit"
+    return None
+
+
+def check_resid_pre(subject: Subject) -> str | None:
+    """A write at a block's input is that of a plain hook there."""
+    steered = subject.say(subject.ids, **subject.constant("resid_pre"))
+    with adding(subject.blocks[LAYER], subject.vector, at_input=True):
+        expected = subject.say(subject.ids)
+    assert same_bits(steered, expected), "a block's input is steered otherwise than by a plain hook"
+    assert not agree(steered, subject.base), "steering shows in no logit"
+    return None
+
+
+def check_head_out(subject: Subject) -> str | None:
+    """A write at the input of each attention output projection is that of a plain hook there."""
+    tower = subject.model._steering.tower
+    found = []
+    for layer in range(len(subject.blocks)):
+        with contextlib.suppress(SiteError):
+            found.append((Site("head_out", layer), tower.output_projection(layer)))
+    if not found:
+        return "no attention output projection"
+    for site, projection in found[:2]:
+        vector = torch.randn(tower.width(site), generator=torch.Generator().manual_seed(2)) * 3
+        steered = subject.say(subject.ids, steering_processor=[ConstantVector(site, vector)])
+        with adding(projection, vector, at_input=True):
+            expected = subject.say(subject.ids)
+        assert same_bits(steered, expected), f"{site} is steered otherwise than by a plain hook"
+        assert not agree(steered, subject.base), f"steering {site} shows in no logit"
+    return None
+
+
+def check_left_padding(subject: Subject) -> str | None:
+    """A left-padded batch is steered as by a hook that spares pads, and its rows say what each says alone."""
+    batch = subject.say(subject.padded_ids, subject.mask, **subject.constant())
+    with adding(subject.blocks[LAYER], subject.vector, mask=subject.mask):
+        expected = subject.say(subject.padded_ids, subject.mask)
+    assert same_bits(batch, expected), "a padded batch is steered otherwise than by a plain hook"
+    if subject.pads_change_the_base:
+        return "equal to the plain hook; unsteered, rows differ under padding"
+    for index in range(3):
+        assert agree(batch.row(index), subject.alone(index, **subject.constant())), f"row {index} differs alone"
+    return None
+
+
+def check_beams(subject: Subject) -> str | None:
+    """Beams with several returned sequences are those of a plain hook."""
+    settings: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
+    try:
+        subject.say(subject.ids, **settings)
+    except Exception as error:  # whatever the model raises by itself
+        return f"unsteered, beams raise {type(error).__name__}"
+    steered = subject.say(subject.padded_ids, subject.mask, **settings, **subject.constant())
+    with adding(subject.blocks[LAYER], subject.vector, mask=subject.mask):
+        expected = subject.say(subject.padded_ids, subject.mask, **settings)
+    assert same_bits(steered, expected), "beams are steered otherwise than by a plain hook"
+    return None
+
+
+def check_no_cache(subject: Subject) -> str | None:
+    """Without a cache the text is that of a plain hook, and the one with a cache."""
+    try:
+        base = subject.say(subject.ids, use_cache=False)
+    except Exception as error:
+        return f"unsteered, use_cache=False raises {type(error).__name__}"
+    steered = subject.say(subject.ids, use_cache=False, **subject.constant())
+    with adding(subject.blocks[LAYER], subject.vector):
+        expected = subject.say(subject.ids, use_cache=False)
+    assert same_bits(steered, expected), "without a cache steering differs from a plain hook"
+    if not agree(base, subject.base):
+        return "equal to the plain hook; unsteered, the cache changes the answer"
+    assert agree(steered, subject.say(subject.ids, **subject.constant())), "the cache changes the steered answer"
+    return None
+
+
+def check_query_gate(subject: Subject) -> str | None:
+    """A vector that depends on the query, behind a gate, is that of a plain hook, and the same for a row alone."""
+    for read in (Site("resid_post", LAYER - 1), Site("resid_post", LAYER)):
+        probe = query_probe(subject, read)
+        together = subject.say(subject.ids, steering_processor=[probe])
+        with query_hook(subject, probe):
+            expected = subject.say(subject.ids)
+        assert agree(together, expected), f"reading {read}, the answer differs from a plain hook"
+        assert not agree(together, subject.base), f"reading {read}, steering shows in no logit"
+    padded = not subject.pads_change_the_base
+    if not padded and subject.batches_change_the_base:
+        return "equal to the plain hook; unsteered, rows of a batch differ from the rows alone"
+    batch = subject.say(subject.padded_ids, subject.mask, steering_processor=[probe]) if padded else together
+    for index in range(3):
+        prompt = subject.padded_ids[index, subject.mask[index].bool()] if padded else subject.ids[index]
+        single = subject.say(prompt[None], steering_processor=[probe])
+        assert agree(batch.row(index), single), f"row {index} is decided otherwise alone"
+    return None
+
+
+def query_probe(subject: Subject, read: Site) -> Probe:
+    """A query-dependent probe whose gate is closed for one of the three rows."""
+    with reading(subject.blocks[read.layer]) as seen:
+        subject.say(subject.ids, max_new_tokens=1)
+    probe = probe_adapter(read, subject.site("resid_post"), subject.vector).build()
+    assert isinstance(probe, Probe)
+    scores = probe.score(seen[0][:, -1]).sort().values
+    probe.threshold = float((scores[0] + scores[1]) / 2)
+    return probe
+
+
+@contextlib.contextmanager
+def query_hook(subject: Subject, probe: Probe) -> Iterator[None]:
+    """The same as the probe, by two plain hooks: one keeps the prompt's last state, one adds."""
+    kept: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if not kept:
+            kept.append(first_tensor(output)[:, -1].detach())
+
+    def delta() -> torch.Tensor:
+        vectors, gate = probe.vectors_of(kept[0]), (probe.score(kept[0]) > probe.threshold).float()
+        return (vectors * gate[:, None])[:, None]
+
+    handle = subject.blocks[probe.reads[0].layer].register_forward_hook(keep)
+    try:
+        with adding(subject.blocks[LAYER], delta):
+            yield
+    finally:
+        handle.remove()
+
+
+def check_status(subject: Subject) -> str | None:
+    """A loaded adapter shows up with its sites, and steers as the processor does."""
+    model, read, write = subject.model, Site("resid_post", LAYER - 1), Site("resid_post", LAYER)
+    model.load_steering(probe_adapter(read, write, subject.vector), "probe")
+    try:
+        status = model.steering_status()
+        assert status.active == {"probe": 1.0}, f"active is {status.active}"
+        assert status.hooks == (str(read), str(write)), f"hooks are at {status.hooks}"
+        assert status.adapters[0].reads == (str(read),) and status.adapters[0].writes == (str(write),), str(status)
+        assert not agree(subject.say(subject.ids), subject.base), "a loaded adapter shows in no logit"
+        off = subject.say(subject.ids, steering=None)
+        assert same_bits(off, subject.base), "steering=None is not the base, to the bit"
+    finally:
+        model.delete_steering("probe")
+    assert not model.steering_status().hooks, "deleting the adapter leaves hooks"
+    return None
+
+
+CHECKS: dict[str, Callable[[Subject], str | None]] = {
+    "blocks": check_blocks,
+    "greedy": check_greedy,
+    "resid_pre": check_resid_pre,
+    "head_out": check_head_out,
+    "left padding": check_left_padding,
+    "beams": check_beams,
+    "no cache": check_no_cache,
+    "query gate": check_query_gate,
+    "status": check_status,
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must be as before once steering is unloaded."""
+
+    model_class: type
+    attributes: frozenset[str]
+    hooks: tuple[tuple[str, int], ...]
+    keys: tuple[str, ...]
+    config: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Fingerprint:
+        """Take it."""
+        hooks = tuple(
+            (name, len(module._forward_hooks) + len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        )
+        attributes = frozenset(model.__dict__)
+        return cls(type(model), attributes, hooks, tuple(model.state_dict()), model.config.to_json_string(False))
+
+
+def check_unload(subject: Subject, before: Fingerprint) -> None:
+    """Unloading gives back the base model: its class, hooks, keys, config and outputs, to the bit."""
+    base = subject.base
+    subject.model.unload_steering()
+    after = Fingerprint.of(subject.model)
+    for name in Fingerprint.__dataclass_fields__:
+        assert getattr(after, name) == getattr(before, name), f"unloading leaves another {name}"
+    assert not isinstance(subject.model, SteeringMixin), "the class is still a steered one"
+    assert same_bits(subject.say(subject.ids), base), "the unloaded model says something else"
