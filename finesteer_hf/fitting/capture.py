@@ -31,6 +31,7 @@ Unit = TypeVar("Unit")
 Key = tuple[Site, Pool]
 # Padded tokens a batch: more gains nothing on a CPU; on a GPU more fits, and what does not is halved.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
+UNAFFORDABLE = 1 << 62
 # Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
 SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
@@ -138,9 +139,10 @@ class StateReader:
         pairs = [job for job in jobs if job.prompt is not None and len(job.answers) > 1]
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
         with unsteered(), self.reader.installed():
-            if pairs and self.shares_prompts is None:
-                self.shares_prompts = self._reads_alike(pairs)
-            shared = [job for job in pairs if self.shares_prompts and sum(padded_widths([job])) < self.window]
+            shared = [job for job in pairs if sum(padded_widths([job])) < self.window]
+            if shared and self.shares_prompts is None:
+                self.shares_prompts = self._reads_alike(shared)
+            shared = shared if self.shares_prompts else []
             whole = sequences_of(job for job in jobs if job not in set(shared))
             shared.sort(key=lambda job: padded_widths([job]), reverse=True)
             whole.sort(key=lambda text: len(text.ids), reverse=True)
@@ -155,6 +157,8 @@ class StateReader:
 
     def _shared_cost(self, jobs: Sequence[Job]) -> int:
         texts = sum(len(job.answers) for job in jobs)
+        if len(jobs) > 1 and sum(padded_widths(jobs)) >= self.window:
+            return UNAFFORDABLE
         return texts if self.batch_size != "auto" else texts * sum(padded_widths(jobs)) // 2
 
     def _whole_cost(self, texts: Sequence[TextPass]) -> int:
@@ -257,10 +261,9 @@ class StateReader:
     def _reads_alike(self, jobs: Sequence[Job]) -> bool:
         """Whether two rows of different length read the same through a shared prompt as they do whole."""
         by_length = sorted(jobs, key=lambda job: padded_widths([job]))
-        few = [Job(job.prompt, job.answers[:2]) for job in (by_length[0], by_length[len(by_length) // 2])]
-        few = list(dict.fromkeys(few))
-        if sum(padded_widths(few)) >= self.window:
-            return False
+        short = Job(by_length[0].prompt, by_length[0].answers[:2])
+        longer = (Job(job.prompt, job.answers[:2]) for job in reversed(by_length[: len(by_length) // 2 + 1]))
+        few = next(([short, job] for job in longer if sum(padded_widths([short, job])) < self.window), [short])
         whole = self._read_whole(sequences_of(few))
         try:
             shared = self._read_shared(few)
@@ -304,7 +307,7 @@ def shareable_length(model: Any, tower: TextTower) -> int:
         or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
     ):
         return 0
-    length = 1 << 62
+    length = UNAFFORDABLE
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
             length = min(length, int(layer.sliding_window))

@@ -91,8 +91,7 @@ def fit_steering(
     tower = TextTower(model)
     info = model_info(tower)
     request = method_cls.needs(config, info)
-    for site in request.sites:
-        tower.check(site)
+    reader = StateReader(model, request, batch_size=batch_size)
     inputs = prepare_inputs(
         tokenizer,
         train_dataset,
@@ -118,7 +117,7 @@ def fit_steering(
         FitProgress(progress) as bars,
         ActivationStore(folder, model_identity(model), resume=resume) as store,
     ):
-        reader = StateReader(model, request, batch_size=batch_size, describe=inputs.describe)
+        reader.describe = inputs.describe
         capture_missing(reader, request, jobs, store, bars)
         captured = time.perf_counter()
         data = CapturedData(

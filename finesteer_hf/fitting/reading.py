@@ -71,10 +71,15 @@ class ForwardReader:
         tower: the model's decoder stack.
         sites: where states are read.
         pools: what is kept of them.
+
+    Raises:
+        SiteError: if the model has no such site.
     """
 
     def __init__(self, tower: TextTower, sites: Sequence[Site], pools: Sequence[Pool]) -> None:
         self.tower = tower
+        for site in sites:
+            tower.check(site)
         self.sites = tuple(sorted(set(sites)))
         self.pools = tuple(pools)
         self.widths = {site: tower.width(site) for site in self.sites}
