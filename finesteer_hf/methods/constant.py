@@ -76,8 +76,16 @@ class ConstantVectors(SteeringMethod):
 
     @classmethod
     def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
-        """One vector a layer; as wide as the residual stream, or as all heads together at `head_out`."""
+        """One vector a layer; as wide as the residual stream, or as all heads together at `head_out`.
+
+        Raises:
+            AdapterFileError: if the width of the residual stream is not in the config.
+        """
         settings = cast(ConstantConfig, config)
+        if settings.hidden_size is None and settings.site != "head_out":
+            raise AdapterFileError(
+                "The CONSTANT config has no hidden_size, so its vectors cannot be told to fit a model."
+            )
         width = None if settings.site == "head_out" else settings.hidden_size
         return {tensor_name(site): (width,) for site in settings.sites}
 
