@@ -1,0 +1,39 @@
+"""The suite on methods from other papers: rotations, null spaces, conditions, flows and logits."""
+
+import functools
+
+import pytest
+
+from finesteer_hf.methods.angular import AngularConfig
+from finesteer_hf.testing import FEATURES, check_feature
+from finesteer_hf.testing.conformance import check_files, fit_on_toy
+
+
+CONFIGS = {
+    "angular": AngularConfig(layers=[1], strength=1.0),
+    "adaptive": AngularConfig(mode="adaptive", layers=[0, 1], strength=1.0),
+    "selective": AngularConfig(mode="selective", layers=[1], strength=1.0),
+}
+QUICK = {"left_padding", "chunked_prefill", "beams", "mixed_rows"}
+
+
+@functools.cache
+def fitted(name):
+    return fit_on_toy(CONFIGS[name])[2]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files(name):
+    check_files(fitted(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        pytest.param(name, feature, marks=[] if feature in QUICK else pytest.mark.slow)
+        for name in CONFIGS
+        for feature in sorted(FEATURES)
+    ],
+)
+def test_feature(name, feature):
+    check_feature(feature, fitted(name))
