@@ -109,7 +109,7 @@ def _text(value: Text) -> str:
 
 
 def common_ends(texts: Sequence[str]) -> tuple[str, str]:
-    """What all texts begin with, and what the rest of all ends with."""
+    """Whole words that all texts begin with, and that the rest of all ends with."""
     start = _common_start(texts)
     return start, _common_start([text[len(start) :][::-1] for text in texts])[::-1]
 
@@ -118,6 +118,8 @@ def _common_start(texts: Sequence[str]) -> str:
     # Of all texts the first and the last in order differ earliest.
     first, last = (min(texts), max(texts)) if texts else ("", "")
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    while length and not first[length - 1].isspace():
+        length -= 1
     return first[:length]
 
 

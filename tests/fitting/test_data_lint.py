@@ -1,0 +1,83 @@
+"""Findings about data that fits, but not well; and silence about data that does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finesteer_hf.fitting.data import PreferenceRow
+from finesteer_hf.fitting.lint import common_ends, drop_known, lint_general, lint_memory, lint_rows
+from finesteer_hf.fitting.templating import encode_preferences
+from finesteer_hf.testing.toy import toy_tokenizer
+
+
+def chat(question: str, chosen: str = "oak0", rejected: str = "fox0", **extra: Any) -> PreferenceRow:
+    answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+    return PreferenceRow([{"role": "user", "content": question}], *answers, **extra)
+
+
+def findings(rows: list[PreferenceRow], tokenizer: Any = None) -> list[str]:
+    tokenizer = tokenizer or toy_tokenizer()
+    return lint_rows(rows, encode_preferences(tokenizer, rows).rows, tokenizer)
+
+
+GOOD = [chat(f"sun{i}", f"oak{i}", f"fox{i}") for i in range(12)]
+
+
+def test_good_rows_are_passed_in_silence() -> None:
+    assert findings(GOOD) == []
+    assert lint_general([[{"role": "user", "content": f"fox{i}"}] for i in range(5)], GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "finding"),
+    [
+        ([*GOOD, GOOD[0], GOOD[3]], "repeat an earlier one: rows 12, 13"),
+        ([GOOD[0], chat("<|im_start|> sun1")], "templated twice: row 1 "),
+        ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised as they are: row 0 "),
+        ([PreferenceRow("<s> sun0", "oak0", "fox0"), GOOD[1]], "two words become one: row 0 "),
+        ([chat(f"sun{i}", "oak0 oak1 oak2") for i in range(5)], r"length alone (AUROC 1.00; 4.0 and 2.0 tokens"),
+        (
+            [chat(f"sun{i % 12} sea{i // 12}", group="many" if i else "few") for i in range(60)],
+            "fewer than 2% of the rows: ['few']",
+        ),
+    ],
+)
+def test_what_is_found_names_the_rows(rows: list[PreferenceRow], finding: str) -> None:
+    found = findings(rows)
+    assert len([line for line in found if finding in line]) == 1, found
+
+
+def test_a_second_start_token_is_found() -> None:
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert any("two beginning-of-text tokens" in line for line in findings(GOOD, tokenizer))
+
+
+def test_general_prompts_of_another_form_are_found() -> None:
+    (form,) = lint_general(["fox0", "fox1"], GOOD)
+    assert "different forms" in form
+    wrapped = [PreferenceRow(f"Question: sun{i} sea{i}\nAnswer:", " a", " b") for i in range(12)]
+    begin, end = lint_general(["sun1", "oak2"], wrapped)
+    assert "begin with 'Question:'" in begin and "end with 'Answer:'" in end
+    assert lint_general([f"Question: sun{i}?\nAnswer:" for i in range(3)], wrapped) == []
+
+
+def test_common_ends_do_not_overlap() -> None:
+    assert common_ends(["ab c ab", "ab d ab"]) == ("ab ", " ab")
+    assert common_ends(["a b ", "a b "]) == ("a b ", "")
+    assert common_ends(["sun0", "sun1"]) == ("", "")
+    assert common_ends([]) == ("", "")
+
+
+def test_prompts_that_are_known_are_dropped_by_name() -> None:
+    prompts = [row.prompt for row in (GOOD[3], chat("fox1"), GOOD[5])]
+    kept, (finding,) = drop_known(prompts, GOOD, "eval_dataset", "left out")
+    assert kept == [1] and "eval_dataset: rows 0, 2" in finding
+    assert drop_known(prompts[1:2], GOOD, "eval_dataset", "left out") == ([0], [])
+
+
+def test_memory_is_warned_of_before_it_is_full() -> None:
+    assert lint_memory(10, 10) == []
+    assert "give `store_dir`" in lint_memory(10**9, 10**6)[0]
