@@ -75,6 +75,7 @@ class HalfPlaneConfig(config.SteeringConfig):
     """Steer where the query lies on one side of a plane."""
 
     steering_type: ClassVar[str] = "TEST_HALF_PLANE"
+    layer: int = 1
 
 
 class HalfPlane(SteeringMethod):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from finesteer_hf.cli.demo_run import DemoResult, Trial
-from finesteer_hf.evaluation.statistics import Mean, Proportion
+from finesteer_hf.evaluation.statistics import Mean, Proportion, proportion
 
 
 TASK_NAMES = {"truthful": "truthful answers", "safety": "refusals of wrapped requests"}
@@ -48,6 +48,9 @@ def trial_rows(trial: Trial) -> list[tuple[str, ...]]:
         choices = [arm.target.choices for arm in arms]
         rows.append(("MC1", *(_text(None if found is None else found.mc1_share) for found in choices)))
         rows.append(("MC2", *(_text(None if found is None else found.mc2_mean) for found in choices)))
+    if trial.task == "truthful":
+        neither = [proportion(verdict is None for verdict in arm.target.verdicts) for arm in arms]
+        rows.insert(1, ("neither true nor folklore", *map(str, neither)))
     rows.append(("gate fires on these", "-", _text(trial.finesteer.target.fires()), "always on"))
     rows.append(("gate fires on general prompts", "-", _text(trial.finesteer.general.fires()), "always on"))
     rows.append(("general tasks correct", *(str(arm.general.share) for arm in arms)))

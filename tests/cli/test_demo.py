@@ -1,0 +1,137 @@
+"""The demo's tables and report from small outcomes; the demo itself where there is time for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_toys import half_plane_adapter
+from typer.testing import CliRunner
+
+from finesteer_hf import SteeredModelForCausalLM
+from finesteer_hf.cli import app
+from finesteer_hf.cli.demo_report import build_report
+from finesteer_hf.cli.demo_run import Arm, DemoResult, DemoSettings, GateRow, Trial
+from finesteer_hf.cli.demo_tables import examples, gate_rows, paired_note, trial_columns, trial_rows
+from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
+from finesteer_hf.evaluation.gates import gate_figures
+from finesteer_hf.evaluation.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.evaluation.report import render_report
+
+
+WORDS = ("cats", "dogs", "air", "water", "stone", "fire")
+
+
+def judge(text: str) -> bool | None:
+    return None if len(text) % 3 == 0 else len(text) % 3 == 1
+
+
+@pytest.fixture
+def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> DemoResult:
+    targets = [
+        JudgedPrompt(
+            word, as_chat(f"tell me about {word}"), judge, word[0], ChoiceItem(as_chat(word), ("yes",), ("no",))
+        )
+        for word in WORDS
+    ]
+    general = [JudgedPrompt(word, as_chat(f"sing {word}"), judge, "song") for word in WORDS]
+    adapter = half_plane_adapter(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    adapter.config.fit["report"] = {
+        "dose_response": [{"strength": 1.0, "margin": 0.5, "margin_se": 0.1, "kl": 0.0, "accuracy": 0.8}]
+    }
+    steered = SteeredModelForCausalLM.from_model(model, steering={"finesteer": adapter, "caa": adapter})
+
+    def arm(name: str | None, scale: float = 1.0) -> Arm:
+        asked = [
+            evaluate(steered, tokenizer, p, adapter=name, scale=scale, max_new_tokens=4) for p in (targets, general)
+        ]
+        return Arm(*asked)
+
+    base, fine, caa = arm(None), arm("finesteer"), arm("caa", 3.0)
+    scores = [outcome.recorded("score") for outcome in (fine.target, fine.general)]
+    gates = [outcome.recorded("gate") for outcome in (fine.target, fine.general)]
+    figures = gate_figures(*gates, score_ir=scores[0], score_general=scores[1])
+    always = gate_figures(np.ones(6), np.ones(6))
+    trial = Trial(
+        task="truthful",
+        split="question",
+        folder=tmp_path,
+        base=base,
+        finesteer=fine,
+        caa=caa,
+        caa_strength=3.0,
+        sweep=[(3.0, caa.target.share)],
+        adapter=adapter,
+        fit_seconds=1.0,
+        gates=[
+            GateRow("truthful", "conformal", "state", figures, *scores),
+            GateRow("truthful", "always", "-", always, None, None),
+        ],
+    )
+    return DemoResult(DemoSettings(out=tmp_path), [trial], 2.0)
+
+
+def test_tables_hold_every_figure_with_its_n(result: DemoResult) -> None:
+    trial = result.trials[0]
+    rows = {row[0]: row[1:] for row in trial_rows(trial)}
+    assert list(rows) == [
+        "truthful answers",
+        "neither true nor folklore",
+        "MC1",
+        "MC2",
+        "gate fires on these",
+        "gate fires on general prompts",
+        "general tasks correct",
+        "general output identical to unsteered",
+    ]
+    assert all(len(cells) == 3 for cells in rows.values())
+    assert all(re.search(r"\d\] n=6$", cell) for name in ("truthful answers", "MC2") for cell in rows[name])
+    assert rows["truthful answers"][0] == str(trial.base.target.share)
+    assert rows["gate fires on these"] == ("-", str(trial.finesteer.target.fires()), "always on")
+    assert trial_columns(trial)[3] == "CAA, best strength 3"
+    assert "McNemar" in paired_note(trial)
+    gates = gate_rows(result)
+    assert [row[1] for row in gates] == ["conformal", "always"] and gates[1][3].startswith("0.0%")
+
+
+def test_examples_are_spread_over_categories_and_not_chosen_by_outcome(result: DemoResult) -> None:
+    trial = result.trials[0]
+    chosen = examples(trial, 6)
+    assert len(set(chosen)) == len(chosen)
+    assert {trial.base.target.prompts[i].category for i in chosen} == {word[0] for word in WORDS}
+
+
+def test_the_report_shows_tables_plots_and_answers(result: DemoResult) -> None:
+    text = render_report(build_report(result))
+    for expected in (
+        "Truthful answers, split by question",
+        "CAA at each strength",
+        "Gates",
+        "tell me about cats",
+        "McNemar",
+    ):
+        assert expected in text
+    assert text.count("data:image/png;base64,") == 4
+    assert "say nothing about large models" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quick_demo_runs_from_nothing_to_a_report(tmp_path: Path) -> None:
+    outcome = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["demo", "--quick", "--out", str(tmp_path)])
+    assert outcome.exit_code == 0, outcome.output + repr(outcome.exception)
+    assert "truthful answers" in outcome.output and "conformal" in outcome.output
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    folders = sorted(path.name for path in (tmp_path / "adapters").iterdir())
+    assert folders == [
+        "safety-by-question",
+        "safety-by-question-caa",
+        "truthful-by-question",
+        "truthful-by-question-caa",
+    ]
+    assert all((tmp_path / "adapters" / name / "README.md").is_file() for name in folders)
