@@ -202,13 +202,14 @@ class SteeringAdapter:
         """Load an adapter from a folder or the Hub.
 
         Args:
-            name_or_path: a folder, `org/name` or `org/name@revision`.
+            name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder` names a folder of the repo.
             revision: branch, tag or commit of the adapter's repo.
             strict: whether tensors that the method does not use are an error.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
-            FileNotFoundError: if the folder or repo has no adapter.
+            NoAdapterError: (a `FileNotFoundError`) if there is no such folder, repo or revision, or no adapter in it.
+            HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache has not everything.
             AdapterFileError: if a file is damaged or does not match.
             UnknownMethodError: if no installed package provides its `steering_type`.
         """

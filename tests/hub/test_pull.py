@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from small_adapters import LAYERS, PROMPT, small_adapter, tiny_llama, tokens_of
 import finesteer_hf
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
 from finesteer_hf.adapter import tensors_equal
+from finesteer_hf.custom_generate import write_custom_generate
 from finesteer_hf.errors import AdapterFileError, NoAdapterError
 from finesteer_hf.hub import integrity
 
@@ -387,3 +390,13 @@ def test_plain_transformers_steers_with_the_repos_own_code(repo: HubServer, tmp_
         warnings.simplefilter("ignore")
         assert tokens_of(model, steering_adapter=str(tmp_path / "saved"), **local) == tokens_of(steered)
     assert PROMPT.shape == (1, 4)
+
+
+def test_code_without_the_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_custom_generate(tmp_path, "org/a")
+    assert path.relative_to(tmp_path).as_posix() == "custom_generate/generate.py"
+    names = runpy.run_path(str(path))
+    assert names["ADAPTER"] == "org/a"
+    monkeypatch.setitem(sys.modules, "finesteer_hf.custom_generate", None)
+    with pytest.raises(ImportError, match=r"pip install finesteer-hf"):
+        names["generate"](None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_fixtures import client_of, run_client
+from hub_fixtures import client_of
 from hub_server import Fault, HubServer
-from huggingface_hub import HfApi, ModelCard
-from small_adapters import small_adapter
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.utils._runtime import is_xet_available
+from small_adapters import small_adapter, tiny_llama
 
-from finesteer_hf import SteeringAdapter
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.adapter import tensors_equal
 from finesteer_hf.errors import PushConflictError, PushError
 from finesteer_hf.hub import push, push_adapter
@@ -152,6 +152,16 @@ def test_damaged_tensors_are_not_pushed(hub_client: HubServer) -> None:
     with pytest.raises(ValueError, match="NaN"):
         adapter.push_to_hub("org/a")
     assert not hub_client.requests.lines
+
+
+def test_a_model_pushes_the_adapter_that_is_named(hub_client: HubServer) -> None:
+    model = SteeredModelForCausalLM.from_model(tiny_llama(), steering={"a": small_adapter(1), "b": small_adapter(2)})
+    with pytest.raises(ValueError, match=r"Name the adapter to push; loaded: \['a', 'b'\]"):
+        model.push_steering_to_hub("org/a")
+    commit = model.push_steering_to_hub("org/a", "b", tag="v1", revision="dev", subfolder="b")
+    model.load_steering("org/a/b@v1", "c")
+    assert model.steering_adapters["c"].revision == commit.oid
+    assert tensors_equal(model.steering_adapters["c"].tensors, small_adapter(2).tensors)
 
 
 # The card
@@ -314,22 +324,13 @@ def test_a_tag_that_cannot_be_made_is_told_with_the_commit(hub_client: HubServer
     assert FILES < set(hub_client.files("org/a"))
 
 
-def test_round_trip_with_xet_turned_on() -> None:
-    code = """
-        from finesteer_hf import SteeringAdapter
-        from finesteer_hf.adapter import tensors_equal
-        from huggingface_hub import constants
-        from small_adapters import small_adapter
-        adapter = small_adapter()
-        commit = adapter.push_to_hub("org/a", tag="v1")
-        pulled = SteeringAdapter.from_pretrained("org/a@v1")
-        same = tensors_equal(pulled.tensors, adapter.tensors)
-        result = [constants.HF_HUB_DISABLE_XET, same, pulled.revision == commit.oid]
-    """
+def test_round_trip_with_xet_turned_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The loopback Hub has no xet storage, so it takes every file inside the commit.
-    with HubServer(lfs=()) as hub:
-        tests = str(Path(__file__).parents[1])
-        env = {"HF_HUB_DISABLE_XET": "0", "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
-        assert run_client(code, hub, env=env) == [False, True, True]
+    with HubServer(lfs=()) as hub, client_of(hub, tmp_path / "home"):
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+        assert is_xet_available()
+        commit = small_adapter().push_to_hub("org/a", tag="v1")
+        pulled = SteeringAdapter.from_pretrained("org/a@v1")
+        assert tensors_equal(pulled.tensors, small_adapter().tensors) and pulled.revision == commit.oid
         assert not hub.crashes
-        assert json.loads(hub.files("org/a")["steering_config.json"])["steering_type"] == "CONSTANT"
+        assert hub.requests.count("xet") == 0
