@@ -14,5 +14,5 @@ def _load() -> tuple[str, ...]:
 
 
 def default_general_prompts() -> list[str]:
-    """At least 128 prompts of many kinds and lengths, in English, written for this package."""
+    """Over 200 prompts of many kinds and lengths, in English, written for this package."""
     return list(_load())
