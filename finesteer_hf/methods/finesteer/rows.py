@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesteer_hf.errors import DatasetError
 from finesteer_hf.methods.base import FitData, Part
 from finesteer_hf.sites import Site
 
@@ -51,12 +52,22 @@ def contrast_rows(data: FitData, read: Site, shift: Site, parts: Sequence[Part])
         read: where queries are read.
         shift: where answers are compared.
         parts: in order.
+
+    Raises:
+        DatasetError: if a state is not finite.
     """
     distinct = _distinct([(part, data.query(read, part)) for part in parts])
     queries = np.concatenate([data.query(read, part) for part in distinct])
     shifts = np.concatenate(
         [data.chosen(shift, part).astype(np.float64) - data.rejected(shift, part) for part in distinct]
     )
+    for what, site, rows in (("queries", read, queries), ("answers", shift, shifts)):
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(bad):
+            raise DatasetError(
+                f"{len(bad)} of {len(rows)} rows have {what} whose states at {site} hold NaN or Inf; the first is row "
+                f"{bad[0]} of {distinct}. Run the model in bfloat16 or float32, or drop the rows."
+            )
     groups = np.concatenate([data.groups(part) for part in distinct])
     alone = len(np.unique(groups)) in (1, len(groups))
     return ContrastRows(queries.astype(np.float64), shifts, None if alone else groups)

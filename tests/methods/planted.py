@@ -1,0 +1,147 @@
+"""A linear world in which the shift follows from the query: what a method must find is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool
+from finesteer_hf.processors import QueryStates, SteeringProcessor
+from finesteer_hf.sites import Site
+
+
+SHARES: dict[Part, float] = {"fit": 0.6, "calibration": 0.2, "validation": 0.2}
+
+
+class PlantedData:
+    """`FitData` of a world with clusters and a linear part.
+
+    A query is a cluster and four hidden numbers; the shift of its answers is the cluster's plus a linear map of the
+    numbers plus noise. How clearly a layer shows them is given. Answers are Gaussian around the steered state, so
+    margins and divergences of a dose have a closed form.
+
+    Args:
+        rows: preference rows.
+        general: general prompts, displaced in one direction.
+        width: of the residual stream.
+        clarity: for each layer how much of the query's numbers its states show.
+        clusters: number of clusters of shifts.
+        noise: standard deviation of the shifts' noise.
+        categories: whether rows have categories, which are then split.
+        repeats: rows that share each prompt.
+    """
+
+    def __init__(
+        self,
+        rows: int = 240,
+        general: int = 120,
+        width: int = 24,
+        clarity: Sequence[float] = (0.1, 0.4, 1.0, 0.3),
+        clusters: int = 3,
+        noise: float = 0.4,
+        repeats: int = 1,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.info = ModelInfo(len(clarity), width, 4, width // 4, 50)
+        self.seed = seed
+        prompts = rows // repeats
+        cluster = rng.integers(clusters, size=prompts)
+        numbers = rng.standard_normal((prompts, 4))
+        signal = np.concatenate([3.0 * np.eye(clusters)[cluster], numbers], axis=1)
+        of_row = np.repeat(np.arange(prompts), repeats)
+        shift_map = rng.standard_normal((clusters + 4, width)) * 0.5
+        shifts = 0.7 + signal[of_row] @ shift_map + noise * rng.standard_normal((len(of_row), width))
+        self._query, self._general, self._rejected, self._chosen = {}, {}, {}, {}
+        away = 4.0 * rng.standard_normal(width) / np.sqrt(width) * np.sqrt(width / 4)
+        for layer, clear in enumerate(clarity):
+            view = rng.standard_normal((clusters + 4, width)) * clear
+            noisy = rng.standard_normal((prompts, width)) * 0.5
+            self._query[layer] = (5.0 + signal @ view + noisy)[of_row].astype(np.float32)
+            others = np.concatenate([np.full((general, clusters), 1.0), rng.standard_normal((general, 4))], axis=1)
+            self._general[layer] = (5.0 + away + others @ view + 0.5 * rng.standard_normal((general, width))).astype(
+                np.float32
+            )
+            base = rng.standard_normal((len(of_row), width))
+            self._rejected[layer] = base.astype(np.float32)
+            self._chosen[layer] = (base + shifts).astype(np.float32)
+        self._prompts = of_row
+        self._parts = _split(prompts, of_row, rng)
+        self._general_parts = _split(general, np.arange(general), rng)
+        self.notes: list[str] = []
+        self.doses = 0
+
+    @staticmethod
+    def layer_of(site: Site) -> int:
+        """Index of the states at a site; the input of a block is the output of the one before."""
+        return site.layer if site.kind == "resid_post" else max(site.layer - 1, 0)
+
+    def query(self, site: Site, part: Part) -> np.ndarray:
+        return self._query[self.layer_of(site)][self._parts[part]]
+
+    def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        return self._chosen[self.layer_of(site)][self._parts[part]]
+
+    def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        return self._rejected[self.layer_of(site)][self._parts[part]]
+
+    def shifts(self, site: Site, *parts: Part) -> np.ndarray:
+        """Shifts of some parts."""
+        return np.concatenate([self.chosen(site, part) - self.rejected(site, part) for part in parts])
+
+    def prompts(self, part: Part) -> np.ndarray:
+        return self._prompts[self._parts[part]]
+
+    def groups(self, part: Part) -> np.ndarray:
+        return self.prompts(part)
+
+    def general(self, site: Site, part: Part) -> np.ndarray:
+        return self._general[self.layer_of(site)][self._general_parts[part]]
+
+    def dose_response(
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+    ) -> list[DosePoint]:
+        """Margins and divergences of unit Gaussians around the steered states."""
+        self.doses += len(strengths)
+        points = []
+        for strength in strengths:
+            processor = build(float(strength))
+            site = processor.writes[0]
+            own, other = (self._steering(processor, rows(site, "validation")) for rows in (self.query, self.general))
+            shifts = self.shifts(site, "validation")
+            margins = (2 * own * shifts).sum(1) - (shifts**2).sum(1)
+            kl = float(np.percentile((other**2).sum(1) / 2, 95)) if len(other) else 0.0
+            error = float(margins.std(ddof=1) / np.sqrt(len(margins)))
+            points.append(DosePoint(float(strength), float(margins.mean()), error, kl, float((margins > 0).mean())))
+        return points
+
+    @staticmethod
+    def _steering(processor: SteeringProcessor, states: np.ndarray) -> np.ndarray:
+        rows = torch.from_numpy(states)
+        reads = dict.fromkeys(processor.reads, rows)
+        decision = processor.decide(QueryStates(reads, len(rows), rows.device))
+        gate = torch.ones(len(rows)) if decision.gate is None else decision.gate
+        vectors = processor.strength * gate[:, None] * decision.vectors[processor.writes[0]]
+        return vectors.numpy().astype(np.float64)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def _split(units: int, of_row: np.ndarray, rng: np.random.Generator) -> dict[Part, np.ndarray]:
+    order = rng.permutation(units)
+    ends = np.cumsum([round(share * units) for share in SHARES.values()])
+    ends[-1] = units
+    starts = [0, *ends[:-1]]
+    return {
+        part: np.flatnonzero(np.isin(of_row, order[start:end]))
+        for part, start, end in zip(SHARES, starts, ends, strict=True)
+    }
+
+
+def states(site: Site, rows: np.ndarray) -> QueryStates:
+    """Queries at one site, as `decide` takes them."""
+    tensor = torch.from_numpy(np.asarray(rows, dtype=np.float32))
+    return QueryStates({site: tensor}, len(tensor), tensor.device)

@@ -1,0 +1,276 @@
+"""Fitting FineSteer on a world whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planted import PlantedData, states
+from sklearn.linear_model import Ridge
+
+from finesteer_hf.errors import DatasetError
+from finesteer_hf.methods.base import FitResult, Part
+from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
+from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank
+from finesteer_hf.methods.finesteer.rows import contrast_rows, query_rows
+from finesteer_hf.sites import Site
+
+
+SITE = Site("resid_post", 2)
+
+
+def fit(data: PlantedData, **settings: Any) -> FitResult:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the quickest settings that are left to a test's own choice
+        quick = {"layer": 2, "strength": 1.0, "experts": "reduced_rank", "gate_score": "ser"}
+        return FineSteer.fit(data, FineSteerConfig(**{**quick, **settings}))
+
+
+@pytest.fixture(scope="module")
+def automatic() -> tuple[PlantedData, FitResult]:
+    data = PlantedData()
+    return data, fit(data, layer="auto", strength="auto", experts="auto", gate_score="auto")
+
+
+def test_the_clearest_layer_is_found(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    assert result.config.layer == 2
+    assert (result.config.read_site, result.config.write_site) == ("resid_post[2]", "resid_post[2]")
+    by_layer = {row["layer"]: row["r2"] for row in result.report["layers"]}
+    assert max(by_layer, key=by_layer.__getitem__) == 2 and set(by_layer) == {0, 1, 2, 3}
+    assert {row["layer"] for row in result.report["layers_tried"]} <= set(by_layer)
+    assert len(result.report["layers_tried"]) <= 3
+
+
+def test_everything_left_open_is_filled_in(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    assert result.config.unfitted() == [] and isinstance(result.config.strength, float)
+    assert result.config.requires == [
+        "gate:conformal",
+        f"score:{result.config.gate_score}",
+        f"experts:{result.config.experts}",
+    ]
+    assert set(result.tensors) == set(FineSteer.tensor_shapes(result.config))
+
+
+def test_the_report_is_json_and_holds_the_figures(automatic: tuple[PlantedData, FitResult]) -> None:
+    data, result = automatic
+    report = json.loads(json.dumps(result.report, allow_nan=False))
+    held_out = len(data.query(SITE, "validation"))
+    assert report["vector"]["rows"] == held_out and report["vector"]["r2"] > 0.5
+    assert report["gate"]["misses"]["n"] == held_out and report["gate"]["auroc"] > 0.9
+    interval = report["gate"]["misses"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+    assert {row["name"] for row in report["gate"]["candidates"]} == {"ser", "t2q", "state"}
+    assert len(report["gate_scores"]["ir"]) == held_out and report["gate_scores"]["ir"] == sorted(
+        report["gate_scores"]["ir"]
+    )
+    tried = [(row["num_experts"], row["residual_rank"] > 0) for row in report["experts"]["ablations"]]
+    assert (1, False) in tried and (1, True) in tried
+    assert report["dose_response"][0]["strength"] == 0.0
+    # the shift itself is the best dose: more overshoots
+    best = max(report["dose_response"], key=lambda point: point["margin"])
+    assert best["strength"] >= result.config.strength
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_closed_forms_explain_what_can_be_explained_and_no_less_than_the_paper(seed: int) -> None:
+    data = PlantedData(seed=seed)
+    rows = contrast_rows(data, SITE, SITE, ("fit", "calibration"))
+    new = contrast_rows(data, SITE, SITE, ("validation",))
+
+    def r2(vectors: np.ndarray) -> float:
+        return 1 - np.square(new.shifts - vectors).sum() / np.square(new.shifts - rows.shifts.mean(0)).sum()
+
+    ridge = max(r2(Ridge(alpha).fit(rows.queries, rows.shifts).predict(new.queries)) for alpha in (0.1, 1, 10, 100))
+    found = {}
+    for experts in ("auto", "paper"):
+        result = fit(data, experts=experts, gate="always", gate_score="auto")
+        method = FineSteer(result.config, result.tensors)
+        found[experts] = r2(method.decide(states(SITE, new.queries)).vectors[SITE].numpy())
+        assert found[experts] == pytest.approx(result.report["vector"]["r2"], abs=1e-4)
+    assert found["auto"] > ridge - 0.02
+    assert found["auto"] >= found["paper"]
+
+
+def test_the_threshold_comes_from_queries_that_the_score_has_not_seen() -> None:
+    data = PlantedData()
+    result = fit(data, gate_score="ser", subspace_rank=4)
+    mean = data.query(SITE, "fit").astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(result.tensors["gate.mean"].numpy(), mean, rtol=1e-5)
+    method = FineSteer(result.config, result.tensors)
+    scores = method.decide(states(SITE, data.query(SITE, "calibration"))).record["score"]
+    torch.testing.assert_close(result.tensors["gate.calibration"], scores.sort().values)
+
+
+def test_the_score_is_chosen_without_the_calibration_queries() -> None:
+    data, other = PlantedData(), PlantedData()
+    rows = other._parts["calibration"]
+    for layer in other._query:
+        other._query[layer][rows] += np.random.default_rng(1).standard_normal((len(rows), 24)).astype(np.float32)
+    one, two = (fit(world, gate_score="auto") for world in (data, other))
+    assert one.config.gate_score == two.config.gate_score
+    assert one.report["gate"]["candidates"] == two.report["gate"]["candidates"]
+    assert one.report["layers"] == two.report["layers"]
+
+
+def test_the_promised_miss_rate_is_kept_on_the_mean_over_seeds() -> None:
+    rates, bounds = [], []
+    for seed in range(12):
+        data = PlantedData(rows=300, seed=seed, clarity=(1.0,))
+        result = fit(
+            data, layer=0, gate_epsilon=0.1, gate_score="ser", subspace_rank=8, experts="reduced_rank", residual_rank=2
+        )
+        rates.append(result.report["gate"]["misses"]["value"])
+        bounds.append(result.report["gate"]["miss_bound"])
+    error = np.std(rates, ddof=1) / np.sqrt(len(rates))
+    assert max(bounds) <= 0.1
+    assert np.mean(rates) <= 0.1 + 2 * error
+
+
+def test_the_paper_gate_misses_more_than_it_says() -> None:
+    """The threshold of rows that the subspace was fitted on does not hold for new ones."""
+    misses = {}
+    for gate in ("quantile", "conformal"):
+        rates = []
+        for seed in range(4):
+            data = PlantedData(rows=150, width=64, clarity=(0.3,), seed=seed)
+            result = fit(
+                data,
+                layer=0,
+                gate=gate,
+                gate_score="ser",
+                subspace_rank=40,
+                gate_epsilon=0.1,
+                experts="reduced_rank",
+                residual_rank=1,
+            )
+            rates.append(result.report["gate"]["misses"]["value"])
+        misses[gate] = np.mean(rates)
+    assert misses["quantile"] > 0.5 > misses["conformal"]
+
+
+def test_the_score_with_the_fewest_false_alarms_wins(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    table = result.report["gate"]["candidates"]
+    best = min(table, key=lambda row: (row["false_alarm_rate"], -row["auroc"]))
+    assert result.config.gate_score == best["name"]
+
+
+def test_five_general_prompts_are_enough_for_a_state_gate() -> None:
+    data = PlantedData(general=9)
+    assert len(data.general(SITE, "fit")) == 5
+    result = fit(data, gate_score="state")
+    method = FineSteer(result.config, result.tensors)
+    new = PlantedData(general=120)
+    gate = method.decide(states(SITE, new.general(SITE, "fit"))).gate
+    assert gate is not None and float((gate > 0).float().mean()) < 0.2
+
+
+def test_without_general_prompts_the_gate_knows_one_class() -> None:
+    data = PlantedData(general=0)
+    result = fit(data, gate_score="auto")
+    assert result.config.gate_score == "ser" and result.report["gate"]["false_alarms"]["n"] == 0
+    for settings, named in (
+        ({"gate_score": "state"}, "gate_score='state'"),
+        ({"gate": "logistic", "gate_score": "auto"}, "gate='logistic'"),
+    ):
+        with pytest.raises(DatasetError, match=named):
+            fit(data, **settings)
+
+
+def test_rows_of_one_prompt_are_one_query() -> None:
+    data = PlantedData(rows=240, repeats=3)
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    rows = contrast_rows(data, SITE, SITE, parts)
+    assert rows.groups is not None and len(np.unique(rows.groups)) * 3 == len(rows)
+    result = fit(data, gate_score="ser", subspace_rank=4)
+    assert len(result.tensors["gate.calibration"]) == len(query_rows(data, SITE, ("calibration",))) == 16
+
+
+def test_parts_that_share_their_rows_are_counted_once() -> None:
+    data = PlantedData(rows=40)
+    everything = np.arange(40)
+    data._parts = dict.fromkeys(data._parts, everything)
+    assert len(contrast_rows(data, SITE, SITE, ("fit", "calibration"))) == 40
+    assert fit(data, gate_score="ser", subspace_rank=2).report["vector"]["rows"] == 40
+
+
+def test_official_reads_and_learns_one_block_before_it_writes() -> None:
+    data = PlantedData()
+    result = fit(data, layer=3, compat="official", experts="reduced_rank", residual_rank=2)
+    method = FineSteer(result.config, result.tensors)
+    assert method.reads == (Site("resid_pre", 3),) and method.writes == (Site("resid_post", 3),)
+    learned = data.shifts(Site("resid_pre", 3), "fit", "calibration").astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(result.tensors["residual.bias"].numpy(), learned, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_experts": 500, "experts": "mixture"}, "num_experts=500.*192"),
+        ({"residual_rank": 30}, "residual_rank=30.*24"),
+        ({"subspace_rank": 200, "gate_score": "ser"}, "subspace_rank=200.*24"),
+        ({"experts": "paper", "residual_rank": 0}, "residual_rank=0"),
+        ({"layer": 9}, "layer=9.*0 to 3"),
+    ],
+)
+def test_what_the_rows_do_not_allow_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(PlantedData(), **settings)
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(DatasetError, match="at least 10 rows"):
+        fit(PlantedData(rows=12))
+
+
+def test_states_without_information_are_refused() -> None:
+    data = PlantedData(clarity=(0.0, 1.0, 1.0, 1.0))
+    data._query[0][:] = 3.0
+    with pytest.raises(DatasetError, match=r"same state at resid_pre\[0\]"):
+        fit(data, layer=0, compat="official")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_states_that_are_not_finite_are_refused(bad: float) -> None:
+    data = PlantedData()
+    data._query[2][data._parts["fit"][7], 3] = bad
+    with pytest.raises(ValueError, match=r"1 of 144 rows.*queries.*NaN or Inf.*row 7"):
+        fit(data)
+
+
+def test_strength_rules() -> None:
+    data = PlantedData()
+    given = fit(data, strength=1.75)
+    assert given.config.strength == 1.75 and data.doses == 0 and given.report["dose_response"] == []
+    by_norm = fit(data, strength="norm:0.25")
+    vectors = by_norm.report["vector"]
+    assert data.doses == 0
+    assert by_norm.config.strength * vectors["vector_norm"] == pytest.approx(0.25 * vectors["state_norm"])
+    by_divergence = fit(data, strength="kl:0.5", gate="always")
+    points = {point["strength"]: point["kl"] for point in by_divergence.report["dose_response"]}
+    assert points[by_divergence.config.strength] == pytest.approx(0.5, rel=0.1)
+
+
+def test_fitting_is_repeatable_and_leaves_the_config_alone() -> None:
+    config = FineSteerConfig(layer=2, strength=1.0, num_experts=2, residual_rank=2)
+    before = dataclasses.replace(config)
+    one, two = (FineSteer.fit(PlantedData(rows=120, general=60), config) for _ in range(2))
+    assert config == before
+    assert one.config == two.config and one.report == two.report
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+
+
+def test_the_rank_that_held_out_rows_may_choose_fits_the_size() -> None:
+    assert highest_rank(128, 4, 0) == 32
+    assert highest_rank(1024, 4, 0) == 64
+    rank = highest_rank(4096, 4, 4096 * 4)
+    assert 40 <= rank <= 56
+    assert 4096 * 4 + 4 * 4096 * (2 * 4 + 2 + 2 * rank) <= SIZE_LIMIT < 2_000_000
