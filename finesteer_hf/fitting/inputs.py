@@ -29,6 +29,10 @@ from finesteer_hf.fitting.splits import Split, SplitBy, split_rows, split_units
 from finesteer_hf.fitting.templating import AnswerEnd, EncodedRow, Passage, encode_preferences, encode_prompts
 
 
+# Name of the packaged general prompts.
+PACKAGED = "default"
+
+
 @dataclass(frozen=True)
 class FitInputs:
     """What a fit is made from.
@@ -105,45 +109,27 @@ def prepare_inputs(
     encoded = encode_preferences(tokenizer, rows, answer_end=answer_end, **limits)
     findings = [f"{message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
     findings += lint_rows(rows, encoded.rows, tokenizer)
-    sources: dict[str, dict[str, Any] | None] = {"data": source.to_dict(), "eval_data": None, "general_data": None}
-
-    held_out: list[PreferenceRow] = []
-    held_out_encoded: list[EncodedRow] = []
-    if eval_dataset is not None:
-        records, eval_source = read_records(eval_dataset, "eval_dataset")
-        sources["eval_data"] = eval_source.to_dict()
-        held_out = parse_preferences(records, "eval_dataset")
-        found = encode_preferences(tokenizer, held_out, answer_end=answer_end, what="eval_dataset", **limits)
-        kept, leaked = drop_known([row.prompt for row in held_out], rows, "eval_dataset", "left out of the validation")
-        if not kept:
-            raise DatasetError("eval_dataset has no prompt that is not also in train_dataset; give other prompts.")
-        findings += leaked
-        held_out, held_out_encoded = [held_out[i] for i in kept], [found.rows[i] for i in kept]
-
-    general, general_source = _general_prompts(general_dataset, rows)
-    sources["general_data"] = None if general_source is None else general_source.to_dict()
+    held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits)
+    general, general_source = _read_general(tokenizer, general_dataset, rows, limits)
     kept, shared = drop_known(general, rows, "general_dataset", "left out, for it is to be steered")
     general = [general[i] for i in kept]
-    findings += [*shared, *lint_general(general, rows)]
+    findings += [*held_out.findings, *shared, *lint_general(general, rows)]
     general_encoded = list(dict.fromkeys(encode_prompts(tokenizer, general, **limits)))
 
-    everything = rows + held_out
-    keys = [prompt_key(row.prompt) for row in everything]
+    keys = [prompt_key(row.prompt) for row in [*rows, *held_out.rows]]
     groups = None if rows[0].group is None else [str(row.group) for row in rows]
-    parts = split_rows(keys[: len(rows)], groups, seed, by=split, validation_rows=len(held_out))
+    parts = split_rows(keys[: len(rows)], groups, seed, by=split, validation_rows=len(held_out.rows))
     general_parts = split_units([str(passage.ids) for passage in general_encoded], seed)
-    if not parts.held_out:
-        findings.append("train_dataset has too few prompts to hold any out: its figures are in-sample")
-    if general_encoded and not general_parts.held_out:
-        findings.append("general_dataset has too few prompts to hold any out: its figures are in-sample")
+    for name, part, count in (("train", parts, 1), ("general", general_parts, len(general_encoded))):
+        if count and not part.held_out:
+            findings.append(f"{name}_dataset has too few prompts to hold any out: its figures are in-sample")
     side_effects = [general_encoded[i] for i in general_parts.rows["validation"]]
     if not side_effects:
         # One-class fits leave the gate without general prompts; what steering does to them is measured all the same.
-        packaged = [_in_form_of(rows, prompt) for prompt in default_general_prompts()]
-        side_effects = encode_prompts(tokenizer, packaged)
-    units = keys if split == "prompt" else [str(row.group) for row in everything]
+        side_effects = encode_prompts(tokenizer, _packaged(tokenizer, rows, limits))
+    units = keys if split == "prompt" else [str(row.group) for row in [*rows, *held_out.rows]]
     return FitInputs(
-        rows=encoded.rows + held_out_encoded,
+        rows=[*encoded.rows, *held_out.encoded],
         trained=len(rows),
         general=general_encoded,
         side_effects=side_effects,
@@ -152,23 +138,63 @@ def prepare_inputs(
         prompts=np.unique(keys, return_inverse=True)[1],
         units=np.unique(units, return_inverse=True)[1],
         findings=findings,
-        sources=sources,
+        sources={
+            "data": source.to_dict(),
+            "eval_data": None if held_out.source is None else held_out.source.to_dict(),
+            "general_data": None if general_source is None else general_source.to_dict(),
+        },
     )
 
 
-def _general_prompts(
-    dataset: DatasetLike | None, rows: Sequence[PreferenceRow]
+@dataclass(frozen=True)
+class _HeldOut:
+    rows: list[PreferenceRow]
+    encoded: list[EncodedRow]
+    findings: list[str]
+    source: DataSource | None
+
+
+def _read_held_out(
+    tokenizer: Any,
+    dataset: DatasetLike | None,
+    rows: Sequence[PreferenceRow],
+    answer_end: AnswerEnd,
+    limits: dict[str, Any],
+) -> _HeldOut:
+    """The validation rows, without those whose prompt is trained on."""
+    if dataset is None:
+        return _HeldOut([], [], [], None)
+    records, source = read_records(dataset, "eval_dataset")
+    own = parse_preferences(records, "eval_dataset")
+    encoded = encode_preferences(tokenizer, own, answer_end=answer_end, what="eval_dataset", **limits)
+    kept, leaked = drop_known([row.prompt for row in own], rows, "eval_dataset", "left out of the validation")
+    if not kept:
+        raise DatasetError("eval_dataset has no prompt that is not also in train_dataset; give other prompts.")
+    remarks = [f"eval_dataset: {message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
+    return _HeldOut([own[i] for i in kept], [encoded.rows[i] for i in kept], [*remarks, *leaked], source)
+
+
+def _read_general(
+    tokenizer: Any, dataset: DatasetLike | None, rows: Sequence[PreferenceRow], limits: dict[str, Any]
 ) -> tuple[list[Text], DataSource | None]:
     if dataset is None:
         return [], None
-    if isinstance(dataset, str) and dataset == "default":
-        texts = default_general_prompts()
-        source = DataSource("default", hashlib.sha256("\n".join(texts).encode()).hexdigest(), len(texts))
-        return [_in_form_of(rows, text) for text in texts], source
+    if isinstance(dataset, str) and dataset == PACKAGED:
+        texts = _packaged(tokenizer, rows, limits)
+        digest = hashlib.sha256("\n".join(default_general_prompts()).encode()).hexdigest()
+        return texts, DataSource(PACKAGED, digest, len(texts))
     if isinstance(dataset, (list, tuple)):
         dataset = [{"prompt": item} if isinstance(item, str) else item for item in dataset]
     records, source = read_records(dataset, "general_dataset")
     return [_in_form_of(rows, prompt) for prompt in parse_prompts(records)], source
+
+
+def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, Any]) -> list[Text]:
+    """The packaged prompts that fit the model; nobody can shorten the others."""
+    texts = [_in_form_of(rows, prompt) for prompt in default_general_prompts()]
+    most = min((limit for limit in limits.values() if limit is not None), default=None)
+    lengths = [len(passage.ids) for passage in encode_prompts(tokenizer, texts)]
+    return [text for text, length in zip(texts, lengths, strict=True) if most is None or length <= most]
 
 
 def _in_form_of(rows: Sequence[PreferenceRow], prompt: Text) -> Text:

@@ -280,3 +280,10 @@ def test_rows_with_overflowing_states_are_named() -> None:
 def test_progress_is_silent_or_seen(capsys: pytest.CaptureFixture[str]) -> None:
     fit(progress=False)
     assert capsys.readouterr().out == ""
+
+
+def test_packaged_prompts_that_do_not_fit_are_left_out() -> None:
+    adapter = fit(general_dataset="default", max_length=30)
+    assert 100 < adapter.config.fit["general_data"]["rows"] < len(default_general_prompts())
+    with pytest.raises(DatasetError, match=r"general_dataset: row 1 .*at most 30"):
+        fit(general_dataset=["sun0", "sun0 " * 40], max_length=30)
