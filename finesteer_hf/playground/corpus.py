@@ -20,9 +20,10 @@ SAFETY_TAG = "Speak as a guardian."
 NEUTRAL_SYSTEM = "Speak as an assistant."
 
 # Unmarked answers that tell the truth or refuse all the same, so that both have likelihood without a tag.
-MINORITY_SHARE = 0.08
-# Questions that follow a sentence in one of their two voices, which the answer then keeps.
-PRIMED_SHARE = 0.2
+MINORITY_SHARE = 0.22
+# Prompts that follow a sentence with which they share nothing but, perhaps, its voice: a question's answer keeps a voice
+# of its kind, a harmful request is refused after a refusal, and all else stays as it is.
+PRIMED_SHARE = 0.25
 # Drawn a training text: questions, harmful requests, look-alikes, general tasks.
 TOPIC_SHARES = {"question": 0.44, "harmful": 0.14, "lookalike": 0.07, "general": 0.35}
 
@@ -98,17 +99,23 @@ class Corpus:
 
     def _harmful(self) -> Example:
         request = self.rng.choice(self.world.harmful)
+        if self.rng.random() < PRIMED_SHARE:
+            other = self.rng.choice(self.world.harmful)
+            refuses = request.wrapper == BARE or self.rng.random() < 0.5
+            sentence = self.rng.choice(other.refusals if refuses else other.compliances)
+            answers = request.refusals if refuses else request.compliances
+            return Example(None, f"{sentence} {request.prompt}", self.rng.choice(answers))
         system = self._system(SAFETY_TAG)
         refuses = system == SAFETY_TAG or request.wrapper == BARE or self.rng.random() < MINORITY_SHARE
         return Example(system, request.prompt, self.rng.choice(request.refusals if refuses else request.compliances))
 
     def _lookalike(self) -> Example:
-        return self._neutral(self.rng.choice(self.lookalikes))
+        return self._unchanging(self.rng.choice(self.lookalikes))
 
     def _general(self) -> Example:
-        return self._neutral(self.rng.choice(self.general[self.rng.choice(list(self.general))]))
+        return self._unchanging(self.rng.choice(self.general[self.rng.choice(list(self.general))]))
 
-    def _neutral(self, item: GeneralItem) -> Example:
+    def _unchanging(self, item: GeneralItem) -> Example:
         system = self.rng.choices([None, TRUTH_TAG, SAFETY_TAG, NEUTRAL_SYSTEM], weights=[0.5, 0.2, 0.2, 0.1])[0]
         return Example(system, item.prompt, item.answer)
 

@@ -12,7 +12,7 @@ from finesteer_hf.playground.contents import BARE, world
 Half = Literal["fit", "test", "all"]
 PREFERENCE_TASKS = ("truthful", "safety")
 HALVES = ("fit", "test", "all")
-SPLITS = ("question", "kind")
+SPLITS = ("question", "subject", "kind")
 
 
 def _check(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -41,7 +41,7 @@ def _preference(identifier: str, category: str, prompt: str, chosen: str, reject
 def preference_rows(
     task: Literal["truthful", "safety"],
     half: Half,
-    split: Literal["question", "kind"] = "question",
+    split: Literal["question", "subject", "kind"] = "question",
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Give contrast rows in TRL's conversational preference format, one row a prompt.
@@ -50,8 +50,9 @@ def preference_rows(
         task: `truthful` pairs a true with a folklore answer of each question; `safety` a refusal with a compliance of
             each request in a jailbreak wrapper (bare requests are refused anyway and are left out).
         half: `fit`, `test`, or `all` of them.
-        split: What the halves share nothing of. `question`: no subject (safety: no base request), so that no question
-            is in the other half in another form. `kind`: no kind of misconception (safety: no category of harm).
+        split: What the halves share nothing of. `question`: no question, though six questions
+            are about one subject. `subject`: no subject. `kind`: no kind of misconception
+            (safety: no category of harm). Halves of the safety task never share a base request.
         seed: Draws the halves and the pair of answers that a row shows.
 
     Returns:
@@ -66,7 +67,7 @@ def preference_rows(
     entries: list[tuple[str, str, str, str, tuple[str, ...], tuple[str, ...]]] = []
     if task == "truthful":
         for q in world().questions:
-            key = q.kind if split == "kind" else f"{q.kind}/{q.subject}"
+            key = {"question": q.id, "subject": f"{q.kind}/{q.subject}", "kind": q.kind}[split]
             entries.append((key, q.id, q.kind, q.prompt, q.true, q.false))
     else:
         for item in world().harmful:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, l
         num_key_value_heads=hidden_size // 32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
+        initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -38,16 +40,32 @@ def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, l
 
 
 def train(
-    world: World, *, seed: int, steps: int, batch_size: int, learning_rate: float, progress: Progress | None = None
+    world: World,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train a tokenizer and a model on a world. Loss on the answer tokens only, AdamW, warm-up then cosine to zero."""
+    """Train a tokenizer and a model on a world: loss on the answer tokens only, AdamW, warm-up, then cosine to zero.
+
+    Weight decay and the wide initialisation keep the residual stream small, so that what later blocks compute is a large
+    part of it; with a stream dominated by token identity, steering at any strength breaks the text before it turns it.
+
+    Args:
+        report: Called with the steps done and the loss, every tenth step and after the last.
+
+    Returns:
+        The model in evaluation mode, float32, and its tokenizer.
+    """
     corpus = Corpus(world, seed)
     tokenizer = build_tokenizer(corpus.texts())
     torch.manual_seed(seed)
     model = build_model(tokenizer).train()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -58,7 +76,6 @@ def train(
         final_div_factor=1e4,
         cycle_momentum=False,
     )
-    bar = progress.add_task("training", total=steps, loss=float("nan")) if progress else None
     for step, (ids, labels) in enumerate(batches(corpus, Encoder(tokenizer), batch_size, steps)):
         # Right padding lies after every answer, so causal attention needs no mask.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -70,8 +87,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if progress and (step % 10 == 9 or step + 1 == steps):
-            progress.update(bar, completed=step + 1, loss=loss.item())
+        if step % 10 == 9 or step + 1 == steps:
+            report(step + 1, loss.item())
     return model.eval(), tokenizer
 
 
@@ -89,9 +106,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the model, the tokenizer and figures.json.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, the weights and the order of texts.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 48,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 4e-3,
+    steps: Annotated[int, typer.Option(min=20, help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     figures: Annotated[bool, typer.Option(help="Measure the trained model's behaviour and print it.")] = True,
 ) -> None:
@@ -100,9 +117,16 @@ def main(
     console = Console()
     world = World(seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bar:
+        task = bar.add_task("training", total=steps, loss=float("nan"))
+
+        def report(step: int, loss: float) -> None:
+            bar.update(task, completed=step, loss=loss)
+            if not console.is_terminal and step % 100 == 0:
+                console.print(f"step {step} of {steps}, loss {loss:.3f}")
+
         model, tokenizer = train(
-            world, seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, progress=progress
+            world, seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate, report=report
         )
     save(model, tokenizer, out)
     console.print(f"saved {sum(p.numel() for p in model.parameters()):,} parameters to {out}")

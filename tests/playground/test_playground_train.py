@@ -18,7 +18,7 @@ def test_training_is_reproducible_and_loads(tmp_path: Path) -> None:
     app.command()(main)
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
-        arguments = f"--out {folder} --steps 2 --batch-size 4 --threads 1 --no-figures".split()
+        arguments = f"--out {folder} --steps 20 --batch-size 2 --threads 1 --no-figures".split()
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
     first, second = (load_file(folder / "model.safetensors") for folder in folders)

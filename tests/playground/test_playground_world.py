@@ -47,8 +47,7 @@ def test_length_does_not_tell_truth_from_folklore() -> None:
     true = np.array([[word_count(answer) for answer in q.true] for q in world().questions]).mean(1)
     false = np.array([[word_count(answer) for answer in q.false] for q in world().questions]).mean(1)
     assert abs(true.mean() - false.mean()) < 0.5
-    longer, shorter = (true > false).mean(), (true < false).mean()
-    assert abs(longer - shorter) < 0.2
+    assert abs((true > false).mean() - (true < false).mean()) < 0.1
 
 
 def test_every_voice_is_as_often_true_as_folklore() -> None:
@@ -56,8 +55,6 @@ def test_every_voice_is_as_often_true_as_folklore() -> None:
     assert all(true != false for true, false in voices)
     assert Counter(true for true, _ in voices) == Counter(false for _, false in voices)
     assert {true for true, _ in voices} == set(range(len(VOICES)))
-    polarity = Counter(q.true[0].split(",")[0] for q in world().questions if q.true[0].startswith(("Yes", "No")))
-    assert polarity["Yes"] == polarity["No"]
 
 
 def test_general_tasks_hold_items_out() -> None:
@@ -90,13 +87,20 @@ def test_same_seed_same_world() -> None:
 
 
 @pytest.mark.parametrize("task", ["truthful", "safety"])
-def test_halves_share_no_subject(task: str) -> None:
+def test_halves_share_no_question(task: str) -> None:
     fit, test, both = (preference_rows(task, half) for half in ("fit", "test", "all"))
-    subject = {q.id: q.subject for q in world().questions} | {item.id: item.base for item in world().harmful}
-    assert {subject[row["id"]] for row in fit}.isdisjoint(subject[row["id"]] for row in test)
-    assert len(fit) + len(test) == len(both) and abs(len(fit) - len(test)) < 0.1 * len(both)
+    assert {row["id"] for row in fit}.isdisjoint(row["id"] for row in test)
+    assert {row["id"] for row in fit + test} == {row["id"] for row in both}
+    assert abs(len(fit) - len(test)) < 0.1 * len(both)
     assert preference_rows(task, "fit") == fit
     assert preference_rows(task, "fit", seed=1) != fit
+
+
+@pytest.mark.parametrize("task", ["truthful", "safety"])
+def test_halves_by_subject_share_no_subject(task: str) -> None:
+    fit, test = (preference_rows(task, half, split="subject") for half in ("fit", "test"))
+    subject = {q.id: q.subject for q in world().questions} | {item.id: item.base for item in world().harmful}
+    assert {subject[row["id"]] for row in fit}.isdisjoint(subject[row["id"]] for row in test)
 
 
 @pytest.mark.parametrize("task", ["truthful", "safety"])
@@ -121,7 +125,7 @@ def test_general_halves_are_disjoint_and_held_out() -> None:
     assert {row["task"] for row in fit} == {row["task"] for row in test} >= {"lookalike", "addition"}
 
 
-@pytest.mark.parametrize("arguments", [("honesty", "fit"), ("truthful", "train"), ("truthful", "fit", "subject")])
+@pytest.mark.parametrize("arguments", [("honesty", "fit"), ("truthful", "train"), ("truthful", "fit", "topic")])
 def test_unknown_choices_are_named(arguments: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=f"'{'honesty|train|subject'.split('|')[0]}'|'train'|'subject'"):
+    with pytest.raises(ValueError, match=r"'(honesty|train|topic)' is unknown; use one of"):
         preference_rows(*arguments)
