@@ -17,6 +17,7 @@ import torch
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, require_fitted
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
@@ -56,14 +57,10 @@ class CAAConfig(SteeringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counted = isinstance(self.layer, int) and not isinstance(self.layer, bool) and self.layer >= 0
-        if self.layer != "auto" and not counted:
-            raise ValueError(f"layer must be 'auto' or a whole number of at least 0, got {self.layer!r}.")
-        if counted and self.num_hidden_layers is not None and int(self.layer) >= self.num_hidden_layers:
-            raise ValueError(f"layer={self.layer} is out of range for a model of {self.num_hidden_layers} layers.")
-        for name, allowed in (("pool", POOLS), ("vector", VECTORS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {list(allowed)}, got {getattr(self, name)!r}.")
+        check_layer(self.layer, self.num_hidden_layers)
+        check_one_of("pool", self.pool, POOLS)
+        check_one_of("vector", self.vector, VECTORS)
+        check_strength(self.strength)
 
 
 class CAA(SteeringMethod):
@@ -78,10 +75,10 @@ class CAA(SteeringMethod):
 
     def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        layer = cast(CAAConfig, config).layer
-        if layer == "auto" or "vector" not in tensors:
-            raise AdapterFileError("A CAA adapter needs a layer and the tensor 'vector'; fit it with `fit_steering`.")
-        self.site = Site("resid_post", int(layer))
+        require_fitted(config, "layer")
+        if "vector" not in tensors:
+            raise AdapterFileError("The CAA adapter lacks the tensor 'vector'.")
+        self.site = Site("resid_post", int(cast(CAAConfig, config).layer))
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -90,7 +87,12 @@ class CAA(SteeringMethod):
 
     @classmethod
     def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
-        """One vector of the residual stream."""
+        """One vector of the residual stream.
+
+        Raises:
+            AdapterFileError: if the config is not fitted.
+        """
+        require_fitted(config, "layer")
         return {"vector": (config.hidden_size,)}
 
     @classmethod

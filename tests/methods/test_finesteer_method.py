@@ -210,6 +210,14 @@ def test_damaged_adapters_are_refused(default: FitResult) -> None:
     ):
         with pytest.raises(AdapterFileError, match=message):
             check(**changed)
+    scores = default.tensors["gate.calibration"]
+    for name, values in (
+        ("gate.calibration", scores.flip(0)),
+        ("gate.calibration", scores[:0]),
+        ("gate.gamma", -scores[0] * 0),
+    ):
+        with pytest.raises(AdapterFileError, match=name):
+            FineSteer(default.config, default.tensors | {name: values})
     with pytest.raises(AdapterFileError, match=r"residual\.up"):
         FineSteer(default.config, {name: t for name, t in default.tensors.items() if name != "residual.up"})
 

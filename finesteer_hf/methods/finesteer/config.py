@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from finesteer_hf.config import SteeringConfig
+from finesteer_hf.methods.checks import check_count, check_number, check_one_of, check_strength
 from finesteer_hf.sites import Site
 
 
@@ -86,24 +87,25 @@ class FineSteerConfig(SteeringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("gate", self.gate, GATES)
-        _one_of("gate_score", self.gate_score, GATE_SCORES)
-        _one_of("gate_guarantee", self.gate_guarantee, GUARANTEES)
-        _one_of("experts", self.experts, EXPERTS)
-        _one_of("residual", self.residual, RESIDUALS)
-        _one_of("compat", self.compat, (None, "official"))
-        _count_or_auto("layer", self.layer, 0)
-        _count_or_auto("subspace_rank", self.subspace_rank, 1)
-        _count_or_auto("num_experts", self.num_experts, 1)
-        _count_or_auto("residual_rank", self.residual_rank, 0)
-        if self.key_dim is not None:
-            _count_or_auto("key_dim", self.key_dim, 1)
-        for name in ("gate_epsilon", "gate_delta"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {value!r}.")
-        if not isinstance(self.gate_gamma, (int, float)) or not 0 < self.gate_gamma < float("inf"):
-            raise ValueError(f"gate_gamma must be a positive number, got {self.gate_gamma!r}.")
+        check_one_of("gate", self.gate, GATES)
+        check_one_of("gate_score", self.gate_score, GATE_SCORES)
+        check_one_of("gate_guarantee", self.gate_guarantee, GUARANTEES)
+        check_one_of("experts", self.experts, EXPERTS)
+        check_one_of("residual", self.residual, RESIDUALS)
+        check_one_of("compat", self.compat, (None, "official"))
+        for name, least in (
+            ("layer", 0),
+            ("subspace_rank", 1),
+            ("num_experts", 1),
+            ("residual_rank", 0),
+            ("key_dim", 1),
+        ):
+            if getattr(self, name) not in ("auto", None):
+                check_count(name, getattr(self, name), least)
+        check_number("gate_epsilon", self.gate_epsilon, above=0.0, below=1.0)
+        check_number("gate_delta", self.gate_delta, above=0.0, below=1.0)
+        check_number("gate_gamma", self.gate_gamma, above=0.0)
+        check_strength(self.strength)
         if self.gate == "ser" and self.gate_score not in ("auto", "ser"):
             raise ValueError(
                 f"gate='ser' is the score itself (Eq. 15), so gate_score={self.gate_score!r} is not used."
@@ -112,20 +114,7 @@ class FineSteerConfig(SteeringConfig):
             raise ValueError(
                 f"experts='reduced_rank' has one expert; num_experts={self.num_experts!r} needs 'mixture'."
             )
-        self._check_strength()
         self._check_sites()
-
-    def _check_strength(self) -> None:
-        if isinstance(self.strength, str) and self.strength != "auto":
-            kind, _, number = self.strength.partition(":")
-            try:
-                valid = kind in ("kl", "norm") and 0 < float(number) < float("inf")
-            except ValueError:
-                valid = False
-            if not valid:
-                raise ValueError(
-                    f"strength must be a number, 'auto', 'kl:<nats>' or 'norm:<share>', got {self.strength!r}."
-                )
 
     def _check_sites(self) -> None:
         depth = self.num_hidden_layers
@@ -182,15 +171,3 @@ def sites_of(config: FineSteerConfig, layer: int) -> tuple[Site, Site]:
     if config.read_site:
         return Site.parse(config.read_site), write
     return (Site("resid_pre", layer) if config.compat == "official" else write), write
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
-
-
-def _count_or_auto(name: str, value: Any, least: int) -> None:
-    if value == "auto":
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be 'auto' or a whole number of at least {least}, got {value!r}.")

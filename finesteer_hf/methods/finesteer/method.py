@@ -17,6 +17,7 @@ from finesteer_hf.methods.finesteer.layers import candidate_sites
 from finesteer_hf.methods.finesteer.tensors import (
     EXPERT_TENSORS,
     GATE_TENSORS,
+    check_values,
     expected_shapes,
     from_file,
     score_names,
@@ -38,7 +39,7 @@ class FineSteer(SteeringMethod):
         tensors: what `tensor_shapes` names.
 
     Raises:
-        AdapterFileError: if the config is not fitted, or a tensor is missing or not finite.
+        AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
     """
 
     config_cls = FineSteerConfig
@@ -49,6 +50,7 @@ class FineSteer(SteeringMethod):
         missing = sorted(set(expected_shapes(settings)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config calls for.")
+        check_values(tensors)
         self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
         self.reads, self.writes = (self.read_site,), (self.write_site,)
         self._gated = settings.gate != "always"

@@ -125,6 +125,22 @@ def _size(value: int | str | None) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse values that no fit writes and that would make a gate of NaN out of any query.
+
+    Raises:
+        AdapterFileError: for reference scores that are empty or not ascending, and for scales that are not positive.
+    """
+    for name in ("gate.calibration", "gate.t2_reference", "gate.q_reference"):
+        values = tensors.get(name)
+        if values is not None and (values.numel() == 0 or bool((values.diff() < 0).any())):
+            raise AdapterFileError(f"Tensor {name!r} must hold scores in ascending order; the file is damaged.")
+    for name in ("gate.level", "gate.gamma", "gate.variances"):
+        values = tensors.get(name)
+        if values is not None and not bool((values > 0).all()):
+            raise AdapterFileError(f"Tensor {name!r} must be positive; the file is damaged.")
+
+
 def to_file(names: Mapping[str, str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What an estimator hands over, by the names of the file.
 
