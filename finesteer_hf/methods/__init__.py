@@ -1,6 +1,6 @@
 """The built-in steering methods; importing this package registers them."""
 
-from finesteer_hf.methods import angular, caa, constant, finesteer
+from finesteer_hf.methods import alphasteer, angular, caa, cast, constant, finesteer
 
 
-__all__ = ["angular", "caa", "constant", "finesteer"]
+__all__ = ["alphasteer", "angular", "caa", "cast", "constant", "finesteer"]

@@ -4,12 +4,16 @@ import functools
 
 import pytest
 
+from finesteer_hf.methods.alphasteer import AlphaSteerConfig
 from finesteer_hf.methods.angular import AngularConfig
+from finesteer_hf.methods.cast import CASTConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
 CONFIGS = {
+    "cast": CASTConfig(layers=[0, 1], condition_layers=[0, 1], strength=4.0, positions="all"),
+    "alphasteer": AlphaSteerConfig(layers=[1, 2], strength=4.0),
     "angular": AngularConfig(layers=[1], strength=1.0),
     "adaptive": AngularConfig(mode="adaptive", layers=[0, 1], strength=1.0),
     "selective": AngularConfig(mode="selective", layers=[1], strength=1.0),
