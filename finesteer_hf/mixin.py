@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
+from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
 from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
@@ -276,6 +277,19 @@ class SteeringMixin:
             session.prompt = prompt_of(ids, kwargs, expand_size)
             session.check_rows(session.prompt)
         return ids, kwargs
+
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, loop: dict[str, Any]) -> None:
+        super()._validate_generation_mode(mode, generation_config, loop)  # type: ignore[misc]
+        session = current_session(self._steering)
+        if session is not None and session.plan.lookback:
+            refuse_what_cannot_go_back(mode, generation_config, loop)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers takes the decoding method from the class, so this stands in for its greedy search and sampling.
+        session = current_session(self._steering)
+        if session is None or not session.plan.lookback:
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
+        return sample_with_backtracking(self, super()._sample, session, *args, **kwargs)  # type: ignore[misc]
 
     def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
         session = current_session(self._steering)

@@ -115,6 +115,11 @@ class Plan:
         return bool(self.entries)
 
     @property
+    def lookback(self) -> int:
+        """Most tokens that an entry may take back; 0 if none does."""
+        return max((entry.processor.lookback for entry in self.entries), default=0)
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """All sites of the plan, in forward order."""
         return tuple(sorted({site for entry in self.entries for site in entry.processor.sites}))

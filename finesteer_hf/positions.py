@@ -62,6 +62,19 @@ class Window:
             mask = None
         return cls(prompt_end, mask, low if low == high else query, low, high)
 
+    def moved(self, shift: torch.Tensor, mask: torch.Tensor) -> Window:
+        """The same rows, each further right.
+
+        Args:
+            shift: int64 `[rows]` columns.
+            mask: `[rows, columns]`, 0 at pads, of the moved rows; at least as wide as the window becomes.
+        """
+        end = self.prompt_end + int(shift.max())
+        columns = (shift + (self.query if isinstance(self.query, int) else self.query.to(shift.device))).tolist()
+        low, high = min(columns), max(columns)
+        query = low if low == high else torch.tensor(columns, device=shift.device)
+        return Window(end, mask[:, :end].bool(), query, low, high)
+
     @property
     def uniform(self) -> bool:
         """Whether all rows have their query in the same column."""

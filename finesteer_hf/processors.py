@@ -71,6 +71,8 @@ class TokenView:
         in_prompt: whether the forward still contains prompt tokens.
         scale: `[rows, 1, 1]` float32: the run-time scale of each row, strength not included.
         state: the processor's own memory of this call; begins empty with each call.
+        first_column: absolute position of this forward's first column.
+        query_column: absolute position of the query tokens: a number if all rows agree, else int64 `[rows]`.
     """
 
     mask: torch.Tensor | None
@@ -78,12 +80,46 @@ class TokenView:
     in_prompt: bool
     scale: torch.Tensor
     state: dict[str, Any]
+    first_column: int = 0
+    query_column: int | torch.Tensor = 0
+
+    def since_query(self, hidden: torch.Tensor) -> torch.Tensor:
+        """How many tokens after the query each column stands: 0 the query itself, 1 the first generated token, ...
+
+        Returns:
+            int64 `[rows or 1, tokens]`.
+        """
+        columns = torch.arange(self.first_column, self.first_column + hidden.shape[1], device=hidden.device)[None]
+        if isinstance(self.query_column, int):
+            return columns - self.query_column
+        return columns - self.query_column.to(hidden.device)[:, None]
 
     def newest(self, hidden: torch.Tensor) -> torch.Tensor:
         """State of each row's newest real token, `[rows, width]`."""
         if self.last_index is None:
             return hidden[:, -1]
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last_index.to(hidden.device)]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What `watch` may know of a decoding step, after its tokens were chosen.
+
+    The newest token has not been through the model: what `transform` saw last is the state that it was chosen from.
+
+    Attributes:
+        new_tokens: int64 `[rows]`: generated tokens of each row, the newest included.
+        newest: int64 `[rows]`: the newest token.
+        active: bool `[rows]`: rows that may go back: neither finished before this step nor of scale 0.
+        ended: bool `[rows]`: rows that this token ends (end of sequence, length, any stopping criterion).
+        state: the processor's own memory of this call, the one that `transform` gets.
+    """
+
+    new_tokens: torch.Tensor
+    newest: torch.Tensor
+    active: torch.Tensor
+    ended: torch.Tensor
+    state: dict[str, Any]
 
 
 class SteeringProcessor:
@@ -96,6 +132,7 @@ class SteeringProcessor:
         positions: tokens that are steered: `all` (prompt and generated), `prompt`, or `generated` (from the last prompt
             token on, the first state that produces a generated token).
         strength: multiplies the vectors of `decide`; `steering_scale` multiplies it again at run time.
+        lookback: most tokens that `watch` ever drops; 0 if it is not to be asked.
     """
 
     reads: tuple[Site, ...] = ()
@@ -103,6 +140,7 @@ class SteeringProcessor:
     maps: tuple[Site, ...] = ()
     positions: Positions = "all"
     strength: float = 1.0
+    lookback: int = 0
 
     def decide(self, queries: QueryStates) -> Decision:
         """Decide, once per query, what is added at the write sites."""
@@ -111,6 +149,27 @@ class SteeringProcessor:
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
         """Map the stream `[rows, tokens, width]` at a site of `maps`; rows of scale 0 must come back as they are."""
         return hidden
+
+    def watch(self, step: StepView) -> torch.Tensor:
+        """After each step of `generate`: how many of its newest tokens each row takes back, int64 `[rows]`.
+
+        The row goes on from what is left; its last kept token, or the prompt's, goes through the model once more.
+        """
+        return torch.zeros_like(step.new_tokens)
+
+    def review(self, states: Mapping[Site, torch.Tensor], view: TokenView) -> None:
+        """Before a plain forward over prompt and answer (`prompt_lengths`) steers: the unsteered states at `maps`.
+
+        Asked of processors with a `lookback`, which may note in `view.state` what they would have done.
+
+        Args:
+            states: `[rows, tokens, width]` at each site.
+            view: as for `transform`.
+        """
+
+    def records(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What `output_steering=True` shows beside the record of `decide`, tensors with one entry a row of the batch."""
+        return {}
 
     def logits_processors(self, scale: torch.Tensor | float) -> list[Any]:
         """`LogitsProcessor`s for `generate`'s own list; `scale` is a number, or `[rows]` float32 for mixed batches."""

@@ -93,6 +93,7 @@ class CallSession:
 
     Attributes:
         of_forward: whether the session ends with the forward that made it.
+        takes_back: whether the decoding loop can take tokens back.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class CallSession:
         self.prompt = prompt
         self.record = record
         self.of_forward = False
+        self.takes_back = False
         self.outer: CallSession | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in plan.entries]
         self.streams: list[Stream] = []
@@ -111,6 +113,7 @@ class CallSession:
         self.tokens = 0
         self.decoding = False
         self.probing: set[Site] | None = None
+        self.text_states: dict[Site, torch.Tensor] | None = None
         self.passage = Passage(0, 0)
         self.relative_norms: dict[str, torch.Tensor] = {}
         self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -147,10 +150,17 @@ class CallSession:
         self.past = stream.seen if cache is not None else 0
         stream.seen = self.past + self.tokens
         self.decoding = cache is not None and self.past >= stream.window.prompt_end
+        if self.decoding and self.plan.lookback and not self.takes_back:
+            raise ValueError(
+                "The active steering takes generated tokens back, which only `generate` can do, with its own greedy search "
+                "or sampling. To score a text, give the model prompt and answer in one forward, with `prompt_lengths`."
+            )
         self._forward = (args, kwargs)
         self.passage = Passage(rows, self.tokens)
         if not self.decoding and self._must_read_first(stream):
             self._read_whole_prompt(stream)
+        if self.plan.lookback and self.prompt is not None and self.prompt.lengths is not None:
+            self._review(stream)
 
     def end_forward(self, output: Any, training: bool) -> None:
         """Look back at a forward of the decoder; called by the decoder's hook, with None after an error."""
@@ -234,6 +244,22 @@ class CallSession:
         finally:
             self.probing = None
 
+    def _review(self, stream: Stream) -> None:
+        """Show processors that would have gone back while it was generated the whole text, unsteered."""
+        entries = [(index, entry.processor) for index, entry in enumerate(self.plan.entries) if entry.processor.lookback]
+        sites = {site for _, processor in entries for site in processor.maps}
+        if not sites:
+            return
+        self.text_states = {}
+        try:
+            self._probe(stream, *self._forward, sites)
+            device = next(iter(self.text_states.values())).device
+            for index, processor in entries:
+                states = {site: self.text_states[site] for site in processor.maps}
+                processor.review(states, self._view(index, stream, device))
+        finally:
+            self.text_states = None
+
     def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
         if not stream.window.query_within(self.past, self.tokens):
             return
@@ -286,7 +312,10 @@ class CallSession:
             return None
         if self.probing is not None:
             if site in self.probing:
-                stream.states[site] = stream.window.query_state(hidden, self.past)
+                if self.text_states is not None:
+                    self.text_states[site] = hidden.detach()
+                else:
+                    stream.states[site] = stream.window.query_state(hidden, self.past)
                 if site == max(self.probing):
                     raise StopForward
             return None
@@ -367,18 +396,24 @@ class CallSession:
         positions = entry.processor.positions
         if self.decoding and positions == "prompt":
             return hidden
+        return entry.processor.transform(site, hidden, self._view(index, stream, hidden.device))
+
+    def _view(self, index: int, stream: Stream, device: torch.device) -> TokenView:
+        entry, window = self.plan.entries[index], stream.window
+        positions = entry.processor.positions
         expand = self.prompt.expand if self.prompt is not None else 1
-        scale = row_scales(entry.scale, stream.rows, expand, hidden.device)
+        scale = row_scales(entry.scale, stream.rows, expand, device)
         if not isinstance(scale, torch.Tensor):
-            scale = torch.full((stream.rows,), float(scale), device=hidden.device)
-        view = TokenView(
-            mask=None if self.decoding else stream.window.token_mask(positions, self.past, self.tokens, hidden.device),
-            last_index=None if self.decoding else stream.window.newest(self.past, self.tokens, hidden.device),
+            scale = torch.full((stream.rows,), float(scale), device=device)
+        return TokenView(
+            mask=None if self.decoding else window.token_mask(positions, self.past, self.tokens, device),
+            last_index=None if self.decoding else window.newest(self.past, self.tokens, device),
             in_prompt=not self.decoding,
             scale=scale[:, None, None],
             state=self.memory[index],
+            first_column=self.past,
+            query_column=window.query,
         )
-        return entry.processor.transform(site, hidden, view)
 
     # -- what generate asks -------------------------------------------------------------------------------------------
 
@@ -387,6 +422,20 @@ class CallSession:
         rows = int(next(iter(prompt.inputs.values())).shape[0])
         for entry in self.plan.entries:
             row_scales(entry.scale, rows, prompt.expand, torch.device("cpu"))
+
+    def rows_moved(self, shift: torch.Tensor, mask: torch.Tensor, seen: int) -> None:
+        """Take note that tokens were taken back between two forwards.
+
+        Args:
+            shift: int64 `[rows]`: columns by which each row stands further right than at the beginning of the call.
+            mask: `[rows, columns]` of all columns that are left, 0 at pads.
+            seen: columns that the cache holds now.
+        """
+        assert self.prompt is not None
+        main = self.streams[0]
+        start = Window.of(self.prompt.length, self.prompt.mask, self.prompt.lengths)
+        main.window = start.moved(shift, mask)
+        main.seen = seen
 
     def logits_processors(self) -> list[Any]:
         """The logits processors of the plan's entries, in order."""
@@ -432,14 +481,14 @@ class CallSession:
         result: dict[str, dict[str, torch.Tensor]] = {}
         for index, entry in enumerate(self.plan.entries):
             decision = main.decisions.get(index)
-            if decision is None:
-                continue
-            values = dict(decision.record)
-            if decision.gate is not None:
+            values = {} if decision is None else dict(decision.record)
+            if decision is not None and decision.gate is not None:
                 values["gate"] = decision.gate
             if entry.name in self.relative_norms:
                 values["relative_norm"] = self.relative_norms[entry.name]
-            result[entry.name] = {name: value[rows.to(value.device)] for name, value in values.items()}
+            own = entry.processor.records(self.memory[index])
+            if decision is not None or own:
+                result[entry.name] = {name: value[rows.to(value.device)] for name, value in values.items()} | own
         return result
 
 

@@ -1,0 +1,70 @@
+"""Moving the rows of a batch along the columns: of tensors with one column a token, and of caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def shift_right(values: torch.Tensor, shift: torch.Tensor, fill: int) -> torch.Tensor:
+    """Move each row to the right; what leaves at the right is gone.
+
+    Args:
+        values: `[..., rows, columns]`.
+        shift: int64 `[rows]`, not negative.
+        fill: what enters at the left.
+
+    Returns:
+        `[..., rows, columns]`.
+    """
+    shift = shift.to(values.device)
+    columns = torch.arange(values.shape[-1], device=values.device) - shift[:, None]
+    moved = values.gather(-1, columns.clamp(min=0).expand(values.shape))
+    return moved.masked_fill(columns < 0, fill)
+
+
+def can_move_rows(cache: Any) -> bool:
+    """Whether every layer of a cache still holds one key and one value for each column."""
+    layers = getattr(cache, "layers", None)
+    if layers is None or getattr(cache, "offloading", False):
+        return False
+    return all(_is_plain(layer) for layer in layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.cumulative_length < layer.sliding_window)
+    return type(layer) is DynamicLayer
+
+
+def crop_columns(cache: Any, columns: int) -> None:
+    """Cut a cache to its first columns; nothing happens to layers that hold fewer."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            surplus = int(layer.get_seq_length()) - columns
+            if surplus > 0:
+                layer.crop(-surplus)
+
+
+def shift_columns(cache: Any, shift: torch.Tensor) -> None:
+    """Move rows of a cache to the right, or for negative numbers to the left.
+
+    What enters at the other end is a copy of the outermost column, for a mask to hide.
+
+    Args:
+        cache: one that `can_move_rows`.
+        shift: int64 `[rows]`.
+    """
+    moving = shift.nonzero()[:, 0]
+    if not len(moving):
+        return
+    for layer in cache.layers:
+        if not layer.is_initialized or not layer.get_seq_length():
+            continue
+        rows = moving.to(layer.keys.device)
+        columns = torch.arange(layer.keys.shape[-2], device=rows.device)
+        source = (columns - shift.to(rows.device)[rows, None]).clamp(0, len(columns) - 1)[:, None, :, None]
+        layer.keys[rows] = layer.keys[rows].take_along_dim(source, dim=2)
+        layer.values[rows] = layer.values[rows].take_along_dim(source, dim=2)
