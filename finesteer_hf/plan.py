@@ -125,6 +125,11 @@ class Plan:
         return tuple(sorted({site for entry in self.entries for site in entry.processor.sites}))
 
     @property
+    def writes_before_a_read(self) -> bool:
+        """Whether a read site lies behind a write site, of whichever entry."""
+        return bool(self.steps) and bool(self.readers) and min(self.steps) < max(self.readers)
+
+    @property
     def writes_before_reading(self) -> bool:
         """Whether an entry must write before it has read: then the prompt is read in a pass of its own."""
         for entry in self.entries:

@@ -56,6 +56,11 @@ class Prompt:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     expand: int = 1
 
+    @property
+    def columns(self) -> int:
+        """Number of the prompts' columns that the call was given."""
+        return int(next(iter(self.inputs.values())).shape[1]) if self.inputs else self.length
+
 
 @dataclass
 class Stream:
@@ -182,6 +187,8 @@ class CallSession:
         prompt = self.prompt if self.prompt is not None and not self.streams else None
         if prompt is not None:
             window = Window.of(prompt.length, prompt.mask, prompt.lengths)
+            # A cache of states does not count its columns; then those are carried that the inputs lack.
+            past = past or prompt.length - prompt.columns
         else:
             mask = kwargs.get("attention_mask")
             end = past + self.tokens
@@ -198,6 +205,9 @@ class CallSession:
         if all(i in stream.decisions for i, entry in enumerate(self.plan.entries) if entry.processor.reads):
             return False
         if self.plan.writes_before_reading:
+            return True
+        if self.past and self.plan.writes_before_a_read:
+            # In the middle of a forward the cache can no longer be put back: states of linear attention do not crop.
             return True
         if stream.window.query_within(self.past, self.tokens):
             return False
@@ -231,9 +241,8 @@ class CallSession:
         for name in ("past_key_values", "cache_params"):
             cache = kwargs.get(name)
             if cache is not None:
-                kwargs[name] = None
-                if self.past:
-                    kwargs[name] = cache_until(cache, self.past)
+                # Nothing of this forward is in the cache yet, see `_must_read_first`.
+                kwargs[name] = copy.deepcopy(cache) if self.past else None
         kwargs["use_cache"] = False
         self.probing = sites
         try:
@@ -545,17 +554,3 @@ def cache_length(cache: Any) -> int:
         return int(length())
     except ValueError:
         return 0
-
-
-def cache_until(cache: Any, length: int) -> Any:
-    """A copy of a cache with its first `length` columns.
-
-    In the middle of a forward the layers that were passed already hold the new columns and the others do not, so each is
-    cut by its own surplus.
-    """
-    copied = copy.deepcopy(cache)
-    for layer in copied.layers:
-        surplus = int(layer.get_seq_length()) - length
-        if surplus > 0:
-            layer.crop(-surplus)
-    return copied
