@@ -31,6 +31,7 @@ class CompiledSteering:
         processors: of all loaded adapters, active or not, so that activating one changes a number only.
         scales: `[processors]` float32: scale times strength, 0 for an adapter that is not active.
         deltas: what each written site adds in a bound decode step, `[rows, 1, width]` in the stream's dtype.
+        on_logits: whether an active one acts on logits.
         bound: whether a decode step is running, rather than a plain forward that decides for itself.
         mask: the plain forward's 2-D attention mask, or None.
         lengths: its `prompt_lengths`, or None.
@@ -41,6 +42,7 @@ class CompiledSteering:
         self.processors: list[SteeringProcessor] = []
         self.names: list[str] = []
         self.scales = torch.zeros(0)
+        self.on_logits = False
         self.deltas: dict[Site, torch.Tensor] = {}
         self.bound = False
         self.mask: torch.Tensor | None = None
@@ -60,6 +62,7 @@ class CompiledSteering:
         """Take over what is loaded and what is active, for plain forwards."""
         self.names = list(processors)
         self.processors = list(processors.values())
+        self.on_logits = any(p.acts_on_logits and scales.get(name, 0.0) != 0 for name, p in processors.items())
         self.scales = torch.tensor([scales.get(name, 0.0) * p.strength for name, p in processors.items()])
 
     def run_bound(

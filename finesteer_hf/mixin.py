@@ -15,6 +15,7 @@ from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
 from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
 from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
+from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
@@ -398,10 +399,10 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
         if prompt_lengths is None:
-            return base_class.forward(self, *args, **kwargs)
+            return steer_forward(base_class.forward, self, args, kwargs)
         token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))
         try:
-            return base_class.forward(self, *args, **kwargs)
+            return steer_forward(base_class.forward, self, args, kwargs)
         finally:
             PROMPT_LENGTHS.reset(token)
 

@@ -8,7 +8,7 @@ logits. Hooks, positions, padding, caches, rows and scales are the run time's wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -174,6 +174,25 @@ class SteeringProcessor:
     def logits_processors(self, scale: torch.Tensor | float) -> list[Any]:
         """`LogitsProcessor`s for `generate`'s own list; `scale` is a number, or `[rows]` float32 for mixed batches."""
         return []
+
+    def contrast_processors(
+        self, scale: torch.Tensor | float, unsteered: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[Any]:
+        """As `logits_processors`, after them, for methods that compare with what the model says unsteered.
+
+        Args:
+            scale: as for `logits_processors`.
+            unsteered: gives the unsteered model's logits `[rows, vocabulary]` float32 after `input_ids` `[rows, tokens]`.
+        """
+        return []
+
+    @property
+    def acts_on_logits(self) -> bool:
+        """Whether the processor's class has logits processors."""
+        own, base = type(self), SteeringProcessor
+        return (
+            own.logits_processors is not base.logits_processors or own.contrast_processors is not base.contrast_processors
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -20,6 +20,7 @@ from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
 from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
 from finesteer_hf.hooks import DecoderHook, SiteHook
+from finesteer_hf.logits import leave_decoder
 from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.session import CallSession, Prompt, cache_length, forward_cache, forward_inputs
@@ -271,6 +272,8 @@ class SteeringRuntime:
 
     def end_plain_session(self, session: CallSession, output: Any) -> None:
         """Remember a plain forward's decisions with the cache that it filled."""
+        if output is not None:
+            leave_decoder(session)
         cache = getattr(output, "past_key_values", None)
         if cache is None:
             cache = getattr(output, "cache_params", None)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
@@ -243,6 +244,9 @@ class CallSession:
             if cache is not None:
                 # Nothing of this forward is in the cache yet, see `_must_read_first`.
                 kwargs[name] = copy.deepcopy(cache) if self.past else None
+        if not mask_fits(kwargs.get("attention_mask"), self.past + self.tokens):
+            real = stream.window.real(0, self.past + self.tokens, forward_inputs(args, kwargs).device)
+            kwargs["attention_mask"] = None if real is None else real.long()
         kwargs["use_cache"] = False
         self.probing = sites
         try:
@@ -454,7 +458,17 @@ class CallSession:
         for entry in self.plan.entries:
             scale = row_scales(entry.scale, int(inputs.shape[0]), self.prompt.expand, inputs.device)
             processors += entry.processor.logits_processors(scale)
+            processors += entry.processor.contrast_processors(scale, UnsteeredLogits(self))
         return processors
+
+    def row_scale(self, entry: PlanEntry, device: torch.device) -> torch.Tensor | float:
+        """The scale of an entry for the rows of the forward that went last: a number, or `[rows]` float32."""
+        assert self.stream is not None
+        return row_scales(entry.scale, self.stream.rows, self.prompt.expand if self.prompt else 1, device)
+
+    def unsteered(self) -> CallSession:
+        """A session for forwards of the same model in the midst of this call that nothing steers."""
+        return CallSession(self.runtime, Plan.of(()))
 
     # -- what a compiled decode step needs ----------------------------------------------------------------------------
 
@@ -543,6 +557,12 @@ def forward_cache(kwargs: dict[str, Any]) -> Any:
     """The cache that a decoder was called with, or None."""
     cache = kwargs.get("past_key_values")
     return cache if cache is not None else kwargs.get("cache_params")
+
+
+def mask_fits(mask: Any, columns: int) -> bool:
+    """Whether a mask is for so many columns; `generate` lays masks out for all that a static cache will ever hold."""
+    masks = mask.values() if isinstance(mask, Mapping) else [mask]
+    return all(not isinstance(m, torch.Tensor) or m.ndim < 4 or m.shape[-1] == columns for m in masks)
 
 
 def cache_length(cache: Any) -> int:

@@ -190,31 +190,8 @@ class DoseRunner:
         with self.model.steering_with(steering):
             logits = self.model(**inputs, use_cache=False).logits
         skipped = ids.shape[1] - logits.shape[1]
-        on_logits = [] if processor is None else processor.logits_processors(1.0)
         for row, (passage, start) in enumerate(zip(batch, starts, strict=True)):
-            own = logits[row, start - 1 - skipped : len(passage.ids) - skipped].float()
-            if on_logits:
-                own = apply_logits_processors(on_logits, ids[row], start, own)
-            yield passage, own
-
-
-def apply_logits_processors(
-    processors: Sequence[Any], ids: torch.Tensor, start: int, logits: torch.Tensor
-) -> torch.Tensor:
-    """What `generate` would make of logits at each step of a given text.
-
-    Args:
-        processors: transformers' `LogitsProcessor`s, in order.
-        ids: `[tokens]` the text.
-        start: number of its tokens before the first step.
-        logits: `[steps, vocabulary]`.
-    """
-    steps = []
-    for step, scores in enumerate(logits):
-        for processor in processors:
-            scores = processor(ids[None, : start + step], scores[None])[0]
-        steps.append(scores)
-    return torch.stack(steps)
+            yield passage, logits[row, start - 1 - skipped : len(passage.ids) - skipped].float()
 
 
 def clustered_se(values: np.ndarray, units: np.ndarray) -> float:
