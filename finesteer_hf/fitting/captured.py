@@ -11,7 +11,7 @@ from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool
+from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool, Text
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site, TextTower
 
@@ -71,6 +71,14 @@ class CapturedData:
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
         return self._states(site, "query", [self.general_prompts[i] for i in self.general_split.rows[part]])
+
+    def tokens(self, text: Text, part: Part) -> list[np.ndarray]:
+        """Token ids, int64, of the rows' prompts, of their answers alone, or of the general prompts."""
+        if text == "general":
+            passages = [self.general_prompts[i] for i in self.general_split.rows[part]]
+        else:
+            passages = [getattr(self.rows[i], text) for i in self.split.rows[part]]
+        return [np.array(passage.ids[passage.answer_start or 0 :], dtype=np.int64) for passage in passages]
 
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]

@@ -17,6 +17,7 @@ from finesteer_hf.sites import Site
 
 Pool = Literal["query", "answer_mean", "answer_last"]
 Part = Literal["fit", "calibration", "validation"]
+Text = Literal["prompt", "chosen", "rejected", "general"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class FitData(Protocol):
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
 
+    def tokens(self, text: Text, part: Part) -> list[np.ndarray]:
+        """Token ids, int64, of the rows' prompts, of their answers alone, or of the general prompts."""
+
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
     ) -> list[DosePoint]:
@@ -139,6 +143,8 @@ class SteeringMethod(SteeringProcessor):
     config_cls: ClassVar[type[SteeringConfig]]
     #: Features of `finesteer_hf.testing` that the method raises for, each with the reason.
     refuses: ClassVar[Mapping[str, str]] = {}
+    #: Features that the method defines otherwise than the suite does, each with the reason; they are not checked.
+    differs: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         if not isinstance(config.strength, (int, float)):

@@ -7,11 +7,15 @@ import pytest
 from finesteer_hf.methods.alphasteer import AlphaSteerConfig
 from finesteer_hf.methods.angular import AngularConfig
 from finesteer_hf.methods.cast import CASTConfig
+from finesteer_hf.methods.contrastive import ContrastiveConfig
+from finesteer_hf.methods.swai import SWAIConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
 CONFIGS = {
+    "swai": SWAIConfig(strength=1.0),
+    "contrastive": ContrastiveConfig(layer=1, vector_strength=4.0, strength=1.5),
     "cast": CASTConfig(layers=[0, 1], condition_layers=[0, 1], strength=4.0, positions="all"),
     "alphasteer": AlphaSteerConfig(layers=[1, 2], strength=4.0),
     "angular": AngularConfig(layers=[1], strength=1.0),

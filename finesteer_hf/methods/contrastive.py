@@ -1,0 +1,177 @@
+"""CONTRASTIVE: steering at the logits, by the contrast of the steered model with the unsteered one.
+
+    logits = base + alpha (steered - base)
+
+`steered` is what the model says with a constant vector added (the vector of CAA), `base` what it says without, from a
+second stream with its own cache, in the manner of transformers' classifier-free guidance. alpha = 1 is the vector alone;
+more extrapolates along what the vector changes in the logits, and leaves alone what it does not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from transformers import LogitsProcessor
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods.caa import CAA, CAAConfig
+from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
+from finesteer_hf.methods.strength import choose_strength
+from finesteer_hf.processors import Positions, TokenView
+from finesteer_hf.sites import Site
+
+
+POOLS = ("answer_mean", "answer_last")
+# 1 is the vector alone.
+STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(SteeringConfig):
+    """Settings of contrastive steering.
+
+    Attributes:
+        layer: decoder block whose output gets the vector; `auto` as for CAA.
+        pool: answer states that the vector is fitted to.
+        vector_strength: factor of the vector in the stream, chosen as CAA's strength is.
+        strength: alpha, of the contrast at the logits.
+    """
+
+    steering_type: ClassVar[str] = "CONTRASTIVE"
+
+    positions: Positions = field(default="generated", metadata={"help": "Tokens that get the vector."})
+    strength: float | str = field(default="auto", metadata={"help": "Alpha: a number, auto or kl:<nats>."})
+    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
+    pool: Literal["answer_mean", "answer_last"] = field(
+        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+    )
+    vector_strength: float | str = field(
+        default="auto", metadata={"help": "Factor of the vector: a number, auto, kl:<nats> or norm:<share>."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer, self.num_hidden_layers)
+        check_one_of("pool", self.pool, POOLS)
+        check_strength(self.strength, ("kl",))
+        check_strength(self.vector_strength)
+        if self.positions == "prompt":
+            raise ValueError("positions='prompt' cannot be honoured: the contrast steers what is generated.")
+
+    def vector_config(self) -> CAAConfig:
+        """The settings of the vector's own fit."""
+        return CAAConfig(
+            layer=self.layer, pool=self.pool, strength=self.vector_strength, positions=self.positions, vector="answers"
+        )
+
+
+class ContrastWithUnsteered(LogitsProcessor):
+    """base + alpha (scores - base), `base` the unsteered model's logits.
+
+    Args:
+        unsteered: gives base `[rows, vocabulary]` for `input_ids` `[rows, tokens]`.
+        scale: run-time scale, a number or `[rows]`; rows of 0 are unsteered already and stay as they are.
+        alpha: strength of the contrast.
+    """
+
+    def __init__(
+        self, unsteered: Callable[[torch.Tensor], torch.Tensor], scale: torch.Tensor | float, alpha: float
+    ) -> None:
+        self.unsteered, self.scale, self.alpha = unsteered, scale, alpha
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Contrast logits `scores` `[rows, vocabulary]`."""
+        base = self.unsteered(input_ids).to(scores.device)
+        scale = torch.as_tensor(self.scale, dtype=torch.float32, device=scores.device).reshape(-1, 1)
+        contrast = base + scale * self.alpha * (scores - base)
+        # What other processors forbade stays forbidden.
+        return torch.where((scale == 0) | scores.isinf(), scores, contrast.to(scores.dtype))
+
+
+class Contrastive(SteeringMethod):
+    """Add a constant vector in the stream, and contrast what comes of it with the unsteered model's logits.
+
+    `steering_scale` multiplies alpha, not the vector. The logits that are contrasted are those that transformers'
+    own processors leave, so penalties count once, and guidance is contrasted with the unguided, unsteered model.
+
+    Args:
+        config: a fitted `ContrastiveConfig`.
+        tensors: `vector`, `[hidden_size]` float32.
+    """
+
+    config_cls = ContrastiveConfig
+    refuses = {
+        "inputs_embeds": "the unsteered model needs the text as token ids",
+        "carried_cache": "a loop of plain forwards has no cache for the unsteered model",
+    }
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(ContrastiveConfig, config)
+        require_fitted(settings, "layer")
+        if "vector" not in tensors or not isinstance(settings.vector_strength, (int, float)):
+            raise AdapterFileError("A CONTRASTIVE adapter needs the tensor 'vector' and a number as vector_strength.")
+        self.maps = (Site("resid_post", int(settings.layer)),)
+        self.vector_strength = float(settings.vector_strength)
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Add the vector to the named tokens of rows that are steered at all, whatever their scale."""
+        steered = view.scale != 0
+        if view.mask is not None:
+            steered = steered & view.mask[..., None]
+        delta = (self.vector_strength * self.parameters_on(hidden.device)["vector"]).to(hidden.dtype)
+        return hidden + torch.where(steered, delta, -0.0)
+
+    def contrast_processors(
+        self, scale: torch.Tensor | float, unsteered: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[Any]:
+        """The contrast for a call's rows."""
+        return [ContrastWithUnsteered(unsteered, scale, self.strength)]
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One vector of the residual stream."""
+        return {"vector": (config.hidden_size,)}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """What CAA needs.
+
+        Raises:
+            ValueError: if the layer is out of range.
+        """
+        return CAA.needs(cast(ContrastiveConfig, config).vector_config(), info)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Fit the vector as CAA does, then choose alpha on `validation`.
+
+        Raises:
+            DatasetError: for too few rows.
+        """
+        settings = cast(ContrastiveConfig, config)
+        vector = CAA.fit(data, settings.vector_config())
+        own = cast(CAAConfig, vector.config)
+
+        def build(strength: float) -> Contrastive:
+            chosen = {"layer": own.layer, "vector_strength": own.strength, "strength": strength}
+            return cls(filled_in(settings, data.info, **chosen), vector.tensors)
+
+        strength, curve, why = choose_strength(
+            settings.strength, data, build, vector_norm=0.0, state_norm=0.0, strengths=STRENGTHS
+        )
+        report: dict[str, Any] = {
+            "vector": vector.report,
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(build(strength).config, vector.tensors, report)
+
+
+register_steering_method("CONTRASTIVE", config_cls=ContrastiveConfig, method_cls=Contrastive)
