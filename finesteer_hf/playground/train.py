@@ -107,7 +107,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the model, the tokenizer and figures.json.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, the weights and the order of texts.")] = 0,
     steps: Annotated[int, typer.Option(min=20, help="Optimiser steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     figures: Annotated[bool, typer.Option(help="Measure the trained model's behaviour and print it.")] = True,
