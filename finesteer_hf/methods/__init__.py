@@ -1,6 +1,30 @@
 """The built-in steering methods; importing this package registers them."""
 
-from finesteer_hf.methods import alphasteer, angular, caa, cast, constant, contrastive, fasb, finesteer, iti, swai
+from finesteer_hf.methods import (
+    alphasteer,
+    angular,
+    caa,
+    cast,
+    constant,
+    contrastive,
+    fasb,
+    finesteer,
+    iti,
+    swai,
+    truthflow,
+)
 
 
-__all__ = ["alphasteer", "angular", "caa", "cast", "constant", "contrastive", "fasb", "finesteer", "iti", "swai"]
+__all__ = [
+    "alphasteer",
+    "angular",
+    "caa",
+    "cast",
+    "constant",
+    "contrastive",
+    "fasb",
+    "finesteer",
+    "iti",
+    "swai",
+    "truthflow",
+]

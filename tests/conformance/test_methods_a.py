@@ -9,11 +9,15 @@ from finesteer_hf.methods.angular import AngularConfig
 from finesteer_hf.methods.cast import CASTConfig
 from finesteer_hf.methods.contrastive import ContrastiveConfig
 from finesteer_hf.methods.swai import SWAIConfig
+from finesteer_hf.methods.truthflow import TruthFlowConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
 CONFIGS = {
+    "truthflow": TruthFlowConfig(
+        layer=1, width=32, levels=3, rank=4, epochs=60, learning_rate=3e-3, batch_size=16, strength=4.0
+    ),
     "swai": SWAIConfig(strength=1.0),
     "contrastive": ContrastiveConfig(layer=1, vector_strength=4.0, strength=1.5),
     "cast": CASTConfig(layers=[0, 1], condition_layers=[0, 1], strength=4.0, positions="all"),
@@ -22,7 +26,8 @@ CONFIGS = {
     "adaptive": AngularConfig(mode="adaptive", layers=[0, 1], strength=1.0),
     "selective": AngularConfig(mode="selective", layers=[1], strength=1.0),
 }
-QUICK = {"left_padding", "chunked_prefill", "beams", "mixed_rows"}
+# Every method in the settings that a method can get wrong by itself; what is the run time's work is under `slow`.
+QUICK = {"left_padding", "beams", "mixed_rows"}
 
 
 @functools.cache
