@@ -1,0 +1,250 @@
+"""What ITI and FASB share: probed attention heads, their directions, and how far states spread along them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
+from finesteer_hf.estimators.probes import (
+    best_heads,
+    centre_directions,
+    fit_head_probes,
+    spread_along,
+    unit_rows,
+)
+from finesteer_hf.methods.base import CaptureRequest, FitData, ModelInfo, Part
+from finesteer_hf.methods.checks import check_count, check_layers, check_one_of, check_strength, filled_in
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import Trial
+from finesteer_hf.processors import Positions, SteeringProcessor
+from finesteer_hf.sites import Site
+
+
+DIRECTIONS = ("centre", "probe")
+MIN_ROWS = 4
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class HeadsConfig(SteeringConfig):
+    """Settings of methods that steer a few attention heads.
+
+    Attributes:
+        num_heads: number of heads that are steered, the best on held-out rows; all, if the model has fewer.
+        layers: blocks whose heads are probed; `auto` is all of them.
+        direction: `centre` (difference of the class means) or `probe` (the probe's weights).
+        heads: the chosen `[layer, head]` pairs, filled in by the fit.
+        attention_heads: number of heads of each block, filled in by the fit.
+    """
+
+    positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
+    strength: float | str = field(default="auto", metadata=_help("Alpha: a number, auto, kl:<nats> or norm:<share>."))
+    num_heads: int = field(default=48, metadata=_help("Number of steered heads."))
+    layers: list[int] | str = field(default="auto", metadata=_help("Probed blocks, or auto for all."))
+    direction: Literal["centre", "probe"] = field(default="centre", metadata=_help("centre or probe."))
+    heads: list[list[int]] = field(default_factory=list, metadata=_help("Chosen [layer, head] pairs."))
+    attention_heads: int | None = field(default=None, metadata=_help("Heads of each block."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("positions", self.positions, ("generated",))
+        check_one_of("direction", self.direction, DIRECTIONS)
+        check_strength(self.strength)
+        check_count("num_heads", self.num_heads, 1)
+        check_layers(self.layers, self.num_hidden_layers)
+        for pair in self.heads:
+            if len(pair) != 2:
+                raise ValueError(f"heads must be [layer, head] pairs, got {pair!r}.")
+            check_count("heads' layer", pair[0], 0)
+            check_count("heads' head", pair[1], 0)
+            if self.attention_heads is not None and pair[1] >= self.attention_heads:
+                raise ValueError(f"heads names head {pair[1]} of a model of {self.attention_heads} heads a block.")
+            if self.num_hidden_layers is not None and pair[0] >= self.num_hidden_layers:
+                raise ValueError(f"heads names block {pair[0]} of a model of {self.num_hidden_layers} layers.")
+        if len({tuple(pair) for pair in self.heads}) != len(self.heads):
+            raise ValueError("heads names a head twice.")
+
+    @property
+    def of_site(self) -> dict[Site, list[int]]:
+        """For each site the rows of the chosen heads' tensors, in the order of a forward."""
+        found: dict[Site, list[int]] = {}
+        for row, (layer, _) in sorted(enumerate(self.heads), key=lambda item: item[1]):
+            found.setdefault(Site("head_out", layer), []).append(row)
+        return found
+
+
+ConfigT = TypeVar("ConfigT", bound=HeadsConfig)
+
+
+def require_heads(config: HeadsConfig, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    """Raise `AdapterFileError` if the config names no heads, or a tensor is missing or not one row a head."""
+    missing = sorted(set(names) - set(tensors))
+    if not config.heads or config.attention_heads is None or missing:
+        raise AdapterFileError(
+            f"A {config.steering_type} adapter needs `heads`, `attention_heads` and the tensors {list(names)} (missing: "
+            f"{missing}); fit it with `fit_steering`."
+        )
+    for name in names:
+        if tensors[name].shape[0] != len(config.heads):
+            raise AdapterFileError(f"Tensor {name!r} has {tensors[name].shape[0]} rows for {len(config.heads)} heads.")
+
+
+def dense_shift(config: HeadsConfig, site: Site, shifts: torch.Tensor) -> torch.Tensor:
+    """The shifts of a block's chosen heads as one vector of all its heads.
+
+    Args:
+        config: names the heads.
+        site: the block's `head_out`.
+        shifts: `[chosen heads, size]`.
+
+    Returns:
+        `[attention_heads * size]`, zero at the other heads.
+    """
+    dense = shifts.new_zeros(int(config.attention_heads or 0), shifts.shape[1])
+    for row in config.of_site[site]:
+        dense[config.heads[row][1]] = shifts[row]
+    return dense.flatten()
+
+
+def head_sites(config: HeadsConfig, info: ModelInfo) -> CaptureRequest:
+    """The head outputs of the probed blocks, at the last token of each answer.
+
+    Raises:
+        ValueError: if a block is out of range.
+        UnsupportedModelError: if the model has no attention heads.
+    """
+    if not info.num_heads:
+        raise UnsupportedModelError(f"{config.steering_type} steers attention heads, and the model has none.")
+    layers = range(info.num_layers) if isinstance(config.layers, str) else config.layers
+    for layer in layers:
+        if layer >= info.num_layers:
+            raise ValueError(f"layers names block {layer}: the model has layers 0 to {info.num_layers - 1}.")
+    return CaptureRequest(tuple(Site("head_out", layer) for layer in layers), ("answer_last",))
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """Chosen heads with their probes and directions; rows as in `heads`.
+
+    Attributes:
+        heads: `[layer, head]` pairs.
+        tensors: `probes.weight` and `directions` `[k, size]`, `probes.bias` and `sigma` `[k]`, float32.
+        accuracy: held-out accuracies of the chosen heads.
+        all_accuracy: of all probed heads, by layer.
+        state_norm: median norm of the chosen heads' outputs, taken together.
+    """
+
+    heads: list[list[int]]
+    tensors: dict[str, torch.Tensor]
+    accuracy: list[float]
+    all_accuracy: dict[str, list[float]]
+    state_norm: float
+
+    def trial(self, build: Callable[[float], SteeringProcessor]) -> Trial:
+        """How a strength is chosen for a method that steers these heads."""
+        return Trial(build, vector_norm=float(self.tensors["sigma"].norm()), state_norm=self.state_norm)
+
+    def filled_in(self, config: ConfigT, info: ModelInfo, strength: float | str) -> ConfigT:
+        """The config with what the fit has chosen."""
+        return filled_in(config, info, strength=strength, heads=self.heads, attention_heads=info.num_heads)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Held-out figures."""
+        return {"heads": self.heads, "accuracy": self.accuracy, "all_accuracy": self.all_accuracy}
+
+
+def fit_heads(data: FitData, config: HeadsConfig) -> HeadFit:
+    """Probe all heads on the `fit` part and keep those that tell the `calibration` part best.
+
+    Means and spreads are taken over both parts.
+
+    Raises:
+        DatasetError: for too few rows.
+        UnsupportedModelError: if blocks have heads of different sizes.
+    """
+    sites = head_sites(config, data.info).sites
+    rows = len(data.prompts("fit"))
+    if rows < MIN_ROWS:
+        raise DatasetError(f"{config.steering_type} needs at least {MIN_ROWS} rows to fit on, got {rows}.")
+    found: list[_Head] = []
+    for site in sites:
+        data.note(f"probing the heads of block {site.layer}")
+        found += _probed(data, config, site)
+    if len({head.weight.shape for head in found}) > 1:
+        raise UnsupportedModelError("The blocks have heads of different sizes; name blocks of one kind in `layers`.")
+    accuracy, log_loss = np.array([h.accuracy for h in found]), np.array([h.log_loss for h in found])
+    chosen = [found[index] for index in best_heads(accuracy, log_loss, config.num_heads)]
+    tensors = {
+        "probes.weight": np.stack([head.weight for head in chosen]),
+        "probes.bias": np.array([head.bias for head in chosen]),
+        "directions": np.stack([head.direction for head in chosen]),
+        "sigma": np.array([head.sigma for head in chosen]),
+    }
+    outputs = [_by_head(data.chosen(h.site, "fit", "answer_last"), data.info)[:, h.number] for h in chosen]
+    return HeadFit(
+        heads=[[head.site.layer, head.number] for head in chosen],
+        tensors={name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()},
+        accuracy=[head.accuracy for head in chosen],
+        all_accuracy={str(s.layer): [round(h.accuracy, 4) for h in found if h.site == s] for s in sites},
+        state_norm=median_norm(np.concatenate(outputs, axis=1)),
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    site: Site
+    number: int
+    accuracy: float
+    log_loss: float
+    weight: np.ndarray
+    bias: float
+    direction: np.ndarray
+    sigma: float
+
+
+def _probed(data: FitData, config: HeadsConfig, site: Site) -> list[_Head]:
+    states, labels = _labelled(data, site, "fit")
+    held_out, held_out_labels = _labelled(data, site, "calibration")
+    if not len(held_out):
+        held_out, held_out_labels = states, labels
+    probes = fit_head_probes(states, labels, held_out, held_out_labels)
+    both, both_labels = np.concatenate([states, held_out]), np.concatenate([labels, held_out_labels])
+    if config.direction == "centre":
+        directions = centre_directions(both, both_labels)
+    else:
+        directions = unit_rows(probes.weight)
+    spread = spread_along(both, directions)
+    return [
+        _Head(
+            site,
+            number,
+            float(probes.accuracy[number]),
+            float(probes.log_loss[number]),
+            probes.weight[number],
+            float(probes.bias[number]),
+            directions[number],
+            float(spread[number]),
+        )
+        for number in range(data.info.num_heads)
+    ]
+
+
+def _labelled(data: FitData, site: Site, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Answers' last states by head, `[2 rows, heads, size]`, and 1 for chosen, 0 for rejected."""
+    chosen, rejected = data.chosen(site, part, "answer_last"), data.rejected(site, part, "answer_last")
+    labels = np.repeat([1, 0], [len(chosen), len(rejected)])
+    return _by_head(np.concatenate([chosen, rejected]), data.info), labels
+
+
+def _by_head(states: np.ndarray, info: ModelInfo) -> np.ndarray:
+    return states.reshape(len(states), info.num_heads, -1) if states.size else states.reshape(0, info.num_heads, 1)

@@ -1,0 +1,84 @@
+"""ITI, inference-time intervention: constant shifts of the heads that tell truth best (Li et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods.heads import HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.processors import Decision, QueryStates
+
+
+@dataclass(kw_only=True)
+class ITIConfig(HeadsConfig):
+    """Settings of ITI (arXiv 2306.03341); fields as in `HeadsConfig`.
+
+    The paper shifts the last position of every forward: the prompt's last token, then each generated one. With a cache
+    these are the positions `generated`, and a forward over prompt and answer steers them as well.
+    """
+
+    steering_type: ClassVar[str] = "ITI"
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> ITIConfig:
+        """What the paper uses for 7B models: 48 heads, alpha 15, differences of the class means."""
+        return cls(**{"num_heads": 48, "strength": 15.0, "direction": "centre", **overrides})
+
+
+class ITI(SteeringMethod):
+    """`x^{l,h} <- x^{l,h} + strength * sigma^{l,h} * theta^{l,h}` at the outputs of the chosen heads.
+
+    Args:
+        config: a fitted `ITIConfig`.
+        tensors: `directions` `[k, head size]` of length 1, and `sigma` `[k]`, float32.
+    """
+
+    config_cls = ITIConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(ITIConfig, config)
+        require_heads(settings, tensors, ("directions", "sigma"))
+        self.writes = tuple(settings.of_site)
+        shifts = tensors["sigma"][:, None] * tensors["directions"]
+        self.tensors = {str(site): dense_shift(settings, site, shifts) for site in self.writes}
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """The shifts, `[1, heads * head size]` at each block."""
+        own = self.parameters_on(queries.device)
+        return Decision(vectors={site: own[str(site)][None] for site in self.writes})
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One row a head."""
+        count = len(cast(ITIConfig, config).heads)
+        return {"directions": (count, None), "sigma": (count,)}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The head outputs of the probed blocks; see `head_sites`."""
+        return head_sites(cast(ITIConfig, config), info)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Choose the heads on the `calibration` part and alpha on `validation`.
+
+        Raises:
+            DatasetError: for too few rows.
+        """
+        settings = cast(ITIConfig, config)
+        found = fit_heads(data, settings)
+        tensors = {name: found.tensors[name] for name in ("directions", "sigma")}
+        trial = found.trial(lambda strength: cls(found.filled_in(settings, data.info, strength), tensors))
+        strength, curve, why = trial.choose_strength(settings.strength, data)
+        report = {**found.report, "strength": why, "dose_response": [dataclasses.asdict(point) for point in curve]}
+        return FitResult(found.filled_in(settings, data.info, strength), tensors, report)
+
+
+register_steering_method("ITI", config_cls=ITIConfig, method_cls=ITI)
