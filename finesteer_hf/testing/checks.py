@@ -194,10 +194,25 @@ def check_unload(bench: Bench) -> None:
 
 
 def check_output_steering(bench: Bench) -> None:
-    settings = {"return_dict_in_generate": True, "output_steering": True, "max_new_tokens": 2, "do_sample": False}
+    _check_records(bench, do_sample=True)
+
+
+def check_output_steering_of_beams(bench: Bench) -> None:
+    _check_records(bench, do_sample=False, num_beams=3)
+
+
+def _check_records(bench: Bench, **settings: Any) -> None:
+    """There is one entry for each returned sequence."""
     inputs = bench.batch(_everything(bench))
     rows = len(bench.prompts)
-    out = bench.model.generate(**inputs, num_beams=3, num_return_sequences=2, **settings)
+    out = bench.model.generate(
+        **inputs,
+        num_return_sequences=2,
+        max_new_tokens=2,
+        return_dict_in_generate=True,
+        output_steering=True,
+        **settings,
+    )
     assert list(out.steering) in (["a"], []), f"out.steering names {list(out.steering)}"
     for name, value in out.steering.get("a", {}).items():
         assert len(value) == rows * 2, f"{name!r} has {len(value)} entries for {rows * 2} sequences"

@@ -29,7 +29,7 @@ FEATURES: dict[str, Callable[[Bench], None]] = {
 
 @dataclass(frozen=True)
 class FeatureResult:
-    """What a feature's check found: `passed`, or `refused` with the method's reason."""
+    """What a feature's check found: `passed`, `refused` with the error, or `differs` with the method's reason."""
 
     feature: str
     outcome: str
@@ -72,8 +72,11 @@ def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> 
     """
     if feature not in FEATURES:
         raise ValueError(f"Unknown feature {feature!r}. The suite has: {sorted(FEATURES)}.")
+    method_cls = get_steering_method(adapter.config.steering_type).method_cls
+    if feature in method_cls.differs:
+        return FeatureResult(feature, "differs", method_cls.differs[feature])
     bench = make_bench(adapter, model)
-    refuses: Mapping[str, str] = get_steering_method(adapter.config.steering_type).method_cls.refuses
+    refuses: Mapping[str, str] = method_cls.refuses
     if feature not in refuses:
         FEATURES[feature](bench)
         return FeatureResult(feature, "passed")

@@ -1,0 +1,59 @@
+"""The settings of FASB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from finesteer_hf.methods.checks import check_count, check_number, check_one_of
+from finesteer_hf.methods.heads import HeadsConfig
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class FASBConfig(HeadsConfig):
+    """Settings of FASB (arXiv 2508.17621); fields of `HeadsConfig` beside these.
+
+    Attributes:
+        threshold: beta: mean deviation 1 - p(wanted) of the heads above which a row goes back.
+        backtrack: s: tokens that are taken back; a text of at most so many restarts from its prompt.
+        adaptive: whether the strength is alpha times the deviation that was found, or alpha itself.
+        recheck: whether a steered row is judged again every `backtrack` tokens, and then either steered on with its new
+            deviation, or let go and tracked as before; without, a row goes back once and stays steered.
+        compat: `official` shifts the newest position only, of a text that is read anew at each step
+            (`use_cache=False`), and scores texts with the published code's indices; by default a shifted position stays
+            shifted, as it does in a cache.
+    """
+
+    steering_type: ClassVar[str] = "FASB"
+    understands: ClassVar[frozenset[str]] = frozenset({"recheck", "compat:official"})
+
+    num_heads: int = field(default=24, metadata=_help("Number of tracked and steered heads."))
+    threshold: float = field(default=0.4, metadata=_help("Deviation above which tokens are taken back."))
+    backtrack: int = field(default=10, metadata=_help("Number of tokens that are taken back."))
+    adaptive: bool = field(default=True, metadata=_help("Whether the deviation scales the strength."))
+    recheck: bool = field(default=False, metadata=_help("Whether steered rows are judged again."))
+    compat: str | None = field(default=None, metadata=_help("official: the published code's positions."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("threshold", self.threshold, above=0.0, below=1.0)
+        check_count("backtrack", self.backtrack, 1)
+        check_one_of("compat", self.compat, (None, "official"))
+        if self.compat == "official" and self.recheck:
+            raise ValueError("compat='official' goes back once, so recheck=True is not part of it.")
+        needed = ["recheck"] * self.recheck + ["compat:official"] * (self.compat == "official")
+        self.requires = sorted({*self.requires, *needed})
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> FASBConfig:
+        """What the published script uses for Llama-2-7B-chat: 24 heads, alpha 60, beta 0.4, 10 tokens, class means.
+
+        Args:
+            **overrides: fields to change, for instance `direction="probe"`.
+        """
+        settings = {"num_heads": 24, "strength": 60.0, "threshold": 0.4, "backtrack": 10, "direction": "centre"}
+        return cls(**{**settings, **overrides})

@@ -1,0 +1,264 @@
+"""FASB against the paper's loop written plainly: one text, no cache, everything computed anew at each step."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.methods.fasb import FASB, FASBConfig
+from finesteer_hf.testing import FEATURES, check_feature
+from finesteer_hf.testing.bench import Bench
+from finesteer_hf.testing.conformance import check_files, fit_on_toy
+from finesteer_hf.testing.toy import toy_model
+
+
+torch.set_num_threads(1)
+NEW = 14
+LENGTHS = (7, 4, 9, 6, 5)
+
+
+@functools.cache
+def fitted(**settings):
+    return fit_on_toy(FASBConfig(**{"num_heads": 4, "backtrack": 3, "threshold": 0.5, "strength": 8.0, **settings}))[2]
+
+
+def adapter(**changes):
+    """The fitted adapter with settings that need no other fit."""
+    base = fitted()
+    return SteeringAdapter(type(base.config)(**{**base.config.__dict__, **changes}), base.tensors)
+
+
+@contextlib.contextmanager
+def heads_seen(model, tensors, config, added):
+    """Collect the deviations of all positions, and add `added [positions]` times sigma times theta to the heads."""
+    deviations = []
+
+    def hook(layer, module, args):
+        states = args[0].clone()
+        by_head = states.view(*states.shape[:2], 4, -1)
+        for row, (at, head) in enumerate(config.heads):
+            if at == layer:
+                logit = by_head[:, :, head] @ tensors["probes.weight"][row] + tensors["probes.bias"][row]
+                deviations.append(1 - torch.sigmoid(logit))
+        for row, (at, head) in enumerate(config.heads):
+            if at == layer:
+                shift = tensors["sigma"][row] * tensors["directions"][row]
+                by_head[0, :, head] += torch.tensor(added)[:, None] * shift
+        return (states,)
+
+    handles = [
+        block.self_attn.o_proj.register_forward_pre_hook(functools.partial(hook, layer))
+        for layer, block in enumerate(model.model.layers)
+    ]
+    try:
+        yield deviations
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reference(model, found, prompt, sample=False, eos=None):
+    """Generate as the paper says. Returns the new tokens, and where and by which score the text went back first."""
+    config, tensors = found.config, found.tensors
+    text, added, strength, steered, where = list(prompt), [0.0] * len(prompt), 0.0, False, (-1, None)
+    floor = due = 0
+    while True:
+        now = [a if config.compat is None or i == len(text) - 1 else 0.0 for i, a in enumerate(added)]
+        with torch.no_grad(), heads_seen(model, tensors, config, now) as deviations:
+            logits = model(torch.tensor([text]), use_cache=False).logits[0, -1]
+        deviation = float(torch.stack([d[0, -1] for d in deviations]).mean())
+        choice = torch.multinomial(logits.softmax(-1)[None], 1) if sample else logits.argmax()
+        text.append(int(choice))
+        added.append(strength)
+        count = len(text) - len(prompt)
+        ended = count == NEW or text[-1] == eos
+        dose = config.strength * (deviation if config.adaptive else 1.0)
+        deviates = deviation > config.threshold
+        if not steered and deviates and (count - floor >= config.backtrack or ended):
+            kept = count - config.backtrack if count - floor > config.backtrack else floor
+            del text[len(prompt) + kept :], added[len(prompt) + kept :]
+            added[-1] = strength = dose
+            steered, due = True, kept + config.backtrack
+            where = (kept, deviation) if where[0] < 0 else where
+            continue
+        if ended:
+            return text[len(prompt) :], where
+        if config.recheck and steered and count >= due:
+            added[-1] = strength = dose if deviates else 0.0
+            steered, floor, due = deviates, floor if deviates else count, due + config.backtrack
+
+
+def bench_of(found):
+    model = toy_model()
+    SteeredModelForCausalLM.from_model(model, steering={"a": found})
+    generator = torch.Generator().manual_seed(11)
+    return Bench(model, [torch.randint(6, 54, (n,), generator=generator) for n in LENGTHS], 1.0, [], [])
+
+
+def generate(bench, rows, **kwargs):
+    return bench.generate(rows, max_new_tokens=NEW, **kwargs)
+
+
+ROWS = list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backtrack": 6},
+        {"adaptive": False, "strength": 4.0},
+        {"recheck": True},
+        {"recheck": True, "backtrack": 2, "threshold": 0.45},
+        {"threshold": 0.6},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_the_plain_loop(changes):
+    found = adapter(**changes)
+    bench, plain = bench_of(found), toy_model()
+    expected = [reference(plain, found, prompt.tolist()) for prompt in bench.prompts]
+    unsteered = [bench.alone(row, steering=None, max_new_tokens=NEW) for row in ROWS]
+    texts = [text for text, _ in expected]
+    assert texts != unsteered, "nothing goes back, so nothing is tested"
+    assert [generate(bench, [row])[0] for row in ROWS] == texts
+    assert generate(bench, ROWS) == texts
+    assert generate(bench, ROWS, use_cache=False) == texts
+    out = bench.model.generate(
+        **bench.batch(ROWS), max_new_tokens=NEW, do_sample=False, output_steering=True, return_dict_in_generate=True
+    )
+    record = out.steering["a"]
+    assert record["backtracked_at"].tolist() == [kept for _, (kept, _) in expected]
+    for row, (_, (kept, score)) in enumerate(expected):
+        if kept < 0:
+            assert record["trigger_score"][row].isnan()
+        else:
+            assert float(record["trigger_score"][row]) == pytest.approx(score, abs=1e-5)
+
+
+def test_a_text_that_ends_early_is_judged_when_it_ends():
+    found = adapter(backtrack=6)
+    bench, plain = bench_of(found), toy_model()
+    eos = bench.alone(0, steering=None)[1]
+    expected = [reference(plain, found, prompt.tolist(), eos=eos)[0] for prompt in bench.prompts]
+    longest = max(map(len, expected))
+    got = generate(bench, ROWS, eos_token_id=eos, pad_token_id=0)
+    assert got == [text + [0] * (longest - len(text)) for text in expected]
+
+
+def test_a_sample_is_the_plain_loops_for_the_same_seed():
+    found = adapter()
+    bench, plain = bench_of(found), toy_model()
+    for row in ROWS:
+        torch.manual_seed(row)
+        expected, _ = reference(plain, found, bench.prompts[row].tolist(), sample=True)
+        torch.manual_seed(row)
+        assert generate(bench, [row], do_sample=True, top_k=0)[0] == expected
+
+
+def test_the_official_form_shifts_the_newest_position_only_and_needs_no_cache():
+    found = adapter(compat="official")
+    bench, plain = bench_of(found), toy_model()
+    expected = [reference(plain, found, prompt.tolist())[0] for prompt in bench.prompts]
+    assert generate(bench, ROWS, use_cache=False) == expected
+    assert expected != [reference(plain, adapter(), prompt.tolist())[0] for prompt in bench.prompts]
+    with pytest.raises(ValueError, match="use_cache=False"):
+        generate(bench, [0])
+
+
+@pytest.mark.parametrize("compat", [None, "official"])
+def test_a_text_is_scored_as_it_would_have_been_generated(compat):
+    found = adapter(compat=compat)
+    config, back = found.config, found.config.backtrack
+    bench, plain = bench_of(found), toy_model()
+    generator = torch.Generator().manual_seed(2)
+    answers = [torch.randint(6, 54, (n,), generator=generator).tolist() for n in (1, 2, 5, 8, 12)]
+    expected = []
+    for prompt, answer in zip(bench.prompts, answers, strict=True):
+        text, first = [*prompt.tolist(), *answer], len(prompt) - 1
+        added = [0.0] * len(text)
+        with torch.no_grad(), heads_seen(plain, found.tensors, config, added) as seen:
+            plain(torch.tensor([text]))
+        deviation = torch.stack([d[0] for d in seen]).mean(0)
+        for count in range(1, len(answer) + 1):
+            # The state that chose token `count`; the published code judges that token's own.
+            at = first + count - (compat is None)
+            judged = count >= back + (compat is not None) or count == len(answer)
+            if judged and deviation[at] > config.threshold:
+                start = first + (max(count - back, 0) if compat is None else max(count - back, 1))
+                added[start:] = [config.strength * float(deviation[at])] * (len(text) - start)
+                break
+        with torch.no_grad(), heads_seen(plain, found.tensors, config, added):
+            expected.append(plain(torch.tensor([text])).logits[0])
+    width = max(len(logits) for logits in expected)
+    texts = [[*prompt.tolist(), *answer] for prompt, answer in zip(bench.prompts, answers, strict=True)]
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    with torch.no_grad():
+        got = bench.model(input_ids=ids, attention_mask=mask, prompt_lengths=torch.tensor(LENGTHS)).logits
+        with bench.model.disable_steering():
+            base = bench.model(input_ids=ids, attention_mask=mask).logits
+    assert not torch.allclose(got * mask[..., None], base * mask[..., None])
+    for row, logits in enumerate(expected):
+        torch.testing.assert_close(got[row, : len(logits)], logits, atol=2e-4, rtol=2e-4)
+
+
+def test_it_stacks_with_a_method_that_reads_the_query():
+    from finesteer_hf import CAAConfig
+
+    found, other = adapter(), fit_on_toy(CAAConfig(layer=1, strength=2.0))[2]
+    bench = bench_of(found)
+    bench.model.load_steering(other, "b")
+    alone = [generate(bench, [row], steering=["a", "b"][0:2] and {"a": 1.0, "b": 1.0})[0] for row in ROWS]
+    assert generate(bench, ROWS, steering={"a": 1.0, "b": 1.0}) == alone
+    assert generate(bench, ROWS, steering={"b": 1.0, "a": 1.0}) == alone
+    assert alone != generate(bench, ROWS) and alone != generate(bench, ROWS, steering="b")
+
+
+def test_the_fit_keeps_the_heads_that_tell_held_out_answers_best():
+    found = fitted()
+    report = found.config.fit["report"]
+    kept = sorted(report["accuracy"], reverse=True)
+    every = sorted((value for layer in report["all_accuracy"].values() for value in layer), reverse=True)
+    assert report["accuracy"] == kept
+    assert kept == pytest.approx(every[: len(kept)], abs=1e-4)
+    torch.testing.assert_close(found.tensors["directions"].norm(dim=1), torch.ones(4))
+    probe = fitted(direction="probe")
+    weight = probe.tensors["probes.weight"]
+    torch.testing.assert_close(probe.tensors["directions"], weight / weight.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.slow
+def test_alpha_is_chosen_on_held_out_answers():
+    found = fitted(strength="auto")
+    assert found.config.strength > 0
+    assert len(found.config.fit["report"]["dose_response"]) > 3
+
+
+def test_settings_and_tensors_are_checked():
+    for wrong in ({"threshold": 1.5}, {"backtrack": 0}, {"positions": "all"}, {"compat": "paper"}, {"num_heads": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FASBConfig(**wrong)
+    with pytest.raises(ValueError, match="goes back once"):
+        FASBConfig(compat="official", recheck=True)
+    assert FASBConfig.paper().threshold == 0.4 and FASBConfig(recheck=True).requires == ["recheck"]
+    with pytest.raises(AdapterFileError, match="needs `heads`"):
+        FASB(FASBConfig(strength=1.0), {})
+
+
+def test_files():
+    check_files(fitted())
+
+
+QUICK = {"left_padding", "streaming", "num_return_sequences", "mixed_rows", "threads", "half_precision"}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [pytest.param(f, marks=[] if f in QUICK or f in FASB.refuses else pytest.mark.slow) for f in sorted(FEATURES)],
+)
+def test_feature(feature):
+    check_feature(feature, fitted())
