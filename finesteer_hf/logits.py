@@ -130,6 +130,8 @@ def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...]
                 "uncompiled forward."
             )
         return forward(model, *args, **kwargs)
+    # A forward that failed in the head, or a decoder that was called by itself, leaves its session behind.
+    _LEFT_DECODER.set(None)
     output = forward(model, *args, **kwargs)
     session = _LEFT_DECODER.get()
     if session is None:

@@ -93,6 +93,18 @@ def test_plain_forwards_steer_what_is_generated_and_nothing_else(adapter):
             assert torch.equal(model(ids).logits, unsteered)
 
 
+def test_a_forward_that_fails_steers_no_later_one(adapter):
+    model = SteeredModelForCausalLM.from_model(toy_model(), steering=adapter)
+    ids = torch.randint(6, 54, (1, 7), generator=torch.Generator().manual_seed(1))
+    head, model.lm_head = model.lm_head, torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            model(ids)
+        model.lm_head = head
+        with model.disable_steering():
+            assert torch.equal(model(ids).logits, toy_model()(ids).logits)
+
+
 def test_an_automatic_strength_raises_the_margin():
     _, _, adapter = fit_on_toy(SWAIConfig(top_k=54, strength="kl:0.5"))
     curve = adapter.config.fit["report"]["dose_response"]

@@ -131,7 +131,7 @@ class TruthFlow(SteeringMethod):
         weights = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
 
         def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return torch.func.functional_call(self._network, weights, (x, time))  # type: ignore[no-any-return]
+            return torch.func.functional_call(self._network, weights, (x, time))
 
         end = integrate(velocity, queries[self.site] / tensors["scale"], settings.steps) * tensors["scale"]
         return Decision(vectors={self.site: (end @ tensors["basis"].T) @ tensors["basis"]})

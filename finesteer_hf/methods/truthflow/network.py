@@ -54,7 +54,7 @@ class FlowNetwork(nn.Module):
         passed.pop()
         for level in self.up:
             x = level(torch.cat([x, passed.pop()], dim=-1), embedding)
-        return self.out(x)  # type: ignore[no-any-return]
+        return self.out(x)
 
 
 def time_embedding(time: torch.Tensor) -> torch.Tensor:
