@@ -71,6 +71,7 @@ class Stream:
         window: which of its columns are prompt, query, pad.
         cache: the cache object, held so that its identity stays its own.
         seen: columns that went through the model so far.
+        makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
         decisions: what each entry decided, by its index in the plan.
         adds: for each site and step, what is added: by positions, cast to the stream's dtype.
         decode: for sites with nothing but one add, what a decode step adds.
@@ -81,6 +82,7 @@ class Stream:
     cache: Any
     seen: int
     rows: int
+    makes_cache: bool = False
     decisions: dict[int, Decision] = field(default_factory=dict)
     states: dict[Site, torch.Tensor] = field(default_factory=dict)
     adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
@@ -181,6 +183,11 @@ class CallSession:
             same_sequence = cache is not None or self.tokens >= stream.window.prompt_end
             if stream.cache is cache and stream.rows == rows and same_sequence:
                 return stream
+        for stream in self.streams:
+            unmet = cache is not None and stream.cache is None and stream.makes_cache
+            if unmet and stream.rows == rows and cache_length(cache) in (0, stream.seen):
+                stream.cache = cache
+                return stream
         return None
 
     def _new_stream(self, cache: Any, rows: int, kwargs: dict[str, Any]) -> Stream:
@@ -195,7 +202,8 @@ class CallSession:
             end = past + self.tokens
             usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == (rows, end)
             window = Window.of(end, mask.bool() if usable else None, None)  # type: ignore[union-attr]
-        stream = Stream(window, cache, past, rows)
+        makes_cache = cache is None and bool(kwargs.get("use_cache"))
+        stream = Stream(window, cache, past, rows, makes_cache)
         if self.streams:
             # Guidance runs a second sequence beside the first; the query, and so the decision, is the first one's.
             stream.decisions = self.streams[0].decisions
@@ -247,7 +255,8 @@ class CallSession:
         if not mask_fits(kwargs.get("attention_mask"), self.past + self.tokens):
             real = stream.window.real(0, self.past + self.tokens, forward_inputs(args, kwargs).device)
             kwargs["attention_mask"] = None if real is None else real.long()
-        kwargs["use_cache"] = False
+        # Mamba-like models look at a cache of states only if they are told to use one; this one is a copy.
+        kwargs["use_cache"] = bool(self.past) and kwargs.get("cache_params") is not None
         self.probing = sites
         try:
             with torch.no_grad():
@@ -259,7 +268,9 @@ class CallSession:
 
     def _review(self, stream: Stream) -> None:
         """Show processors that would have gone back while it was generated the whole text, unsteered."""
-        entries = [(index, entry.processor) for index, entry in enumerate(self.plan.entries) if entry.processor.lookback]
+        entries = [
+            (index, entry.processor) for index, entry in enumerate(self.plan.entries) if entry.processor.lookback
+        ]
         sites = {site for _, processor in entries for site in processor.maps}
         if not sites:
             return
