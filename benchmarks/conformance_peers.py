@@ -1,7 +1,8 @@
 """The same checks on this package and on other steering libraries: one vector, one block, one tiny random Llama.
 
-Each cell compares a library with a plain forward hook that adds the same vector in the same setting. `yes`: token-identical
-(or, for forwards, equal logits); `no`: runs and differs; `error`: raises; `-`: not offered by the interface that is wrapped.
+Each cell compares a library with a plain forward hook that adds the same vector in the same setting. `yes`:
+token-identical (or, for forwards, equal logits); `no`: runs and differs; `error`: raises; `-`: not offered by the
+interface that is wrapped.
 Libraries and how to install them: benchmarks/peers.py.
 
     PYTHONPATH=<checkout of repeng> python benchmarks/conformance_peers.py --out benchmarks/results/conformance_peers.md
