@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
+from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.fasb import FASB, FASBConfig
 from finesteer_hf.testing import FEATURES, check_feature
@@ -16,8 +16,8 @@ from finesteer_hf.testing.toy import toy_model
 
 
 torch.set_num_threads(1)
-NEW = 14
-LENGTHS = (7, 4, 9, 6, 5)
+NEW = 11
+LENGTHS = (7, 4, 9, 5)
 
 
 @functools.cache
@@ -110,8 +110,8 @@ ROWS = list(range(len(LENGTHS)))
     [
         {},
         {"backtrack": 6},
-        {"adaptive": False, "strength": 4.0},
-        {"recheck": True},
+        pytest.param({"adaptive": False, "strength": 4.0}, marks=pytest.mark.slow),
+        pytest.param({"recheck": True}, marks=pytest.mark.slow),
         {"recheck": True, "backtrack": 2, "threshold": 0.45},
         {"threshold": 0.6},
     ],
@@ -175,7 +175,7 @@ def test_a_text_is_scored_as_it_would_have_been_generated(compat):
     config, back = found.config, found.config.backtrack
     bench, plain = bench_of(found), toy_model()
     generator = torch.Generator().manual_seed(2)
-    answers = [torch.randint(6, 54, (n,), generator=generator).tolist() for n in (1, 2, 5, 8, 12)]
+    answers = [torch.randint(6, 54, (n,), generator=generator).tolist() for n in (1, 2, 5, 10)]
     expected = []
     for prompt, answer in zip(bench.prompts, answers, strict=True):
         text, first = [*prompt.tolist(), *answer], len(prompt) - 1
@@ -207,15 +207,18 @@ def test_a_text_is_scored_as_it_would_have_been_generated(compat):
 
 
 def test_it_stacks_with_a_method_that_reads_the_query():
-    from finesteer_hf import CAAConfig
-
-    found, other = adapter(), fit_on_toy(CAAConfig(layer=1, strength=2.0))[2]
+    found, other = (
+        adapter(),
+        fit_on_toy(
+            FineSteerConfig(layer=1, gate_score="state", experts="reduced_rank", residual_rank=2, strength=4.0)
+        )[2],
+    )
     bench = bench_of(found)
     bench.model.load_steering(other, "b")
-    alone = [generate(bench, [row], steering=["a", "b"][0:2] and {"a": 1.0, "b": 1.0})[0] for row in ROWS]
+    alone = [generate(bench, [row], steering={"a": 1.0, "b": 1.0})[0] for row in ROWS]
     assert generate(bench, ROWS, steering={"a": 1.0, "b": 1.0}) == alone
     assert generate(bench, ROWS, steering={"b": 1.0, "a": 1.0}) == alone
-    assert alone != generate(bench, ROWS) and alone != generate(bench, ROWS, steering="b")
+    assert alone not in (generate(bench, ROWS), generate(bench, ROWS, steering="b"))
 
 
 def test_the_fit_keeps_the_heads_that_tell_held_out_answers_best():

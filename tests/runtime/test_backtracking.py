@@ -204,7 +204,7 @@ def test_a_carried_cache_is_cut_as_well(bench):
         assert cache.get_seq_length() == both.shape[1] + NEW - 1
 
 
-@pytest.mark.parametrize("window", [8, 64])
+@pytest.mark.parametrize("window", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_cache_with_a_window_is_read_again_once_it_has_forgotten(window):
     config = MistralConfig(
         vocab_size=54,
