@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finesteer_hf.fitting.dose import DoseRunner
+from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
@@ -32,7 +33,7 @@ class CapturedData:
         row_prompts: for each row the label of its prompt.
         row_units: for each row the label of what it was split by.
         dose: runs the model steered.
-        say: shows a line of progress.
+        bars: shows progress.
     """
 
     info: ModelInfo
@@ -46,7 +47,7 @@ class CapturedData:
     row_prompts: np.ndarray
     row_units: np.ndarray
     dose: DoseRunner
-    say: Callable[[str], None]
+    bars: FitProgress
 
     def query(self, site: Site, part: Part) -> np.ndarray:
         """States of the prompts' last tokens, `[rows, width]` float32."""
@@ -84,11 +85,12 @@ class CapturedData:
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
     ) -> list[DosePoint]:
         """Run the model steered at each strength on the validation part."""
-        return self.dose.run(build, strengths)
+        with self.bars.task("running steered", self.dose.texts(build, strengths)) as advance:
+            return self.dose.run(build, strengths, advance)
 
     def note(self, message: str) -> None:
         """Show a line of progress."""
-        self.say(message)
+        self.bars.say(message)
 
     def _states(self, site: Site, pool: Pool, passages: Sequence[Passage]) -> np.ndarray:
         if not passages:

@@ -42,6 +42,7 @@ class DoseRunner:
         self.model = model
         self.rows = draw(rows, MAX_ROWS, seed)
         self.prompts = draw(prompts, MAX_PROMPTS, seed)
+        self._passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -98,17 +99,22 @@ class DoseRunner:
             for strength, (margins, kl) in curve.items()
         ]
 
+    def texts(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> int:
+        """Number of texts that `run` would put through the model, continuations left out."""
+        known = self._known if build is self._build else {}
+        new = sum(1 for strength in map(float, strengths) if strength and strength not in known)
+        return new * (len(self._passages) + len(self.prompts)) + (self._unsteered is None) * len(self._passages)
+
     # -- what is measured ---------------------------------------------------------------------------------------------
 
     def _margins(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
     ) -> dict[float, np.ndarray]:
         """log p(chosen) - log p(rejected) in nats a token, `[rows]`, for each strength and for 0."""
-        passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
         scores: dict[float, dict[Passage, float]] = {strength: {} for strength in processors}
         if self._unsteered is None:
             scores[0.0] = {}
-        for batch in self._batches(passages):
+        for batch in self._batches(self._passages):
             for strength in scores:
                 for passage, logits in self._logits(batch, processors.get(strength)):
                     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)

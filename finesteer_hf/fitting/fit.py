@@ -134,7 +134,7 @@ def fit_steering(
             dose=DoseRunner(
                 model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed
             ),
-            say=bars.say,
+            bars=bars,
         )
         result = method_cls.fit(data, config)
 

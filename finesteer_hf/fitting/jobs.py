@@ -12,6 +12,8 @@ from finesteer_hf.fitting.templating import EncodedRow, Passage
 
 
 Item = TypeVar("Item")
+# A forward of more texts gains nothing, however short they are.
+MAX_TEXTS = 512
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def sequences_of(jobs: Iterable[Job]) -> list[TextPass]:
 
 
 def batches(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], budget: int) -> Iterator[list[Item]]:
-    """Split items, in their order, into batches of at most a cost; an item that exceeds it alone is a batch."""
+    """Split items, in their order, into batches of at most a cost and `MAX_TEXTS`; one that exceeds it alone is one."""
     batch: list[Item] = []
     for item in items:
-        if batch and cost([*batch, item]) > budget:
+        if batch and (len(batch) == MAX_TEXTS or cost([*batch, item]) > budget):
             yield batch
             batch = []
         batch.append(item)

@@ -132,7 +132,7 @@ class Favour(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
-        scores[0, int(input_ids[0].sum()) % scores.shape[1]] += self.scale
+        scores[torch.arange(len(scores)), input_ids.sum(1) % scores.shape[1]] += self.scale
         return scores
 
 
