@@ -23,8 +23,9 @@ from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
 from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
 from finesteer_hf.processors import SteeringProcessor
-from finesteer_hf.session import CallSession, Prompt, cache_length, forward_cache, forward_inputs
+from finesteer_hf.session import CallSession
 from finesteer_hf.sites import Site, TextTower
+from finesteer_hf.streams import Prompt, cache_length, forward_cache, forward_inputs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +23,19 @@ from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
-from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
+from finesteer_hf.processors import QueryStates
 from finesteer_hf.sites import Site
+from finesteer_hf.streams import (
+    Prompt,
+    Stream,
+    cache_length,
+    forward_cache,
+    forward_inputs,
+    holds_states,
+    in_lockstep,
+    mask_fits,
+)
+from finesteer_hf.writing import StreamWriter
 
 
 if TYPE_CHECKING:
@@ -39,58 +49,7 @@ class StopForward(Exception):
     """Ends a forward whose deepest needed site has been read."""
 
 
-@dataclass
-class Prompt:
-    """What is known of the prompts before the first forward.
-
-    Attributes:
-        length: absolute position after the last prompt column, cached turns included.
-        mask: bool `[rows, length]`, False at pads; None if there are none.
-        lengths: int64 `[rows]` numbers of real prompt tokens, if the query is not the last real token.
-        inputs: `input_ids` or `inputs_embeds` as the forward will get them, beams included.
-        expand: rows of a forward per row of the user's batch.
-    """
-
-    length: int
-    mask: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    expand: int = 1
-
-    @property
-    def columns(self) -> int:
-        """Number of the prompts' columns that the call was given."""
-        return int(next(iter(self.inputs.values())).shape[1]) if self.inputs else self.length
-
-
-@dataclass
-class Stream:
-    """A sequence that grows with its own cache.
-
-    Attributes:
-        window: which of its columns are prompt, query, pad.
-        cache: the cache object, held so that its identity stays its own.
-        seen: columns that went through the model so far.
-        makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
-        decisions: what each entry decided, by its index in the plan.
-        adds: for each site and step, what is added: by positions, cast to the stream's dtype.
-        decode: for sites with nothing but one add, what a decode step adds.
-        compiled: the same, laid out for a compiled step.
-    """
-
-    window: Window
-    cache: Any
-    seen: int
-    rows: int
-    makes_cache: bool = False
-    decisions: dict[int, Decision] = field(default_factory=dict)
-    states: dict[Site, torch.Tensor] = field(default_factory=dict)
-    adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
-    decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
-    compiled: dict[Site, torch.Tensor] = field(default_factory=dict)
-
-
-class CallSession:
+class CallSession(StreamWriter):
     """The steering of one call.
 
     Args:
@@ -120,6 +79,7 @@ class CallSession:
         self.past = 0
         self.tokens = 0
         self.decoding = False
+        self.carried = False
         self.probing: set[Site] | None = None
         self.text_states: dict[Site, torch.Tensor] | None = None
         self.passage = Passage(0, 0)
@@ -163,6 +123,7 @@ class CallSession:
                 "The active steering takes generated tokens back, which only `generate` can do, with its own greedy search "
                 "or sampling. To score a text, give the model prompt and answer in one forward, with `prompt_lengths`."
             )
+        self.carried = not self.decoding and cache is not None and (self.past > 0 or holds_states(cache))
         self._forward = (args, kwargs)
         self.passage = Passage(rows, self.tokens)
         if not self.decoding and self._must_read_first(stream):
@@ -215,7 +176,7 @@ class CallSession:
             return False
         if self.plan.writes_before_reading:
             return True
-        if self.past and self.plan.writes_before_a_read:
+        if self.carried and self.plan.writes_before_a_read:
             # In the middle of a forward the cache can no longer be put back: states of linear attention do not crop.
             return True
         if stream.window.query_within(self.past, self.tokens):
@@ -251,12 +212,12 @@ class CallSession:
             cache = kwargs.get(name)
             if cache is not None:
                 # Nothing of this forward is in the cache yet, see `_must_read_first`.
-                kwargs[name] = copy.deepcopy(cache) if self.past else None
+                kwargs[name] = copy.deepcopy(cache) if self.carried else None
         if not mask_fits(kwargs.get("attention_mask"), self.past + self.tokens):
             real = stream.window.real(0, self.past + self.tokens, forward_inputs(args, kwargs).device)
             kwargs["attention_mask"] = None if real is None else real.long()
         # Mamba-like models look at a cache of states only if they are told to use one; this one is a copy.
-        kwargs["use_cache"] = bool(self.past) and kwargs.get("cache_params") is not None
+        kwargs["use_cache"] = kwargs.get("cache_params") is not None
         self.probing = sites
         try:
             with torch.no_grad():
@@ -354,91 +315,6 @@ class CallSession:
                 steered = self._add(site, number, step.adds, steered, stream)
         return None if steered is hidden else steered
 
-    def _add(self, site: Site, number: int, adds: list[int], hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
-        undecided = [i for i in adds if i not in stream.decisions]
-        for index in undecided:
-            if self.plan.entries[index].processor.reads:
-                # Positions of this chunk come before the query; nothing of it is steered.
-                continue
-            self._decide(index, self.plan.entries[index], stream, hidden.device)
-        ready = [i for i in adds if i in stream.decisions]
-        if not ready:
-            return hidden
-        key = (site, number)
-        if key not in stream.adds or undecided:
-            stream.adds[key] = self._deltas(site, ready, hidden, stream)
-            if len(self.plan.steps[site]) == 1 and len(ready) == len(adds):
-                late = [d for p, d in stream.adds[key].items() if p != "prompt"]
-                stream.decode[site] = sum(late[1:], late[0]) if late else None
-        for positions, delta in stream.adds[key].items():
-            if self.decoding:
-                hidden = hidden if positions == "prompt" else hidden + delta
-                continue
-            mask = stream.window.token_mask(positions, self.past, self.tokens, hidden.device)
-            # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
-            hidden = hidden + (delta if mask is None else torch.where(mask[..., None], delta, -0.0))
-        return hidden
-
-    @torch.no_grad()
-    def _deltas(
-        self, site: Site, adds: list[int], hidden: torch.Tensor, stream: Stream
-    ) -> dict[Positions, torch.Tensor]:
-        total: dict[Positions, torch.Tensor] = {}
-        expand = self.prompt.expand if self.prompt is not None else 1
-        for index in adds:
-            entry, decision = self.plan.entries[index], stream.decisions[index]
-            if site not in decision.vectors:
-                continue
-            vector = decision.vectors[site].to(device=hidden.device, dtype=torch.float32)
-            scale = row_scales(entry.scale, stream.rows, expand, hidden.device)
-            coefficient = scale * entry.processor.strength
-            if decision.gate is not None:
-                coefficient = coefficient * decision.gate.to(hidden.device, torch.float32)
-            if isinstance(coefficient, torch.Tensor):
-                coefficient = coefficient[:, None]
-                delta = torch.where(coefficient == 0, -0.0, coefficient * vector)
-            else:
-                delta = coefficient * vector
-            if self.record:
-                self._record_norm(entry.name, site, delta, hidden, stream)
-            delta = delta.to(hidden.dtype)[:, None]
-            positions = entry.processor.positions
-            total[positions] = total[positions] + delta if positions in total else delta
-        return total
-
-    def _record_norm(self, name: str, site: Site, delta: torch.Tensor, hidden: torch.Tensor, stream: Stream) -> None:
-        if site in stream.states:
-            state = stream.states[site].to(hidden.device)
-        elif stream.window.query_within(self.past, self.tokens):
-            state = stream.window.query_state(hidden, self.past)
-        else:
-            return
-        self.relative_norms[name] = delta.norm(dim=-1).expand(stream.rows) / state.norm(dim=-1)
-
-    def _transform(self, index: int, site: Site, hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
-        entry = self.plan.entries[index]
-        positions = entry.processor.positions
-        if self.decoding and positions == "prompt":
-            return hidden
-        return entry.processor.transform(site, hidden, self._view(index, stream, hidden.device))
-
-    def _view(self, index: int, stream: Stream, device: torch.device) -> TokenView:
-        entry, window = self.plan.entries[index], stream.window
-        positions = entry.processor.positions
-        expand = self.prompt.expand if self.prompt is not None else 1
-        scale = row_scales(entry.scale, stream.rows, expand, device)
-        if not isinstance(scale, torch.Tensor):
-            scale = torch.full((stream.rows,), float(scale), device=device)
-        return TokenView(
-            mask=None if self.decoding else window.token_mask(positions, self.past, self.tokens, device),
-            last_index=None if self.decoding else window.newest(self.past, self.tokens, device),
-            in_prompt=not self.decoding,
-            scale=scale[:, None, None],
-            state=self.memory[index],
-            first_column=self.past,
-            query_column=window.query,
-        )
-
     # -- what generate asks -------------------------------------------------------------------------------------------
 
     def check_rows(self, prompt: Prompt) -> None:
@@ -534,12 +410,6 @@ def current_session(runtime: SteeringRuntime) -> CallSession | None:
     return session
 
 
-def in_lockstep() -> bool:
-    """Whether other processes may wait for this one's forwards."""
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that runs in the session that is current now, whenever and in whichever thread it is called."""
     session = _CURRENT.get()
@@ -554,34 +424,3 @@ def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
             _CURRENT.reset(token)
 
     return run
-
-
-def forward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The token ids or embeddings that a decoder was called with."""
-    for candidate in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
-        if isinstance(candidate, torch.Tensor):
-            return candidate
-    raise ValueError("The decoder was called without input_ids and without inputs_embeds; it cannot be steered.")
-
-
-def forward_cache(kwargs: dict[str, Any]) -> Any:
-    """The cache that a decoder was called with, or None."""
-    cache = kwargs.get("past_key_values")
-    return cache if cache is not None else kwargs.get("cache_params")
-
-
-def mask_fits(mask: Any, columns: int) -> bool:
-    """Whether a mask is for so many columns; `generate` lays masks out for all that a static cache will ever hold."""
-    masks = mask.values() if isinstance(mask, Mapping) else [mask]
-    return all(not isinstance(m, torch.Tensor) or m.ndim < 4 or m.shape[-1] == columns for m in masks)
-
-
-def cache_length(cache: Any) -> int:
-    """Number of columns that a cache holds; state-space caches, which hold none, count as empty."""
-    length = getattr(cache, "get_seq_length", None)
-    if length is None:
-        return 0
-    try:
-        return int(length())
-    except ValueError:
-        return 0

@@ -46,9 +46,9 @@ def answers(
         rows = order[first : first + batch_size]
         inputs = tokenizer([texts[row] for row in rows], return_tensors="pt", padding=True, add_special_tokens=False)
         inputs.pop("token_type_ids", None)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
         for row, tokens in zip(rows, output[:, inputs["input_ids"].shape[1] :], strict=True):
-            found[row] = tokenizer.decode(tokens, skip_special_tokens=True)
+            found[row] = str(tokenizer.decode(tokens, skip_special_tokens=True))
     return found
 
 
@@ -93,8 +93,8 @@ def behaviour_figures(
     ):
         texts = ask([item.prompt for item in items], system)
         figures[name] = _share([is_refusal(item, text) for item, text in zip(items, texts, strict=True)])
-    for task, items in tasks.items():
-        chosen = _sample(items, limit, task)
+    for task, task_items in tasks.items():
+        chosen = _sample(task_items, limit, task)
         prompts = [item.prompt for item in chosen]
         unmarked = ask(prompts)
         correct = [is_correct(item, text) for item, text in zip(chosen, unmarked, strict=True)]

@@ -1,0 +1,225 @@
+"""`generate` and the plain forward of a steered model: a call's arguments become a plan, and a session carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
+from finesteer_hf.compiled import forward_is_compiled
+from finesteer_hf.errors import UnsupportedModelError
+from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
+from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
+from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
+from finesteer_hf.session import CallSession, current_session
+from finesteer_hf.streams import Prompt, cache_length
+
+
+class _Unset:
+    """Marks an argument that was not given, where None has a meaning."""
+
+    def __repr__(self) -> str:
+        return "<what is set on the model>"
+
+
+UNSET = _Unset()
+
+
+class SteeredGeneration:
+    """The steering half of `SteeringMixin`: it stands before the model's own class and passes everything on to it."""
+
+    _steering: SteeringRuntime
+
+    def generate(
+        self,
+        *args: Any,
+        steering: SelectionLike | Sequence[SelectionLike] | _Unset = UNSET,
+        steering_scale: float | Sequence[float] | torch.Tensor = 1.0,
+        steering_processor: Sequence[SteeringProcessor] | None = None,
+        output_steering: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, steered; takes everything that one takes.
+
+        Args:
+            *args: as for `GenerationMixin.generate`.
+            steering: for this call only: a name, a dict of name to scale, None for unsteered, or a list with one of
+                these for each row of the batch. Not given: what is set on the model.
+            steering_scale: multiplies the scales: a number, or one for each row.
+            steering_processor: processors of your own, beside the active adapters and after them.
+            output_steering: whether the output gets `.steering`: for each adapter its scores, gates and more, tensors
+                with one entry for each returned sequence. Needs `return_dict_in_generate=True`.
+            **kwargs: as for `GenerationMixin.generate`.
+
+        Raises:
+            AdapterNotFoundError: for a name that is not loaded, before any computation.
+            ValueError: if rows and lists do not fit, or `output_steering` has no output object to go to.
+        """
+        plan = self._call_plan(steering, steering_scale, steering_processor)
+        if output_steering and not self._returns_dict(kwargs):
+            raise ValueError(
+                "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
+            )
+        processors = tuple(SteeringProcessorList(steering_processor or ()))
+        self._steering.follow_modules()
+        self._steering.hook(site for processor in processors for site in processor.sites)
+        try:
+            with CallSession(self._steering, plan, record=output_steering) as session:
+                output = super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._steering.unhook(site for processor in processors for site in processor.sites)
+        if output_steering and isinstance(output, ModelOutput):
+            output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
+        return output
+
+    def _call_plan(self, steering: Any, scale: Any, processors: Sequence[SteeringProcessor] | None) -> Plan:
+        chain = tuple(SteeringProcessorList(processors or ()))
+        for processor in chain:
+            for site in processor.sites:
+                self._steering.tower.check(site)
+        factor = as_scale(scale)
+        if isinstance(steering, _Unset):
+            outer = current_session(self._steering)
+            if outer is not None and not outer.of_forward:
+                # A model that drafts for itself generates inside its own call: it drafts with the same steering.
+                return outer.plan
+            selection, own = self._steering.active()
+            return self._steering.plan(selection, (*own, *chain), factor)
+        if steering is None or isinstance(steering, (str, Mapping)):
+            return self._steering.plan(as_selection(steering), chain, factor)
+        rows: list[Selection] = [as_selection(row) for row in steering]
+        return self._steering.mixed_plan(rows, chain, factor)
+
+    def _returns_dict(self, kwargs: dict[str, Any]) -> bool:
+        configs = (kwargs.get("generation_config"), self.generation_config)  # type: ignore[attr-defined]
+        for value in (
+            kwargs.get("return_dict_in_generate"),
+            *(getattr(c, "return_dict_in_generate", None) for c in configs),
+        ):
+            if value is not None:
+                return bool(value)
+        return False
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
+        # Here the prepared configuration, the final mask and the rows of the forwards are known, before any forward.
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        session = current_session(self._steering)
+        if session is not None and session.prompt is None:
+            session.prompt = prompt_of(ids, kwargs, expand_size)
+            session.check_rows(session.prompt)
+        return ids, kwargs
+
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, loop: dict[str, Any]) -> None:
+        super()._validate_generation_mode(mode, generation_config, loop)  # type: ignore[misc]
+        session = current_session(self._steering)
+        if session is not None and session.plan.lookback:
+            refuse_what_cannot_go_back(mode, generation_config, loop)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers takes the decoding method from the class, so this stands in for its greedy search and sampling.
+        session = current_session(self._steering)
+        if session is None or not session.plan.lookback:
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
+        return sample_with_backtracking(self, super()._sample, session, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        session = current_session(self._steering)
+        if session is not None and session.plan:
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), *session.logits_processors()])
+        return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching; refused while steering is active.
+
+        Raises:
+            UnsupportedModelError: if anything is active: requests are packed into one row there, in another thread.
+        """
+        session = current_session(self._steering)
+        selection, processors = self._steering.active()
+        if (session is not None and session.plan) or (session is None and (selection or processors)):
+            raise UnsupportedModelError(
+                "Continuous batching packs requests into one row and shares cached blocks between them, so it cannot be "
+                "steered by row. Use `generate`, or `with model.disable_steering()` for an unsteered batch."
+            )
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
+        """A plain forward, steered with what is active.
+
+        Args:
+            *args: as for the model's `forward`.
+            prompt_lengths: `[rows]` numbers of real prompt tokens, if the rows hold prompt and answer: the query is
+                then token `prompt_lengths - 1` of the row's real tokens instead of the last one.
+            **kwargs: as for the model's `forward`.
+        """
+        if torch.compiler.is_compiling():
+            self._steering.compiled.lengths = prompt_lengths
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if prompt_lengths is not None:
+            prompt_lengths = torch.as_tensor(prompt_lengths, dtype=torch.long)
+        token = PROMPT_LENGTHS.set(prompt_lengths)
+        try:
+            if not forward_is_compiled(self):  # type: ignore[arg-type]
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return self._call_compiled(super().__call__, prompt_lengths, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            PROMPT_LENGTHS.reset(token)
+
+    def _call_compiled(self, call: Any, prompt_lengths: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime, session = self._steering, current_session(self._steering)
+        if session is None:
+            with runtime.compiled.lock:
+                runtime.sync_compiled()
+                runtime.compiled.lengths = prompt_lengths
+                return call(*args, **kwargs)
+        if session.can_decode_compiled:
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)
+        # The prompt is read and decided on eagerly, as it is when `generate` compiles by itself.
+        with torch.compiler.set_stance("force_eager"):
+            return call(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """transformers' compiled forward for decode steps, bound to what the calling thread's session adds."""
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+        runtime = self._steering
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            session = current_session(runtime)
+            if session is None or not session.can_decode_compiled:
+                return self(*args, **kwargs)
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), compiled, *args, **kwargs)
+
+        return call
+
+
+def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
+    """What `generate` knows of the prompts once its inputs are prepared."""
+    embeds = kwargs.get("inputs_embeds")
+    inputs = {"inputs_embeds": embeds} if embeds is not None else {"input_ids": ids}
+    mask = kwargs.get("attention_mask")
+    length = int(next(iter(inputs.values())).shape[1])
+    cache = kwargs.get("past_key_values")
+    if mask is not None and mask.ndim == 2 and mask.shape[1] >= length:
+        length = int(mask.shape[1])
+    elif cache is not None and cache_length(cache) >= length:
+        # Only the new turn's tokens were given, beside the cache of the earlier ones.
+        length += cache_length(cache)
+    usable = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
+
+
+def as_scale(value: float | Sequence[float] | torch.Tensor) -> Scale:
+    """Normalise `steering_scale`: a number, or a tuple with one number a row."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, (int, float)):
+        return float(value)
+    return tuple(float(v) for v in value)

@@ -1,0 +1,111 @@
+"""The sequences of a call: their prompts, their caches, and what a forward of the decoder was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finesteer_hf.positions import Window
+from finesteer_hf.processors import Decision, Positions
+from finesteer_hf.sites import Site
+
+
+@dataclass
+class Prompt:
+    """What is known of the prompts before the first forward.
+
+    Attributes:
+        length: absolute position after the last prompt column, cached turns included.
+        mask: bool `[rows, length]`, False at pads; None if there are none.
+        lengths: int64 `[rows]` numbers of real prompt tokens, if the query is not the last real token.
+        inputs: `input_ids` or `inputs_embeds` as the forward will get them, beams included.
+        expand: rows of a forward per row of the user's batch.
+    """
+
+    length: int
+    mask: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    expand: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Number of the prompts' columns that the call was given."""
+        return int(next(iter(self.inputs.values())).shape[1]) if self.inputs else self.length
+
+
+@dataclass
+class Stream:
+    """A sequence that grows with its own cache.
+
+    Attributes:
+        window: which of its columns are prompt, query, pad.
+        cache: the cache object, held so that its identity stays its own.
+        seen: columns that went through the model so far.
+        makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
+        decisions: what each entry decided, by its index in the plan.
+        adds: for each site and step, what is added: by positions, cast to the stream's dtype.
+        decode: for sites with nothing but one add, what a decode step adds.
+        compiled: the same, laid out for a compiled step.
+    """
+
+    window: Window
+    cache: Any
+    seen: int
+    rows: int
+    makes_cache: bool = False
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    states: dict[Site, torch.Tensor] = field(default_factory=dict)
+    adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
+    decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
+    compiled: dict[Site, torch.Tensor] = field(default_factory=dict)
+
+
+def forward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The token ids or embeddings that a decoder was called with."""
+    for candidate in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args[:1]):
+        if isinstance(candidate, torch.Tensor):
+            return candidate
+    raise ValueError("The decoder was called without input_ids and without inputs_embeds; it cannot be steered.")
+
+
+def forward_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache that a decoder was called with, or None."""
+    cache = kwargs.get("past_key_values")
+    return cache if cache is not None else kwargs.get("cache_params")
+
+
+def mask_fits(mask: Any, columns: int) -> bool:
+    """Whether a mask is for so many columns; `generate` lays masks out for all that a static cache will ever hold."""
+    masks = mask.values() if isinstance(mask, Mapping) else [mask]
+    return all(not isinstance(m, torch.Tensor) or m.ndim < 4 or m.shape[-1] == columns for m in masks)
+
+
+def cache_length(cache: Any) -> int:
+    """Number of columns that a cache holds; caches of states alone do not count them, and give 0."""
+    length = getattr(cache, "get_seq_length", None)
+    if length is None:
+        return int(getattr(cache, "seqlen_offset", 0))
+    try:
+        return int(length())
+    except ValueError:
+        return 0
+
+
+def holds_states(cache: Any) -> bool:
+    """Whether a cache of states has been written to."""
+    held = getattr(cache, "has_previous_state", None)
+    try:
+        return held is not None and bool(held())
+    except ValueError:
+        # A cache of keys and values alone.
+        return False
+
+
+def in_lockstep() -> bool:
+    """Whether other processes may wait for this one's forwards."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
