@@ -156,7 +156,9 @@ class TextTower:
         # Not heads x head size of the config: latent attention has value heads of a size of their own, and some models
         # have heads of different sizes in different blocks.
         width = getattr(projection, "in_features", None)
-        return int(projection.weight.shape[0] if width is None else width)
+        if width is None and isinstance(getattr(projection, "weight", None), torch.Tensor):
+            width = projection.weight.shape[0]
+        return int(width or self.num_heads * self._head_size_of_config)
 
     @property
     def num_heads(self) -> int:
@@ -169,6 +171,10 @@ class TextTower:
         for layer in range(self.num_layers):
             with contextlib.suppress(SiteError):
                 return self.width(Site("head_out", layer)) // self.num_heads
+        return self._head_size_of_config
+
+    @property
+    def _head_size_of_config(self) -> int:
         return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
     def output_projection(self, layer: int) -> nn.Module:
