@@ -327,10 +327,9 @@ class Fingerprint:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Fingerprint:
         """Take it."""
-        hooks = tuple(
-            (name, len(module._forward_hooks) + len(module._forward_pre_hooks))
-            for name, module in model.named_modules()
-        )
+        # Some models exchange modules of their own accord; what counts is which have hooks.
+        counts = ((name, len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in model.named_modules())
+        hooks = tuple((name, count) for name, count in counts if count)
         attributes = frozenset(model.__dict__)
         return cls(type(model), attributes, hooks, tuple(model.state_dict()), model.config.to_json_string(False))
 

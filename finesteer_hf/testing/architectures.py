@@ -30,6 +30,10 @@ NOT_TEXT_TO_TEXT: dict[str, str] = {
         ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
         "drafts for another model, from that one's states",
     ),
+    **dict.fromkeys(
+        ("Florence2ForConditionalGeneration", "PPFormulaNetForConditionalGeneration"),
+        "an encoder-decoder that reads images",
+    ),
     "PI0ForConditionalGeneration": "generates a robot's actions",
 }
 
