@@ -151,7 +151,7 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
     curve = report.get("dose_response")
     if curve:
         figure = plot_dose_response([DosePoint(**point) for point in curve], chosen=float(adapter.config.strength))
-        caption = "Dose response on held-out rows: margin of the wanted answers and shift of general prompts."
+        caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
         plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
     scores = report.get("gate_scores")
     if scores and (scores["ir"] or scores["general"]):

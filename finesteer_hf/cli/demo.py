@@ -32,6 +32,8 @@ def demo(
         TASK_NAMES,
         examples,
         gate_rows,
+        gate_tasks,
+        gate_title,
         paired_note,
         trial_columns,
         trial_rows,
@@ -53,8 +55,9 @@ def demo(
                 console.print(f"[bold]{escape(trial.base.target.prompts[index].text)}[/]", highlight=False)
                 for name, arm in (("unsteered", trial.base), ("FineSteer", trial.finesteer), ("CAA", trial.caa)):
                     console.print(f"  [cyan]{name}:[/] {escape(arm.target.answers.texts[index])}", highlight=False)
-    console.print()
-    console.print(table(GATE_COLUMNS, gate_rows(result), title="gates on held-out prompts"))
+    for task in gate_tasks(result):
+        console.print()
+        console.print(table(GATE_COLUMNS, gate_rows(result, task), title=f"gates, {gate_title(result, task)}"))
     for note in (CAA_NOTE, INTERVAL_NOTE, GATE_NOTE):
         say(note)
     path = write_report(build_report(result), out / "report.html")

@@ -18,6 +18,8 @@ from finesteer_hf.cli.demo_tables import (
     TASK_NAMES,
     examples,
     gate_rows,
+    gate_tasks,
+    gate_title,
     hit_name,
     paired_note,
     trial_columns,
@@ -98,8 +100,8 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
         tables=[
             Table(trial_columns(trial), trial_rows(trial), note=f"{CAA_NOTE} {INTERVAL_NOTE}"),
             Table(
-                ("CAA's strength", hit_name(trial)),
-                [(f"{strength:g}", str(share)) for strength, share in trial.sweep],
+                ("CAA's strength", "norm of the vector / of the states", hit_name(trial)),
+                [(f"{strength:.3g}", f"{dose:g}", str(share)) for strength, dose, share in trial.sweep],
                 title="CAA at each strength",
             ),
         ],
@@ -119,7 +121,7 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
     )
     curve = dose_points(trial.adapter.config.fit)
     if curve:
-        caption = "Dose response on rows held out of the fit: margin of the wanted answers, shift of general prompts."
+        caption = "Dose response on rows held out of the fit: the wanted answers, and how far general prompts shift."
         section.plots.append(Plot(plot_dose_response(curve, chosen=float(config.strength)), caption))
     experts = trial.finesteer.target.recorded("experts")
     if experts is not None and experts.ndim == 2 and experts.shape[1] > 1:
@@ -160,10 +162,10 @@ def _answer(condition: str, outcome: Outcome, index: int) -> Answer:
 def _gate_section(result: DemoResult) -> Section:
     section = Section(
         title="Gates",
-        text=["When to steer: the calibrated default beside the paper's three gates, and no gate at all."],
-        tables=[Table(GATE_COLUMNS, gate_rows(result), note=GATE_NOTE)],
+        text=["When to steer: the calibrated default beside the paper's three gates, and no gate at all.", GATE_NOTE],
+        tables=[Table(GATE_COLUMNS, gate_rows(result, task), gate_title(result, task)) for task in gate_tasks(result)],
     )
-    for task in dict.fromkeys(row.task for row in result.gates):
+    for task in gate_tasks(result):
         scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for row in result.gates:
             if row.task == task and row.scores_ir is not None and row.scores_general is not None:

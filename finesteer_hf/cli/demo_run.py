@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -53,7 +54,7 @@ class DemoSettings:
         fit_rows: at most so many questions, and so many requests, to fit on.
         targets: at most so many held-out ones.
         general: at most so many held-out general prompts.
-        caa_strengths: strengths at which CAA is tried.
+        caa_doses: norms of CAA's vector, in units of the states' median norm, at which it is tried.
     """
 
     out: Path
@@ -62,10 +63,10 @@ class DemoSettings:
     fit_rows: int | None = 600
     targets: int | None = 300
     general: int | None = 300
-    caa_strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    caa_doses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 
 
-QUICK = {"splits": ("question",), "targets": 150, "general": 150, "caa_strengths": (1.0, 2.0, 4.0)}
+QUICK = {"splits": ("question",), "targets": 150, "general": 150, "caa_doses": (0.1, 0.3, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Trial:
         finesteer: the adapter as fitted, nothing chosen on the test half.
         caa: CAA at the strength that was best on the test half.
         caa_strength: that strength.
-        sweep: CAA's share of hits at each strength.
+        sweep: CAA's strengths, the same in units of the states' norm, and its share of hits at each.
         adapter: the FineSteer adapter as loaded.
         fit_seconds: time to fit it.
         gates: other gates on the same prompts, if they were compared.
@@ -114,7 +115,7 @@ class Trial:
     finesteer: Arm
     caa: Arm
     caa_strength: float
-    sweep: list[tuple[float, Proportion]]
+    sweep: list[tuple[float, float, Proportion]]
     adapter: SteeringAdapter
     fit_seconds: float
     gates: list[GateRow] = field(default_factory=list)
@@ -164,6 +165,8 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
 def _start() -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
+    # Said once, by the fit, not by each of a dozen.
+    warnings.filterwarnings("ignore", category=UserWarning)
 
 
 def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
@@ -178,15 +181,16 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
         fit_seconds = time.perf_counter() - start
         layer = setting(adapter, "layer")
         folder = adapter.save_pretrained(settings.out / "adapters" / name)
-        caa_folder = fit(CAAConfig(layer=layer, strength=1.0)).save_pretrained(
-            settings.out / "adapters" / f"{name}-caa"
-        )
+        caa = fit(CAAConfig(layer=layer, strength="norm:1"))
+        caa_folder = caa.save_pretrained(settings.out / "adapters" / f"{name}-caa")
         gates = []
         if split == "question":
             # What is steered with does not matter here, so it is the cheapest there is.
             cheap = {"layer": layer, "strength": 1.0, "experts": "reduced_rank", "residual_rank": 1}
             gates = [
-                (gate, fit(FineSteerConfig(gate=gate, gate_score=score, **cheap))) for gate, score in COMPARED_GATES
+                (gate, fit(FineSteerConfig(gate=gate, gate_score=score, **cheap)))
+                for gate, score in COMPARED_GATES
+                if (gate, score) != ("conformal", setting(adapter, "gate_score"))
             ]
     steered = SteeredModelForCausalLM.from_pretrained(
         playground.model_path(), steering={"finesteer": str(folder), "caa": str(caa_folder)}
@@ -196,9 +200,7 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
     ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS)
     base = Arm(ask(targets), ask(general))
     finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
-    sweep = [
-        (strength, ask(targets, adapter="caa", scale=strength, choices=False)) for strength in settings.caa_strengths
-    ]
+    sweep = [(dose, ask(targets, adapter="caa", scale=dose, choices=False)) for dose in settings.caa_doses]
     best = max(sweep, key=lambda entry: entry[1].share.value)[0]
     trial = Trial(
         task=task,
@@ -207,8 +209,8 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
         base=base,
         finesteer=finesteer,
         caa=Arm(ask(targets, adapter="caa", scale=best), ask(general, adapter="caa", scale=best)),
-        caa_strength=best,
-        sweep=[(strength, outcome.share) for strength, outcome in sweep],
+        caa_strength=best * float(caa.config.strength),
+        sweep=[(dose * float(caa.config.strength), dose, outcome.share) for dose, outcome in sweep],
         adapter=steered.steering_adapters["finesteer"],
         fit_seconds=fit_seconds,
         gates=[_gate_row(steered, tokenizer, task, gate, fitted, targets, general) for gate, fitted in gates],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 from finesteer_hf.cli.demo_run import DemoResult, Trial
-from finesteer_hf.evaluation.statistics import Mean, Proportion, proportion
+from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.playground_eval import Task
+from finesteer_hf.evaluation.statistics import proportion
 
 
 TASK_NAMES = {"truthful": "truthful answers", "safety": "refusals of wrapped requests"}
@@ -17,7 +19,7 @@ SPLIT_NAMES = {
 }
 CAA_NOTE = (
     "CAA: constant mean difference at the same layer, no gate, at the strength that was best on these very test prompts: "
-    "an upper bound that is generous to it. FineSteer's layer, gate and strength were chosen on the fit half alone."
+    "an upper bound, generous to it. FineSteer's layer, gate and strength were chosen on the fit half alone."
 )
 INTERVAL_NOTE = (
     "Shares: Wilson 95% intervals. MC2: mean with a bootstrap interval. Several prompts share a subject or a request, so "
@@ -25,8 +27,8 @@ INTERVAL_NOTE = (
 )
 GATE_NOTE = (
     "A gate fires where its value is at least 0.5. Miss: held-out target prompts on which it does not fire. False alarm: "
-    "held-out general prompts (tasks and harmless look-alikes) on which it does. Dose: mean gate value. Each gate was "
-    "fitted anew, at the same layer, on the fit half."
+    "held-out general prompts (tasks and harmless look-alikes) on which it does. Dose: mean gate value on targets, "
+    "and on general prompts. Each gate was fitted anew, at the same layer, on the fit half."
 )
 
 
@@ -37,26 +39,32 @@ def hit_name(trial: Trial) -> str:
 
 def trial_columns(trial: Trial) -> tuple[str, ...]:
     """Column names of a trial's table."""
-    return ("held out", "unsteered", "FineSteer", f"CAA, best strength {trial.caa_strength:g}")
+    return ("held out", "n", "unsteered", "FineSteer", f"CAA at best ({trial.caa_strength:.3g})")
 
 
 def trial_rows(trial: Trial) -> list[tuple[str, ...]]:
-    """All figures of a trial, one row each, unsteered, FineSteer and CAA."""
+    """All figures of a trial, one row each: n, unsteered, FineSteer and CAA."""
     arms = (trial.base, trial.finesteer, trial.caa)
-    rows = [(hit_name(trial), *(str(arm.target.share) for arm in arms))]
-    if trial.base.target.choices is not None:
-        choices = [arm.target.choices for arm in arms]
-        rows.append(("MC1", *(_text(None if found is None else found.mc1_share) for found in choices)))
-        rows.append(("MC2", *(_text(None if found is None else found.mc2_mean) for found in choices)))
+    targets, general = str(trial.base.target.share.n), str(trial.base.general.share.n)
+    rows = [(hit_name(trial), targets, *(arm.target.share.brief for arm in arms))]
     if trial.task == "truthful":
         neither = [proportion(verdict is None for verdict in arm.target.verdicts) for arm in arms]
-        rows.insert(1, ("neither true nor folklore", *map(str, neither)))
-    rows.append(("gate fires on these", "-", _text(trial.finesteer.target.fires()), "always on"))
-    rows.append(("gate fires on general prompts", "-", _text(trial.finesteer.general.fires()), "always on"))
-    rows.append(("general tasks correct", *(str(arm.general.share) for arm in arms)))
-    identical = [str(arm.general.identical_to(trial.base.general)) for arm in arms[1:]]
-    rows.append(("general output identical to unsteered", "-", *identical))
+        rows.append(("neither true nor folklore", targets, *(share.brief for share in neither)))
+    if trial.base.target.choices is not None:
+        choices = [arm.target.choices for arm in arms]
+        rows.append(("MC1", targets, *("-" if found is None else found.mc1_share.brief for found in choices)))
+        rows.append(("MC2", targets, *("-" if found is None else found.mc2_mean.brief for found in choices)))
+    rows.append(("gate fires on these", targets, "-", _fires(trial.finesteer.target), "always on"))
+    rows.append(("gate fires on general", general, "-", _fires(trial.finesteer.general), "always on"))
+    rows.append(("general tasks correct", general, *(arm.general.share.brief for arm in arms)))
+    identical = [arm.general.identical_to(trial.base.general).brief for arm in arms[1:]]
+    rows.append(("general output unchanged", general, "-", *identical))
     return rows
+
+
+def _fires(outcome: Outcome) -> str:
+    fires = outcome.fires()
+    return "always on" if fires is None else fires.brief
 
 
 def paired_note(trial: Trial) -> str:
@@ -70,28 +78,35 @@ def paired_note(trial: Trial) -> str:
     )
 
 
-GATE_COLUMNS = ("task", "gate", "score", "miss", "false alarm", "dose target", "dose general", "AUROC")
+GATE_COLUMNS = ("gate", "score", "miss", "false alarm", "dose", "on general", "AUROC")
 
 
-def gate_rows(result: DemoResult) -> list[tuple[str, ...]]:
-    """Figures of all gates."""
+def gate_tasks(result: DemoResult) -> list[Task]:
+    """The tasks of which gates were compared."""
+    return list(dict.fromkeys(row.task for row in result.gates))
+
+
+def gate_title(result: DemoResult, task: Task) -> str:
+    """What a task's table of gates is about, with both n."""
+    figures = next(row.figures for row in result.gates if row.task == task)
+    return f"{TASK_NAMES[task]}: {figures.miss.n} held-out targets, {figures.false_alarm.n} general prompts"
+
+
+def gate_rows(result: DemoResult, task: Task) -> list[tuple[str, ...]]:
+    """Figures of a task's gates."""
     return [
         (
-            row.task,
             row.gate,
             row.score,
-            str(row.figures.miss),
-            str(row.figures.false_alarm),
+            row.figures.miss.brief,
+            row.figures.false_alarm.brief,
             f"{row.figures.dose_ir.value:.3f}",
             f"{row.figures.dose_general.value:.3f}",
             "-" if math.isnan(row.figures.auroc) or row.gate == "always" else f"{row.figures.auroc:.3f}",
         )
         for row in result.gates
+        if row.task == task
     ]
-
-
-def _text(figure: Proportion | Mean | None) -> str:
-    return "-" if figure is None else str(figure)
 
 
 def examples(trial: Trial, count: int) -> list[int]:

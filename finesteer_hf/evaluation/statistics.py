@@ -33,9 +33,12 @@ class Proportion:
     high: float
 
     def __str__(self) -> str:
-        if self.n == 0:
-            return "no items"
-        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}] n={self.n}"
+        return f"{self.brief} n={self.n}" if self.n else "no items"
+
+    @property
+    def brief(self) -> str:
+        """The share and its interval, for tables that give n once for a row."""
+        return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]" if self.n else "no items"
 
     def to_dict(self) -> dict[str, float | int | None]:
         """JSON-ready form; NaN becomes None."""
@@ -61,7 +64,12 @@ class Mean:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] n={self.n}" if self.n else "no items"
+        return f"{self.brief} n={self.n}" if self.n else "no items"
+
+    @property
+    def brief(self) -> str:
+        """The mean and its interval, for tables that give n once for a row."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n else "no items"
 
     def to_dict(self) -> dict[str, float | int | None]:
         """JSON-ready form; NaN becomes None."""

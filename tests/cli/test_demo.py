@@ -16,7 +16,7 @@ from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.cli import app
 from finesteer_hf.cli.demo_report import build_report
 from finesteer_hf.cli.demo_run import Arm, DemoResult, DemoSettings, GateRow, Trial
-from finesteer_hf.cli.demo_tables import examples, gate_rows, paired_note, trial_columns, trial_rows
+from finesteer_hf.cli.demo_tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
@@ -65,7 +65,7 @@ def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> Demo
         finesteer=fine,
         caa=caa,
         caa_strength=3.0,
-        sweep=[(3.0, caa.target.share)],
+        sweep=[(3.0, 0.1, caa.target.share)],
         adapter=adapter,
         fit_seconds=1.0,
         gates=[
@@ -85,18 +85,20 @@ def test_tables_hold_every_figure_with_its_n(result: DemoResult) -> None:
         "MC1",
         "MC2",
         "gate fires on these",
-        "gate fires on general prompts",
+        "gate fires on general",
         "general tasks correct",
-        "general output identical to unsteered",
+        "general output unchanged",
     ]
-    assert all(len(cells) == 3 for cells in rows.values())
-    assert all(re.search(r"\d\] n=6$", cell) for name in ("truthful answers", "MC2") for cell in rows[name])
-    assert rows["truthful answers"][0] == str(trial.base.target.share)
-    assert rows["gate fires on these"] == ("-", str(trial.finesteer.target.fires()), "always on")
-    assert trial_columns(trial)[3] == "CAA, best strength 3"
+    assert all(len(cells) == 4 and cells[0] == "6" for cells in rows.values())
+    assert all(re.search(r"\d \[.*\d\]$|%", cell) for name in ("truthful answers", "MC2") for cell in rows[name][1:])
+    assert f"{rows['truthful answers'][1]} n=6" == str(trial.base.target.share)
+    fires = trial.finesteer.target.fires()
+    assert fires is not None and rows["gate fires on these"][1:] == ("-", fires.brief, "always on")
+    assert trial_columns(trial)[4] == "CAA at best (3)"
     assert "McNemar" in paired_note(trial)
-    gates = gate_rows(result)
-    assert [row[1] for row in gates] == ["conformal", "always"] and gates[1][3].startswith("0.0%")
+    gates = gate_rows(result, "truthful")
+    assert [row[0] for row in gates] == ["conformal", "always"] and gates[1][2].startswith("0.0%")
+    assert "6 held-out targets, 6 general prompts" in gate_title(result, "truthful")
 
 
 def test_examples_are_spread_over_categories_and_not_chosen_by_outcome(result: DemoResult) -> None:
