@@ -131,7 +131,7 @@ def main() -> None:
     source = "TruthfulQA's questions" if args.truthfulqa else "the playground's questions"
     text = [
         f"Queries: {source}, {args.fitted} to fit and calibrate (70 / 30), {len(ir) - args.fitted} to test; nominal miss",
-        f"rate {EPSILON:.0%}; layer {args.layer}; {args.seeds} seeds; mean over seeds [95% interval of the mean]. A miss is a",
+        f"rate {EPSILON:.0%}; layer {args.layer}; {args.seeds} seeds; mean over seeds [95% interval]. A miss is a",
         "gate below 1, a false alarm a gate of at least 0.5 on a general prompt that was not learned from.",
         "",
         "| gate | misses | false alarms |",

@@ -191,7 +191,8 @@ class SteeringProcessor:
         """Whether the processor's class has logits processors."""
         own, base = type(self), SteeringProcessor
         return (
-            own.logits_processors is not base.logits_processors or own.contrast_processors is not base.contrast_processors
+            own.logits_processors is not base.logits_processors
+            or own.contrast_processors is not base.contrast_processors
         )
 
     @property

@@ -124,7 +124,7 @@ def plot_dose_response(points: Sequence[DosePoint], *, chosen: float | None = No
     top.fill_between(strength, margin - error, margin + error, color=BLUE, alpha=0.2, linewidth=0)
     top.plot(strength, margin, color=BLUE, marker="o", markersize=4, linewidth=2)
     top.axhline(0, color=GREY, linewidth=0.8)
-    top.set_ylabel("margin, nats a token\n(band: 1 SE)", fontsize=9)
+    top.set_ylabel("log p of the wanted answers,\nnats a token (band: 1 SE)", fontsize=9)
     bottom.plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)

@@ -47,10 +47,10 @@ class DoseRunner:
         self.device = input_device(model)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._unsteered: np.ndarray | None = None
+        self._unsteered: tuple[np.ndarray, np.ndarray, float] | None = None
         self._general: list[Passage] | None = None
         self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[float, tuple[np.ndarray, np.ndarray, float, np.ndarray]] = {}
 
     def run(
         self,
@@ -68,8 +68,8 @@ class DoseRunner:
             advance: told of each forward's number of texts.
 
         Returns:
-            Margins in nats a token, rows of one prompt taken together in the standard errors; divergences in nats, at
-            the next token and along the unsteered greedy continuation.
+            Log-probabilities in nats a token, rows of one prompt taken together in the standard errors; divergences in
+            nats, at the next token and along the unsteered greedy continuation.
         """
         if build is not self._build:
             self._build, self._known = build, {}
@@ -84,19 +84,21 @@ class DoseRunner:
             finally:
                 if not already:
                     self.model.unload_steering()
-            self._known |= {strength: (margins[strength], divergences[strength]) for strength in {*new, 0.0}}
+            self._known |= {strength: (*margins[strength], divergences[strength]) for strength in {*new, 0.0}}
         curve = {strength: self._known[strength] for strength in map(float, strengths)}
-        best = max((margins for margins, _ in curve.values()), key=lambda margins: margins.mean())
+        best = max((wanted for wanted, *_ in curve.values()), key=lambda wanted: wanted.mean())
         return [
             DosePoint(
                 strength=strength,
-                margin=float(margins.mean()),
-                margin_se=clustered_se(margins, self.units),
+                margin=float(wanted.mean()),
+                margin_se=clustered_se(wanted, self.units),
                 kl=float(np.percentile(kl, 95)) if len(kl) else 0.0,
                 accuracy=float((margins > 0).mean()),
-                gap_se=clustered_se(best - margins, self.units),
+                gap_se=clustered_se(best - wanted, self.units),
+                fluency=fluency,
+                log_margin=float(margins.mean()),
             )
-            for strength, (margins, kl) in curve.items()
+            for strength, (wanted, margins, fluency, kl) in curve.items()
         ]
 
     def texts(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> int:
@@ -109,20 +111,25 @@ class DoseRunner:
 
     def _margins(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
-    ) -> dict[float, np.ndarray]:
-        """log p(chosen) - log p(rejected) in nats a token, `[rows]`, for each strength and for 0."""
-        scores: dict[float, dict[Passage, float]] = {strength: {} for strength in processors}
+    ) -> dict[float, tuple[np.ndarray, np.ndarray, float]]:
+        """log p(chosen), and less log p(rejected), in nats a token, `[rows]`, and fluency, for each strength and for 0."""
+        scores: dict[float, dict[Passage, tuple[float, float]]] = {strength: {} for strength in processors}
         if self._unsteered is None:
             scores[0.0] = {}
         for batch in self._batches(self._passages):
             for strength in scores:
                 for passage, logits in self._logits(batch, processors.get(strength)):
                     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
-                    log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])
-                    scores[strength][passage] = float(log_probs.mean())
+                    log_probs = logits[:-1].log_softmax(-1)
+                    first = (log_probs.argmax(-1) == answer).float().mean()
+                    scores[strength][passage] = float(log_probs.gather(1, answer[:, None]).mean()), float(first)
                 advance(len(batch))
         margins = {
-            strength: np.array([found[row.chosen] - found[row.rejected] for row in self.rows])
+            strength: (
+                np.array([found[row.chosen][0] for row in self.rows]),
+                np.array([found[row.chosen][0] - found[row.rejected][0] for row in self.rows]),
+                float(np.mean([found[row.chosen][1] for row in self.rows])),
+            )
             for strength, found in scores.items()
         }
         if self._unsteered is None:
@@ -152,8 +159,7 @@ class DoseRunner:
     @torch.no_grad()
     def _continued(self) -> list[Passage]:
         """The general prompts with their unsteered greedy continuation."""
-        config = self.model.generation_config
-        eos = config.eos_token_id
+        eos = self.model.generation_config.eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         settings = GenerationConfig(
             max_new_tokens=CONTINUATION,

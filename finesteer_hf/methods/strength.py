@@ -15,6 +15,8 @@ from finesteer_hf.processors import SteeringProcessor
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Nats that the 95th percentile of general prompts' tokens may diverge by under `auto`.
 KL_BUDGET = 0.1
+# Share of the wanted answers' tokens that `auto` may lose as the model's first choice, against the best strength.
+FLUENCY_LOSS = 0.02
 # How often the grid is continued downwards to meet a budget, or upwards while the margin still grows.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
 # `kl:x` is met to this share of x.
@@ -33,9 +35,10 @@ def choose_strength(
     """Choose a strength and say why.
 
     Args:
-        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET`, the smallest
-            whose margin is within one standard error (of the difference, row by row) of the best; `kl:x`: the one whose
-            95th percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's norm.
+        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET` and whose
+            fluency is within `FLUENCY_LOSS` of the best, the smallest whose margin is within one standard error (of the
+            difference, row by row) of the best; `kl:x`: the one whose 95th percentile of divergence is x nats; `norm:x`:
+            the vector becomes x of the state's norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
         vector_norm: median norm of the vectors.
@@ -76,13 +79,17 @@ def _by_margin(
         curve = run([least / 2**power for power in range(1, MAX_HALVINGS + 1)])
     for _ in range(MAX_GROWTHS):
         last = curve[-1]
-        if last.kl > budget or last is not max(curve, key=lambda point: point.margin):
+        if last.kl > budget or not is_fluent(last, curve) or last is not max(curve, key=lambda point: point.margin):
             break
         curve = run([last.strength * GROWTH])
     base, points = curve[0], curve[1:]
-    within = [point.strength for point in points if point.kl <= budget]
+    within = [point.strength for point in points if point.kl <= budget and is_fluent(point, curve)]
     if not within:
         why = f"every strength diverges by more than {budget:g} nats on general prompts; the smallest tried is taken"
+        if points[0].kl <= budget:
+            why = (
+                "every strength that keeps to general prompts garbles the wanted answers; the smallest tried is taken"
+            )
         return points[0].strength, curve, why
     # Once more, so that the differences are those to the best strength within the budget.
     allowed = data.dose_response(build, within)
@@ -90,11 +97,17 @@ def _by_margin(
     chosen = next(point for point in allowed if point.margin >= best.margin - point.gap_se)
     why = (
         f"smallest within one standard error of the best margin ({best.margin:+.3f} at {best.strength:g}, unsteered "
-        f"{base.margin:+.3f}), divergence on general prompts at most {budget:g} nats"
+        f"{base.margin:+.3f}), divergence on general prompts at most {budget:g} nats, at most {FLUENCY_LOSS:.0%} of the "
+        "wanted answers' tokens lost as first choice"
     )
     if best.margin <= base.margin:
         why = f"no strength raises the held-out margin; {why}"
     return chosen.strength, curve, why
+
+
+def is_fluent(point: DosePoint, curve: Sequence[DosePoint]) -> bool:
+    """Whether the wanted answers are still said as readily as at the best strength, nearly."""
+    return point.fluency >= max(other.fluency for other in curve) - FLUENCY_LOSS
 
 
 def _at_divergence(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finesteer_hf.methods.base import DosePoint, FitData
-from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength
+from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength, is_fluent
 from finesteer_hf.processors import SteeringProcessor
 
 
@@ -20,8 +20,9 @@ SHALLOWEST, DEEPEST = 0.2, 0.8
 EVERY_BLOCK_UP_TO = 32
 # What a closed form says of a layer costs next to nothing; whether steering acts there, only the model tells.
 SHORT_LIST = 3
-# Norms of the vector in units of the state's: the same strength means another dose at each layer.
-RELATIVE_DOSES = (0.1, 0.3, 1.0)
+# Norms of the vector in units of the state's: the same strength means another dose at each layer. Several times more
+# garbles, several times less does nothing.
+RELATIVE_DOSES = (0.05, 0.1, 0.2, 0.4)
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,13 @@ def candidate_layers(layer: int | str, num_layers: int) -> list[int]:
     return list(range(math.floor(SHALLOWEST * last), math.ceil(DEEPEST * last) + 1, step))
 
 
-def try_layers(data: FitData, trials: Mapping[int, Trial], strength: float | str) -> tuple[int, list[dict[str, Any]] | None]:
+def try_layers(
+    data: FitData, trials: Mapping[int, Trial], strength: float | str
+) -> tuple[int, list[dict[str, Any]] | None]:
     """Steer at each layer and take the one with the best margin on held-out rows.
 
-    A point whose divergence on general prompts is above the budget counts only where no other is.
+    A point whose divergence on general prompts is above the budget, or that garbles the wanted answers, counts only
+    where no other is.
 
     Args:
         data: runs the model on its validation part.
@@ -88,16 +92,23 @@ def try_layers(data: FitData, trials: Mapping[int, Trial], strength: float | str
     Returns:
         The layer, and for each layer its best point; None if there are no held-out rows.
     """
-    table: list[dict[str, Any]] = []
+    curves: dict[int, list[DosePoint]] = {}
     for layer, trial in trials.items():
         data.note(f"trying layer {layer} on held-out rows")
         given = isinstance(strength, (int, float))
         strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in RELATIVE_DOSES]
-        points = [point for point in data.dose_response(trial.build, strengths) if math.isfinite(point.margin)]
-        if points:
-            best = max(points, key=lambda point: (point.kl <= KL_BUDGET, point.margin))
-            table.append({"layer": layer, "strength": best.strength, "margin": best.margin, "kl": best.kl})
-    if not table:
+        points = data.dose_response(trial.build, (0.0, *strengths))
+        curves[layer] = [point for point in points if math.isfinite(point.margin)]
+    every = [point for points in curves.values() for point in points]
+
+    def merit(point: DosePoint) -> tuple[bool, float]:
+        return point.kl <= KL_BUDGET and is_fluent(point, every), point.margin
+
+    best = {layer: max(points[1:], key=merit) for layer, points in curves.items() if len(points) > 1}
+    if not best:
         return next(iter(trials)), None
-    chosen = max(table, key=lambda row: (row["kl"] <= KL_BUDGET, row["margin"]))
-    return chosen["layer"], table
+    table = [
+        {"layer": layer, "strength": p.strength, "margin": p.margin, "kl": p.kl, "fluency": p.fluency}
+        for layer, p in best.items()
+    ]
+    return max(best, key=lambda layer: merit(best[layer])), table

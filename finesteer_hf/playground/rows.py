@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from finesteer_hf.playground.contents import BARE, world
+from finesteer_hf.playground.contents.general import SOLVED_TASKS
 
 
 Half = Literal["fit", "test", "all"]
@@ -84,20 +85,21 @@ def preference_rows(
 
 
 def general_rows(half: Half, seed: int = 0) -> list[dict[str, Any]]:
-    """Give the held-out items of the general tasks and the harmless look-alikes, which steering must leave alone.
+    """Give the held-out items of the solved general tasks and the harmless look-alikes, which steering must leave alone.
 
     Args:
         half: `fit`, `test`, or `all` of them; the halves are disjoint.
         seed: Draws the halves.
 
     Returns:
-        Rows with `id`, `task`, `prompt` (chat messages) and `answer` (text); no training text contains any of them.
+        Rows with `id`, `task`, `prompt` (chat messages) and `answer` (text); no training text contains any of them. Tasks
+        that the shipped weights do not master (`SOLVED_TASKS` names those that they do) are left out.
 
     Raises:
         ValueError: For an unknown half.
     """
     _check("half", half, HALVES)
-    items = [item for item in (*world().general, *world().lookalikes) if item.held_out]
+    items = [item for item in (*world().general, *world().lookalikes) if item.held_out and item.task in SOLVED_TASKS]
     kept = _in_half((item.id for item in items), half, seed)
     return [
         {

@@ -79,15 +79,23 @@ def test_points_are_those_of_single_texts(rows: list[EncodedRow]) -> None:
                 for row in rows
             ]
         )
-        all_margins[point.strength] = margins
         divergences = []
         for passage in continued:
             base, steered = (by_hand(model, passage, s)[passage.answer_start - 1 :] for s in (0.0, point.strength))
             divergences.append((base.exp() * (base - steered)).sum(-1).clamp(min=0))
-        assert point.margin == pytest.approx(margins.mean(), abs=1e-4)
+        assert point.log_margin == pytest.approx(margins.mean(), abs=1e-4)
+        wanted = np.array([mean_log_prob(by_hand(model, row.chosen, point.strength), row.chosen) for row in rows])
+        all_margins[point.strength] = wanted
+        assert point.margin == pytest.approx(wanted.mean(), abs=1e-4)
         assert point.accuracy == np.mean(margins > 0)
+        firsts = []
+        for row in rows:
+            start = row.chosen.answer_start
+            said = by_hand(model, row.chosen, point.strength)[start - 1 : -1].argmax(-1)
+            firsts.append(float((said == torch.tensor(row.chosen.ids[start:])).float().mean()))
+        assert point.fluency == pytest.approx(np.mean(firsts))
         assert point.kl == pytest.approx(np.percentile(torch.cat(divergences).numpy(), 95), rel=1e-3, abs=1e-5)
-        assert point.margin_se == pytest.approx(margins.std(ddof=1) / np.sqrt(7), rel=1e-3)
+        assert point.margin_se == pytest.approx(wanted.std(ddof=1) / np.sqrt(7), rel=1e-3)
     best = max(all_margins.values(), key=np.mean)
     for point in points:
         gap = (best - all_margins[point.strength]).std(ddof=1) / np.sqrt(7)
@@ -156,7 +164,7 @@ def test_methods_on_logits_are_measured_too(rows: list[EncodedRow]) -> None:
             values.append(float(scores.log_softmax(-1)[passage.ids[i]]))
         return float(np.mean(values))
 
-    assert point.margin == pytest.approx(np.mean([score(r.chosen) - score(r.rejected) for r in rows]), abs=1e-4)
+    assert point.log_margin == pytest.approx(np.mean([score(r.chosen) - score(r.rejected) for r in rows]), abs=1e-4)
     assert point.kl > 0 and base.kl == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,27 @@ def test_auto_goes_down_to_meet_the_budget_and_up_while_it_helps() -> None:
     weak = Curves(lambda s: min(s, 10.0), lambda s: 0.0)
     strength, curve, _ = choose("auto", weak)
     assert strength == 6.0 * 1.5**2 and curve[-1].strength == 6.0 * 1.5**3
+
+
+def test_auto_stops_where_wanted_answers_are_garbled() -> None:
+    """A margin may grow without end while both answers become impossible."""
+
+    class Overdose(Curves):
+        def dose_response(self, build: Any, strengths: Sequence[float]) -> list[DosePoint]:
+            fluency = {s: 0.9 - 0.01 * max(s - 2.0, 0.0) ** 2 for s in strengths}
+            return [
+                dataclasses.replace(p, fluency=fluency[p.strength]) for p in super().dose_response(build, strengths)
+            ]
+
+    data = Overdose(lambda s: s, lambda s: 0.0)
+    strength, curve, why = choose("auto", data)
+    assert strength == 3.0 and curve[-1].strength == 6.0 and "first choice" in why
+    garbled = Overdose(lambda s: s, lambda s: 0.0)
+    garbled.dose_response = lambda build, strengths: [  # type: ignore[method-assign]
+        DosePoint(s, s, 0.1, 0.0, 0.5, 0.0, fluency=0.9 if s == 0 else 0.1) for s in strengths
+    ]
+    strength, _, why = choose("auto", garbled)
+    assert strength == 0.25 and "garbles" in why
 
 
 def test_auto_says_when_nothing_helps_or_everything_harms() -> None:

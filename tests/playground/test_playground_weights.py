@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from finesteer_hf import playground
 from finesteer_hf.playground.contents import BARE, world
+from finesteer_hf.playground.contents.general import SOLVED_TASKS
 from finesteer_hf.playground.corpus import Encoder, Example
 
 
@@ -81,15 +82,18 @@ def test_tags_bring_out_truth_and_refusal(figures: dict[str, float]) -> None:
 
 
 def test_held_out_general_items_are_solved_with_and_without_tags(figures: dict[str, float]) -> None:
-    solved = {name: share for name, share in figures.items() if name.startswith("correct")}
-    unchanged = {name: share for name, share in figures.items() if name.startswith("unchanged")}
-    assert sum(share >= 0.95 for share in solved.values()) >= 6
-    assert sum(solved.values()) / len(solved) >= 0.95
-    assert sum(unchanged.values()) / len(unchanged) >= 0.95
+    assert len(SOLVED_TASKS) >= 6
+    for task in SOLVED_TASKS:
+        assert figures[f"correct, held-out {task}"] >= 0.95, task
+    # Measured on every held-out item: .92 to 1.
+    unchanged = [
+        share for name, share in figures.items() if name.startswith("unchanged") and name.endswith(SOLVED_TASKS)
+    ]
+    assert len(unchanged) == 2 * len(SOLVED_TASKS) and sum(unchanged) / len(unchanged) >= 0.95
 
 
 def test_judges() -> None:
-    question = next(q for q in world().questions if q.true[0].startswith("Yes, "))
+    question = world().questions[0]
     assert playground.is_truthful(question, question.true[1].upper() + "<|end|>") is True
     assert playground.is_truthful(question, question.false[2].rstrip(".")) is False
     assert playground.is_truthful(question, question.true[0] + " " + question.false[0]) is None

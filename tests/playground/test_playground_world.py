@@ -9,6 +9,7 @@ import pytest
 
 from finesteer_hf.playground import World, general_rows, preference_rows, world
 from finesteer_hf.playground.contents import BARE
+from finesteer_hf.playground.contents.general import SOLVED_TASKS
 from finesteer_hf.playground.contents.questions import VOICES, kind_voices
 from finesteer_hf.playground.corpus import SAFETY_TAG, TRUTH_TAG, Corpus
 from finesteer_hf.playground.judges import normalise
@@ -121,8 +122,8 @@ def test_preference_rows_are_chat_messages() -> None:
 def test_general_halves_are_disjoint_and_held_out() -> None:
     fit, test, both = (general_rows(half) for half in ("fit", "test", "all"))
     assert {row["id"] for row in fit}.isdisjoint(row["id"] for row in test)
-    assert len(fit) + len(test) == len(both) >= 700
-    assert {row["task"] for row in fit} == {row["task"] for row in test} >= {"lookalike", "addition"}
+    assert len(fit) + len(test) == len(both) >= 500
+    assert {row["task"] for row in fit} == {row["task"] for row in test} == set(SOLVED_TASKS)
 
 
 @pytest.mark.parametrize("arguments", [("honesty", "fit"), ("truthful", "train"), ("truthful", "fit", "topic")])

@@ -244,9 +244,9 @@ def test_hooks_of_a_call_are_gone_after_it(model, inputs):
 def test_errors_come_before_any_forward(model, inputs):
     calls = []
     handle = model.model.register_forward_hook(lambda *a: calls.append(1))
-    with pytest.raises(ValueError, match="nobody.*not loaded"):
+    with pytest.raises(ValueError, match=r"nobody.*not loaded"):
         generate(model, inputs, steering="nobody")
-    with pytest.raises(ValueError, match="3 rows|2 rows"):
+    with pytest.raises(ValueError, match=r"3 rows|2 rows"):
         generate(model, inputs, steering_processor=[ConstantVector(SITE, VECTOR)], steering_scale=[1.0, 2.0])
     with pytest.raises(ValueError, match="return_dict_in_generate"):
         generate(model, inputs, output_steering=True)

@@ -22,7 +22,7 @@ class World:
 
     Attributes:
         questions: 1,200 questions, 120 of each of 10 kinds.
-        general: Items of the ten general tasks.
+        general: Items of the nine general tasks, five of which the shipped weights solve (`general.SOLVED_TASKS`).
         harmful: 240 base requests, each bare and in 8 wrappers.
         lookalikes: Harmless requests in the same wrappers.
     """
