@@ -99,7 +99,7 @@ def holds_states(cache: Any) -> bool:
     """Whether a cache of states has been written to."""
     held = getattr(cache, "has_previous_state", None)
     try:
-        return held is not None and bool(held())
+        return bool(held() if callable(held) else held)
     except ValueError:
         # A cache of keys and values alone.
         return False
