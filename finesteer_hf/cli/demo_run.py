@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from transformers.utils.logging import disable_progress_bar
 
 from finesteer_hf import SteeredModelForCausalLM, playground
@@ -163,7 +164,9 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
 
 
 def _start() -> None:
+    # Each process has a core to itself; threads beyond that would wait for one another.
     torch.set_num_threads(1)
+    threadpool_limits(1)
     disable_progress_bar()
     # Said once, by the fit, not by each of a dozen.
     warnings.filterwarnings("ignore", category=UserWarning)
