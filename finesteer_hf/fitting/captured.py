@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from finesteer_hf.fitting.answers import run_answers
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool, Text
+from finesteer_hf.methods.base import AnswerRun, DosePoint, ModelInfo, Part, Pool, Text
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site, TextTower
 
@@ -80,6 +82,19 @@ class CapturedData:
         else:
             passages = [getattr(self.rows[i], text) for i in self.split.rows[part]]
         return [np.array(passage.ids[passage.answer_start or 0 :], dtype=np.int64) for passage in passages]
+
+    def answers(
+        self,
+        text: Literal["chosen", "rejected"],
+        part: Part,
+        rows: Sequence[int],
+        *,
+        steering: SteeringProcessor | None = None,
+        sites: Sequence[Site] = (),
+    ) -> Iterator[AnswerRun]:
+        """Run the model over the answers of some rows; see `run_answers`."""
+        of_part = self.split.rows[part]
+        return run_answers(self.dose.model, [getattr(self.rows[of_part[i]], text) for i in rows], steering, sites)
 
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]

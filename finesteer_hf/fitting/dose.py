@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,22 +9,18 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from finesteer_hf.auto import SteeredModelForCausalLM
+from finesteer_hf.fitting.answers import answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture import input_device
-from finesteer_hf.fitting.jobs import batches, pad_right
+from finesteer_hf.fitting.jobs import batches
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.mixin import SteeringMixin
-from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
+from finesteer_hf.processors import SteeringProcessor
 
 
 # More rows make the curve no clearer than its standard error shows, and each costs two passes a strength.
 MAX_ROWS, MAX_PROMPTS = 200, 64
 # Greedy tokens after a general prompt over which the divergence is taken, beside the first.
 CONTINUATION = 8
-# Logits of a batch, in values: the vocabulary is what a batch is wide in.
-LOGIT_BUDGET = 1 << 28
-TOKEN_BUDGET = 4096
 
 
 class DoseRunner:
@@ -45,8 +40,6 @@ class DoseRunner:
         self._passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._unsteered: tuple[np.ndarray, np.ndarray, float] | None = None
         self._general: list[Passage] | None = None
         self._build: Callable[[float], SteeringProcessor] | None = None
@@ -75,15 +68,10 @@ class DoseRunner:
             self._build, self._known = build, {}
         new = [strength for strength in map(float, strengths) if strength not in self._known]
         if new:
-            already = isinstance(self.model, SteeringMixin)
-            SteeredModelForCausalLM.from_model(self.model)
-            try:
+            with steered(self.model):
                 processors = {strength: build(strength) for strength in new if strength}
                 margins = self._margins(processors, advance)
                 divergences = self._divergences(processors, advance)
-            finally:
-                if not already:
-                    self.model.unload_steering()
             self._known |= {strength: (*margins[strength], divergences[strength]) for strength in {*new, 0.0}}
         curve = {strength: self._known[strength] for strength in map(float, strengths)}
         best = max((wanted for wanted, *_ in curve.values()), key=lambda wanted: wanted.mean())
@@ -183,8 +171,8 @@ class DoseRunner:
 
     def _batches(self, passages: Sequence[Passage], extra: int = 0) -> Iterator[list[Passage]]:
         """Passages of similar length whose logits fit."""
-        budget = max(1, min(TOKEN_BUDGET, LOGIT_BUDGET // self.vocabulary))
         ordered = sorted(passages, key=lambda p: (p.answer_start or 0, len(p.ids)), reverse=True)
+        budget = logit_budget(self.model)
         return batches(ordered, lambda batch: len(batch) * (max(len(p.ids) for p in batch) + extra), budget)
 
     @torch.no_grad()
@@ -192,18 +180,8 @@ class DoseRunner:
         self, batch: Sequence[Passage], processor: SteeringProcessor | None
     ) -> Iterator[tuple[Passage, torch.Tensor]]:
         """For each passage the logits that predict its answer's tokens and the one after, `[answer + 1, vocabulary]`."""
-        ids, mask = pad_right([p.ids for p in batch], self.device)
-        starts = [int(p.answer_start or 0) for p in batch]
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": torch.tensor(starts)}
-        first = min(starts) - 1
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = ids.shape[1] - first
-        steering = SteeringProcessorList([] if processor is None else [processor])
-        with self.model.steering_with(steering):
-            logits = self.model(**inputs, use_cache=False).logits
-        skipped = ids.shape[1] - logits.shape[1]
-        for row, (passage, start) in enumerate(zip(batch, starts, strict=True)):
-            yield passage, logits[row, start - 1 - skipped : len(passage.ids) - skipped].float()
+        processors = [] if processor is None else [processor]
+        yield from zip(batch, answer_logits(self.model, batch, processors), strict=True)
 
 
 def clustered_se(values: np.ndarray, units: np.ndarray) -> float:

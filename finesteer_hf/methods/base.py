@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -72,6 +72,26 @@ class DosePoint:
     log_margin: float = 0.0
 
 
+@dataclass(frozen=True)
+class AnswerRun:
+    """An answer under teacher forcing: one entry for each of its tokens, which the entry predicts.
+
+    Attributes:
+        ids: the answer's tokens, int64 `[answer]`, on the CPU.
+        logits: `[answer, vocabulary]` float32; the first are those of the prompt's last token.
+        states: by site the states that the logits come from, `[answer, width]` in the stream's dtype.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    states: Mapping[Site, torch.Tensor]
+
+    @property
+    def nll(self) -> torch.Tensor:
+        """Mean negative log-likelihood of the answer, in nats a token, float32."""
+        return torch.nn.functional.cross_entropy(self.logits, self.ids.to(self.logits.device))
+
+
 class FitData(Protocol):
     """States of a preference data set and of general prompts, split for fitting.
 
@@ -102,6 +122,27 @@ class FitData(Protocol):
 
     def tokens(self, text: Text, part: Part) -> list[np.ndarray]:
         """Token ids, int64, of the rows' prompts, of their answers alone, or of the general prompts."""
+
+    def answers(
+        self,
+        text: Literal["chosen", "rejected"],
+        part: Part,
+        rows: Sequence[int],
+        *,
+        steering: SteeringProcessor | None = None,
+        sites: Sequence[Site] = (),
+    ) -> Iterator[AnswerRun]:
+        """Run the model over the answers of some rows, in that order.
+
+        Gradients reach the tensors that `steering` uses in `transform`, and nothing of the model.
+
+        Args:
+            text: which answers.
+            part: the split.
+            rows: indices of rows of the part.
+            steering: what steers; None for the model itself.
+            sites: whose states are wanted, as they are after steering.
+        """
 
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
