@@ -12,7 +12,6 @@ special case.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -23,19 +22,9 @@ from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
-from finesteer_hf.processors import QueryStates
+from finesteer_hf.reading import StreamReader
 from finesteer_hf.sites import Site
-from finesteer_hf.streams import (
-    Prompt,
-    Stream,
-    cache_length,
-    forward_cache,
-    forward_inputs,
-    holds_states,
-    in_lockstep,
-    mask_fits,
-)
-from finesteer_hf.writing import StreamWriter
+from finesteer_hf.streams import Prompt, Stream, cache_length, forward_cache, forward_inputs, holds_states
 
 
 if TYPE_CHECKING:
@@ -45,11 +34,7 @@ if TYPE_CHECKING:
 _CURRENT: ContextVar[CallSession | None] = ContextVar("finesteer_hf_session", default=None)
 
 
-class StopForward(Exception):
-    """Ends a forward whose deepest needed site has been read."""
-
-
-class CallSession(StreamWriter):
+class CallSession(StreamReader):
     """The steering of one call.
 
     Args:
@@ -171,120 +156,6 @@ class CallSession(StreamWriter):
         self.streams.append(stream)
         return stream
 
-    def _must_read_first(self, stream: Stream) -> bool:
-        if all(i in stream.decisions for i, entry in enumerate(self.plan.entries) if entry.processor.reads):
-            return False
-        if self.plan.writes_before_reading:
-            return True
-        if self.carried and self.plan.writes_before_a_read:
-            # In the middle of a forward the cache can no longer be put back: states of linear attention do not crop.
-            return True
-        if stream.window.query_within(self.past, self.tokens):
-            return False
-        # A chunk that ends before the query: what steers the prompt must be known before it is steered.
-        late = all(e.processor.positions == "generated" for e in self.plan.entries if e.processor.reads)
-        return not (late and stream.window.uniform)
-
-    # -- reading ------------------------------------------------------------------------------------------------------
-
-    def _read_whole_prompt(self, stream: Stream) -> None:
-        """Run the unsteered prompt up to the deepest read site, and no further."""
-        args, kwargs = self._forward
-        complete = self.prompt is not None and stream is self.streams[0] and bool(self.prompt.inputs)
-        if complete and self.past + self.tokens < stream.window.prompt_end:
-            assert self.prompt is not None
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs_embeds")}
-            args = ()
-            width = stream.window.prompt_end - self.past
-            kwargs |= {name: value[:, -width:] for name, value in self.prompt.inputs.items()}
-            mask = stream.window.mask
-            if "position_ids" in kwargs:
-                positions = stream.window.position_ids(stream.rows, next(iter(self.prompt.inputs.values())).device)
-                kwargs["position_ids"] = positions[:, self.past :]
-            kwargs["attention_mask"] = None if mask is None else mask.long()
-        self._probe(stream, args, kwargs, {site for entry in self.plan.entries for site in entry.processor.reads})
-        for site in sorted(stream.states):
-            self._decide_after(site, stream)
-
-    def _probe(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], sites: set[Site]) -> None:
-        kwargs = dict(kwargs)
-        for name in ("past_key_values", "cache_params"):
-            cache = kwargs.get(name)
-            if cache is not None:
-                # Nothing of this forward is in the cache yet, see `_must_read_first`.
-                kwargs[name] = copy.deepcopy(cache) if self.carried else None
-        if not mask_fits(kwargs.get("attention_mask"), self.past + self.tokens):
-            real = stream.window.real(0, self.past + self.tokens, forward_inputs(args, kwargs).device)
-            kwargs["attention_mask"] = None if real is None else real.long()
-        # Mamba-like models look at a cache of states only if they are told to use one; this one is a copy.
-        kwargs["use_cache"] = kwargs.get("cache_params") is not None
-        self.probing = sites
-        try:
-            with torch.no_grad():
-                self.runtime.tower.decoder(*args, **kwargs)
-        except StopForward:
-            pass
-        finally:
-            self.probing = None
-
-    def _review(self, stream: Stream) -> None:
-        """Show processors that would have gone back while it was generated the whole text, unsteered."""
-        entries = [
-            (index, entry.processor) for index, entry in enumerate(self.plan.entries) if entry.processor.lookback
-        ]
-        sites = {site for _, processor in entries for site in processor.maps}
-        if not sites:
-            return
-        self.text_states = {}
-        try:
-            self._probe(stream, *self._forward, sites)
-            device = next(iter(self.text_states.values())).device
-            for index, processor in entries:
-                states = {site: self.text_states[site] for site in processor.maps}
-                processor.review(states, self._view(index, stream, device))
-        finally:
-            self.text_states = None
-
-    def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
-        if not stream.window.query_within(self.past, self.tokens):
-            return
-        if site not in stream.states:
-            if self._fired_before(site, stream):
-                args, kwargs = self._forward
-                self._probe(stream, args, kwargs, {later for later in self.plan.readers if later >= site})
-            else:
-                stream.states[site] = stream.window.query_state(hidden, self.past)
-        self._decide_after(site, stream)
-
-    def _fired_before(self, site: Site, stream: Stream) -> bool:
-        """Whether a write of this forward has already changed the stream that is about to be read."""
-        for written, steps in self.plan.steps.items():
-            if written >= site:
-                continue
-            for step in steps:
-                if step.map is not None:
-                    return True
-                # Ranks that shard one model run the same passes, whatever the gates of their own prompts are.
-                if in_lockstep():
-                    return True
-                for index in step.adds:
-                    gate = stream.decisions[index].gate
-                    if gate is None or bool((gate != 0).any()):
-                        return True
-        return False
-
-    def _decide_after(self, site: Site, stream: Stream) -> None:
-        for index, entry in enumerate(self.plan.entries):
-            if index not in stream.decisions and entry.deepest_read == site:
-                self._decide(index, entry, stream, stream.states[site].device)
-
-    @torch.no_grad()
-    def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
-        states = {site: stream.states[site].to(device) for site in entry.processor.reads}
-        # Under autocast the method's products would be taken in half precision.
-        with torch.autocast(device.type, enabled=False):
-            stream.decisions[index] = entry.processor.decide(QueryStates(states, stream.rows, device))
-
     # -- a site is passed ---------------------------------------------------------------------------------------------
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -296,13 +167,7 @@ class CallSession(StreamWriter):
         if stream is None:
             return None
         if self.probing is not None:
-            if site in self.probing:
-                if self.text_states is not None:
-                    self.text_states[site] = hidden.detach()
-                else:
-                    stream.states[site] = stream.window.query_state(hidden, self.past)
-                if site == max(self.probing):
-                    raise StopForward
+            self._note(self.probing, site, hidden, stream)
             return None
         self.passage.check(site, hidden)
         if site in self.plan.readers:
