@@ -56,7 +56,8 @@ def model():
 
 @pytest.fixture
 def inputs(model):
-    return Bench(model, [torch.randint(6, 54, (n,)) for n in (9, 9, 9)], 1.0, [], []).batch([0, 1, 2])
+    prompts = torch.randint(6, 54, (3, 9), generator=torch.Generator().manual_seed(0))
+    return Bench(model, list(prompts), 1.0, [], []).batch([0, 1, 2])
 
 
 SETTINGS = {
