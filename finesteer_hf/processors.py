@@ -73,6 +73,7 @@ class TokenView:
         state: the processor's own memory of this call; begins empty with each call.
         first_column: absolute position of this forward's first column.
         query_column: absolute position of the query tokens: a number if all rows agree, else int64 `[rows]`.
+        decision: what `decide` found for the rows; None where it has not been asked, or the processor reads nothing.
     """
 
     mask: torch.Tensor | None
@@ -82,6 +83,7 @@ class TokenView:
     state: dict[str, Any]
     first_column: int = 0
     query_column: int | torch.Tensor = 0
+    decision: Decision | None = None
 
     def since_query(self, hidden: torch.Tensor) -> torch.Tensor:
         """How many tokens after the query each column stands: 0 the query itself, 1 the first generated token, ...

@@ -124,4 +124,5 @@ class StreamWriter:
             state=self.memory[index],
             first_column=self.past,
             query_column=window.query,
+            decision=stream.decisions.get(index),
         )
