@@ -10,6 +10,7 @@ from finesteer_hf.methods import (
     fasb,
     finesteer,
     iti,
+    sadi,
     swai,
     truthflow,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "fasb",
     "finesteer",
     "iti",
+    "sadi",
     "swai",
     "truthflow",
 ]

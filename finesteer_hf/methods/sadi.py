@@ -1,0 +1,262 @@
+"""SADI: each input's own activations, amplified at the few elements that tell answers apart (arXiv 2410.12299, ICLR 2025).
+
+A binary mask M marks the K elements (attention heads, or dimensions of the stream) of all layers whose mean difference
+between wanted and unwanted answers, at the answers' last token, is largest. Steering is A' = A + delta (A * M).
+
+Differences from the published code. It *replaces*: the marked elements of the question's last token become delta times
+the activations that the unsteered question has there, and generated tokens are left alone; `compat="official"` does so. It
+takes K and delta from the best score on the test set; here K is given and delta chosen on held-out rows. Its "hidden"
+elements are of the feed-forward's output, here they are of the stream after the block. Neurons inside the feed-forward are
+not offered: they are no site that this library steers at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods.checks import (
+    check_count,
+    check_layers,
+    check_one_of,
+    check_strength,
+    filled_in,
+    require_fitted,
+)
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
+from finesteer_hf.sites import Site
+
+
+ELEMENTS = ("head", "hidden")
+MIN_ROWS = 2
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class SADIConfig(SteeringConfig):
+    """Settings of semantics-adaptive dynamic intervention.
+
+    Attributes:
+        elements: what is amplified: whole attention heads (`head`, by the mean over a head's dimensions) or single
+            dimensions of the blocks' outputs (`hidden`).
+        num_elements: K, number of amplified elements; the paper tries 1 to 10 heads and 1 to 20 dimensions.
+        layers: blocks whose elements are compared; `auto` is all of them.
+        compat: `official` replaces the query's elements as the published code does.
+        element_layers: the blocks that K elements were found in, ascending; filled in by the fit.
+        attention_heads: number of heads of each block, filled in by the fit.
+    """
+
+    steering_type: ClassVar[str] = "SADI"
+    understands: ClassVar[frozenset[str]] = frozenset({"compat:official"})
+
+    # The paper steers the newest token of every forward: the prompt's last, then each generated one.
+    positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
+    strength: float | str = field(default="auto", metadata=_help("Delta: a number, auto, kl:<nats> or norm:<share>."))
+    elements: Literal["head", "hidden"] = field(default="head", metadata=_help("Amplified elements: head or hidden."))
+    num_elements: int = field(default=10, metadata=_help("Number of amplified elements."))
+    layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
+    compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
+    element_layers: list[int] = field(default_factory=list, metadata=_help("Blocks of the elements, fitted."))
+    attention_heads: int | None = field(default=None, metadata=_help("Heads of each block."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("positions", self.positions, ("generated",))
+        check_one_of("elements", self.elements, ELEMENTS)
+        check_one_of("compat", self.compat, (None, "official"))
+        check_count("num_elements", self.num_elements, 1)
+        check_layers(self.layers, self.num_hidden_layers)
+        if self.element_layers:
+            check_layers(self.element_layers, self.num_hidden_layers, name="element_layers")
+        if self.attention_heads is not None:
+            check_count("attention_heads", self.attention_heads, 1)
+        check_strength(self.strength)
+        self.requires = sorted({*self.requires, *(["compat:official"] if self.compat == "official" else [])})
+
+    def site(self, layer: int) -> Site:
+        """Where the elements of a block are."""
+        return Site("head_out" if self.elements == "head" else "resid_post", layer)
+
+
+class SADI(SteeringMethod):
+    """`A <- A + strength * (A * M)` at the newest token, M the mask of the chosen elements.
+
+    With `compat="official"`, `A <- strength * A_q` at the chosen elements of the query token alone, A_q its unsteered
+    activations; a run-time scale s goes that part of the way.
+
+    Args:
+        config: a fitted `SADIConfig`.
+        tensors: `mask`, int64 `[element_layers, heads or hidden_size]`, 1 at the chosen elements and 0.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or the mask does not fit it.
+    """
+
+    config_cls = SADIConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(SADIConfig, config)
+        (shape,) = self.tensor_shapes(settings).values()
+        mask = tensors.get("mask")
+        if mask is None or mask.shape != shape or not set(mask.unique().tolist()) <= {0, 1}:
+            raise AdapterFileError(f"A SADI adapter needs the tensor 'mask' of zeros and ones, {list(shape)}.")
+        self.maps = tuple(settings.site(layer) for layer in settings.element_layers)
+        self._replaces = settings.compat == "official"
+        self.reads = self.maps if self._replaces else ()
+        self.tensors = {str(site): row.bool() for site, row in zip(self.maps, mask, strict=True)}
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """Keep the unsteered activations, `[rows, width]` a site, for `compat="official"`; nothing is added."""
+        return Decision(vectors=dict(queries))
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Amplify the chosen elements of the named tokens of `[rows, tokens, width]`; the others stay to the bit."""
+        mask = self.parameters_on(hidden.device)[str(site)]
+        chosen = mask.repeat_interleave(hidden.shape[-1] // len(mask)) & (view.scale != 0)
+        if view.mask is not None:
+            chosen = chosen & view.mask[..., None]
+        state = hidden.float()
+        if not self._replaces:
+            return torch.where(chosen, state * (1 + view.scale * self.strength), state).to(hidden.dtype)
+        if view.decision is None:
+            # A chunk of the prompt before the query.
+            return hidden
+        chosen = chosen & (view.since_query(hidden) == 0)[..., None]
+        target = self.strength * view.decision.vectors[site][:, None]
+        return torch.where(chosen, torch.lerp(state, target, view.scale), state).to(hidden.dtype)
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One row a block with chosen elements.
+
+        Raises:
+            AdapterFileError: if the config is not fitted.
+        """
+        settings = cast(SADIConfig, config)
+        width = "attention_heads" if settings.elements == "head" else "hidden_size"
+        require_fitted(settings, width)
+        if not settings.element_layers:
+            raise AdapterFileError("The SADI config names no element_layers, so it is not fitted. Run `fit_steering`.")
+        return {"mask": (len(settings.element_layers), getattr(settings, width))}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The compared blocks, at the last token of each answer.
+
+        Raises:
+            ValueError: if a layer is out of range.
+            UnsupportedModelError: if heads are asked for and the model has none.
+        """
+        settings = cast(SADIConfig, config)
+        if settings.elements == "head" and not info.num_heads:
+            raise UnsupportedModelError("SADI with elements='head' amplifies attention heads; the model has none.")
+        layers = _layers(settings, info.num_layers)
+        return CaptureRequest(tuple(settings.site(layer) for layer in layers), ("answer_last",))
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Find the mask on the `fit` and `calibration` parts, the strength on `validation`.
+
+        Raises:
+            DatasetError: for too few rows.
+        """
+        settings = cast(SADIConfig, config)
+        layers = _layers(settings, data.info.num_layers)
+        heads = data.info.num_heads if settings.elements == "head" else None
+        parts: tuple[Part, ...] = ("fit", "calibration")
+        if sum(len(data.prompts(part)) for part in parts) < MIN_ROWS:
+            raise DatasetError(f"SADI needs at least {MIN_ROWS} rows to fit on; the paper uses about 150.")
+        found = np.stack([mean_difference(data, settings.site(layer), parts, heads) for layer in layers])
+        mask = largest(found, settings.num_elements)
+        kept = [row for row in range(len(layers)) if mask[row].any()]
+        tensors = {"mask": torch.from_numpy(mask[kept].astype(np.int64))}
+
+        def build(strength: float) -> SADI:
+            chosen = {"element_layers": [layers[row] for row in kept], "attention_heads": heads}
+            return cls(filled_in(settings, data.info, strength=strength, **chosen), tensors)
+
+        states = [data.chosen(settings.site(layers[row]), "fit", "answer_last") for row in kept]
+        masked = [
+            state * np.repeat(mask[row], state.shape[1] // mask.shape[1])
+            for row, state in zip(kept, states, strict=True)
+        ]
+        trial = Trial(
+            build=build,
+            vector_norm=median_norm(np.concatenate(masked, axis=1)),
+            state_norm=median_norm(np.concatenate(states, axis=1)),
+        )
+        strength, curve, why = trial.choose_strength(settings.strength, data)
+        held_out = {layer: mean_difference(data, settings.site(layer), ("validation",), heads) for layer in layers}
+        order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])
+        report: dict[str, Any] = {
+            "elements": [
+                {
+                    "layer": layers[row],
+                    settings.elements: int(column),
+                    "difference": float(found[row, column]),
+                    "held_out_difference": float(held_out[layers[row]][column]),
+                }
+                for row, column in order
+            ],
+            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(build(strength).config, tensors, report)
+
+
+def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
+    """Mean over rows of the wanted answers' last states less those of the unwanted.
+
+    Args:
+        data: the states.
+        site: where they are taken.
+        parts: of the rows.
+        heads: number of heads over whose dimensions it is averaged; None for each dimension by itself.
+
+    Returns:
+        `[heads]` or `[width]`; zeros where there are no rows.
+    """
+    chosen, rejected = (
+        np.concatenate([side(site, part, "answer_last") for part in parts]) for side in (data.chosen, data.rejected)
+    )
+    if not len(chosen):
+        return np.zeros(heads or chosen.shape[1])
+    difference = chosen.mean(axis=0, dtype=np.float64) - rejected.mean(axis=0, dtype=np.float64)
+    return difference if heads is None else difference.reshape(heads, -1).mean(axis=1)
+
+
+def largest(differences: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """The mask of the largest entries (signed, as published), at most all; among equals the earlier ones.
+
+    Args:
+        differences: `[layers, elements]`.
+        count: K.
+    """
+    mask = np.zeros(differences.size, dtype=bool)
+    mask[np.argsort(-differences, axis=None, kind="stable")[:count]] = True
+    return mask.reshape(differences.shape)
+
+
+def _layers(config: SADIConfig, num_layers: int) -> list[int]:
+    if isinstance(config.layers, str):
+        return list(range(num_layers))
+    return [candidate_layers(layer, num_layers)[0] for layer in config.layers]
+
+
+register_steering_method("SADI", config_cls=SADIConfig, method_cls=SADI)

@@ -1,0 +1,183 @@
+"""SADI against the paper's formula in plain hooks, and the published code's replacement."""
+
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from planted import PlantedData
+
+from finesteer_hf import Site, SteeredModelForCausalLM
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.fitting import fit_steering
+from finesteer_hf.fitting.lint import DatasetWarning
+from finesteer_hf.methods.sadi import SADI, SADIConfig, largest
+from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
+from finesteer_hf.testing.bench import Bench
+from finesteer_hf.testing.conformance import fit_on_toy
+
+
+torch.set_num_threads(1)
+
+
+@functools.cache
+def fitted(**settings):
+    return fit_on_toy(SADIConfig(**{"num_elements": 3, "strength": 4.0, **settings}))[2]
+
+
+def dense_masks(found, model):
+    """For each block with chosen elements its mask over the whole width."""
+    heads = found.config.elements == "head"
+    width = model.config.hidden_size // model.config.num_attention_heads if heads else 1
+    return {
+        layer: row.repeat_interleave(width).float()
+        for layer, row in zip(found.config.element_layers, found.tensors["mask"], strict=True)
+    }
+
+
+def hook_each(model, found, change):
+    """Put `change(layer, states)` on the steered sites of a plain model."""
+    for layer in dense_masks(found, model):
+        block = model.model.layers[layer]
+        if found.config.elements == "head":
+            block.self_attn.o_proj.register_forward_pre_hook(lambda m, args, at=layer: (change(at, args[0]),))
+        else:
+            block.register_forward_hook(lambda m, args, out, at=layer: change(at, out))
+
+
+@pytest.mark.parametrize("elements", ["head", "hidden"])
+def test_newest_tokens_are_amplified_as_in_the_paper(elements):
+    found, plain = fitted(elements=elements), toy_model()
+    masks = dense_masks(found, plain)
+
+    def newest(layer, states):
+        states = states.clone()
+        states[:, -1] = states[:, -1] + found.config.strength * (states[:, -1] * masks[layer])
+        return states
+
+    hook_each(plain, found, newest)
+    steered = SteeredModelForCausalLM.from_model(toy_model(), steering={"a": found})
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(6, 54, (n,), generator=generator) for n in (5, 8, 3)]
+    expected = [
+        plain.generate(p[None], attention_mask=torch.ones(1, len(p)), max_new_tokens=10, do_sample=False)[0, len(p) :]
+        for p in prompts
+    ]
+    bench = Bench(steered, prompts, 1.0, [], [])
+    assert bench.generate([0, 1, 2], max_new_tokens=10) == [row.tolist() for row in expected]
+    assert bench.generate([0, 1, 2], max_new_tokens=10, steering=None) != [row.tolist() for row in expected]
+
+
+@pytest.mark.parametrize("elements", ["head", "hidden"])
+def test_the_published_code_replaces_the_query_s_elements_by_unsteered_ones(elements):
+    found, plain = fitted(elements=elements, compat="official"), toy_model()
+    assert len(found.config.element_layers) > 1 and found.config.requires == ["compat:official"]
+    masks, query, first = dense_masks(found, plain), 4, {}
+    text = torch.randint(6, 54, (1, 8), generator=torch.Generator().manual_seed(2))
+
+    def remember(layer, states):
+        first[layer] = states
+        return states
+
+    def replace(layer, states):
+        states = states.clone()
+        states[:, query] = torch.where(
+            masks[layer] > 0, found.config.strength * first[layer][:, query], states[:, query]
+        )
+        return states
+
+    with torch.no_grad():
+        unsteered = toy_model()
+        hook_each(unsteered, found, remember)
+        unsteered(text)
+        hook_each(plain, found, replace)
+        expected = plain(text).logits
+        model = SteeredModelForCausalLM.from_model(toy_model(), steering={"a": found})
+        got = model(text, prompt_lengths=torch.tensor([query + 1])).logits
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        with model.steering("a", scale=0.5):
+            half = model(text, prompt_lengths=torch.tensor([query + 1])).logits
+    assert not torch.allclose(half, expected, atol=1e-3)
+    paper = SteeredModelForCausalLM.from_model(toy_model(), steering={"a": fitted(elements=elements)})
+    assert not torch.allclose(paper(text, prompt_lengths=torch.tensor([query + 1])).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("elements", ["head", "hidden"])
+def test_the_mask_marks_the_largest_mean_differences_of_all_layers(elements):
+    data, config = PlantedData(), SADIConfig(elements=elements, num_elements=5, strength=1.0)
+    result = SADI.fit(data, config)
+    differences = []
+    for layer in range(data.info.num_layers):
+        found = data.shifts(config.site(layer), "fit", "calibration").mean(0)
+        differences.append(found.reshape(data.info.num_heads, -1).mean(1) if elements == "head" else found)
+    chosen = np.zeros_like(np.stack(differences))
+    chosen[result.config.element_layers] = result.tensors["mask"]
+    assert chosen.sum() == 5
+    # Layers of this world share their shifts, so there are ties: compare values, not places.
+    best = np.sort(np.stack(differences), axis=None)[:-6:-1]
+    np.testing.assert_allclose(np.sort(np.stack(differences)[chosen == 1])[::-1], best, atol=1e-5)
+    np.testing.assert_allclose([row["difference"] for row in result.report["elements"]], best, atol=1e-5)
+
+
+def test_planted_elements_are_found():
+    class Shifted(PlantedData):
+        def chosen(self, site, part, pool="answer_mean"):
+            states = self.rejected(site, part, pool).copy()
+            if site == Site("resid_post", 2):
+                states[:, [3, 11]] += 1.5
+            return states
+
+    result = SADI.fit(Shifted(), SADIConfig(elements="hidden", num_elements=2, strength=1.0))
+    assert result.config.element_layers == [2]
+    assert result.tensors["mask"].nonzero()[:, 1].tolist() == [3, 11]
+    assert all(row["held_out_difference"] == pytest.approx(1.5, abs=1e-5) for row in result.report["elements"])
+
+
+def test_among_equals_the_earlier_and_at_most_all():
+    assert largest(np.ones((2, 2)), 3).tolist() == [[True, True], [True, False]]
+    assert largest(np.array([[-1.0, -3.0], [2.0, -9.0]]), 2).tolist() == [[True, False], [True, False]]
+    assert largest(np.ones((2, 2)), 9).all()
+
+
+def model_with_a_truth_dimension(dimension):
+    """A toy model in which one dimension of the stream speaks for `oak`, and is larger after it than after `fox`."""
+    model, tokenizer = toy_model(), toy_tokenizer()
+    with torch.no_grad():
+        for word, token in tokenizer.get_vocab().items():
+            model.model.embed_tokens.weight[token, dimension] = 16.0 if word.startswith("oak") else 1.0
+            model.lm_head.weight[token, dimension] = (word.startswith("oak") - word.startswith("fox")) / 2
+        for block in model.model.layers:
+            for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+                projection.weight[dimension] = 0.0
+    return model
+
+
+def test_wanted_answers_become_likelier_where_a_dimension_speaks_for_them():
+    model = model_with_a_truth_dimension(5)
+    config = SADIConfig(elements="hidden", num_elements=1, layers=[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DatasetWarning)
+        found = fit_steering(
+            model, toy_tokenizer(), toy_preferences(), config, general_dataset=toy_general_prompts(), progress=False
+        )
+    assert found.tensors["mask"].nonzero().tolist() == [[0, 5]]
+    at = {point["strength"]: point for point in found.config.fit["report"]["dose_response"]}
+    chosen, base = at[found.config.strength], at[0.0]
+    assert chosen["log_margin"] > base["log_margin"] + 0.1
+    assert chosen["accuracy"] >= base["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"elements": "neuron"}, {"num_elements": 0}, {"compat": "paper"}, {"positions": "all"}, {"layers": [2, 1]}],
+)
+def test_nonsense_is_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        SADIConfig(**field)
+
+
+def test_a_mask_of_anything_but_zeros_and_ones_is_refused():
+    found = fitted()
+    with pytest.raises(AdapterFileError, match="zeros and ones"):
+        SADI(found.config, {"mask": found.tensors["mask"] * 2})
