@@ -12,6 +12,7 @@ from finesteer_hf.methods import (
     iti,
     sadi,
     swai,
+    task_driven,
     truthflow,
 )
 
@@ -28,5 +29,6 @@ __all__ = [
     "iti",
     "sadi",
     "swai",
+    "task_driven",
     "truthflow",
 ]

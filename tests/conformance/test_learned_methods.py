@@ -1,0 +1,38 @@
+"""The suite on methods that learn: by the task loss."""
+
+import functools
+
+import pytest
+
+from finesteer_hf.methods.task_driven import TaskDrivenConfig
+from finesteer_hf.testing import FEATURES, check_feature
+from finesteer_hf.testing.conformance import check_files, fit_on_toy
+
+
+CONFIGS = {
+    "task-driven": TaskDrivenConfig(layer=1, strength=2.0, iterations=4),
+}
+# The settings that a method can get wrong by itself; what is the run time's work is under `slow`.
+QUICK = {"left_padding", "mixed_rows"}
+
+
+@functools.cache
+def fitted(name):
+    return fit_on_toy(CONFIGS[name])[2]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files(name):
+    check_files(fitted(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature"),
+    [
+        pytest.param(name, feature, marks=[] if feature in QUICK else pytest.mark.slow)
+        for name in CONFIGS
+        for feature in sorted(FEATURES)
+    ],
+)
+def test_feature(name, feature):
+    check_feature(feature, fitted(name))
