@@ -111,7 +111,7 @@ def plot_gate_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
 
 
 def plot_dose_response(points: Sequence[DosePoint], *, chosen: float | None = None) -> Figure:
-    """Margin between wanted and unwanted answers, and shift on general prompts, against strength.
+    """How far wanted answers are from being said, and shift on general prompts, against strength.
 
     Args:
         points: the curve.
@@ -119,12 +119,12 @@ def plot_dose_response(points: Sequence[DosePoint], *, chosen: float | None = No
     """
     figure, (top, bottom) = _axes(6.4, 4.6, 2, sharex=True)
     strength = np.array([point.strength for point in points])
-    margin = np.array([point.margin for point in points])
-    error = np.array([point.margin_se for point in points])
-    top.fill_between(strength, margin - error, margin + error, color=BLUE, alpha=0.2, linewidth=0)
-    top.plot(strength, margin, color=BLUE, marker="o", markersize=4, linewidth=2)
-    top.axhline(0, color=GREY, linewidth=0.8)
-    top.set_ylabel("log p of the wanted answers,\nnats a token (band: 1 SE)", fontsize=9)
+    bottleneck = np.array([point.bottleneck for point in points])
+    error = np.array([point.bottleneck_se for point in points])
+    top.fill_between(strength, bottleneck - error, bottleneck + error, color=BLUE, alpha=0.2, linewidth=0)
+    top.plot(strength, bottleneck, color=BLUE, marker="o", markersize=4, linewidth=2)
+    top.set_ylim(bottom=0)
+    top.set_ylabel("p of the wanted answers'\nleast likely token (band: 1 SE)", fontsize=9)
     bottom.plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)

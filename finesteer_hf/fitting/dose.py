@@ -40,10 +40,10 @@ class DoseRunner:
         self._passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
-        self._unsteered: tuple[np.ndarray, np.ndarray, float] | None = None
+        self._unsteered: tuple[np.ndarray, np.ndarray] | None = None
         self._general: list[Passage] | None = None
         self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[float, tuple[np.ndarray, np.ndarray, float, np.ndarray]] = {}
+        self._known: dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def run(
         self,
@@ -61,8 +61,8 @@ class DoseRunner:
             advance: told of each forward's number of texts.
 
         Returns:
-            Log-probabilities in nats a token, rows of one prompt taken together in the standard errors; divergences in
-            nats, at the next token and along the unsteered greedy continuation.
+            Rows of one prompt are taken together in the standard errors; divergences are in nats, at the next token and
+            along the unsteered greedy continuation.
         """
         if build is not self._build:
             self._build, self._known = build, {}
@@ -74,19 +74,18 @@ class DoseRunner:
                 divergences = self._divergences(processors, advance)
             self._known |= {strength: (*margins[strength], divergences[strength]) for strength in {*new, 0.0}}
         curve = {strength: self._known[strength] for strength in map(float, strengths)}
-        best = max((wanted for wanted, *_ in curve.values()), key=lambda wanted: wanted.mean())
+        best = max((weakest for weakest, *_ in curve.values()), key=lambda weakest: weakest.mean())
         return [
             DosePoint(
                 strength=strength,
-                margin=float(wanted.mean()),
-                margin_se=clustered_se(wanted, self.units),
+                bottleneck=float(weakest.mean()),
+                bottleneck_se=clustered_se(weakest, self.units),
                 kl=float(np.percentile(kl, 95)) if len(kl) else 0.0,
                 accuracy=float((margins > 0).mean()),
-                gap_se=clustered_se(best - wanted, self.units),
-                fluency=fluency,
+                gap_se=clustered_se(best - weakest, self.units),
                 log_margin=float(margins.mean()),
             )
-            for strength, (wanted, margins, fluency, kl) in curve.items()
+            for strength, (weakest, margins, kl) in curve.items()
         ]
 
     def texts(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> int:
@@ -99,8 +98,8 @@ class DoseRunner:
 
     def _margins(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
-    ) -> dict[float, tuple[np.ndarray, np.ndarray, float]]:
-        """log p(chosen), and less log p(rejected), in nats a token, `[rows]`, and fluency, for each strength and for 0."""
+    ) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+        """Bottlenecks, and log p(chosen) - log p(rejected) in nats a token, `[rows]`, for each strength and for 0."""
         scores: dict[float, dict[Passage, tuple[float, float]]] = {strength: {} for strength in processors}
         if self._unsteered is None:
             scores[0.0] = {}
@@ -108,15 +107,13 @@ class DoseRunner:
             for strength in scores:
                 for passage, logits in self._logits(batch, processors.get(strength)):
                     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
-                    log_probs = logits[:-1].log_softmax(-1)
-                    first = (log_probs.argmax(-1) == answer).float().mean()
-                    scores[strength][passage] = float(log_probs.gather(1, answer[:, None]).mean()), float(first)
+                    log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])
+                    scores[strength][passage] = float(log_probs.min().exp()), float(log_probs.mean())
                 advance(len(batch))
         margins = {
             strength: (
                 np.array([found[row.chosen][0] for row in self.rows]),
-                np.array([found[row.chosen][0] - found[row.rejected][0] for row in self.rows]),
-                float(np.mean([found[row.chosen][1] for row in self.rows])),
+                np.array([found[row.chosen][1] - found[row.rejected][1] for row in self.rows]),
             )
             for strength, found in scores.items()
         }

@@ -51,24 +51,23 @@ class DosePoint:
 
     Attributes:
         strength: lambda.
-        margin: mean over rows of log p(chosen), teacher forced, in nats a token. It rises while the wanted answers become
-            likelier and falls where an overdose garbles them; the difference to the rejected ones would rise on.
-        margin_se: its standard error.
+        bottleneck: mean over rows of the least probability that the model gives any token of the chosen answer, teacher
+            forced, in [0, 1]. An answer is said only if each of its tokens is, so this is what steering must raise, and
+            an overdose that garbles any part of the answer lowers it. Likelihoods of whole answers mostly tell how well
+            the easy tokens go, and differences to the rejected answers rise on in an overdose.
+        bottleneck_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
         accuracy: share of rows whose chosen answer is the likelier one, teacher forced.
-        gap_se: standard error of the difference to the curve's best margin within the same rows; 0 at the best.
-        fluency: mean over rows of the share of the chosen answer's tokens that are the model's first choice, teacher
-            forced; 1 where it was not measured.
+        gap_se: standard error of the difference to the curve's best bottleneck within the same rows; 0 at the best.
         log_margin: mean over rows of log p(chosen) - log p(rejected), teacher forced, in nats a token.
     """
 
     strength: float
-    margin: float
-    margin_se: float
+    bottleneck: float
+    bottleneck_se: float
     kl: float
     accuracy: float
     gap_se: float = 0.0
-    fluency: float = 1.0
     log_margin: float = 0.0
 
 

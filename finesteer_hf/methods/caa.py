@@ -34,7 +34,7 @@ class CAAConfig(SteeringConfig):
     """Settings of a constant vector.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` takes the one with the best held-out margin.
+        layer: decoder block whose output is steered; `auto` takes the one that brings held-out answers nearest.
         pool: answer states that are averaged: `answer_mean` over the answer's tokens, `answer_last` its last token (the
             answer's letter in the paper's multiple-choice prompts).
         vector: `answers` (chosen minus rejected) or `queries` (these prompts minus the general ones).

@@ -1,4 +1,4 @@
-"""Choosing lambda on held-out rows: by a margin under a budget of divergence, by a divergence, or by a norm."""
+"""Choosing lambda on held-out rows: by the wanted answers under a budget of divergence, by a divergence, or a norm."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from finesteer_hf.processors import SteeringProcessor
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Nats that the 95th percentile of general prompts' tokens may diverge by under `auto`.
 KL_BUDGET = 0.1
-# Share of the wanted answers' tokens that `auto` may lose as the model's first choice, against the best strength.
-FLUENCY_LOSS = 0.02
-# How often the grid is continued downwards to meet a budget, or upwards while the margin still grows.
+# How often the grid is continued downwards to meet a budget, or upwards while wanted answers still become likelier.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
+# How often the gaps beside the best strength are halved, in logarithms: the range that helps can be narrow.
+HALVED_GAPS = 2
 # `kl:x` is met to this share of x.
 KL_TOLERANCE, MAX_REFINEMENTS = 0.05, 4
 
@@ -35,10 +35,10 @@ def choose_strength(
     """Choose a strength and say why.
 
     Args:
-        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET` and whose
-            fluency is within `FLUENCY_LOSS` of the best, the smallest whose margin is within one standard error (of the
-            difference, row by row) of the best; `kl:x`: the one whose 95th percentile of divergence is x nats; `norm:x`:
-            the vector becomes x of the state's norm.
+        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET`, the smallest
+            whose `DosePoint.bottleneck` is within one standard error (of the difference, row by row) of the best;
+            `kl:x`: the one whose 95th percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's
+            norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
         vector_norm: median norm of the vectors.
@@ -65,10 +65,10 @@ def choose_strength(
     curve = list(data.dose_response(build, (0.0, *strengths)))
     if kind == "kl":
         return _at_divergence(curve, limit, data, build)
-    return _by_margin(curve, limit, data, build)
+    return _by_bottleneck(curve, limit, data, build)
 
 
-def _by_margin(
+def _by_bottleneck(
     curve: list[DosePoint], budget: float, data: FitData, build: Callable[[float], SteeringProcessor]
 ) -> tuple[float, list[DosePoint], str]:
     def run(strengths: Sequence[float]) -> list[DosePoint]:
@@ -79,35 +79,34 @@ def _by_margin(
         curve = run([least / 2**power for power in range(1, MAX_HALVINGS + 1)])
     for _ in range(MAX_GROWTHS):
         last = curve[-1]
-        if last.kl > budget or not is_fluent(last, curve) or last is not max(curve, key=lambda point: point.margin):
+        if last.kl > budget or last is not max(curve, key=lambda point: point.bottleneck):
             break
         curve = run([last.strength * GROWTH])
-    base, points = curve[0], curve[1:]
-    within = [point.strength for point in points if point.kl <= budget and is_fluent(point, curve)]
-    if not within:
+    if min(point.kl for point in curve[1:]) > budget:
         why = f"every strength diverges by more than {budget:g} nats on general prompts; the smallest tried is taken"
-        if points[0].kl <= budget:
-            why = (
-                "every strength that keeps to general prompts garbles the wanted answers; the smallest tried is taken"
-            )
-        return points[0].strength, curve, why
+        return curve[1].strength, curve, why
+    for _ in range(HALVED_GAPS):
+        curve = run(_beside_best(curve, budget))
     # Once more, so that the differences are those to the best strength within the budget.
-    allowed = data.dose_response(build, within)
-    best = max(allowed, key=lambda point: point.margin)
-    chosen = next(point for point in allowed if point.margin >= best.margin - point.gap_se)
+    allowed = data.dose_response(build, [point.strength for point in curve[1:] if point.kl <= budget])
+    best = max(allowed, key=lambda point: point.bottleneck)
+    chosen = next(point for point in allowed if point.bottleneck >= best.bottleneck - point.gap_se)
     why = (
-        f"smallest within one standard error of the best margin ({best.margin:+.3f} at {best.strength:g}, unsteered "
-        f"{base.margin:+.3f}), divergence on general prompts at most {budget:g} nats, at most {FLUENCY_LOSS:.0%} of the "
-        "wanted answers' tokens lost as first choice"
+        f"smallest within one standard error of the best: the least likely token of the wanted answers has probability "
+        f"{best.bottleneck:.3f} at {best.strength:g}, unsteered {curve[0].bottleneck:.3f}; divergence on general prompts "
+        f"at most {budget:g} nats"
     )
-    if best.margin <= base.margin:
-        why = f"no strength raises the held-out margin; {why}"
+    if best.bottleneck <= curve[0].bottleneck:
+        why = f"no strength makes the held-out answers likelier; {why}"
     return chosen.strength, curve, why
 
 
-def is_fluent(point: DosePoint, curve: Sequence[DosePoint]) -> bool:
-    """Whether the wanted answers are still said as readily as at the best strength, nearly."""
-    return point.fluency >= max(other.fluency for other in curve) - FLUENCY_LOSS
+def _beside_best(curve: Sequence[DosePoint], budget: float) -> list[float]:
+    """Geometric means of the best strength within the budget and its neighbours."""
+    points = curve[1:]
+    best = max((i for i, p in enumerate(points) if p.kl <= budget), key=lambda i: points[i].bottleneck)
+    beside = [points[i].strength for i in (best - 1, best + 1) if 0 <= i < len(points)]
+    return [float(f"{math.sqrt(points[best].strength * strength):.4g}") for strength in beside]
 
 
 def _at_divergence(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finesteer_hf.methods.base import DosePoint, FitData
-from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength, is_fluent
+from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength
 from finesteer_hf.processors import SteeringProcessor
 
 
@@ -19,10 +19,10 @@ SHALLOWEST, DEEPEST = 0.2, 0.8
 # In deeper models neighbouring blocks hardly differ, and each costs memory and time.
 EVERY_BLOCK_UP_TO = 32
 # What a closed form says of a layer costs next to nothing; whether steering acts there, only the model tells.
-SHORT_LIST = 3
-# Norms of the vector in units of the state's: the same strength means another dose at each layer. Several times more
-# garbles, several times less does nothing.
-RELATIVE_DOSES = (0.05, 0.1, 0.2, 0.4)
+SHORT_LIST = 4
+# Norms of the vector in units of the state's: the same strength means another dose at each layer. What helps may span
+# less than a factor of two.
+RELATIVE_DOSES = (0.05, 0.1, 0.2, 0.28, 0.4, 0.57, 0.8)
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,9 @@ def candidate_layers(layer: int | str, num_layers: int) -> list[int]:
 def try_layers(
     data: FitData, trials: Mapping[int, Trial], strength: float | str
 ) -> tuple[int, list[dict[str, Any]] | None]:
-    """Steer at each layer and take the one with the best margin on held-out rows.
+    """Steer at each layer and take the one with the best `DosePoint.bottleneck` on held-out rows.
 
-    A point whose divergence on general prompts is above the budget, or that garbles the wanted answers, counts only
-    where no other is.
+    A point whose divergence on general prompts is above the budget counts only where no other is.
 
     Args:
         data: runs the model on its validation part.
@@ -98,17 +97,15 @@ def try_layers(
         given = isinstance(strength, (int, float))
         strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in RELATIVE_DOSES]
         points = data.dose_response(trial.build, (0.0, *strengths))
-        curves[layer] = [point for point in points if math.isfinite(point.margin)]
-    every = [point for points in curves.values() for point in points]
+        curves[layer] = [point for point in points if math.isfinite(point.bottleneck)]
 
     def merit(point: DosePoint) -> tuple[bool, float]:
-        return point.kl <= KL_BUDGET and is_fluent(point, every), point.margin
+        return point.kl <= KL_BUDGET, point.bottleneck
 
     best = {layer: max(points[1:], key=merit) for layer, points in curves.items() if len(points) > 1}
     if not best:
         return next(iter(trials)), None
     table = [
-        {"layer": layer, "strength": p.strength, "margin": p.margin, "kl": p.kl, "fluency": p.fluency}
-        for layer, p in best.items()
+        {"layer": layer, "strength": p.strength, "bottleneck": p.bottleneck, "kl": p.kl} for layer, p in best.items()
     ]
     return max(best, key=lambda layer: merit(best[layer])), table

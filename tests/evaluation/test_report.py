@@ -42,7 +42,7 @@ def test_every_plot_is_a_png() -> None:
 
 def test_a_dose_curve_keeps_its_numbers() -> None:
     top, bottom = plot_dose_response(POINTS).axes
-    np.testing.assert_allclose(top.lines[0].get_ydata(), [p.margin for p in POINTS])
+    np.testing.assert_allclose(top.lines[0].get_ydata(), [p.bottleneck for p in POINTS])
     np.testing.assert_allclose(bottom.lines[0].get_ydata(), [p.kl for p in POINTS])
 
 

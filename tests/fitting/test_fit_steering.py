@@ -57,7 +57,7 @@ class MeanMethod(SteeringMethod):
         vector = torch.from_numpy((data.chosen(SITE, "fit") - data.rejected(SITE, "fit")).mean(0))
         fitted = replace(config, strength=1.0, hidden_size=data.info.hidden_size)
         points = data.dose_response(lambda s: cls(replace(fitted, strength=s), {"vector": vector}), [0.0, 1.0])
-        return FitResult(fitted, {"vector": vector}, {"margins": [point.margin for point in points]})
+        return FitResult(fitted, {"vector": vector}, {"bottlenecks": [point.bottleneck for point in points]})
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_the_adapter_says_what_it_was_fitted_on() -> None:
     assert found["seed"] == 3 and found["held_out"] and found["split"] == "prompt"
     assert found["chat_template_sha256"] == chat_template_hash(toy_tokenizer())
     assert set(found["versions"]) >= {"torch", "transformers", "finesteer-hf"}
-    assert len(found["report"]["margins"]) == 2
+    assert len(found["report"]["bottlenecks"]) == 2
     json.dumps(config.to_dict(), allow_nan=False)
 
 

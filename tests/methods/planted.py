@@ -103,7 +103,7 @@ class PlantedData:
     def dose_response(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
     ) -> list[DosePoint]:
-        """Margins and divergences of unit Gaussians around the steered states."""
+        """Divergences of unit Gaussians, and answers that are likelier the nearer a vector comes to their shift."""
         self.doses += len(strengths)
         points = []
         for strength in strengths:
@@ -113,8 +113,9 @@ class PlantedData:
             shifts = self.shifts(site, "validation")
             margins = (2 * own * shifts).sum(1) - (shifts**2).sum(1)
             kl = float(np.percentile((other**2).sum(1) / 2, 95)) if len(other) else 0.0
-            error = float(margins.std(ddof=1) / np.sqrt(len(margins)))
-            points.append(DosePoint(float(strength), float(margins.mean()), error, kl, float((margins > 0).mean())))
+            likelihood = np.exp(-((own - shifts) ** 2).sum(1) / (shifts**2).sum(1))
+            error = float(likelihood.std(ddof=1) / np.sqrt(len(likelihood)))
+            points.append(DosePoint(float(strength), float(likelihood.mean()), error, kl, float((margins > 0).mean())))
         return points
 
     @staticmethod

@@ -105,11 +105,11 @@ def test_a_forward_that_fails_steers_no_later_one(adapter):
             assert torch.equal(model(ids).logits, toy_model()(ids).logits)
 
 
-def test_an_automatic_strength_raises_the_margin():
+def test_an_automatic_strength_brings_answers_nearer():
     _, _, adapter = fit_on_toy(SWAIConfig(top_k=54, strength="kl:0.5"))
     curve = adapter.config.fit["report"]["dose_response"]
     chosen = next(point for point in curve if point["strength"] == adapter.config.strength)
-    assert chosen["margin"] > curve[0]["margin"]
+    assert chosen["bottleneck"] > curve[0]["bottleneck"]
 
 
 @pytest.mark.parametrize("field", [{"top_k": 0}, {"top_m": 0}, {"prior": 0.0}, {"positions": "all"}])
