@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from finesteer_hf.methods.inferaligner import InferAlignerConfig
 from finesteer_hf.methods.sadi import SADIConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
@@ -12,6 +13,8 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 CONFIGS = {
     "sadi": SADIConfig(num_elements=3, strength=4.0),
     "sadi-hidden": SADIConfig(elements="hidden", num_elements=4, strength=6.0),
+    "inferaligner": InferAlignerConfig(layers=[0, 1], strength=3.0),
+    "inferaligner-guard": InferAlignerConfig(layers=[1, 2], guard_layer=2, vector="queries", strength=2.0),
     "sadi-official": SADIConfig(num_elements=3, strength=20.0, compat="official"),
 }
 # What a method can get wrong by itself: which columns it maps, which rows, and what it keeps between forwards.

@@ -1,0 +1,293 @@
+"""INFERALIGNER: a safety vector of an aligned sibling, added where a query looks harmful (arXiv 2401.11206, EMNLP 2024).
+
+Per layer, s_l is the mean state of harmful queries less that of harmless ones in the model itself (the safety-related
+vector, SRV) and theta_l the same difference in a sibling of the same base that was aligned (the safety steering vector,
+SSV). A query opens the gate g_l = 1[<h_l, s_l> + b_l > 0]; then h_l + alpha g_l theta_l at all its tokens.
+
+An SSV comes from another model, so it is fitted there first: an INFERALIGNER adapter of the sibling, on the same data,
+holds it as its own SRV, and `sibling` names that adapter. Without one the model's own vectors serve. No code was
+published; b_l puts the boundary halfway between the two means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, DatasetError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.checks import (
+    check_count,
+    check_layer,
+    check_layers,
+    check_one_of,
+    check_strength,
+    filled_in,
+    layers_of,
+    require_fitted,
+)
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.processors import Decision, Positions, QueryStates
+from finesteer_hf.sites import Site
+
+
+VECTORS = ("answers", "queries", "sibling")
+POOLS = ("answer_mean", "answer_last")
+MIN_ROWS = 2
+
+
+@dataclass(kw_only=True)
+class InferAlignerConfig(SteeringConfig):
+    """Settings of InferAligner.
+
+    Attributes:
+        layers: decoder blocks whose outputs are steered; `auto` takes those between 20% and 80% of the depth.
+        guard_layer: block whose gate decides for all layers; None lets each layer decide for itself, as in the paper.
+        vector: what is added: `sibling` (the paper: the SRV of the adapter that `sibling` names), `answers` (the model's
+            own chosen minus rejected answers) or `queries` (its own SRV).
+        sibling: folder or Hub id of an INFERALIGNER adapter that was fitted on the aligned sibling, on the same data.
+        pool: answer states that `vector="answers"` averages.
+    """
+
+    steering_type: ClassVar[str] = "INFERALIGNER"
+
+    positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
+    strength: float | str = field(
+        default="auto", metadata={"help": "Alpha: a number, auto, kl:<nats> or norm:<share>."}
+    )
+    layers: list[int] | str = field(default="auto", metadata={"help": "Steered decoder blocks, or auto."})
+    guard_layer: int | None = field(default=None, metadata={"help": "Block whose gate decides for all layers."})
+    vector: Literal["answers", "queries", "sibling"] = field(
+        default="answers", metadata={"help": "What is added: answers, queries or sibling."}
+    )
+    sibling: str | None = field(default=None, metadata={"help": "INFERALIGNER adapter of the aligned sibling."})
+    pool: Literal["answer_mean", "answer_last"] = field(
+        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self.layers, self.num_hidden_layers)
+        if self.guard_layer is not None:
+            check_count("guard_layer", self.guard_layer, 0)
+            check_layer(self.guard_layer, self.num_hidden_layers, name="guard_layer")
+        check_one_of("vector", self.vector, VECTORS)
+        check_one_of("pool", self.pool, POOLS)
+        check_strength(self.strength)
+        if (self.vector == "sibling") != (self.sibling is not None):
+            raise ValueError(
+                f"vector='sibling' and `sibling` belong together, got vector={self.vector!r} and "
+                f"sibling={self.sibling!r}. Name the folder or Hub id of the adapter fitted on the aligned sibling."
+            )
+
+    @property
+    def gate_layers(self) -> list[int]:
+        """The blocks whose states decide, once `layers` is fitted."""
+        return [int(layer) for layer in self.layers] if self.guard_layer is None else [self.guard_layer]
+
+
+class InferAligner(SteeringMethod):
+    """`H_l <- H_l + strength * 1[<h_l, s_l> + b_l > 0] * theta_l`, h_l the query's unsteered state at the layer.
+
+    Args:
+        config: a fitted `InferAlignerConfig`.
+        tensors: `srv` `[gate layers, hidden_size]`, `bias` `[gate layers]` and `ssv` `[layers, hidden_size]`, float32.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or a tensor is missing.
+    """
+
+    config_cls = InferAlignerConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(InferAlignerConfig, config)
+        missing = sorted(set(self.tensor_shapes(settings)) - set(tensors))
+        if missing:
+            raise AdapterFileError(f"The INFERALIGNER adapter lacks the tensors {missing}.")
+        self.reads = tuple(_site(layer) for layer in settings.gate_layers)
+        self.writes = tuple(_site(layer) for layer in settings.layers)
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """Open the layers' gates; recorded are `score` `[rows]`, the highest <h, s> + b, and the share `open_layers`."""
+        tensors = self.parameters_on(queries.device)
+        scores = torch.stack([queries[site] @ srv for site, srv in zip(self.reads, tensors["srv"], strict=True)])
+        scores = scores + tensors["bias"][:, None]
+        is_open = (scores > 0).expand(len(self.writes), -1)
+        vectors = {
+            # -0.0 leaves the stream of a layer that stays closed as it is, to the bit.
+            site: torch.where(opened[:, None], vector, -0.0)
+            for site, opened, vector in zip(self.writes, is_open, tensors["ssv"], strict=True)
+        }
+        record = {"score": scores.amax(dim=0), "open_layers": is_open.float().mean(dim=0)}
+        return Decision(vectors=vectors, gate=is_open.any(dim=0).float(), record=record)
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """A vector and a bias a gate, a vector a steered layer.
+
+        Raises:
+            AdapterFileError: if the config is not fitted.
+        """
+        require_fitted(config, "layers")
+        settings = cast(InferAlignerConfig, config)
+        gates = len(settings.gate_layers)
+        width = settings.hidden_size
+        return {"srv": (gates, width), "bias": (gates,), "ssv": (len(settings.layers), width)}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The outputs of the layers, at the query and, for `vector="answers"`, over the answers.
+
+        Raises:
+            ValueError: if a layer is out of range, or the sibling's adapter does not fit the model.
+        """
+        settings = _with_layers(cast(InferAlignerConfig, config), info)
+        if settings.sibling is not None:
+            sibling_vectors(settings, info)
+        layers = sorted({*map(int, settings.layers), *settings.gate_layers})
+        pools: tuple[Pool, ...] = ("query", settings.pool) if settings.vector == "answers" else ("query",)
+        return CaptureRequest(tuple(_site(layer) for layer in layers), pools)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Average on the `fit` and `calibration` parts; choose the strength on `validation`.
+
+        The rows' prompts are the harmful queries, the general prompts the harmless ones.
+
+        Raises:
+            DatasetError: for too few rows, or no general prompts.
+        """
+        settings = _with_layers(cast(InferAlignerConfig, config), data.info)
+        layers = [int(layer) for layer in settings.layers]
+        srv, bias = zip(*(safety_gate(*_queries(data, layer)) for layer in settings.gate_layers), strict=True)
+        if settings.vector == "answers":
+            ssv = np.stack([_difference(*_answers(data, settings, layer)) for layer in layers])
+        elif settings.vector == "queries":
+            ssv = np.stack([safety_gate(*_queries(data, layer))[0] for layer in layers])
+        else:
+            ssv = sibling_vectors(settings, data.info)
+        tensors = {
+            name: torch.from_numpy(np.asarray(values, dtype=np.float32))
+            for name, values in (("srv", np.stack(srv)), ("bias", bias), ("ssv", ssv))
+        }
+
+        def build(strength: float) -> InferAligner:
+            return cls(filled_in(settings, data.info, strength=strength), tensors)
+
+        trial = Trial(
+            build=build,
+            vector_norm=median_norm(ssv),
+            state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in layers])),
+        )
+        strength, curve, why = trial.choose_strength(settings.strength, data)
+        report: dict[str, Any] = {
+            "gates": [
+                {"layer": layer, **_held_out(data, layer, s, b)}
+                for layer, s, b in zip(settings.gate_layers, srv, bias, strict=True)
+            ],
+            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(build(strength).config, tensors, report)
+
+
+def safety_gate(harmful: NDArray[np.floating], harmless: NDArray[np.floating]) -> tuple[NDArray[np.float64], float]:
+    """The difference of means s, and the bias b with <h, s> + b > 0 where h is nearer to the harmful mean.
+
+    Args:
+        harmful: `[n, d]`.
+        harmless: `[m, d]`.
+
+    Raises:
+        DatasetError: for too few of either.
+    """
+    if min(len(harmful), len(harmless)) < MIN_ROWS:
+        raise DatasetError(
+            f"INFERALIGNER needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset) to tell "
+            f"apart, got {len(harmful)} and {len(harmless)}."
+        )
+    means = [side.mean(axis=0, dtype=np.float64) for side in (harmful, harmless)]
+    direction = means[0] - means[1]
+    return direction, float(-direction @ (means[0] + means[1]) / 2)
+
+
+def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.float64]:
+    """The SRVs of the sibling's adapter at the steered layers, `[layers, hidden_size]`.
+
+    Raises:
+        AdapterMismatchError: if the adapter is of another method or shape, or lacks a layer.
+    """
+    # Adapters are made of methods, so they import this package first.
+    from finesteer_hf.adapter import SteeringAdapter
+
+    adapter = SteeringAdapter.from_pretrained(str(config.sibling))
+    theirs = adapter.config
+    if not isinstance(theirs, InferAlignerConfig):
+        raise AdapterMismatchError(
+            f"sibling={config.sibling!r} is a {theirs.steering_type} adapter. Fit an INFERALIGNER adapter on the aligned "
+            "sibling, on the same data, and name that."
+        )
+    lacking = sorted({*map(int, config.layers)} - {*theirs.gate_layers})
+    if theirs.hidden_size != info.hidden_size or theirs.num_hidden_layers != info.num_layers or lacking:
+        raise AdapterMismatchError(
+            f"sibling={config.sibling!r} was fitted for hidden size {theirs.hidden_size}, {theirs.num_hidden_layers} "
+            f"layers, at {theirs.gate_layers}; this model has {info.hidden_size} and {info.num_layers}, and is steered at "
+            f"{config.layers}. The sibling must share the base, and have a vector for each of these layers."
+        )
+    rows = [theirs.gate_layers.index(int(layer)) for layer in config.layers]
+    return adapter.tensors["srv"][rows].double().numpy()
+
+
+def _site(layer: int | str) -> Site:
+    return Site("resid_post", int(layer))
+
+
+def _with_layers(config: InferAlignerConfig, info: ModelInfo) -> InferAlignerConfig:
+    if config.guard_layer is not None:
+        candidate_layers(config.guard_layer, info.num_layers)
+    return dataclasses.replace(config, layers=layers_of(config.layers, info.num_layers))
+
+
+def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    site = _site(layer)
+    harmful, harmless = (np.concatenate([side(site, part) for part in parts]) for side in (data.query, data.general))
+    return harmful, harmless
+
+
+def _answers(data: FitData, config: InferAlignerConfig, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    chosen, rejected = (
+        np.concatenate([side(_site(layer), part, config.pool) for part in parts])
+        for side in (data.chosen, data.rejected)
+    )
+    return chosen, rejected
+
+
+def _difference(wanted: NDArray[np.floating], unwanted: NDArray[np.floating]) -> NDArray[np.float64]:
+    return wanted.mean(axis=0, dtype=np.float64) - unwanted.mean(axis=0, dtype=np.float64)
+
+
+def _held_out(data: FitData, layer: int, srv: NDArray[np.float64], bias: float) -> dict[str, float | None]:
+    """Shares of held-out rows and of held-out general prompts that open a gate; None without any."""
+    sides = {
+        "opened": data.query(_site(layer), "validation"),
+        "false_alarms": data.general(_site(layer), "validation"),
+    }
+    return {
+        name: float((states.astype(np.float64) @ srv + bias > 0).mean()) if len(states) else None
+        for name, states in sides.items()
+    }
+
+
+register_steering_method("INFERALIGNER", config_cls=InferAlignerConfig, method_cls=InferAligner)
