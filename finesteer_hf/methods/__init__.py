@@ -15,6 +15,7 @@ from finesteer_hf.methods import (
     swai,
     task_driven,
     truthflow,
+    was,
 )
 
 
@@ -33,4 +34,5 @@ __all__ = [
     "swai",
     "task_driven",
     "truthflow",
+    "was",
 ]
