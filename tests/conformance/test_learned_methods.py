@@ -1,16 +1,22 @@
-"""The suite on methods that learn: by the task loss."""
+"""The suite on methods that learn: shifts by the task loss, a controller, and a gate on tokens."""
 
 import functools
 
 import pytest
 
+from finesteer_hf.methods.tad import TADConfig
 from finesteer_hf.methods.task_driven import TaskDrivenConfig
+from finesteer_hf.methods.was import WASConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
 CONFIGS = {
     "task-driven": TaskDrivenConfig(layer=1, strength=2.0, iterations=4),
+    "tad": TADConfig(layer=1, strength=8.0),
+    "tad-soft": TADConfig(layer=1, strength=8.0, gate="soft", uncertainty="entropy"),
+    "was": WASConfig(strength=20.0, epochs=100),
+    "was-official": WASConfig(strength=20.0, epochs=100, compat="official", direction="answers"),
 }
 # The settings that a method can get wrong by itself; what is the run time's work is under `slow`.
 QUICK = {"left_padding", "mixed_rows"}
