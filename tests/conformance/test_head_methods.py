@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from finesteer_hf.methods.florain import FlorainConfig
 from finesteer_hf.methods.inferaligner import InferAlignerConfig
 from finesteer_hf.methods.sadi import SADIConfig
 from finesteer_hf.testing import FEATURES, check_feature
@@ -11,6 +12,7 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
 CONFIGS = {
+    "florain": FlorainConfig(layer=1, rank=4, epochs=40, strength=1.0),
     "sadi": SADIConfig(num_elements=3, strength=4.0),
     "sadi-hidden": SADIConfig(elements="hidden", num_elements=4, strength=6.0),
     "inferaligner": InferAlignerConfig(layers=[0, 1], strength=3.0),

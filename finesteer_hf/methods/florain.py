@@ -1,0 +1,310 @@
+"""FLORAIN: a learned low-rank map on all heads of one block, without a probe at run time (arXiv 2502.04043, NAACL 2025).
+
+For a head's output a, f(a) = a + L_a R' a + c with (L_a)_ij = tanh(a_i W_ij + b_ij). It is trained to bring the states of
+wanted and of unwanted answers into the ellipsoid of their question's wanted ones; see `WantedStates.regions`.
+
+Differences from the published code. At run time it drops the "a +" that it was trained with; here the map is the one that
+was trained. It maps the output of the attention's projection, cut into pieces of a head's size; here it is the heads'
+outputs before they are mixed. For multiple choice it maps all positions from the last token; here each token is mapped by
+itself. It leaves questions out that have one wanted answer; here such a question's region is a point. Its `delta` is in
+units of the activations, 30 in the published script; here it is in lengths of the head's mean shift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
+from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
+from finesteer_hf.estimators.probes import fit_head_probes
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods.checks import (
+    check_count,
+    check_layer,
+    check_number,
+    check_strength,
+    filled_in,
+    require_fitted,
+)
+from finesteer_hf.methods.strength import choose_strength, median_norm
+from finesteer_hf.methods.trials import candidate_layers
+from finesteer_hf.processors import Positions, TokenView
+from finesteer_hf.sites import Site
+
+
+TENSORS = ("weight", "bias", "readout", "shift")
+# Parts of the whole way.
+SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+MIN_ROWS = 4
+# Values of heads x size x rank that a forward holds at a time.
+VALUES = 1 << 26
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class FlorainConfig(SteeringConfig):
+    """Settings of FLORAIN.
+
+    The paper's script trains maps of rank 32 for 1000 epochs at a rate of 2e-4, see `paper`. The default is smaller and
+    learns faster.
+
+    Attributes:
+        layer: block whose heads are mapped; `auto` takes, of those between 20% and 80% of the depth, the one on whose
+            heads linear probes are right most often, on held-out rows.
+        strength: share of the way from a to f(a); 1 is the paper's.
+        rank: r of the maps.
+        delta: how far beyond the question's wanted mean the region lies, in lengths of the head's mean shift.
+        alpha: share of the question's own shift in the direction of delta; the rest is all questions'.
+        shrink: divides the region's squared radius.
+        epochs: passes over the answers.
+        batch_size: answers a step.
+        learning_rate: of Adam.
+        attention_heads: number of heads of the block, filled in by the fit.
+    """
+
+    steering_type: ClassVar[str] = "FLORAIN"
+
+    # The paper maps the last position of every forward.
+    positions: Positions = field(default="generated", metadata=_help("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(default="auto", metadata=_help("Share of the way: a number, auto or kl:<nats>."))
+    layer: int | str = field(default="auto", metadata=_help("Steered decoder block, or auto."))
+    rank: int = field(default=8, metadata=_help("Rank of the maps."))
+    delta: float = field(default=1.0, metadata=_help("How far beyond the wanted mean to aim."))
+    alpha: float = field(default=0.2, metadata=_help("Share of the question's own shift."))
+    shrink: float = field(default=1.0, metadata=_help("Divides the region's squared radius."))
+    epochs: int = field(default=200, metadata=_help("Passes over the answers."))
+    batch_size: int = field(default=100, metadata=_help("Answers a step."))
+    learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of Adam."))
+    attention_heads: int | None = field(default=None, metadata=_help("Heads of the block."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer, self.num_hidden_layers)
+        check_strength(self.strength, ("kl",))
+        for name in ("rank", "epochs", "batch_size"):
+            check_count(name, getattr(self, name), 1)
+        if self.attention_heads is not None:
+            check_count("attention_heads", self.attention_heads, 1)
+        check_number("delta", self.delta, above=-1e-12)
+        check_number("shrink", self.shrink, above=0)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("alpha", self.alpha, above=-1e-12, below=1 + 1e-12)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> FlorainConfig:
+        """The published script's sizes: rank 32, 1000 epochs at a rate of 2e-4, the whole way.
+
+        Args:
+            **overrides: fields to change, for instance `layer=12`.
+        """
+        settings: dict[str, Any] = {"rank": 32, "epochs": 1000, "learning_rate": 2e-4, "strength": 1.0}
+        return cls(**{**settings, **overrides})
+
+
+class Florain(SteeringMethod):
+    """`a <- a + strength * (f(a) - a)` for the output a of each head of one block.
+
+    Args:
+        config: a fitted `FlorainConfig`.
+        tensors: `weight`, `bias` and `readout` `[heads, size, rank]`, `shift` `[heads, size]`, float32.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or a tensor is missing.
+    """
+
+    config_cls = FlorainConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(FlorainConfig, config)
+        require_fitted(settings, "layer", "attention_heads")
+        missing = sorted(set(TENSORS) - set(tensors))
+        if missing:
+            raise AdapterFileError(f"The FLORAIN adapter lacks the tensors {missing}.")
+        weight = tensors["weight"].shape
+        if not weight == tensors["bias"].shape == tensors["readout"].shape or tensors["shift"].shape != weight[:2]:
+            found = {name: list(tensors[name].shape) for name in TENSORS}
+            raise AdapterFileError(
+                f"The tensors of a FLORAIN adapter must agree in heads and their size, got {found}."
+            )
+        self.site = Site("head_out", int(settings.layer))
+        self.maps = (self.site,)
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Map the heads of the named tokens of `[rows, tokens, heads * size]`."""
+        maps = HeadMap(**self.parameters_on(hidden.device))
+        heads = maps.shift.shape[0]
+        # A prompt's tokens one after the other, so that the ranks of all of them never lie side by side.
+        tokens = max(1, VALUES // (maps.weight.numel() * hidden.shape[0]))
+        moved = [
+            maps.displacement(part.float().unflatten(-1, (heads, -1))).flatten(-2)
+            for part in hidden.split(tokens, dim=1)
+        ]
+        mapped = hidden + (view.scale * self.strength * torch.cat(moved, dim=1)).to(hidden.dtype)
+        steered = view.scale != 0
+        if view.mask is not None:
+            steered = steered & view.mask[..., None]
+        return torch.where(steered, mapped, hidden)
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One map a head; the size of a head is the model's.
+
+        Raises:
+            AdapterFileError: if the config is not fitted.
+        """
+        require_fitted(config, "layer", "attention_heads")
+        settings = cast(FlorainConfig, config)
+        shape = (settings.attention_heads, None, settings.rank)
+        return {name: shape[:2] if name == "shift" else shape for name in TENSORS}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The head outputs of the candidate blocks, at the last token of each answer.
+
+        Raises:
+            ValueError: if the layer is out of range.
+            UnsupportedModelError: if the model has no attention heads.
+        """
+        if not info.num_heads:
+            raise UnsupportedModelError("FLORAIN maps the outputs of attention heads, and the model has none.")
+        layers = candidate_layers(cast(FlorainConfig, config).layer, info.num_layers)
+        return CaptureRequest(tuple(Site("head_out", layer) for layer in layers), ("answer_last",))
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Train on the `fit` part, stop on `calibration`, choose the share of the way on `validation`.
+
+        Raises:
+            DatasetError: for too few rows, or answers that do not differ.
+        """
+        settings = cast(FlorainConfig, config)
+        if len(data.prompts("fit")) < MIN_ROWS:
+            raise DatasetError(f"FLORAIN needs at least {MIN_ROWS} rows to fit on, got {len(data.prompts('fit'))}.")
+        layers = candidate_layers(settings.layer, data.info.num_layers)
+        accuracy = {} if len(layers) == 1 else {layer: _told_apart(data, layer) for layer in layers}
+        layer = max(accuracy, key=lambda at: accuracy[at]) if accuracy else layers[0]
+        train = _answers(data, layer, "fit")
+        common = _common(train)
+        found = _train(data, settings, train, _answers(data, layer, "calibration"), common)
+        tensors = {name: getattr(found.map, name) for name in TENSORS}
+
+        def build(strength: float) -> Florain:
+            chosen = {"layer": layer, "attention_heads": data.info.num_heads, "strength": strength}
+            return cls(filled_in(settings, data.info, **chosen), tensors)
+
+        moved = found.map.displacement(torch.from_numpy(train.states).float()).flatten(1)
+        norms = {
+            "vector_norm": median_norm(moved.numpy()),
+            "state_norm": median_norm(train.states.reshape(len(train.states), -1)),
+        }
+        strength, curve, why = choose_strength(settings.strength, data, build, **norms, strengths=SHARES)
+        every = max(1, settings.epochs // 20)
+        report: dict[str, Any] = {
+            "layer": layer,
+            "layers": [{"layer": at, "probe_accuracy": of[0]} for at, of in accuracy.items()],
+            "training_loss": found.training[::every],
+            "calibration_loss": found.held_out[::every],
+            "validation_loss": _judge(found.map, _answers(data, layer, "validation"), common, settings),
+            "vector": norms,
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(build(strength).config, tensors, report)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Distinct last states of answers.
+
+    Attributes:
+        states: `[n, heads, size]` float32.
+        wanted: `[n]`.
+        questions: `[n]` labels.
+    """
+
+    states: NDArray[np.float32]
+    wanted: NDArray[np.bool_]
+    questions: NDArray[np.intp]
+
+
+def _answers(data: FitData, layer: int, part: Part) -> Answers:
+    site = Site("head_out", layer)
+    sides = [data.chosen(site, part, "answer_last"), data.rejected(site, part, "answer_last")]
+    states, wanted = np.concatenate(sides), np.repeat([True, False], [len(side) for side in sides])
+    questions = np.tile(np.unique(data.prompts(part), return_inverse=True)[1], 2)
+    # Rows pair each wanted answer with several unwanted ones, and the other way round.
+    keys = np.column_stack([questions, wanted, states])
+    first = np.sort(np.unique(keys, axis=0, return_index=True)[1]) if len(keys) else slice(0)
+    heads = data.info.num_heads
+    return Answers(states[first].reshape(-1, heads, states.shape[1] // heads), wanted[first], questions[first])
+
+
+def _told_apart(data: FitData, layer: int) -> tuple[float, float]:
+    """Mean over heads of their probes' held-out accuracy, and of their log-likelihood."""
+    fit, held_out = _answers(data, layer, "fit"), _answers(data, layer, "calibration")
+    held_out = held_out if len(held_out.states) else fit
+    probes = fit_head_probes(fit.states, fit.wanted.astype(int), held_out.states, held_out.wanted.astype(int))
+    return float(probes.accuracy.mean()), float(-probes.log_loss.mean())
+
+
+def _common(answers: Answers) -> WantedStates:
+    try:
+        return WantedStates.of(answers.states, answers.wanted, answers.questions)
+    except ValueError as error:
+        raise DatasetError(f"FLORAIN cannot find where wanted answers lie: {error} Give other rows.") from error
+
+
+def _train(
+    data: FitData, config: FlorainConfig, train: Answers, held_out: Answers, common: WantedStates
+) -> TrainedMap:
+    held_out = held_out if len(held_out.states) else train
+    every = max(1, config.epochs // 5)
+
+    def advance(epoch: int, loss: float) -> None:
+        if (epoch + 1) % every == 0:
+            data.note(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.4g}")
+
+    return train_head_maps(
+        train.states,
+        _regions(train, common, config),
+        held_out.states,
+        _regions(held_out, common, config),
+        common.whitening,
+        rank=config.rank,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        generator=torch.Generator().manual_seed(data.seed),
+        advance=advance,
+    )
+
+
+def _regions(answers: Answers, common: WantedStates, config: FlorainConfig) -> Regions:
+    settings = {"delta": config.delta, "alpha": config.alpha, "shrink": config.shrink}
+    return common.regions(answers.states, answers.wanted, answers.questions, **settings)
+
+
+def _judge(maps: HeadMap, answers: Answers, common: WantedStates, config: FlorainConfig) -> dict[str, float] | None:
+    """Mean loss over heads of held-out answers as they are, and mapped; None without any."""
+    if not len(answers.states):
+        return None
+    regions = _regions(answers, common, config)
+    parts = (regions.centre, regions.radius, common.whitening)
+    states, centre, radius, whitening = (torch.from_numpy(part).float() for part in (answers.states, *parts))
+    losses = {"unsteered": states, "steered": states + maps.displacement(states)}
+    return {name: float(region_loss(at, centre, radius, whitening).mean()) for name, at in losses.items()}
+
+
+register_steering_method("FLORAIN", config_cls=FlorainConfig, method_cls=Florain)
