@@ -29,8 +29,8 @@ from finesteer_hf.sites import Site, TextTower
 
 Unit = TypeVar("Unit")
 Key = tuple[Site, Pool]
-# Padded tokens a batch: more gains nothing on a CPU; on a GPU more fits, and what does not is halved.
-CPU_TOKENS, GPU_TOKENS = 2048, 16384
+# Padded tokens a batch: on a CPU more only pads and takes memory; on a GPU more fits, and what does not is halved.
+CPU_TOKENS, GPU_TOKENS = 256, 16384
 UNAFFORDABLE = 1 << 62
 # Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
 SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
