@@ -1,4 +1,4 @@
-"""A steering method in one file, as a stranger would write it: a gate on one coordinate, a linear map of the query."""
+"""A steering method in one file, as a stranger would write it: a gate on one direction, a linear map of the query."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelI
 
 @dataclass(kw_only=True)
 class ToyConfig(SteeringConfig):
+    """Settings: what a user may choose, and what the fit fills in. They are the keys of `steering_config.json`."""
+
     steering_type: ClassVar[str] = "TOY"
     layer: int = field(default=1, metadata={"help": "Block that is read and written."})
+    share: float = field(default=0.5, metadata={"help": "Share of the fitted prompts that are steered."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {self.share}.")
 
 
 class ToyMethod(SteeringMethod):
+    """`H <- H + strength * g(h_q) * (shift + map h_q)`, g = 1 where shift . h_q is above a threshold."""
+
     config_cls = ToyConfig
 
     def __init__(self, config: ToyConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -39,6 +49,8 @@ class ToyMethod(SteeringMethod):
 
     @classmethod
     def needs(cls, config: ToyConfig, info: ModelInfo) -> CaptureRequest:
+        if config.layer >= info.num_layers:
+            raise ValueError(f"layer={config.layer} is out of range: the model has {info.num_layers} layers.")
         return CaptureRequest((Site("resid_post", config.layer),))
 
     @classmethod
@@ -46,9 +58,13 @@ class ToyMethod(SteeringMethod):
         site = Site("resid_post", config.layer)
         shift = torch.tensor(data.chosen(site, "fit") - data.rejected(site, "fit")).mean(0)
         scores = torch.tensor(data.query(site, "fit")) @ shift
-        width = data.info.hidden_size
-        tensors = {"shift": shift, "map": 0.1 * torch.eye(width), "threshold": scores.median()[None]}
-        return FitResult(replace(config, strength=1.0), tensors)
+        tensors = {
+            "shift": shift,
+            "map": 0.1 * torch.eye(data.info.hidden_size),
+            "threshold": scores.quantile(1 - config.share)[None],
+        }
+        held_out = torch.tensor(data.query(site, "validation")) @ shift > tensors["threshold"]
+        return FitResult(replace(config, strength=1.0), tensors, {"held_out_share": float(held_out.float().mean())})
 
 
 register_steering_method("TOY", config_cls=ToyConfig, method_cls=ToyMethod)

@@ -1,0 +1,90 @@
+"""The guide to a method of your own: its code is real, and a published method is found and loaded."""
+
+import importlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_toy_method import toy_adapter
+
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, config, steering_methods
+from finesteer_hf.errors import UnknownMethodError
+from finesteer_hf.testing import toy_model
+
+
+HERE = Path(__file__).parent
+GUIDE = (HERE.parents[1] / "docs" / "add_a_method.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+
+def test_the_guide_shows_the_toy_method_as_it_is():
+    assert blocks("python")[0] == (HERE / "toy_method.py").read_text()
+
+
+def test_the_guide_s_code_runs(tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.chdir(tmp_path)
+    names = dict(vars(importlib.import_module("toy_method")))
+    for block in blocks("python")[1:]:
+        exec(compile(block, "docs/add_a_method.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "('left_padding', 'passed')" in said
+    assert "tensor([" in said
+    assert (tmp_path / "toy-adapter" / "steering_config.json").exists()
+    strength, report = names["choose"](None, names["ToyConfig"](strength=2.0), None, 1.0, 1.0)
+    assert (strength, report["strength"]) == (2.0, "given")
+
+
+def test_the_guide_s_entry_point_is_the_one_that_is_read():
+    (block,) = blocks("toml")
+    assert block == f'[project.entry-points."{config.ENTRY_POINT_GROUP}"]\nTOY = "toy_method"\n'
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """An installed package that brings a method, and a folder with an adapter of it; the registry is put back."""
+    monkeypatch.setattr(config, "_REGISTRY", dict(config._REGISTRY))
+    site = tmp_path / "site-packages"
+    info = site / "strangers_method-0.1.dist-info"
+    info.mkdir(parents=True)
+    source = (HERE / "toy_method.py").read_text()
+    (site / "strangers_method.py").write_text(source.replace('"TOY"', '"STRANGERS"'))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers-method\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[{config.ENTRY_POINT_GROUP}]\nSTRANGERS = strangers_method\n")
+    adapter = tmp_path / "adapter"
+    toy_adapter().save_pretrained(adapter)
+    file = adapter / config.CONFIG_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steering_type": "STRANGERS"}))
+    yield site, adapter
+    sys.modules.pop("strangers_method", None)
+
+
+def test_a_published_method_is_found_without_an_import_and_its_adapters_load(stranger, monkeypatch):
+    site, folder = stranger
+    assert "STRANGERS" not in steering_methods()
+    monkeypatch.syspath_prepend(str(site))
+    assert "STRANGERS" in steering_methods()
+    assert "strangers_method" not in sys.modules
+
+    ids = torch.randint(6, 54, (2, 6), generator=torch.Generator().manual_seed(0))
+    model = SteeredModelForCausalLM.from_model(toy_model(), steering=str(folder))
+    assert "strangers_method" in sys.modules
+    assert SteeringAdapter.from_pretrained(folder).config.steering_type == "STRANGERS"
+    expected = SteeredModelForCausalLM.from_model(toy_model(), steering=toy_adapter())
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(logits, expected(ids).logits)
+        assert not torch.equal(logits, toy_model()(ids).logits)
+
+
+def test_without_the_package_the_error_says_what_is_missing(stranger):
+    site, folder = stranger
+    shutil.rmtree(site)
+    with pytest.raises(UnknownMethodError, match="install the package that provides the method"):
+        SteeringAdapter.from_pretrained(folder)
