@@ -18,7 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import ALL_CACHE_NAMES, GenerateDecoderOnlyOutput
 
-from finesteer_hf.cache_rows import can_move_rows, crop_columns, shift_columns, shift_right
+from finesteer_hf.cache_rows import can_move_rows, crop_columns, empty, shift_columns, shift_right
 from finesteer_hf.plan import row_scales
 from finesteer_hf.processors import StepView
 from finesteer_hf.session import CallSession
@@ -271,7 +271,7 @@ class _Text:
                 )
             else:
                 # Read again as a whole: such layers keep a summary of the text, not its columns.
-                self.cache.reset()
+                empty(self.cache)
         return shift
 
     def place(self, shift: torch.Tensor) -> None:

@@ -39,6 +39,15 @@ def _is_plain(layer: Any) -> bool:
     return type(layer) is DynamicLayer
 
 
+def empty(cache: Any) -> None:
+    """Empty a cache in place, so that a text can be read into it anew."""
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            # Older versions of transformers fill such a layer with zeros instead, and append to them.
+            layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
+    cache.reset()
+
+
 def crop_columns(cache: Any, columns: int) -> None:
     """Cut a cache to its first columns; nothing happens to layers that hold fewer."""
     for layer in cache.layers:
