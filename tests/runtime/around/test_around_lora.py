@@ -93,14 +93,18 @@ def test_every_way_to_a_lora_steers_as_the_plain_hook(kind: str, site: str, lora
     assert isinstance(before, PeftModel)
     check(before, want, ids)
 
-    native = steer_tiny(BUILDERS[kind](), adapter)
-    native.load_adapter(folder)
-    check(native, want, ids)
-
     for steered in (after, before):
         with steered.disable_steering():
             assert torch.equal(greedy(steered, ids), unsteered)
         assert torch.equal(greedy(steered, ids, steering=None), unsteered)
+
+    bare = BUILDERS[kind]()
+    bare.load_adapter(folder)
+    if not torch.equal(greedy(bare, ids), unsteered):
+        pytest.skip("load_adapter of this transformers, with this PEFT, loses the LoRA unsteered, too")
+    native = steer_tiny(BUILDERS[kind](), adapter)
+    native.load_adapter(folder)
+    check(native, want, ids)
 
 
 @pytest.mark.parametrize("site", SITES)

@@ -249,7 +249,8 @@ def test_text_generation_pipeline_steers_with_what_is_set() -> None:
 
     def ask(**kwargs: Any) -> str:
         settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
-        return generator(prompt, **settings, **kwargs)[0]["generated_text"]
+        # Older pipelines keep the space between prompt and answer.
+        return generator(prompt, **settings, **kwargs)[0]["generated_text"].lstrip()
 
     assert ask() == want != unsteered
     assert ask(steering=None) == unsteered
