@@ -137,7 +137,7 @@ class SADI(SteeringMethod):
             # A chunk of the prompt before the query.
             return hidden
         chosen = chosen & (view.since_query(hidden) == 0)[..., None]
-        target = self.strength * view.decision.vectors[site][:, None]
+        target = self.strength * view.decision.vectors[site][:, None].to(hidden.device)
         return torch.where(chosen, torch.lerp(state, target, view.scale), state).to(hidden.dtype)
 
     @classmethod
