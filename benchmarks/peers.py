@@ -59,7 +59,7 @@ def repeng(model: Any, layers: list[int], vector: torch.Tensor) -> Iterator[Gene
     from repeng import ControlModel, ControlVector
 
     controlled = ControlModel(model, layers)
-    controlled.set_control(ControlVector("llama", {i: vector.numpy() for i in layers}), 1.0)
+    controlled.set_control(ControlVector("llama", {i: vector.float().cpu().numpy() for i in layers}), 1.0)
     try:
         yield controlled.generate
     finally:
