@@ -19,7 +19,7 @@ from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
 from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, require_fitted
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_layers
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
 
@@ -139,7 +139,7 @@ class CAA(SteeringMethod):
         }
         layer, tried = promising[0], None
         if len(promising) > 1:
-            layer, tried = try_layers(data, trials, settings.strength)
+            layer, tried = try_each(data, trials, settings.strength)
         strength, curve, why = trials[layer].choose_strength(settings.strength, data)
         report: dict[str, Any] = {
             "layer": layer,

@@ -50,7 +50,7 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_layers
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 
@@ -197,7 +197,7 @@ class TAD(SteeringMethod):
         }
         layer, tried = promising[0], None
         if len(promising) > 1:
-            layer, tried = try_layers(data, trials, settings.strength)
+            layer, tried = try_each(data, trials, settings.strength)
         strength, curve, why = trials[layer].choose_strength(settings.strength, data)
         gate = cls(fitted(layer, 0.0), tensors[layer]).gate
         report: dict[str, Any] = {

@@ -34,7 +34,7 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_layers
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor, TokenView
 from finesteer_hf.sites import Site
 
@@ -174,7 +174,7 @@ class TaskDriven(SteeringMethod):
             )
         layer, tried = next(iter(trials)), None
         if len(trials) > 1:
-            layer, tried = try_layers(data, trials, settings.strength)
+            layer, tried = try_each(data, trials, settings.strength)
         strength, curve, why = trials[layer].choose_strength(settings.strength, data)
         report: dict[str, Any] = {
             "layer": layer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,36 +76,42 @@ def candidate_layers(layer: int | str, num_layers: int) -> list[int]:
     return list(range(math.floor(SHALLOWEST * last), math.ceil(DEEPEST * last) + 1, step))
 
 
-def try_layers(
-    data: FitData, trials: Mapping[int, Trial], strength: float | str
+def try_each(
+    data: FitData,
+    trials: Mapping[int, Trial],
+    strength: float | str,
+    *,
+    what: str = "layer",
+    doses: Sequence[float] = RELATIVE_DOSES,
 ) -> tuple[int, list[dict[str, Any]] | None]:
-    """Steer at each layer and take the one with the best `DosePoint.bottleneck` on held-out rows.
+    """Steer in each of several ways and take the one with the best `DosePoint.bottleneck` on held-out rows.
 
     A point whose divergence on general prompts is above the budget counts only where no other is.
 
     Args:
         data: runs the model on its validation part.
-        trials: what to steer with at each layer; the most promising layer first.
-        strength: the config's; a number is tried as it is, for a rule the layers are compared at equal doses.
+        trials: what to steer with; the most promising first.
+        strength: the config's; a number is tried as it is, for a rule the ways are compared at equal doses.
+        what: what the keys of `trials` are.
+        doses: norms of the vector, in units of the state's, ascending.
 
     Returns:
-        The layer, and for each layer its best point; None if there are no held-out rows.
+        The key, and for each key its best point; None if there are no held-out rows.
     """
-    curves: dict[int, list[DosePoint]] = {}
-    for layer, trial in trials.items():
-        data.note(f"trying layer {layer} on held-out rows")
-        given = isinstance(strength, (int, float))
-        strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in RELATIVE_DOSES]
-        points = data.dose_response(trial.build, (0.0, *strengths))
-        curves[layer] = [point for point in points if math.isfinite(point.bottleneck)]
-
-    def merit(point: DosePoint) -> tuple[bool, float]:
-        return point.kl <= KL_BUDGET, point.bottleneck
-
-    best = {layer: max(points[1:], key=merit) for layer, points in curves.items() if len(points) > 1}
+    best: dict[int, DosePoint] = {}
+    given = isinstance(strength, (int, float))
+    for key, trial in trials.items():
+        data.note(f"trying {what} {key} on held-out rows")
+        strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in doses]
+        points = data.dose_response(trial.build, (0.0, *strengths))[1:]
+        finite = [point for point in points if math.isfinite(point.bottleneck)]
+        if finite:
+            best[key] = max(finite, key=_merit)
     if not best:
         return next(iter(trials)), None
-    table = [
-        {"layer": layer, "strength": p.strength, "bottleneck": p.bottleneck, "kl": p.kl} for layer, p in best.items()
-    ]
-    return max(best, key=lambda layer: merit(best[layer])), table
+    table = [{what: key, "strength": p.strength, "bottleneck": p.bottleneck, "kl": p.kl} for key, p in best.items()]
+    return max(best, key=lambda key: _merit(best[key])), table
+
+
+def _merit(point: DosePoint) -> tuple[bool, float]:
+    return point.kl <= KL_BUDGET, point.bottleneck

@@ -49,6 +49,12 @@ def test_the_clearest_layer_is_found(automatic: tuple[PlantedData, FitResult]) -
     assert len(result.report["layers_tried"]) <= SHORT_LIST
 
 
+def test_the_rank_is_the_one_that_steers_held_out_rows_best(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    tried = {row["residual_rank"]: row["bottleneck"] for row in result.report["ranks_tried"]}
+    assert {0, 1, 2} < set(tried) and max(tried, key=tried.__getitem__) == result.config.residual_rank
+
+
 def test_everything_left_open_is_filled_in(automatic: tuple[PlantedData, FitResult]) -> None:
     _, result = automatic
     assert result.config.unfitted() == [] and isinstance(result.config.strength, float)
@@ -249,9 +255,9 @@ def test_states_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_strength_rules() -> None:
     data = PlantedData()
-    given = fit(data, strength=1.75)
+    given = fit(data, strength=1.75, residual_rank=2)
     assert given.config.strength == 1.75 and data.doses == 0 and given.report["dose_response"] == []
-    by_norm = fit(data, strength="norm:0.25")
+    by_norm = fit(data, strength="norm:0.25", residual_rank=2)
     vectors = by_norm.report["vector"]
     assert data.doses == 0
     assert by_norm.config.strength * vectors["vector_norm"] == pytest.approx(0.25 * vectors["state_norm"])

@@ -34,7 +34,7 @@ class FineSteerConfig(SteeringConfig):
     closed form. `FineSteerConfig.paper()` is the paper.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` takes the one whose shifts are best predicted.
+        layer: decoder block whose output is steered; `auto` takes the one that steers held-out rows best.
         read_site: where the query's state is read; by default the write site, with `compat="official"` the block's
             input.
         write_site: where the vector is added; by default `resid_post[layer]`.
@@ -52,7 +52,7 @@ class FineSteerConfig(SteeringConfig):
             `paper` (trained as published), or `auto` (the better closed form).
         residual: residual basis of `experts="paper"`: `pca` (Eq. 13) or `orthogonal` (to the prototypes).
         num_experts: number of prototypes.
-        residual_rank: rank of the residual map.
+        residual_rank: rank of the residual map; `auto` takes the one that steers held-out rows best, 0 among them.
         key_dim: width of the routing keys of `experts="paper"`; None is the hidden size. The keys are folded away when
             the adapter is made.
         compat: `official` reads and learns one block before it writes, as the published code does.

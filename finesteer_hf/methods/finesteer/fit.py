@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,12 +18,18 @@ from finesteer_hf.methods.finesteer.gate import GateFit, fit_gate
 from finesteer_hf.methods.finesteer.layers import shift_site, sweep_layers
 from finesteer_hf.methods.finesteer.rows import ContrastRows, contrast_rows, json_ready
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, try_layers
+from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, try_each
 from finesteer_hf.sites import Site
 
 
 if TYPE_CHECKING:
     from finesteer_hf.methods.finesteer.method import FineSteer
+
+
+# Ranks of the residual map that are tried steered, below the one that predicts the shifts best.
+LOW_RANKS = (0, 1, 2, 4, 8, 16)
+# Multiples of the dose that was best at the layer, at which they are tried.
+NEAR_DOSES = (0.75, 1.0, 1.33)
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,10 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     """Fit gate, experts, layer and strength.
 
     Of the layers that tell the queries apart, those whose shifts are best predicted are tried: a gate and the quickest
-    experts are fitted at each, and the model is run steered on held-out rows. The experts learn from the `fit` and
-    `calibration` parts (`fit_gate` says what the gate learns from); layer and strength are chosen on `validation`.
+    experts are fitted at each, and the model is run steered on held-out rows. So are maps of lower rank at the layer
+    that is taken: the rank that predicts shifts best is not always the one that steers best, for a strength well above
+    1 multiplies the error of every direction. The experts learn from the `fit` and `calibration` parts (`fit_gate` says
+    what the gate learns from); layer, rank and strength are chosen on `validation`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts where there are none.
@@ -91,8 +99,17 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     layer, tried = promising[0], None
     if len(promising) > 1:
         quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
-        layer, tried = try_layers(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
-    chosen = fit_at(layer, config)
+        layer, tried = try_each(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
+    chosen, ranks_tried = fit_at(layer, config), None
+    if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
+        fits = {chosen.experts.residual_rank: chosen}
+        for rank in (rank for rank in LOW_RANKS if rank < chosen.experts.residual_rank):
+            low = {"experts": "reduced_rank", "num_experts": "auto"} if rank else {"experts": "auto", "num_experts": 1}
+            fits[rank] = fit_at(layer, dataclasses.replace(config, residual_rank=rank, **low))
+        trials = {rank: trial(fit) for rank, fit in fits.items()}
+        doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[chosen.experts.residual_rank])
+        rank, ranks_tried = try_each(data, trials, config.strength, what="residual_rank", doses=doses)
+        chosen = fits[rank]
     steering = trial(chosen)
     strength, curve, why = steering.choose_strength(config.strength, data)
     data.note(f"layer {layer}, strength {strength:g}: {why}")
@@ -101,6 +118,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "layer": layer,
         "layers": sweep,
         "layers_tried": tried,
+        "ranks_tried": ranks_tried,
         "vector": chosen.experts.judge(_rows(data, config, layer, ("validation",))) | norms,
         "experts": chosen.experts.report,
         "expert_use": _expert_use(chosen.experts, data.query(chosen.read, "fit")),
@@ -111,6 +129,12 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     }
     tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
     return FitResult(chosen.config(config, data.info, strength), tensors, json_ready(report))
+
+
+def _doses_near(tried: list[dict[str, Any]], layer: int, trial: Trial) -> list[float]:
+    """Doses around the one that was best at a layer."""
+    strength = next(row["strength"] for row in tried if row["layer"] == layer)
+    return [near * strength / trial.strength_of(1.0) for near in NEAR_DOSES]
 
 
 def _fit_gate(data: FitData, config: FineSteerConfig, layer: int) -> GateFit:
