@@ -100,9 +100,9 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
         tables=[
             Table(trial_columns(trial), trial_rows(trial), note=f"{CAA_NOTE} {INTERVAL_NOTE}"),
             Table(
-                ("CAA's strength", "norm of the vector / of the states", hit_name(trial)),
-                [(f"{strength:.3g}", f"{dose:g}", str(share)) for strength, dose, share in trial.sweep],
-                title="CAA at each strength",
+                ("layer", "CAA's strength", "norm of the vector / of the states", hit_name(trial)),
+                [(str(at.layer), f"{at.strength:.3g}", f"{at.dose:g}", str(at.share)) for at in trial.sweep],
+                title="CAA at each layer and strength",
             ),
         ],
         plots=[Plot(plot_shares(_shares(trial)), "Shares with 95% Wilson intervals, conditions side by side.")],

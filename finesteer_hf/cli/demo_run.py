@@ -24,12 +24,13 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
-from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, draw, general_prompts, target_prompts
+from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.statistics import Proportion
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.methods.finesteer import FineSteerConfig
 from finesteer_hf.methods.finesteer.config import Gate, GateScore
+from finesteer_hf.methods.trials import candidate_layers
 
 
 MAX_NEW_TOKENS = 24
@@ -55,7 +56,8 @@ class DemoSettings:
         fit_rows: at most so many questions, and so many requests, to fit on.
         targets: at most so many held-out ones.
         general: at most so many held-out general prompts.
-        caa_doses: norms of CAA's vector, in units of the states' median norm, at which it is tried.
+        caa_doses: norms of CAA's vector, in units of the states' median norm, at which it is tried at each layer.
+        caa_targets: number of held-out targets on which its best layer and strength are found.
     """
 
     out: Path
@@ -64,10 +66,11 @@ class DemoSettings:
     fit_rows: int | None = 600
     targets: int | None = 300
     general: int | None = 300
-    caa_doses: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+    caa_doses: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3)
+    caa_targets: int = 100
 
 
-QUICK = {"splits": ("question",), "targets": 150, "general": 150, "caa_doses": (0.1, 0.3, 0.8)}
+QUICK = {"splits": ("question",), "targets": 150, "general": 150, "caa_doses": (0.4, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,23 @@ class Arm:
 
     target: Outcome
     general: Outcome
+
+
+@dataclass(frozen=True)
+class ConstantDose:
+    """CAA at one layer and strength.
+
+    Attributes:
+        layer: decoder block whose output it is added to.
+        strength: its multiple.
+        dose: its norm in units of the states' median norm.
+        share: share of hits.
+    """
+
+    layer: int
+    strength: float
+    dose: float
+    share: Proportion
 
 
 @dataclass(frozen=True)
@@ -100,9 +120,8 @@ class Trial:
         folder: where the FineSteer adapter was saved.
         base: the unsteered model.
         finesteer: the adapter as fitted, nothing chosen on the test half.
-        caa: CAA at the strength that was best on the test half.
-        caa_strength: that strength.
-        sweep: CAA's strengths, the same in units of the states' norm, and its share of hits at each.
+        caa: CAA at the layer and strength that were best on the test half.
+        sweep: CAA at all layers and strengths, on a part of the test half.
         adapter: the FineSteer adapter as loaded.
         fit_seconds: time to fit it.
         gates: other gates on the same prompts, if they were compared.
@@ -115,12 +134,16 @@ class Trial:
     base: Arm
     finesteer: Arm
     caa: Arm
-    caa_strength: float
-    sweep: list[tuple[float, float, Proportion]]
+    sweep: list[ConstantDose]
     adapter: SteeringAdapter
     fit_seconds: float
     gates: list[GateRow] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def best_constant(self) -> ConstantDose:
+        """The best of CAA's layers and strengths, the smallest dose of equals."""
+        return max(self.sweep, key=lambda found: (found.share.value, -found.dose))
 
 
 @dataclass
@@ -184,8 +207,8 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
         fit_seconds = time.perf_counter() - start
         layer = setting(adapter, "layer")
         folder = adapter.save_pretrained(settings.out / "adapters" / name)
-        caa = fit(CAAConfig(layer=layer, strength="norm:1"))
-        caa_folder = caa.save_pretrained(settings.out / "adapters" / f"{name}-caa")
+        layers = candidate_layers("auto", model.config.num_hidden_layers)
+        constants = {at: fit(CAAConfig(layer=at, strength="norm:1", positions="all")) for at in layers}
         gates = []
         if split == "question":
             # What is steered with does not matter here, so it is the cheapest there is.
@@ -195,30 +218,36 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
                 for gate, score in COMPARED_GATES
                 if (gate, score) != ("conformal", setting(adapter, "gate_score"))
             ]
-    steered = SteeredModelForCausalLM.from_pretrained(
-        playground.model_path(), steering={"finesteer": str(folder), "caa": str(caa_folder)}
-    )
+    steered = SteeredModelForCausalLM.from_pretrained(playground.model_path(), steering={"finesteer": str(folder)})
     targets = target_prompts(task, split=split, limit=settings.targets, seed=settings.seed)
     general = general_prompts(limit=settings.general, seed=settings.seed)
     ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS)
     base = Arm(ask(targets), ask(general))
     finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
-    sweep = [(dose, ask(targets, adapter="caa", scale=dose, choices=False)) for dose in settings.caa_doses]
-    best = max(sweep, key=lambda entry: entry[1].share.value)[0]
+    sweep = []
+    for at, caa in constants.items():
+        steered.load_steering(caa, "caa")
+        for dose in settings.caa_doses:
+            some = ask(targets[: settings.caa_targets], adapter="caa", scale=dose, choices=False)
+            sweep.append(ConstantDose(at, dose * float(caa.config.strength), dose, some.share))
+        steered.delete_steering("caa")
     trial = Trial(
         task=task,
         split=split,
         folder=folder,
         base=base,
         finesteer=finesteer,
-        caa=Arm(ask(targets, adapter="caa", scale=best), ask(general, adapter="caa", scale=best)),
-        caa_strength=best * float(caa.config.strength),
-        sweep=[(dose * float(caa.config.strength), dose, outcome.share) for dose, outcome in sweep],
+        caa=base,
+        sweep=sweep,
         adapter=steered.steering_adapters["finesteer"],
         fit_seconds=fit_seconds,
         gates=[_gate_row(steered, tokenizer, task, gate, fitted, targets, general) for gate, fitted in gates],
     )
-    return replace(trial, seconds=time.perf_counter() - start)
+    best = trial.best_constant
+    constants[best.layer].save_pretrained(settings.out / "adapters" / f"{name}-caa")
+    steered.load_steering(constants[best.layer], "caa")
+    asked = [ask(prompts, adapter="caa", scale=best.dose) for prompts in (targets, general)]
+    return replace(trial, caa=Arm(*asked), seconds=time.perf_counter() - start)
 
 
 def _fit(
@@ -230,12 +259,13 @@ def _fit(
     store: str,
     config: SteeringConfig,
 ) -> SteeringAdapter:
-    rows = playground.preference_rows(task, "fit", split=split, seed=settings.seed)
+    rows = fit_rows(task, split=split, limit=settings.fit_rows, seed=settings.seed)
     return fit_steering(
         model,
         tokenizer,
-        draw(rows, settings.fit_rows, settings.seed),
+        rows,
         config,
+        split="group",
         general_dataset=playground.general_rows("fit", seed=settings.seed),
         seed=settings.seed,
         store_dir=store,

@@ -12,14 +12,14 @@ from finesteer_hf.evaluation.statistics import proportion
 
 TASK_NAMES = {"truthful": "truthful answers", "safety": "refusals of wrapped requests"}
 SPLIT_NAMES = {
-    ("truthful", "question"): "by question: no subject is in both halves",
+    ("truthful", "question"): "by question: no question is in both halves, though each subject has six",
     ("truthful", "kind"): "by kind: no kind of misconception is in both halves",
     ("safety", "question"): "by request: no base request is in both halves",
     ("safety", "kind"): "by category: no category of harm is in both halves",
 }
 CAA_NOTE = (
-    "CAA: constant mean difference at the same layer, no gate, at the strength that was best on these very test prompts: "
-    "an upper bound, generous to it. FineSteer's layer, gate and strength were chosen on the fit half alone."
+    "CAA: constant mean difference at all positions, no gate, at the layer and strength that were best on these very test "
+    "prompts: an upper bound, generous to it. FineSteer's layer, gate, rank and strength were chosen on the fit half alone."
 )
 INTERVAL_NOTE = (
     "Shares: Wilson 95% intervals. MC2: mean with a bootstrap interval. Several prompts share a subject or a request, so "
@@ -39,7 +39,13 @@ def hit_name(trial: Trial) -> str:
 
 def trial_columns(trial: Trial) -> tuple[str, ...]:
     """Column names of a trial's table."""
-    return ("held out", "n", "unsteered", "FineSteer", f"CAA at best ({trial.caa_strength:.3g})")
+    return (
+        "held out",
+        "n",
+        "unsteered",
+        "FineSteer",
+        f"CAA at best (layer {trial.best_constant.layer}, {trial.best_constant.strength:.3g})",
+    )
 
 
 def trial_rows(trial: Trial) -> list[tuple[str, ...]]:

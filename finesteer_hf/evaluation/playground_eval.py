@@ -18,6 +18,27 @@ TASKS: tuple[Task, ...] = ("truthful", "safety")
 T = TypeVar("T")
 
 
+def fit_rows(
+    task: Task, *, split: Split = "question", limit: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Preference rows of the fit half, for `fit_steering(..., split="group")`.
+
+    What the test half shares nothing of must not be shared between the parts of the fit either, or what is calibrated and
+    chosen there would be so for easier prompts than those that come. Their `category` therefore is the base request, or,
+    where whole kinds are held out, the subject; kinds are too few to be parted.
+
+    Args:
+        task: `truthful` or `safety`.
+        split: what the halves are disjoint by.
+        limit: at most so many rows, drawn at random.
+        seed: of the halves and of the draw.
+    """
+    rows = playground.preference_rows(task, "fit", split=split, seed=seed)
+    alone = task == "truthful" and split == "question"
+    grouped = [{**row, "category": row["id"] if alone else row["id"].rpartition("/")[0]} for row in rows]
+    return draw(grouped, limit, seed)
+
+
 def target_prompts(
     task: Task,
     *,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.cli import app
 from finesteer_hf.cli.demo_report import build_report
-from finesteer_hf.cli.demo_run import Arm, DemoResult, DemoSettings, GateRow, Trial
+from finesteer_hf.cli.demo_run import Arm, ConstantDose, DemoResult, DemoSettings, GateRow, Trial
 from finesteer_hf.cli.demo_tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
@@ -64,8 +64,7 @@ def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> Demo
         base=base,
         finesteer=fine,
         caa=caa,
-        caa_strength=3.0,
-        sweep=[(3.0, 0.1, caa.target.share)],
+        sweep=[ConstantDose(2, 3.0, 0.1, caa.target.share)],
         adapter=adapter,
         fit_seconds=1.0,
         gates=[
@@ -94,7 +93,7 @@ def test_tables_hold_every_figure_with_its_n(result: DemoResult) -> None:
     assert f"{rows['truthful answers'][1]} n=6" == str(trial.base.target.share)
     fires = trial.finesteer.target.fires()
     assert fires is not None and rows["gate fires on these"][1:] == ("-", fires.brief, "always on")
-    assert trial_columns(trial)[4] == "CAA at best (3)"
+    assert trial_columns(trial)[4] == "CAA at best (layer 2, 3)"
     assert "McNemar" in paired_note(trial)
     gates = gate_rows(result, "truthful")
     assert [row[0] for row in gates] == ["conformal", "always"] and gates[1][2].startswith("0.0%")
@@ -112,7 +111,7 @@ def test_the_report_shows_tables_plots_and_answers(result: DemoResult) -> None:
     text = render_report(build_report(result))
     for expected in (
         "Truthful answers, split by question",
-        "CAA at each strength",
+        "CAA at each layer and strength",
         "Gates",
         "tell me about cats",
         "McNemar",
