@@ -171,7 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--peers-at", type=int, nargs="*", default=[1, 8], help="batch sizes that the peers run at")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens")
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens")
     parser.add_argument("--minutes", type=float, default=11.0, help="time for all batch sizes together")
     parser.add_argument(
         "--pairs", type=int, default=None, help="pairs of each condition, instead of what fits the time"
