@@ -21,6 +21,10 @@ from .selection import make_folds, one_standard_error
 from .subspace import TINY, IntervenedSubspace, scaled_deviation
 
 
+# The rank of a fold is that of all rows, which was settled, and warned about, there.
+NO_CAP = 1 - 1e-9
+
+
 def monitoring_statistics(
     h: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor, variances: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +96,7 @@ class MonitoringScore(BaseEstimator):
     high or unchanged; here they have a small p-value (the reflection excepted).
 
     Args:
-        rank: of the subspace, as in `IntervenedSubspace`.
+        rank, max_fraction: of the subspace, as in `IntervenedSubspace`.
         folds, seed: of the cross-fit that gives the reference statistics.
 
     Attributes:
@@ -101,8 +105,11 @@ class MonitoringScore(BaseEstimator):
         chosen_params_: what "auto" settled on.
     """
 
-    def __init__(self, rank: int | str = "auto", *, folds: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self, rank: int | str = "auto", *, max_fraction: float = 1 / 8, folds: int = 5, seed: int = 0
+    ) -> None:
         self.rank = rank
+        self.max_fraction = max_fraction
         self.folds = folds
         self.seed = seed
 
@@ -114,12 +121,14 @@ class MonitoringScore(BaseEstimator):
         """
         rows = as_matrix(ir, "ir", min_rows=8)
         labels = as_groups(groups, len(rows))
-        self.subspace_ = IntervenedSubspace(self.rank, folds=self.folds, seed=self.seed).fit(rows, groups=labels)
+        self.subspace_ = IntervenedSubspace(
+            self.rank, max_fraction=self.max_fraction, folds=self.folds, seed=self.seed
+        ).fit(rows, groups=labels)
         self.chosen_params_ = dict(self.subspace_.chosen_params_)
         t2_reference, q_reference = [], []
         for train, test in make_folds(len(rows), self.folds, labels, self.seed):
             fold_rank = min(self.subspace_.rank_, len(train) - 1)
-            fold = IntervenedSubspace(fold_rank, max_fraction=0.999).fit(rows[train])
+            fold = IntervenedSubspace(fold_rank, max_fraction=NO_CAP).fit(rows[train])
             state = fold.state() | {"variances": runtime_tensor(fold.variances_)}
             t2, q = monitoring_statistics(torch.from_numpy(rows[test]), **state)
             t2_reference.append(t2.numpy())
@@ -279,10 +288,9 @@ def cross_fitted_scores(
     general_folds = [(None, None)] * count if negatives is None else make_folds(len(negatives), count, None, seed)
     frozen = clone(fitted).set_params(**fitted.chosen_params_)
     ir_folds = make_folds(len(positives), count, labels, seed)
-    if isinstance(frozen, IntervenedSubspace):
+    if not isinstance(frozen, StateScore):
         smallest = min(len(train) for train, _ in ir_folds)
-        # the rank was settled, and warned about, on all rows
-        frozen.set_params(max_fraction=0.999, rank=min(fitted.chosen_params_["rank"], smallest - 1))
+        frozen.set_params(max_fraction=NO_CAP, rank=min(fitted.chosen_params_["rank"], smallest - 1))
     for (train, test), (general_train, general_test) in zip(ir_folds, general_folds, strict=True):
         seen = None if negatives is None else negatives[general_train]
         part = clone(frozen).fit(positives[train], seen, groups=None if labels is None else labels[train])

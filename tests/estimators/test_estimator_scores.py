@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -131,6 +133,20 @@ def test_cross_fitted_scores_are_of_fits_that_have_not_seen_the_row() -> None:
     assert nothing is None
     assert fitted.score_samples(ir).mean() > 2 * fitted.score_samples(new).mean()
     assert crossed.mean() == pytest.approx(fitted.score_samples(new).mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [IntervenedSubspace, MonitoringScore])
+def test_a_rank_that_was_chosen_for_all_rows_is_no_cause_to_warn_in_a_fold(kind: type) -> None:
+    rng = np.random.default_rng(0)
+    ir = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 96))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = kind().fit(ir)
+        cross_fitted_scores(fitted, ir)
+    # The cap of all rows is 8, that of a fold of 51 rows is 6: these directions are all there are, so 8 is chosen.
+    assert fitted.chosen_params_["rank"] == 8
+    with pytest.warns(UserWarning, match="above 0.125 of the rows"):
+        kind(8 + 1, max_fraction=1 / 8).fit(ir + 0.01 * rng.normal(size=ir.shape))
 
 
 @pytest.mark.parametrize("name", sorted(SCORES))
