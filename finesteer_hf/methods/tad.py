@@ -227,7 +227,7 @@ class AnswerTokens:
 
     rows: int
     states: dict[str, dict[Site, NDArray[np.float32]]]
-    entropy: dict[str, NDArray[np.float64]]
+    entropy: dict[str, NDArray[np.floating]]
 
     @classmethod
     def of(cls, data: FitData, part: Part, sites: Sequence[Site]) -> AnswerTokens:
@@ -245,7 +245,7 @@ class AnswerTokens:
             found.entropy[side] = np.concatenate([entropy for _, entropy in kept] or [np.zeros(0)])
         return found
 
-    def target(self, name: str) -> NDArray[np.float64]:
+    def target(self, name: str) -> NDArray[np.floating]:
         """What a head is to tell of the tokens of both sides, the chosen ones first."""
         if name == "answers":
             return np.repeat([0.0, 1.0], [len(self.entropy[side]) for side in ("chosen", "rejected")])
@@ -256,13 +256,13 @@ class AnswerTokens:
         return np.concatenate([self.states[side][site] for side in ("chosen", "rejected")])
 
 
-def _tokens_of(run: AnswerRun, most: int) -> tuple[dict[Site, NDArray[np.float32]], NDArray[np.float64]]:
+def _tokens_of(run: AnswerRun, most: int) -> tuple[dict[Site, NDArray[np.float32]], NDArray[np.floating]]:
     """States and entropies of at most so many tokens of an answer."""
     # The first state is the query's, which is the same for every answer; an answer of one token has no other.
     first = min(1, len(run.ids) - 1)
     columns = np.unique(np.linspace(first, len(run.ids) - 1, most).round().astype(int))
     at = torch.from_numpy(columns)
-    probabilities = run.logits[at.to(run.logits.device)].double().softmax(-1)
+    probabilities = run.logits[at.to(run.logits.device)].softmax(-1)
     states = {site: state[at.to(state.device)].float().cpu().numpy() for site, state in run.states.items()}
     return states, torch.special.entr(probabilities).sum(-1).cpu().numpy()
 
