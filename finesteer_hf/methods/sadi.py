@@ -5,7 +5,7 @@ between wanted and unwanted answers, at the answers' last token, is largest. Ste
 
 Differences from the published code. It *replaces*: the marked elements of the question's last token become delta times
 the activations that the unsteered question has there, and generated tokens are left alone; `compat="official"` does so. It
-takes K and delta from the best score on the test set; here K is given and delta chosen on held-out rows. Its "hidden"
+takes K and delta from the best score on the test set; here they are chosen on held-out rows. Its "hidden"
 elements are of the feed-forward's output, here they are of the stream after the block. Neurons inside the feed-forward are
 not offered: they are no site that this library steers at.
 """
@@ -33,12 +33,14 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.methods.trials import Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
 from finesteer_hf.sites import Site
 
 
 ELEMENTS = ("head", "hidden")
+# What `auto` tries; the first is taken where no rows are held out.
+COUNTS = (8, 1, 2, 4, 16)
 MIN_ROWS = 2
 
 
@@ -53,7 +55,8 @@ class SADIConfig(SteeringConfig):
     Attributes:
         elements: what is amplified: whole attention heads (`head`, by the mean over a head's dimensions) or single
             dimensions of the blocks' outputs (`hidden`).
-        num_elements: K, number of amplified elements; the paper tries 1 to 10 heads and 1 to 20 dimensions.
+        num_elements: K, number of amplified elements; `auto` tries some, where the paper tries 1 to 10 heads and 1 to 20
+            dimensions.
         layers: blocks whose elements are compared; `auto` is all of them.
         compat: `official` replaces the query's elements as the published code does.
         element_layers: the blocks that K elements were found in, ascending; filled in by the fit.
@@ -67,7 +70,7 @@ class SADIConfig(SteeringConfig):
     positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
     strength: float | str = field(default="auto", metadata=_help("Delta: a number, auto, kl:<nats> or norm:<share>."))
     elements: Literal["head", "hidden"] = field(default="head", metadata=_help("Amplified elements: head or hidden."))
-    num_elements: int = field(default=10, metadata=_help("Number of amplified elements."))
+    num_elements: int | str = field(default="auto", metadata=_help("Number of amplified elements, or auto."))
     layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
     compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
     element_layers: list[int] = field(default_factory=list, metadata=_help("Blocks of the elements, fitted."))
@@ -78,7 +81,8 @@ class SADIConfig(SteeringConfig):
         check_one_of("positions", self.positions, ("generated",))
         check_one_of("elements", self.elements, ELEMENTS)
         check_one_of("compat", self.compat, (None, "official"))
-        check_count("num_elements", self.num_elements, 1)
+        if self.num_elements != "auto":
+            check_count("num_elements", self.num_elements, 1)
         check_layers(self.layers, self.num_hidden_layers)
         if self.element_layers:
             check_layers(self.element_layers, self.num_hidden_layers, name="element_layers")
@@ -170,7 +174,7 @@ class SADI(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Find the mask on the `fit` and `calibration` parts, the strength on `validation`.
+        """Find the masks on the `fit` and `calibration` parts, K and the strength on `validation`.
 
         Raises:
             DatasetError: for too few rows.
@@ -182,25 +186,14 @@ class SADI(SteeringMethod):
         if sum(len(data.prompts(part)) for part in parts) < MIN_ROWS:
             raise DatasetError(f"SADI needs at least {MIN_ROWS} rows to fit on; the paper uses about 150.")
         found = np.stack([mean_difference(data, settings.site(layer), parts, heads) for layer in layers])
-        mask = largest(found, settings.num_elements)
-        kept = [row for row in range(len(layers)) if mask[row].any()]
-        tensors = {"mask": torch.from_numpy(mask[kept].astype(np.int64))}
-
-        def build(strength: float) -> SADI:
-            chosen = {"element_layers": [layers[row] for row in kept], "attention_heads": heads}
-            return cls(filled_in(settings, data.info, strength=strength, **chosen), tensors)
-
-        states = [data.chosen(settings.site(layers[row]), "fit", "answer_last") for row in kept]
-        masked = [
-            state * np.repeat(mask[row], state.shape[1] // mask.shape[1])
-            for row, state in zip(kept, states, strict=True)
-        ]
-        trial = Trial(
-            build=build,
-            vector_norm=median_norm(np.concatenate(masked, axis=1)),
-            state_norm=median_norm(np.concatenate(states, axis=1)),
-        )
-        strength, curve, why = trial.choose_strength(settings.strength, data)
+        counts = COUNTS if isinstance(settings.num_elements, str) else (settings.num_elements,)
+        masks = {count: largest(found, count) for count in counts}
+        trials = {count: _trial(data, settings, layers, mask) for count, mask in masks.items()}
+        count, tried = counts[0], None
+        if len(counts) > 1:
+            count, tried = try_each(data, trials, settings.strength, what="num_elements")
+        strength, curve, why = trials[count].choose_strength(settings.strength, data)
+        mask = masks[count]
         held_out = {layer: mean_difference(data, settings.site(layer), ("validation",), heads) for layer in layers}
         order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])
         report: dict[str, Any] = {
@@ -213,11 +206,12 @@ class SADI(SteeringMethod):
                 }
                 for row, column in order
             ],
-            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
+            "counts_tried": tried,
+            "vector": {"vector_norm": trials[count].vector_norm, "state_norm": trials[count].state_norm},
             "strength": why,
             "dose_response": [dataclasses.asdict(point) for point in curve],
         }
-        return FitResult(build(strength).config, tensors, report)
+        return FitResult(_config(settings, data.info, layers, mask, strength), _tensors(mask), report)
 
 
 def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
@@ -251,6 +245,32 @@ def largest(differences: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
     mask = np.zeros(differences.size, dtype=bool)
     mask[np.argsort(-differences, axis=None, kind="stable")[:count]] = True
     return mask.reshape(differences.shape)
+
+
+def _config(
+    config: SADIConfig, info: ModelInfo, layers: list[int], mask: NDArray[np.bool_], strength: float
+) -> SADIConfig:
+    kept = [layer for layer, row in zip(layers, mask, strict=True) if row.any()]
+    heads = info.num_heads if config.elements == "head" else None
+    count = int(mask.sum())
+    return filled_in(config, info, strength=strength, num_elements=count, element_layers=kept, attention_heads=heads)
+
+
+def _tensors(mask: NDArray[np.bool_]) -> dict[str, torch.Tensor]:
+    return {"mask": torch.from_numpy(mask[mask.any(axis=1)].astype(np.int64))}
+
+
+def _trial(data: FitData, config: SADIConfig, layers: list[int], mask: NDArray[np.bool_]) -> Trial:
+    kept = [(layer, row) for layer, row in zip(layers, mask, strict=True) if row.any()]
+    states = [data.chosen(config.site(layer), "fit", "answer_last") for layer, _ in kept]
+    amplified = [
+        state * np.repeat(row, state.shape[1] // len(row)) for state, (_, row) in zip(states, kept, strict=True)
+    ]
+    return Trial(
+        build=lambda strength: SADI(_config(config, data.info, layers, mask, strength), _tensors(mask)),
+        vector_norm=median_norm(np.concatenate(amplified, axis=1)),
+        state_norm=median_norm(np.concatenate(states, axis=1)),
+    )
 
 
 def _layers(config: SADIConfig, num_layers: int) -> list[int]:

@@ -12,7 +12,7 @@ from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.lint import DatasetWarning
-from finesteer_hf.methods.sadi import SADI, SADIConfig, largest
+from finesteer_hf.methods.sadi import COUNTS, SADI, SADIConfig, largest
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
@@ -138,6 +138,14 @@ def test_among_equals_the_earlier_and_at_most_all():
     assert largest(np.ones((2, 2)), 3).tolist() == [[True, True], [True, False]]
     assert largest(np.array([[-1.0, -3.0], [2.0, -9.0]]), 2).tolist() == [[True, False], [True, False]]
     assert largest(np.ones((2, 2)), 9).all()
+
+
+def test_auto_takes_the_count_that_brings_held_out_answers_nearest():
+    _, _, found = fit_on_toy(SADIConfig(elements="hidden", layers=[2]))
+    table = found.config.fit["report"]["counts_tried"]
+    assert [row["num_elements"] for row in table] == list(COUNTS)
+    best = max(table, key=lambda row: (row["kl"] <= 0.1, row["bottleneck"]))
+    assert found.config.num_elements == best["num_elements"] == int(found.tensors["mask"].sum())
 
 
 def model_with_a_truth_dimension(dimension):
