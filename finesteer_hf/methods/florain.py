@@ -35,14 +35,14 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.strength import choose_strength, median_norm
-from finesteer_hf.methods.trials import candidate_layers
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 
 
 TENSORS = ("weight", "bias", "readout", "shift")
-# Parts of the whole way.
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+# Parts of the way; how far beyond the region helps is only guessed by `delta`, so they go on after the whole.
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 MIN_ROWS = 4
 # Values of heads x size x rank that a forward holds at a time.
 VALUES = 1 << 26
@@ -60,8 +60,8 @@ class FlorainConfig(SteeringConfig):
     learns faster.
 
     Attributes:
-        layer: block whose heads are mapped; `auto` takes, of those between 20% and 80% of the depth, the one on whose
-            heads linear probes are right most often, on held-out rows.
+        layer: block whose heads are mapped; `auto` trains maps for a few between 20% and 80% of the depth, those on whose
+            heads linear probes are right most often, and takes the one that brings held-out answers nearest.
         strength: share of the way from a to f(a); 1 is the paper's.
         rank: r of the maps.
         delta: how far beyond the question's wanted mean the region lies, in lengths of the head's mean shift.
@@ -184,7 +184,7 @@ class Florain(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Train on the `fit` part, stop on `calibration`, choose the share of the way on `validation`.
+        """Train on the `fit` part, stop on `calibration`, choose layer and share of the way on `validation`.
 
         Raises:
             DatasetError: for too few rows, or answers that do not differ.
@@ -194,34 +194,29 @@ class Florain(SteeringMethod):
             raise DatasetError(f"FLORAIN needs at least {MIN_ROWS} rows to fit on, got {len(data.prompts('fit'))}.")
         layers = candidate_layers(settings.layer, data.info.num_layers)
         accuracy = {} if len(layers) == 1 else {layer: _told_apart(data, layer) for layer in layers}
-        layer = max(accuracy, key=lambda at: accuracy[at]) if accuracy else layers[0]
-        train = _answers(data, layer, "fit")
-        common = _common(train)
-        found = _train(data, settings, train, _answers(data, layer, "calibration"), common)
-        tensors = {name: getattr(found.map, name) for name in TENSORS}
-
-        def build(strength: float) -> Florain:
-            chosen = {"layer": layer, "attention_heads": data.info.num_heads, "strength": strength}
-            return cls(filled_in(settings, data.info, **chosen), tensors)
-
-        moved = found.map.displacement(torch.from_numpy(train.states).float()).flatten(1)
-        norms = {
-            "vector_norm": median_norm(moved.numpy()),
-            "state_norm": median_norm(train.states.reshape(len(train.states), -1)),
-        }
-        strength, curve, why = choose_strength(settings.strength, data, build, **norms, strengths=SHARES)
+        promising = sorted(layers, key=lambda layer: accuracy.get(layer, (0.0, 0.0)), reverse=True)[:SHORT_LIST]
+        fits = {layer: _fit_layer(data, settings, layer) for layer in promising}
+        trials = {layer: fit.trial for layer, fit in fits.items()}
+        layer, tried = promising[0], None
+        if len(promising) > 1:
+            layer, tried = try_each(data, trials, settings.strength)
+        found, trial = fits[layer], trials[layer]
+        norms = {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm}
+        strength, curve, why = choose_strength(settings.strength, data, trial.build, **norms, strengths=SHARES)
         every = max(1, settings.epochs // 20)
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "probe_accuracy": of[0]} for at, of in accuracy.items()],
-            "training_loss": found.training[::every],
-            "calibration_loss": found.held_out[::every],
-            "validation_loss": _judge(found.map, _answers(data, layer, "validation"), common, settings),
+            "layers_tried": tried,
+            "training_loss": found.trained.training[::every],
+            "calibration_loss": found.trained.held_out[::every],
+            "validation_loss": _judge(found, _answers(data, layer, "validation"), settings),
             "vector": norms,
             "strength": why,
             "dose_response": [dataclasses.asdict(point) for point in curve],
         }
-        return FitResult(build(strength).config, tensors, report)
+        fitted = filled_in(settings, data.info, layer=layer, attention_heads=data.info.num_heads, strength=strength)
+        return FitResult(fitted, tensors_of(found.trained.map), report)
 
 
 @dataclass(frozen=True)
@@ -259,22 +254,46 @@ def _told_apart(data: FitData, layer: int) -> tuple[float, float]:
     return float(probes.accuracy.mean()), float(-probes.log_loss.mean())
 
 
-def _common(answers: Answers) -> WantedStates:
+@dataclass(frozen=True)
+class LayerFit:
+    """The maps of a block: what is common to its wanted states, the training, and how to try a share of the way."""
+
+    common: WantedStates
+    trained: TrainedMap
+    trial: Trial
+
+
+def tensors_of(maps: HeadMap) -> dict[str, torch.Tensor]:
+    """The parameters of the maps under their names in the file."""
+    return {name: getattr(maps, name) for name in TENSORS}
+
+
+def _fit_layer(data: FitData, config: FlorainConfig, layer: int) -> LayerFit:
+    train, held_out = _answers(data, layer, "fit"), _answers(data, layer, "calibration")
     try:
-        return WantedStates.of(answers.states, answers.wanted, answers.questions)
+        common = WantedStates.of(train.states, train.wanted, train.questions)
     except ValueError as error:
         raise DatasetError(f"FLORAIN cannot find where wanted answers lie: {error} Give other rows.") from error
+    trained = _train(data, config, layer, train, held_out if len(held_out.states) else train, common)
+    fitted = filled_in(config, data.info, layer=layer, attention_heads=data.info.num_heads)
+    tensors = tensors_of(trained.map)
+    moved = trained.map.displacement(torch.from_numpy(train.states).float()).flatten(1)
+    trial = Trial(
+        build=lambda strength: Florain(dataclasses.replace(fitted, strength=strength), tensors),
+        vector_norm=median_norm(moved.numpy()),
+        state_norm=median_norm(train.states.reshape(len(train.states), -1)),
+    )
+    return LayerFit(common, trained, trial)
 
 
 def _train(
-    data: FitData, config: FlorainConfig, train: Answers, held_out: Answers, common: WantedStates
+    data: FitData, config: FlorainConfig, layer: int, train: Answers, held_out: Answers, common: WantedStates
 ) -> TrainedMap:
-    held_out = held_out if len(held_out.states) else train
     every = max(1, config.epochs // 5)
 
     def advance(epoch: int, loss: float) -> None:
         if (epoch + 1) % every == 0:
-            data.note(f"epoch {epoch + 1} of {config.epochs}: loss {loss:.4g}")
+            data.note(f"layer {layer}, epoch {epoch + 1} of {config.epochs}: loss {loss:.4g}")
 
     return train_head_maps(
         train.states,
@@ -296,14 +315,14 @@ def _regions(answers: Answers, common: WantedStates, config: FlorainConfig) -> R
     return common.regions(answers.states, answers.wanted, answers.questions, **settings)
 
 
-def _judge(maps: HeadMap, answers: Answers, common: WantedStates, config: FlorainConfig) -> dict[str, float] | None:
+def _judge(found: LayerFit, answers: Answers, config: FlorainConfig) -> dict[str, float] | None:
     """Mean loss over heads of held-out answers as they are, and mapped; None without any."""
     if not len(answers.states):
         return None
-    regions = _regions(answers, common, config)
-    parts = (regions.centre, regions.radius, common.whitening)
-    states, centre, radius, whitening = (torch.from_numpy(part).float() for part in (answers.states, *parts))
-    losses = {"unsteered": states, "steered": states + maps.displacement(states)}
+    regions = _regions(answers, found.common, config)
+    parts = (answers.states, regions.centre, regions.radius, found.common.whitening)
+    states, centre, radius, whitening = (torch.from_numpy(part).float() for part in parts)
+    losses = {"unsteered": states, "steered": states + found.trained.map.displacement(states)}
     return {name: float(region_loss(at, centre, radius, whitening).mean()) for name, at in losses.items()}
 
 

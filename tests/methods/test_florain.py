@@ -49,17 +49,13 @@ def test_answers_that_rows_repeat_count_once():
     assert all(torch.equal(once.tensors[name], twice.tensors[name]) for name in once.tensors)
 
 
-def test_the_layer_with_the_best_probes_is_taken():
-    class Clear(PlantedData):
-        def chosen(self, site, part, pool="answer_mean"):
-            return self.rejected(site, part, pool) + (3.0 if site.layer == 2 else 0.1)
-
-        def layer_of(self, site):
-            return site.layer
-
-    result = Florain.fit(Clear(rows=100, noise=1.0), FlorainConfig(rank=2, epochs=2, strength=1.0))
-    assert result.config.layer == 2
-    assert max(result.report["layers"], key=lambda row: row["probe_accuracy"])["layer"] == 2
+def test_of_the_layers_with_the_best_probes_the_one_that_steers_best_is_taken():
+    found = fit_on_toy(FlorainConfig(epochs=20))[2]
+    report = found.config.fit["report"]
+    probed = sorted(report["layers"], key=lambda row: -row["probe_accuracy"])
+    assert probed[0]["layer"] == report["layers_tried"][0]["layer"]
+    best = max(report["layers_tried"], key=lambda row: (row["kl"] <= 0.1, row["bottleneck"]))
+    assert found.config.layer == report["layer"] == best["layer"]
 
 
 def plain_tokens(found, prompts, keep=1.0):
