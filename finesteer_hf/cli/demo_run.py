@@ -66,7 +66,7 @@ class DemoSettings:
     fit_rows: int | None = 600
     targets: int | None = 300
     general: int | None = 300
-    caa_doses: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3)
+    caa_doses: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
     caa_targets: int = 100
 
 

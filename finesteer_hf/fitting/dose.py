@@ -37,13 +37,13 @@ class DoseRunner:
         self.model = model
         self.rows = draw(rows, MAX_ROWS, seed)
         self.prompts = draw(prompts, MAX_PROMPTS, seed)
-        self._passages = list(dict.fromkeys(p for row in self.rows for p in (row.chosen, row.rejected)))
+        self._passages = list(dict.fromkeys(row.chosen for row in self.rows))
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
-        self._unsteered: tuple[np.ndarray, np.ndarray] | None = None
+        self._unsteered: np.ndarray | None = None
         self._general: list[Passage] | None = None
         self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._known: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def run(
         self,
@@ -70,22 +70,20 @@ class DoseRunner:
         if new:
             with steered(self.model):
                 processors = {strength: build(strength) for strength in new if strength}
-                margins = self._margins(processors, advance)
+                weakest = self._bottlenecks(processors, advance)
                 divergences = self._divergences(processors, advance)
-            self._known |= {strength: (*margins[strength], divergences[strength]) for strength in {*new, 0.0}}
+            self._known |= {strength: (weakest[strength], divergences[strength]) for strength in {*new, 0.0}}
         curve = {strength: self._known[strength] for strength in map(float, strengths)}
-        best = max((weakest for weakest, *_ in curve.values()), key=lambda weakest: weakest.mean())
+        best = max((weakest for weakest, _ in curve.values()), key=lambda weakest: weakest.mean())
         return [
             DosePoint(
                 strength=strength,
                 bottleneck=float(weakest.mean()),
                 bottleneck_se=clustered_se(weakest, self.units),
                 kl=float(np.percentile(kl, 95)) if len(kl) else 0.0,
-                accuracy=float((margins > 0).mean()),
                 gap_se=clustered_se(best - weakest, self.units),
-                log_margin=float(margins.mean()),
             )
-            for strength, (weakest, margins, kl) in curve.items()
+            for strength, (weakest, kl) in curve.items()
         ]
 
     def texts(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> int:
@@ -96,11 +94,11 @@ class DoseRunner:
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
-    def _margins(
+    def _bottlenecks(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
-    ) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-        """Bottlenecks, and log p(chosen) - log p(rejected) in nats a token, `[rows]`, for each strength and for 0."""
-        scores: dict[float, dict[Passage, tuple[float, float]]] = {strength: {} for strength in processors}
+    ) -> dict[float, np.ndarray]:
+        """Least probability of a token of each row's chosen answer, `[rows]`, for each strength and for 0."""
+        scores: dict[float, dict[Passage, float]] = {strength: {} for strength in processors}
         if self._unsteered is None:
             scores[0.0] = {}
         for batch in self._batches(self._passages):
@@ -108,18 +106,12 @@ class DoseRunner:
                 for passage, logits in self._logits(batch, processors.get(strength)):
                     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
                     log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])
-                    scores[strength][passage] = float(log_probs.min().exp()), float(log_probs.mean())
+                    scores[strength][passage] = float(log_probs.min().exp())
                 advance(len(batch))
-        margins = {
-            strength: (
-                np.array([found[row.chosen][0] for row in self.rows]),
-                np.array([found[row.chosen][1] - found[row.rejected][1] for row in self.rows]),
-            )
-            for strength, found in scores.items()
-        }
+        weakest = {strength: np.array([found[row.chosen] for row in self.rows]) for strength, found in scores.items()}
         if self._unsteered is None:
-            self._unsteered = margins[0.0]
-        return {**margins, 0.0: self._unsteered}
+            self._unsteered = weakest[0.0]
+        return {**weakest, 0.0: self._unsteered}
 
     def _divergences(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]

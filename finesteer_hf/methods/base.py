@@ -57,18 +57,14 @@ class DosePoint:
             the easy tokens go, and differences to the rejected answers rise on in an overdose.
         bottleneck_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
-        accuracy: share of rows whose chosen answer is the likelier one, teacher forced.
         gap_se: standard error of the difference to the curve's best bottleneck within the same rows; 0 at the best.
-        log_margin: mean over rows of log p(chosen) - log p(rejected), teacher forced, in nats a token.
     """
 
     strength: float
     bottleneck: float
     bottleneck_se: float
     kl: float
-    accuracy: float
     gap_se: float = 0.0
-    log_margin: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def test_a_card_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, block: str)
 
 
 def test_plots_appear_with_their_data_and_go_with_it(tmp_path: Path) -> None:
-    curve = [asdict(DosePoint(float(s), s - 0.1 * s * s, 0.1, 0.01 * s, 0.5)) for s in range(4)]
+    curve = [asdict(DosePoint(float(s), s - 0.1 * s * s, 0.1, 0.01 * s)) for s in range(4)]
     generator = np.random.default_rng(0)
     scores = {
         "ir": generator.normal(1, 1, 20).tolist(),

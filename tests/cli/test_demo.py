@@ -42,7 +42,7 @@ def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> Demo
     general = [JudgedPrompt(word, as_chat(f"sing {word}"), judge, "song") for word in WORDS]
     adapter = half_plane_adapter(torch.randn(32, generator=torch.Generator().manual_seed(0)))
     adapter.config.fit["report"] = {
-        "dose_response": [{"strength": 1.0, "bottleneck": 0.5, "bottleneck_se": 0.1, "kl": 0.0, "accuracy": 0.8}]
+        "dose_response": [{"strength": 1.0, "bottleneck": 0.5, "bottleneck_se": 0.1, "kl": 0.0}]
     }
     steered = SteeredModelForCausalLM.from_model(model, steering={"finesteer": adapter, "caa": adapter})
 

@@ -22,7 +22,7 @@ from finesteer_hf.evaluation.statistics import proportion
 from finesteer_hf.methods.base import DosePoint
 
 
-POINTS = [DosePoint(s, s - 0.2 * s * s, 0.1, 0.01 * s, 0.5) for s in np.linspace(0, 4, 5)]
+POINTS = [DosePoint(s, s - 0.2 * s * s, 0.1, 0.01 * s) for s in np.linspace(0, 4, 5)]
 
 
 def test_every_plot_is_a_png() -> None:

@@ -111,11 +111,10 @@ class PlantedData:
             site = processor.writes[0]
             own, other = (self._steering(processor, rows(site, "validation")) for rows in (self.query, self.general))
             shifts = self.shifts(site, "validation")
-            margins = (2 * own * shifts).sum(1) - (shifts**2).sum(1)
             kl = float(np.percentile((other**2).sum(1) / 2, 95)) if len(other) else 0.0
             likelihood = np.exp(-((own - shifts) ** 2).sum(1) / (shifts**2).sum(1))
             error = float(likelihood.std(ddof=1) / np.sqrt(len(likelihood)))
-            points.append(DosePoint(float(strength), float(likelihood.mean()), error, kl, float((margins > 0).mean())))
+            points.append(DosePoint(float(strength), float(likelihood.mean()), error, kl))
         return points
 
     @staticmethod

@@ -113,7 +113,7 @@ def test_wanted_answers_become_likelier_and_general_prompts_stay():
     (ungated,) = data.dose_response(
         lambda strength: ConstantVector("resid_post[2]", vector, strength=strength), [result.config.strength]
     )
-    assert gated.accuracy > base.accuracy + 0.1
+    assert gated.bottleneck > base.bottleneck
     assert gated.kl < 0.01 < ungated.kl / 10
 
 

@@ -26,9 +26,7 @@ class Curves:
         assert list(strengths) == sorted(set(strengths))
         self.asked |= set(strengths)
         best = max(strengths, key=self.bottleneck)
-        return [
-            DosePoint(s, self.bottleneck(s), 9.0, self.kl(s), 0.5, 0.0 if s == best else self.gap) for s in strengths
-        ]
+        return [DosePoint(s, self.bottleneck(s), 9.0, self.kl(s), 0.0 if s == best else self.gap) for s in strengths]
 
 
 def choose(rule: Any, data: Any, **norms: float) -> Any:
@@ -108,7 +106,7 @@ def test_a_gate_that_opens_late_is_bisected_and_a_closed_one_said() -> None:
 
 
 def test_interpolation_below_between_and_above() -> None:
-    points = [DosePoint(s, 0.0, 0.0, 0.5 * s**2, 0.0) for s in (1.0, 2.0)]
+    points = [DosePoint(s, 0.0, 0.0, 0.5 * s**2) for s in (1.0, 2.0)]
     assert strength_at_kl(points, 0.125) == pytest.approx(0.5)
     assert strength_at_kl(points, 1.0) == pytest.approx(2**0.5)
     assert strength_at_kl(points, 99.0) == 2.0
