@@ -195,6 +195,8 @@ def _restore(base_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 _STEERED_CLASSES: dict[type, type] = {}
+# Arguments that `generate` takes and a forward, which would swallow them, does not.
+_OF_GENERATE = ("steering", "steering_scale", "steering_processor", "output_steering")
 
 
 def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -218,6 +220,12 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
+        misplaced = [name for name in _OF_GENERATE if name in kwargs]
+        if misplaced:
+            raise TypeError(
+                f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "
+                "`model.steering_with(processors)` or `model.set_steering(...)`."
+            )
         if prompt_lengths is None:
             return steer_forward(base_class.forward, self, args, kwargs)
         token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))

@@ -243,6 +243,12 @@ def test_hooks_of_a_call_are_gone_after_it(model, inputs):
     assert len(model.model.layers[1]._forward_hooks) == before
 
 
+@pytest.mark.parametrize("name", ["steering", "steering_scale", "steering_processor", "output_steering"])
+def test_a_plain_forward_swallows_no_argument_of_generate(model, inputs, name):
+    with pytest.raises(TypeError, match=rf"{name}.*with model\.steering"):
+        model(**inputs, **{name: None})
+
+
 def test_errors_come_before_any_forward(model, inputs):
     calls = []
     handle = model.model.register_forward_hook(lambda *a: calls.append(1))
