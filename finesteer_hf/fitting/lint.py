@@ -30,6 +30,8 @@ TEMPLATE_MARKS = (
 )
 LENGTH_AUROC = 0.75
 RARE_GROUP_SHARE = 0.02
+# Of more than these, only the number is told.
+NAMED_GROUPS = 10
 # Rows that have to agree before a common beginning is called a wrapper, and how long it has to be.
 MIN_WRAPPED_ROWS, MIN_WRAPPER = 10, 3
 
@@ -194,4 +196,7 @@ def _length_confound(encoded: Sequence[EncodedRow]) -> list[str]:
 def _rare_groups(rows: Sequence[PreferenceRow]) -> list[str]:
     counts = Counter(row.group for row in rows if row.group is not None)
     rare = sorted(group for group, count in counts.items() if count < RARE_GROUP_SHARE * len(rows))
-    return [f"categories with fewer than {RARE_GROUP_SHARE:.0%} of the rows: {rare}"] if rare else []
+    if not rare:
+        return []
+    more = f" and {len(rare) - NAMED_GROUPS} more" if len(rare) > NAMED_GROUPS else ""
+    return [f"categories with fewer than {RARE_GROUP_SHARE:.0%} of the rows: {rare[:NAMED_GROUPS]}{more}"]
