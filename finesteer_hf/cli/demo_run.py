@@ -23,6 +23,7 @@ from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
+from finesteer_hf.evaluation.comparison import compare
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
 from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.statistics import Proportion
@@ -224,6 +225,12 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
     ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS)
     base = Arm(ask(targets), ask(general))
     finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
+    figures = [
+        *compare(f"playground {task}, held out by {split}", "wanted answers", base.target, finesteer.target),
+        *compare("playground general prompts, held out", "right answers", base.general, finesteer.general),
+    ]
+    adapter.config.fit["evaluation"] = [figure.to_dict() for figure in figures]
+    adapter.save_pretrained(folder)
     sweep = []
     for at, caa in constants.items():
         steered.load_steering(caa, "caa")
