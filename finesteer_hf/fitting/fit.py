@@ -19,6 +19,7 @@ from finesteer_hf.fitting.identity import model_identity
 from finesteer_hf.fitting.inputs import FitInputs, prepare_inputs
 from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.lint import DatasetWarning, lint_memory
+from finesteer_hf.fitting.processes import Processes
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.fitting.splits import SplitBy
 from finesteer_hf.fitting.store import ActivationStore
@@ -49,6 +50,9 @@ def fit_steering(
 ) -> SteeringAdapter:
     """Fit a steering adapter.
 
+    Under `accelerate launch` or `torchrun` every process must call it: each reads its share of the texts, and all of
+    them return the same adapter.
+
     Args:
         model: the causal LM, as it will be steered (quantised, sharded, with LoRA). It is read unsteered and left as it
             was.
@@ -63,7 +67,7 @@ def fit_steering(
         progress: whether to show progress.
         seed: of splits and fits.
         store_dir: folder that keeps the captured states: a fit that was killed continues there, and other methods and
-            settings reuse them.
+            settings reuse them. All processes must see it.
         resume: whether states that are already in `store_dir` are used; if not, they are captured again.
         split: whether prompts are held out, or whole categories (`group`).
         answer_end: whether the end of turn belongs to a chat answer (`include`, as in FineSteer's code) or not
@@ -113,9 +117,10 @@ def fit_steering(
         warnings.warn(finding, DatasetWarning, stacklevel=2)
 
     folder = None if store_dir is None else Path(store_dir)
+    processes = Processes.current(cpu=reader.device.type == "cpu")
     with (
-        FitProgress(progress) as bars,
-        ActivationStore(folder, model_identity(model), resume=resume) as store,
+        FitProgress(progress and processes.is_main) as bars,
+        ActivationStore(folder, model_identity(model), resume=resume, processes=processes) as store,
     ):
         reader.describe = inputs.describe
         capture_missing(reader, request, jobs, store, bars)
@@ -139,13 +144,17 @@ def fit_steering(
         result = method_cls.fit(data, config)
 
     done = time.perf_counter()
+    counts = processes.gather([reader.count])
     provenance = {
         **inputs.sources,
         **_how(inputs, seed, split, answer_end, max_length),
         "chat_template_sha256": chat_template_hash(tokenizer),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "lint": findings,
-        "capture": dataclasses.asdict(reader.count),
+        "capture": {
+            field.name: sum(getattr(count, field.name) for count in counts)
+            for field in dataclasses.fields(CaptureCount)
+        },
         "seconds": {"capture": round(captured - started, 3), "fit": round(done - captured, 3)},
         "report": result.report,
     }
@@ -189,11 +198,11 @@ def capture_missing(
         reader: reads the sites of the request.
         request: what the store is to hold.
         jobs: prompts with their answers.
-        store: receives the states.
+        store: receives the states; of several processes each reads its share, and all know all of them at the end.
         bars: shows how far it is.
 
     Returns:
-        What was done.
+        What this process did.
     """
     query: list[Key] = [(site, "query") for site in request.sites if "query" in request.pools]
     answer: list[Key] = [(site, pool) for site in request.sites for pool in request.pools if pool != "query"]
@@ -204,7 +213,8 @@ def capture_missing(
         lacks = frozenset(prompt_lacks.union(*answers.values()))
         if lacks:
             missing.setdefault(lacks, []).append(Job(job.prompt, tuple(a for a, keys in answers.items() if keys)))
-    total = sum((job.prompt is not None) + len(job.answers) for group in missing.values() for job in group)
+    own = [job for group in missing.values() for job in store.processes.share(group)]
+    total = sum((job.prompt is not None) + len(job.answers) for job in own)
     with bars.task("reading states", total) as advance:
         for lacks, group in missing.items():
             part = CaptureRequest(
@@ -212,6 +222,7 @@ def capture_missing(
                 tuple(pool for pool in request.pools if any(pool == key[1] for key in lacks)),
             )
             reader_of_part = reader if part == request else reader.for_request(part)
-            for batch in reader_of_part.read(group, advance):
+            for batch in reader_of_part.read(store.processes.share(group), advance):
                 store.add(batch)
+    store.join()
     return reader.count

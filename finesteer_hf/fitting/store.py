@@ -5,7 +5,8 @@ template or another method's sites therefore need no new store: what is there is
 States of another model go to a folder of their own.
 
 A shard is a safetensors file that is written under a temporary name and renamed, and only then named in the manifest,
-which is replaced in the same way: at whatever moment a process dies, the store holds whole shards only.
+which is replaced in the same way: at whatever moment a process dies, the store holds whole shards only. Of several
+processes each has a manifest of its own, until the main one takes them together.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from finesteer_hf.fitting.capture import CapturedBatch, Key
+from finesteer_hf.fitting.processes import ALONE, Processes
 from finesteer_hf.fitting.templating import Passage
 
 
@@ -69,6 +71,7 @@ class ActivationStore:
         identity: what tells the model from another; see `model_identity`.
         resume: whether states that are already there are used; if not, they are removed.
         shard_bytes: how much is held back until a shard is written.
+        processes: which of several processes this is; the folder must be one that all of them see.
 
     Raises:
         OSError: if the folder cannot be made or written, or another process writes to it.
@@ -87,18 +90,22 @@ class ActivationStore:
         *,
         resume: bool = True,
         shard_bytes: int = SHARD_BYTES,
+        processes: Processes = ALONE,
     ) -> None:
         self.identity = dict(identity)
+        self.processes = processes
         self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._where: dict[bytes, list[tuple[int, int]]] = {}
         self._waiting: list[CapturedBatch] = []
         self._waiting_since = time.monotonic()
         self._entries: list[dict[str, Any]] = []
+        self._known: set[str] = set()
         self._lock: FileLock | None = None
         self.folder = None if folder is None else Path(folder) / str(identity["fingerprint"])[:16]
         if self.folder is not None:
-            self._open(self.folder, resume)
+            with processes.main_first():
+                self._open(self.folder, resume)
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -123,15 +130,38 @@ class ActivationStore:
         Raises:
             OSError: if the disk is full or the folder cannot be written; what was written before stays valid.
         """
-        if self.folder is None:
+        if self.folder is None and self.processes.count == 1:
             self._append(batch, {name_of(key): values for key, values in batch.states.items()}, None)
             return
         if not self._waiting:
             self._waiting_since = time.monotonic()
         self._waiting.append(batch)
+        if self.folder is None:
+            return
         size = sum(values.nbytes for waiting in self._waiting for values in waiting.states.values())
         if size >= self.shard_bytes or time.monotonic() - self._waiting_since > SHARD_SECONDS:
             self.flush()
+
+    def join(self) -> None:
+        """Wait for the other processes, and make what each has added known to all; all must call it.
+
+        Raises:
+            OSError: as for `add`.
+        """
+        if self.processes.count == 1:
+            return
+        if self.folder is None:
+            gathered, self._waiting = self.processes.gather(self._waiting), []
+            for batch in gathered:
+                self._append(batch, {name_of(key): values for key, values in batch.states.items()}, None)
+            return
+        self.flush()
+        self.processes.wait()
+        self._read_manifests(self.folder)
+        self.processes.wait()
+        if self.processes.is_main:
+            self._take_together(self.folder)
+        self.processes.wait()
 
     def get(self, key: Key, passages: Sequence[Passage]) -> np.ndarray:
         """States of passages, `[passages, width]` float32; only the rows that are asked for are read.
@@ -178,9 +208,8 @@ class ActivationStore:
         Raises:
             OSError: as for `add`.
         """
-        if not self._waiting:
+        if self.folder is None or not self._waiting:
             return
-        assert self.folder is not None
         waiting, self._waiting = self._waiting, []
         for keys in dict.fromkeys(frozenset(batch.states) for batch in waiting):
             alike = [batch for batch in waiting if frozenset(batch.states) == keys]
@@ -194,7 +223,7 @@ class ActivationStore:
     def _write(self, folder: Path, batch: CapturedBatch) -> None:
         arrays = {name_of(key): np.ascontiguousarray(values) for key, values in batch.states.items()}
         digests = {"prompts": digests_of(batch.prompts), "answers": digests_of(batch.answers)}
-        file = f"shard-{len(self._entries):06d}-{secrets.token_hex(4)}.safetensors"
+        file = f"shard-{self.processes.index}-{len(self._entries):06d}-{secrets.token_hex(4)}.safetensors"
         content = save({**arrays, **digests})
         write_whole(folder / file, content)
         entry = {
@@ -206,11 +235,19 @@ class ActivationStore:
         }
         self._write_manifest(folder, [*self._entries, entry])
         self._entries.append(entry)
+        self._known.add(file)
         self._append(batch, arrays, file)
 
     def _write_manifest(self, folder: Path, entries: list[dict[str, Any]]) -> None:
         content = {"version": STORE_VERSION, **self.identity, "dtype": "float32", "shards": entries}
-        write_whole(folder / MANIFEST, json.dumps(content, indent=1).encode())
+        name = MANIFEST if self.processes.is_main else f"manifest-{self.processes.index}.json"
+        write_whole(folder / name, json.dumps(content, indent=1).encode())
+
+    def _take_together(self, folder: Path) -> None:
+        """Name every known shard in the main manifest, and only then remove the others."""
+        self._write_manifest(folder, self._entries)
+        for manifest in folder.glob("manifest-*.json"):
+            manifest.unlink()
 
     def _append(self, batch: CapturedBatch, arrays: Mapping[str, np.ndarray], file: str | None) -> None:
         self._index(
@@ -235,8 +272,9 @@ class ActivationStore:
     def _open(self, folder: Path, resume: bool) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock", timeout=0)
-            self._lock.acquire()
+            if self.processes.is_main:
+                self._lock = FileLock(folder / ".lock", timeout=0)
+                self._lock.acquire()
         except Timeout as error:
             raise OSError(
                 f"Another process is writing to the activation store {folder}. Wait for it, or give another store_dir."
@@ -248,39 +286,45 @@ class ActivationStore:
                 str(folder),
             ) from error
         try:
-            if resume:
-                self._read_manifest(folder)
-            listed = {entry["file"] for entry in self._entries}
-            # Left by a process that was killed between a shard and the manifest.
-            for orphan in folder.glob("*shard-*"):
-                if orphan.name not in listed:
-                    orphan.unlink()
-            self._write_manifest(folder, self._entries)
+            # The main process comes first, and has removed what is not to be used.
+            if resume or not self.processes.is_main:
+                self._read_manifests(folder)
+            if self.processes.is_main:
+                # Left by a process that was killed between a shard and the manifest.
+                for orphan in folder.glob("*shard-*"):
+                    if orphan.name not in self._known:
+                        orphan.unlink()
+                self._take_together(folder)
         except BaseException:
             self.close()
             raise
 
-    def _read_manifest(self, folder: Path) -> None:
-        path = folder / MANIFEST
-        if not path.exists():
-            return
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
-        except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{path} cannot be read; what it lists is captured again.", stacklevel=2)
-            return
-        for entry in entries:
-            file = folder / Path(entry["file"]).name
+    def _read_manifests(self, folder: Path) -> None:
+        """Index the shards of all manifests that are not known yet."""
+        for path in sorted(folder.glob("manifest*.json")):
             try:
-                if file.stat().st_size != entry["bytes"]:
-                    raise OSError(f"{file.stat().st_size} bytes, expected {entry['bytes']}")
-                with safe_open(file, framework="np") as shard:
-                    prompts, answers = shard.get_tensor("prompts"), shard.get_tensor("answers")
-            except (OSError, SafetensorError) as error:
-                warnings.warn(f"{file} is damaged and is captured again: {error}.", stacklevel=2)
+                entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
+            except (ValueError, KeyError, TypeError):
+                warnings.warn(f"{path} cannot be read; what it lists is captured again.", stacklevel=2)
                 continue
+            for entry in entries:
+                if entry["file"] not in self._known:
+                    self._read_entry(folder, entry)
+
+    def _read_entry(self, folder: Path, entry: dict[str, Any]) -> None:
+        file = folder / Path(entry["file"]).name
+        try:
+            if file.stat().st_size != entry["bytes"]:
+                raise OSError(f"{file.stat().st_size} bytes, expected {entry['bytes']}")
+            with safe_open(file, framework="np") as shard:
+                prompts, answers = shard.get_tensor("prompts"), shard.get_tensor("answers")
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{file} is damaged and is captured again: {error}.", stacklevel=2)
+            return
+        self._known.add(entry["file"])
+        if self.processes.is_main:
             self._entries.append(entry)
-            self._index(prompts, answers, frozenset(entry["states"]), None, entry["file"])
+        self._index(prompts, answers, frozenset(entry["states"]), None, entry["file"])
 
     def close(self) -> None:
         """Let other processes write."""

@@ -1,0 +1,82 @@
+"""Several processes of one fit, as `accelerate launch` and `torchrun` start them: each reads its share of the texts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, of how many.
+
+    Attributes:
+        index: 0 is the main one.
+        count: 1 for an ordinary run.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def current(cls, cpu: bool) -> Processes:
+        """The processes of this run; joins their group where a launcher has started several.
+
+        Args:
+            cpu: whether the model is on the CPU; a group that has been joined already stays as it is.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=cpu)
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that others wait for."""
+        return self.index == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's items: every `count`-th."""
+        return items[self.index :: self.count]
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """The items of all processes, in the order of the processes, for all of them."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        gathered: list[Item] = gather_object(items)
+        return gathered
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run a block in the main process, then in the others; none goes on before all are through."""
+        if not self.is_main:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.wait()
+            self.wait()
+
+
+ALONE = Processes()
