@@ -49,6 +49,13 @@ def test_the_clearest_layer_is_found(automatic: tuple[PlantedData, FitResult]) -
     assert len(result.report["layers_tried"]) <= SHORT_LIST
 
 
+def test_simpler_vectors_are_measured_beside_it(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    reached = max(point["bottleneck"] for point in result.report["dose_response"])
+    baselines = result.report["baselines"]
+    assert reached > baselines["constant"]["bottleneck"] > baselines["random direction"]["bottleneck"] > 0
+
+
 def test_the_rank_is_the_one_that_steers_held_out_rows_best(automatic: tuple[PlantedData, FitResult]) -> None:
     _, result = automatic
     tried = {row["residual_rank"]: row["bottleneck"] for row in result.report["ranks_tried"]}

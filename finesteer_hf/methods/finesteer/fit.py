@@ -104,8 +104,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
         fits = {chosen.experts.residual_rank: chosen}
         for rank in (rank for rank in LOW_RANKS if rank < chosen.experts.residual_rank):
-            low = {"experts": "reduced_rank", "num_experts": "auto"} if rank else {"experts": "auto", "num_experts": 1}
-            fits[rank] = fit_at(layer, dataclasses.replace(config, residual_rank=rank, **low))
+            fits[rank] = fit_at(layer, _of_rank(config, rank))
         trials = {rank: trial(fit) for rank, fit in fits.items()}
         doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[chosen.experts.residual_rank])
         rank, ranks_tried = try_each(data, trials, config.strength, what="residual_rank", doses=doses)
@@ -113,6 +112,12 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     steering = trial(chosen)
     strength, curve, why = steering.choose_strength(config.strength, data)
     data.note(f"layer {layer}, strength {strength:g}: {why}")
+    baselines = None
+    if curve:
+        constant = fit_at(layer, _of_rank(config, 0))
+        dose = strength / steering.strength_of(1.0)
+        others = {"constant": trial(constant), "random direction": trial(_random(constant, data.seed))}
+        baselines = _best_of(data, others, [near * dose for near in NEAR_DOSES])
     norms = {"vector_norm": steering.vector_norm, "state_norm": steering.state_norm}
     report = {
         "layer": layer,
@@ -125,10 +130,36 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "gate": chosen.gate.report,
         "gate_scores": chosen.gate.scores,
         "strength": why,
+        "baselines": baselines,
         "dose_response": [dataclasses.asdict(point) for point in curve],
     }
     tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
     return FitResult(chosen.config(config, data.info, strength), tensors, json_ready(report))
+
+
+def _of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
+    """The closed form of one rank; rank 0 is a constant vector."""
+    if rank:
+        return dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank=rank)
+    return dataclasses.replace(config, experts="auto", num_experts=1, residual_rank=0)
+
+
+def _random(constant: LayerFit, seed: int) -> LayerFit:
+    """A constant vector of the same norm in a random direction, under the same gate."""
+    bias = constant.experts.tensors["residual.bias"]
+    drawn = torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed))
+    tensors = {**constant.experts.tensors, "residual.bias": drawn * (bias.norm() / drawn.norm())}
+    return dataclasses.replace(constant, experts=dataclasses.replace(constant.experts, tensors=tensors))
+
+
+def _best_of(data: FitData, trials: dict[str, Trial], doses: list[float]) -> dict[str, dict[str, float]]:
+    """What simpler vectors reach on held-out rows at their best of some doses, to hold the curve against."""
+    found = {}
+    for name, trial in trials.items():
+        points = data.dose_response(trial.build, (0.0, *(trial.strength_of(dose) for dose in doses)))[1:]
+        best = max(points, key=lambda point: point.bottleneck)
+        found[name] = {"bottleneck": best.bottleneck, "bottleneck_se": best.bottleneck_se, "kl": best.kl}
+    return found
 
 
 def _doses_near(tried: list[dict[str, Any]], layer: int, trial: Trial) -> list[float]:
