@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import signal
+import time
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from fitting_toys import random_rows, small_model
+from safetensors.numpy import load_file
 
 from finesteer_hf.fitting.capture import CaptureCount, CapturedBatch, StateReader
 from finesteer_hf.fitting.fit import capture_missing
@@ -162,6 +167,74 @@ def test_a_killed_capture_continues_with_nothing_lost_or_doubled(tmp_path: Path,
     assert sum(entry["prompts"] for entry in manifest["shards"]) == len({row.prompt for row in rows})
 
 
+def states_on_disk(folder: Path) -> dict[tuple[bytes, str], bytes]:
+    """Every state of a store, byte for byte, by passage and name; none may be there twice."""
+    found: dict[tuple[bytes, str], bytes] = {}
+    for manifest in folder.glob(f"*/{MANIFEST}"):
+        for entry in json.loads(manifest.read_text())["shards"]:
+            arrays = load_file(manifest.parent / entry["file"])
+            for name in entry["states"]:
+                digests = arrays["prompts" if name.endswith("query") else "answers"]
+                for digest, values in zip(digests, arrays[name], strict=True):
+                    assert (digest.tobytes(), name) not in found
+                    found[digest.tobytes(), name] = values.tobytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    "moment", [number if number < 2 else pytest.param(number, marks=pytest.mark.slow) for number in range(10)]
+)
+def test_a_capture_killed_at_a_random_moment_leaves_the_store_of_an_undisturbed_one(
+    tmp_path: Path, moment: int
+) -> None:
+    rows, request = random_rows(80), CaptureRequest((SITE, OTHER))
+
+    def run() -> None:
+        fill(tmp_path / "killed", rows, request, shard_bytes=1)
+
+    started = time.monotonic()
+    fill(tmp_path / "whole", rows, request, shard_bytes=1)
+    duration = time.monotonic() - started
+    process = os.fork()
+    if not process:
+        torch.set_num_threads(1)
+        run()
+        os._exit(0)
+    time.sleep(random.Random(moment).uniform(0.1, 0.9) * duration)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    fill(tmp_path / "killed", rows, request, shard_bytes=1)
+    assert states_on_disk(tmp_path / "killed") == states_on_disk(tmp_path / "whole")
+
+
+def test_of_a_changed_data_set_only_the_changes_are_read(tmp_path: Path) -> None:
+    rows, request = random_rows(10), CaptureRequest((SITE,))
+    fill(tmp_path, rows, request)
+    edited = Passage((*rows[3].prompt.ids, 7, 8, 9), len(rows[3].prompt.ids))
+    changed = [*rows[:3], replace(rows[3], chosen=edited), *rows[4:]]
+    again, states = fill(tmp_path, changed, request)
+    assert 0 < again.tokens <= 2 * len(edited.ids)
+    np.testing.assert_allclose(states, fill(None, changed, request)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_states(tmp_path: Path) -> None:
+    width, rows, step = 512, 20_000, 500
+    tracemalloc.start()
+    try:
+        with ActivationStore(tmp_path, IDENTITY, shard_bytes=1 << 20) as store:
+            for start in range(0, rows, step):
+                prompts = tuple(Passage((3, number)) for number in range(start, start + step))
+                values = np.full((step, width), start, dtype=np.float32)
+                store.add(CapturedBatch(prompts, (), {(SITE, "query"): values}))
+            few = store.get((SITE, "query"), [Passage((3, rows - 1)), Passage((3, 0))])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(few[:, 0], [rows - step, 0])
+    # 41 MB of states; what stays is a place for each row, some 300 bytes whatever the width.
+    assert peak < 4 * (1 << 20) + 400 * rows < rows * width * 4 / 2
+
+
 def test_an_interrupt_keeps_what_was_captured(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), ActivationStore(tmp_path, IDENTITY) as store:
         store.add(batch(range(5)))
@@ -201,11 +274,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
         assert store.lacks(Passage((3, 5)), [(SITE, "query")])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to read-only folders")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="store_dir"):
+    def refused() -> None:
+        if os.geteuid() == 0:
+            os.setuid(65534)  # root may write to read-only folders
         ActivationStore(tmp_path, IDENTITY)
+
+    tmp_path.chmod(0o500)
+    code, error = in_a_fork(refused)
+    tmp_path.chmod(0o700)
+    assert code == 1 and error.startswith("PermissionError") and "give another store_dir" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
