@@ -222,7 +222,8 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
     steered = SteeredModelForCausalLM.from_pretrained(playground.model_path(), steering={"finesteer": str(folder)})
     targets = target_prompts(task, split=split, limit=settings.targets, seed=settings.seed)
     general = general_prompts(limit=settings.general, seed=settings.seed)
-    ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS)
+    # Scoring every choice takes longer than all answers; once a task will do.
+    ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS, choices=split == "question")
     base = Arm(ask(targets), ask(general))
     finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
     figures = [
