@@ -1,0 +1,141 @@
+"""The page of `compare_methods.py`, made of its JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finesteer_hf.evaluation.statistics import mcnemar, proportion
+
+
+REFERENCE = "FINESTEER"
+TITLES = {"truthful": "Truthful answers to questions", "safety": "Refusal of harmful requests"}
+HEAD = """Each method is fitted by `fit_steering` with its default settings on one half of the playground (600 rows, 274
+general prompts, one store of states a task), and asked the other half, which shares no question (no request) with it.
+Layer, strength and all else are chosen by each fit on rows that it holds out itself; nothing is tuned on the test half.
+
+The playground is a model organism of 1.4 M parameters: its folklore and its compliance were trained into it, together with
+what brings the truth and the refusal out. The table shows that the methods work and what they cost there, and is no
+evidence of how they rank on large models.
+
+- effect: share of held-out targets with the wanted answer [Wilson, 95%]; p: McNemar's exact test against FineSteer's
+  default on the same prompts.
+- neither: answers to questions that are neither right nor wrong (garbled, or evasive).
+- identical: held-out general prompts with the same greedy tokens as unsteered; right: solved correctly.
+- fires: held-out targets, and general prompts, on which the gate is at least 1/2; `-`: no gate of queries.
+- KL: 95th percentile of the divergence on general prompts of the fit half, in nats, at the method's own strength.
+- equal dose: effect and identical share at the strength at which that KL is {dose} nats. `closed`: general prompts hardly
+  diverge at any strength, for the gate is closed on them, so the method's own strength counts.
+- time: of a decoded token, steered / unsteered, median of the pairs (quartiles); alternating calls, {rows} rows, {tokens}
+  tokens. The model is so small that this is what hooks cost, not what a share of a large model's time would be.
+- file: size of `steering_model.safetensors`; fit: seconds on one busy core, states captured before.
+"""
+COLUMNS = (
+    "method",
+    "effect",
+    "p",
+    "neither",
+    "identical",
+    "right",
+    "fires",
+    "KL",
+    "at equal dose: effect",
+    "identical",
+    "time",
+    "file",
+    "fit",
+)
+
+
+def share(k: int, n: int) -> str:
+    return proportion(k, n).brief
+
+
+def kilobytes(size: int) -> str:
+    return f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB"
+
+
+def fires(found: dict[str, Any]) -> str:
+    if found["fires"] is None:
+        return "-"
+    target, general = found["fires"]
+    return f"{target / len(found['hits']):.0%} / {general / found['general']:.0%}"
+
+
+def p_value(hits: Sequence[bool], reference: Sequence[bool] | None) -> str:
+    if reference is None:
+        return ""
+    test = mcnemar(reference, hits)
+    text = "<.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
+    return f"{text} (+{test.only_second}, -{test.only_first})"
+
+
+def line(found: dict[str, Any], reference: Sequence[bool] | None) -> list[str]:
+    """One method's cells."""
+    own, dose = found["own"], found["dose"]
+    n, general = len(own["hits"]), own["general"]
+    if dose["strength"] is None:
+        equal = ["closed", "closed"]
+    else:
+        equal = [share(sum(dose["hits"]), n), share(dose["identical"], general)]
+    time = "" if "time" not in found else "{:.2f} ({:.2f} to {:.2f})".format(*found["time"]["decode"])
+    return [
+        found["label"],
+        share(sum(own["hits"]), n),
+        "" if found["label"] == REFERENCE else p_value(own["hits"], reference),
+        f"{own['neither'] / n:.1%}",
+        share(own["identical"], general),
+        f"{own['general_hits'] / general:.1%}",
+        fires(own),
+        f"{dose['own_kl']:.3f}",
+        *equal,
+        time,
+        kilobytes(found["bytes"]),
+        f"{found['seconds']['fit']:.0f} s",
+    ]
+
+
+def table(folder: Path) -> list[str]:
+    """A task's table: unsteered first, then the methods by effect."""
+    base = json.loads((folder / "unsteered.json").read_text())["own"]
+    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.stem != "unsteered"]
+    rows.sort(key=lambda row: (-sum(row["own"]["hits"]), -row["own"]["identical"]))
+    reference = next((row["own"]["hits"] for row in rows if row["label"] == REFERENCE), None)
+    n, general = len(base["hits"]), base["general"]
+    unsteered = ["unsteered", share(sum(base["hits"]), n), p_value(base["hits"], reference)]
+    unsteered += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
+    cells = [unsteered + [""] * (len(COLUMNS) - len(unsteered)), *(line(row, reference) for row in rows)]
+    notes = [f"{row['label']}: {row['note']}." for row in rows if row["note"]]
+    capture = sum(row["seconds"]["capture"] for row in rows)
+    return [
+        f"n = {n} targets, {general} general prompts. Reading all states that any method needs took {capture:.0f} s.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{' --- |' * len(COLUMNS)}",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+        "Not default: " + " ".join(notes) if notes else "",
+    ]
+
+
+def page(out: Path, targets: int, dose: float, rows: int, tokens: int, remarks: Path | None = None) -> str:
+    """The page of all results in a folder.
+
+    Args:
+        out: folder of the results.
+        targets: number of held-out targets, which names the folders.
+        dose: nats of the equal dose.
+        rows: rows of a timed call.
+        tokens: its new tokens.
+        remarks: what is to be said of the tables, in markdown; put before them.
+    """
+    text = ["# The methods side by side", "", HEAD.format(dose=dose, rows=rows, tokens=tokens)]
+    if remarks is not None:
+        text += [remarks.read_text()]
+    for name, title in TITLES.items():
+        folder = out / f"{name}-{targets}"
+        if (folder / "unsteered.json").exists():
+            text += [f"## {title}", "", *table(folder), ""]
+    return "\n".join(text).rstrip() + "\n"
