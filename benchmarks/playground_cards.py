@@ -16,7 +16,9 @@ from finesteer_hf.cards import CARD_NAME
 
 
 HUB_CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
-BASE = "finesteer-playground"
+# No Hub id, so the card links to nothing; its last part is the name that the card shows.
+BASE = "./finesteer_hf/playground"
+BASE_NAME = "playground"
 PREAMBLE = """
 The base is the small model that ships inside `finesteer_hf` (`playground.model_path()`), an organism for showing and
 testing the machinery: these figures say nothing about large models. Written by `benchmarks/playground_cards.py` from the
@@ -40,7 +42,7 @@ def main() -> None:
         adapter.save_pretrained(folder)
         card = folder / CARD_NAME
         text = card.read_text(encoding="utf-8")
-        text = text.replace(f'from_pretrained("{BASE}"', "from_pretrained(playground.model_path()")
+        text = text.replace(f'from_pretrained("{BASE_NAME}"', "from_pretrained(playground.model_path()")
         text = text.replace("import SteeredModelForCausalLM\n", "import SteeredModelForCausalLM, playground\n")
         text = text.replace("this-folder-or-its-repo", f"hub_cards/{folder.name}")
         card.write_text(f"{text.rstrip()}\n{PREAMBLE}", encoding="utf-8")
