@@ -1,7 +1,8 @@
 """Reading states: one pass a text, no further than the deepest site, and only the positions that are needed.
 
 The answers of a row share their prompt, so the prompt goes through the model once: its keys and values are kept, and
-every answer continues from them. Where an architecture's cache cannot do that (state-space layers, windows shorter than
+every answer continues from them. What all prompts begin with, a template's header and a system message, goes through once
+for all of them. Where an architecture's cache cannot do that (state-space layers, windows shorter than
 the text), texts go through whole, and the query's state is read in the pass of an answer. The blocks above the deepest
 site and the language-model head never run.
 """
@@ -9,6 +10,7 @@ site and the language-model head never run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ Key = tuple[Site, Pool]
 # Padded tokens a batch: on a CPU more only pads and takes memory; on a GPU more fits, and what does not is halved.
 CPU_TOKENS, GPU_TOKENS = 256, 16384
 UNAFFORDABLE = 1 << 62
+# A shorter beginning, or one of fewer prompts, is not worth a pass of its own.
+SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
 # Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
 SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
@@ -106,6 +110,8 @@ class StateReader:
         self.shares_prompts = False if self.window == 0 else share_prompts
         self.describe = describe or (lambda passages: f"{len(passages)} texts")
         self.count = CaptureCount()
+        self._prefix: tuple[int, ...] = ()
+        self._prefix_cache: DynamicCache | None = None
         parameters = inspect.signature(self.tower.decoder.forward).parameters
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._takes_cache_flag = "use_cache" in parameters or open_ended
@@ -122,12 +128,18 @@ class StateReader:
         other.count = self.count
         return other
 
-    def read(self, jobs: Sequence[Job], advance: Callable[[int], None] = lambda done: None) -> Iterator[CapturedBatch]:
+    def read(
+        self,
+        jobs: Sequence[Job],
+        advance: Callable[[int], None] = lambda done: None,
+        among: Sequence[Job] | None = None,
+    ) -> Iterator[CapturedBatch]:
         """Read the states of jobs, batch by batch.
 
         Args:
             jobs: what to read; longest first within each kind, so that a batch that is too large fails at once.
             advance: told of each batch's number of texts.
+            among: all jobs of a capture of which these are the missing ones, so that a resumed one goes the same way.
 
         Raises:
             DatasetError: naming the rows whose states are NaN or infinite.
@@ -140,15 +152,17 @@ class StateReader:
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
         with unsteered(), self.reader.installed():
             shared = [job for job in pairs if sum(padded_widths([job])) < self.window]
+            self._prefix, self._prefix_cache = common_prefix(jobs if among is None else among), None
             if shared and self.shares_prompts is None:
                 self.shares_prompts = self._reads_alike(shared)
             shared = shared if self.shares_prompts else []
             whole = sequences_of(job for job in jobs if job not in set(shared))
-            shared.sort(key=lambda job: padded_widths([job]), reverse=True)
+            shared.sort(key=padding_order, reverse=True)
             whole.sort(key=lambda text: len(text.ids), reverse=True)
             for batch in self._run(shared, self._shared_cost, self._read_shared):
                 advance(len(batch.prompts) + len(batch.answers))
                 yield self._checked(batch)
+            self._prefix_cache = None
             for batch in self._run(whole, self._whole_cost, self._read_whole):
                 advance(len(batch.prompts) + len(batch.answers))
                 yield self._checked(batch)
@@ -159,7 +173,7 @@ class StateReader:
         texts = sum(len(job.answers) for job in jobs)
         if len(jobs) > 1 and sum(padded_widths(jobs)) >= self.window:
             return UNAFFORDABLE
-        return texts if self.batch_size != "auto" else texts * sum(padded_widths(jobs)) // 2
+        return texts if self.batch_size != "auto" else texts * (sum(padded_widths(jobs)) - len(self._prefix)) // 2
 
     def _whole_cost(self, texts: Sequence[TextPass]) -> int:
         return len(texts) if self.batch_size != "auto" else len(texts) * max(len(text.ids) for text in texts)
@@ -220,12 +234,14 @@ class StateReader:
 
     def _read_shared(self, jobs: Sequence[Job]) -> CapturedBatch:
         prompts = [job.prompt for job in jobs if job.prompt is not None]
-        ids, mask = pad_right([prompt.ids for prompt in prompts], self.device)
-        cache = DynamicCache(config=self.model.config)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(len(jobs), -1)
-        wanted = Wanted(list(range(len(jobs))), [len(prompt.ids) - 1 for prompt in prompts])
+        begun = len(self._prefix)
+        ids, rest = pad_right([prompt.ids[begun:] for prompt in prompts], self.device)
+        cache = self._begin(len(jobs))
+        mask = torch.nn.functional.pad(rest, (begun, 0), value=1)
+        positions = (begun + torch.arange(ids.shape[1], device=ids.device)).expand(len(jobs), -1)
+        wanted = Wanted(list(range(len(jobs))), [len(prompt.ids) - 1 - begun for prompt in prompts])
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        of_prompts = self._forward(inputs, mask, wanted, use_cache=True)
+        of_prompts = self._forward(inputs, rest, wanted, use_cache=True)
 
         owners = torch.tensor([row for row, job in enumerate(jobs) for _ in job.answers], device=ids.device)
         answers = [answer for job in jobs for answer in job.answers]
@@ -247,6 +263,20 @@ class StateReader:
             for site, pools in of_prompts.items()
         }
         return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
+
+    def _begin(self, rows: int) -> DynamicCache:
+        """A cache that holds what all prompts begin with, for so many rows."""
+        if not self._prefix:
+            return DynamicCache(config=self.model.config)
+        if self._prefix_cache is None:
+            self._prefix_cache = DynamicCache(config=self.model.config)
+            ids, mask = pad_right([self._prefix], self.device)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            self._forward({**inputs, "past_key_values": self._prefix_cache}, mask, Wanted(), use_cache=True)
+        cache = copy.deepcopy(self._prefix_cache)
+        select_rows(cache, torch.zeros(rows, dtype=torch.long))
+        return cache
 
     def _forward(
         self, inputs: dict[str, Any], mask: torch.Tensor, wanted: Wanted, use_cache: bool = False
@@ -283,6 +313,23 @@ def padded_widths(jobs: Sequence[Job]) -> tuple[int, int]:
     """Widths of the longest prompt and of the longest answer after it."""
     prompts = max(len(job.prompt.ids) for job in jobs if job.prompt is not None)
     return prompts, max((len(a.ids) - int(a.answer_start or 0) for job in jobs for a in job.answers), default=0)
+
+
+def padding_order(job: Job) -> tuple[int, int]:
+    """Order in which batches are padded least: prompts of about the same length, then answers."""
+    prompt, answer = padded_widths([job])
+    return prompt // 8, answer
+
+
+def common_prefix(jobs: Sequence[Job]) -> tuple[int, ...]:
+    """Ids that all prompts of several answers begin with, short of their last token; nothing where it would not pay."""
+    prompts = [job.prompt.ids[:-1] for job in jobs if job.prompt is not None and len(job.answers) > 1]
+    if len(prompts) < FEWEST_PROMPTS:
+        return ()
+    # Where any two differ first, the first and the last in order do.
+    first, last = min(prompts), max(prompts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length] if length >= SHORTEST_PREFIX else ()
 
 
 def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, np.ndarray]:

@@ -222,7 +222,7 @@ def capture_missing(
                 tuple(pool for pool in request.pools if any(pool == key[1] for key in lacks)),
             )
             reader_of_part = reader if part == request else reader.for_request(part)
-            for batch in reader_of_part.read(store.processes.share(group), advance):
+            for batch in reader_of_part.read(store.processes.share(group), advance, among=jobs):
                 store.add(batch)
     store.join()
     return reader.count

@@ -264,3 +264,22 @@ def test_a_batch_is_never_padded_beyond_the_window() -> None:
     store, reader = capture(model, request, rows, share_prompts=True)
     assert reader.count.passes == 4
     check_against_hand(model, request, store, rows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma2"])
+def test_what_all_prompts_begin_with_passes_once(kind: str) -> None:
+    model = small_model(kind, **({"sliding_window": 64} if kind in ("mistral", "gemma2") else {}))
+    header = tuple(range(20, 31))
+
+    def headed(passage: Passage) -> Passage:
+        start = None if passage.answer_start is None else passage.answer_start + len(header)
+        return Passage((*header, *passage.ids), start)
+
+    plain = random_rows(12)
+    rows = [EncodedRow(headed(row.prompt), headed(row.chosen), headed(row.rejected)) for row in plain]
+    request = CaptureRequest((Site("resid_post", 1), Site("resid_pre", 3)), POOLS)
+    store, reader = capture(model, request, rows, share_prompts=True, batch_size=4)
+    check_against_hand(model, request, store, rows)
+    alone = capture(model, request, plain, share_prompts=True, batch_size=4)[1].count
+    assert reader.count.tokens == alone.tokens + len(header)
+    assert reader.count.passes == alone.passes + 1

@@ -26,7 +26,7 @@ from finesteer_hf.fitting.identity import model_identity
 from finesteer_hf.fitting.jobs import make_jobs
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.fitting.store import MANIFEST, ActivationStore
-from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import CaptureRequest
 from finesteer_hf.sites import Site
 
@@ -187,7 +187,15 @@ def states_on_disk(folder: Path) -> dict[tuple[bytes, str], bytes]:
 def test_a_capture_killed_at_a_random_moment_leaves_the_store_of_an_undisturbed_one(
     tmp_path: Path, moment: int
 ) -> None:
-    rows, request = random_rows(80), CaptureRequest((SITE, OTHER))
+    header = tuple(range(20, 31))
+
+    def headed(passage: Passage) -> Passage:
+        start = None if passage.answer_start is None else passage.answer_start + len(header)
+        return Passage((*header, *passage.ids), start)
+
+    # What all prompts begin with is read once, however few of them are left.
+    rows = [EncodedRow(headed(row.prompt), headed(row.chosen), headed(row.rejected)) for row in random_rows(80)]
+    request = CaptureRequest((SITE, OTHER))
 
     def run() -> None:
         fill(tmp_path / "killed", rows, request, shard_bytes=1)
