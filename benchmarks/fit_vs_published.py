@@ -2,183 +2,398 @@
 
 Published, as its released code does it: for each record three forwards of the whole model, one text at a time, with all
 hidden states kept (the prompt for the query's state, prompt and chosen, prompt and rejected); then PCA of rank 128 for
-the gate, and the mixture of experts with full-width keys, trained by AdamW. Ours: `StateReader` and the default closed
-forms, gate included.
-Strength and layer are given to both, so that neither searches.
+the gate, and the mixture of experts with full-width keys, trained by AdamW. Ours: `fit_steering` with its defaults, the
+general prompts that its gate learns from included. Layer and strength are given to both, and the rank of our map follows
+from held-out R2: choosing any of the three by running the model steered has no counterpart in the published steps.
+Each pipeline runs in a process of its own, so that memory is its own; seconds are those of its processor time, which a
+busy machine does not stretch.
 
-    python benchmarks/fit_vs_published.py --width 512 --layers 16 --rows 300
+Time and memory come from a random Llama of a real shape that reads TruthfulQA's questions (or the playground's) in the
+playground's tokens; held-out R2 from the playground's trained model, for random weights hold nothing to predict; and the
+part after the states once more at the width of an 8 B model, on planted low-rank data.
+
+    python benchmarks/fit_vs_published.py --truthfulqa TruthfulQA.csv --out benchmarks/results/fit_vs_published.md
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import platform
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from planted_data import PlantedData
+from published_steps import published_capture, published_fit
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finesteer_hf import FineSteerConfig, fit_steering, playground
-from finesteer_hf.estimators import IntervenedSubspace, PaperMoSE, QuantileGate, held_out_r2
-from finesteer_hf.fitting.capture import StateReader
+from finesteer_hf import FineSteerConfig, QueryStates, SteeringAdapter, fit_steering, playground
+from finesteer_hf.estimators import PaperMoSE, held_out_r2, row_losses
+from finesteer_hf.evaluation.statistics import paired_difference
+from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
+from finesteer_hf.evaluation.truthfulqa import preference_rows as truthfulqa_rows
+from finesteer_hf.fitting.capture import CaptureCount, StateReader
 from finesteer_hf.fitting.data import parse_preferences
-from finesteer_hf.fitting.jobs import make_jobs
+from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.templating import EncodedRow, encode_preferences
 from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.methods.finesteer.method import FineSteer
 from finesteer_hf.sites import Site
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+# With `--instructed`: TruthfulQA's questions in the published form, a system message and an instruction.
+SYSTEM = "You are helpful, honest and concise."
+# A cost per row needs no more of them.
+LADDER_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and its data; `truthfulqa` None and `width` None stand for the playground's own."""
+
+    width: int | None
+    layers: int
+    vocabulary: int
+    layer: int
+    rows: int
+    threads: int
+    truthfulqa: Path | None
+    instructed: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pipeline took: seconds (of it, those for the states), peak memory above its start, megabytes; and gave."""
+
+    seconds: float
+    capture_seconds: float
+    peak_mb: float
+    size_mb: float
+    predicted: np.ndarray
+    notes: str = ""
+
+
+# -- the same for both ------------------------------------------------------------------------------------------------
+
+
+def prepared(setting: Setting) -> tuple[Any, Any, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Model, tokenizer, rows to fit and rows to test."""
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    model, tokenizer = playground.load()
+    if setting.width is not None:
+        heads = setting.width // 64
+        shape = LlamaConfig(
+            vocab_size=setting.vocabulary,
+            hidden_size=setting.width,
+            intermediate_size=setting.width * 11 // 4,
+            num_hidden_layers=setting.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            pad_token_id=0,
+        )
+        model = LlamaForCausalLM(shape).eval()
+    if setting.truthfulqa is not None:
+        rows = truthfulqa_rows(load_truthfulqa(setting.truthfulqa), system=SYSTEM if setting.instructed else None)
+        for row in rows if setting.instructed else ():
+            asked = row["prompt"][-1]
+            asked["content"] = f"Answer the question concisely. Q: {asked['content']} A:"
+    else:
+        rows = playground.preference_rows("truthful", "all")
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    fit, test = rows[: setting.rows], rows[setting.rows :]
+    return model, tokenizer, fit, test
+
+
+def encoded(tokenizer: Any, rows: list[dict[str, Any]]) -> list[EncodedRow]:
+    return encode_preferences(tokenizer, parse_preferences(rows)).rows
+
+
+def states(
+    model: Any, jobs: Sequence[Job], sites: tuple[Site, ...], **options: Any
+) -> tuple[CaptureCount, dict[Any, np.ndarray]]:
+    """Run the reader; its count, and the states of the first site by passage."""
+    reader, found = StateReader(model, CaptureRequest(sites), **options), {}
+    for batch in reader.read(jobs):
+        found |= dict(zip(batch.prompts, batch.states[sites[0], "query"], strict=True))
+        found |= dict(zip(batch.answers, batch.states[sites[0], "answer_mean"], strict=True))
+    return reader.count, found
+
+
+def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, processor seconds, and the peak of resident memory above what was there before, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = memory("VmRSS")
+    start = time.process_time()
     result = call()
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start, memory("VmHWM") - before
 
 
-@torch.no_grad()
-def published_capture(model: Any, rows: list[EncodedRow], layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and shifts: three passes a record, batch 1, every hidden state and the logits computed."""
-    queries, shifts = [], []
-    for row in rows:
-        states = []
-        for passage in (row.prompt, row.chosen, row.rejected):
-            out = model(input_ids=torch.tensor([passage.ids]), output_hidden_states=True)
-            hidden = out.hidden_states[layer + 1][0].float()
-            states.append(hidden[-1] if passage.answer_start is None else hidden[passage.answer_start :].mean(0))
-        queries.append(states[0].numpy())
-        shifts.append((states[1] - states[2]).numpy())
-    return np.stack(queries), np.stack(shifts)
+def memory(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def published_fit(queries: np.ndarray, shifts: np.ndarray) -> tuple[Any, float]:
-    """Gate and experts; returns the experts and the size of all parameters in MB of fp32."""
-    rank = min(128, len(queries) - 1, queries.shape[1])
-    subspace = IntervenedSubspace(rank).fit(queries)
-    QuantileGate(0.1).fit(subspace.score_samples(queries))
-    experts = PaperMoSE(seed=42).fit(queries, shifts)
-    # The released checkpoint holds the query and key maps at full width, not folded.
-    width = queries.shape[1]
-    unfolded = sum(tensor.numel() for tensor in experts.state().values()) + 2 * width * width
-    return experts, (unfolded + width * (rank + 1)) * 4 / 1e6
+def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
-def captured(model: Any, rows: list[EncodedRow], layer: int, **options: Any) -> StateReader:
-    reader = StateReader(model, CaptureRequest((Site("resid_post", layer),)), **options)
-    for _ in reader.read(make_jobs(rows)):
-        pass
-    return reader
+# -- published --------------------------------------------------------------------------------------------------------
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def run_published(setting: Setting) -> tuple[Outcome, np.ndarray, np.ndarray, np.ndarray]:
+    """The outcome, and for both pipelines: the test queries, the test shifts and the mean shift of the fit."""
+    model, tokenizer, fit, test = prepared(setting)
+    rows, held_out = encoded(tokenizer, fit), encoded(tokenizer, test)
+    published_capture(model, rows[:3], setting.layer)
+    clock: list[float] = []
+
+    def whole() -> tuple[np.ndarray, tuple[PaperMoSE, float]]:
+        queries, shifts = published_capture(model, encoded(tokenizer, fit), setting.layer)
+        clock.append(time.process_time())
+        return shifts, published_fit(queries, shifts)
+
+    start = time.process_time()
+    (shifts, (experts, size)), seconds, peak = measured(whole)
+    _, found = states(model, make_jobs(held_out), (Site("resid_post", setting.layer),))
+    queries = np.stack([found[row.prompt] for row in held_out])
+    test_shifts = np.stack([found[row.chosen] - found[row.rejected] for row in held_out])
+    notes = f"K={experts.num_experts_}, {len(experts.history_)} epochs"
+    outcome = Outcome(seconds, clock[0] - start, peak, size, experts.predict(queries), notes)
+    return outcome, queries, test_shifts, shifts.mean(0)
+
+
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+
+def run_ours(setting: Setting, test_queries: np.ndarray) -> Outcome:
+    model, tokenizer, fit, _ = prepared(setting)
+    states(model, make_jobs(encoded(tokenizer, fit[:8])), (Site("resid_post", setting.layer),))
+    config = FineSteerConfig(layer=setting.layer, strength=2.5, experts="mixture")
+    adapter, seconds, peak = measured(lambda: fit_steering(model, tokenizer, fit, config, progress=False))
+    assert isinstance(adapter.config, FineSteerConfig)
+    site = Site("resid_post", setting.layer)
+    queries = QueryStates({site: torch.tensor(test_queries)}, len(test_queries), torch.device("cpu"))
+    vectors = adapter.build().decide(queries).vectors[site].numpy()
+    chosen = adapter.config
+    notes = f"{chosen.experts}, K={chosen.num_experts}, rank {chosen.residual_rank}, score {chosen.gate_score}"
+    clock = chosen.fit["seconds"]
+    reading = seconds * clock["capture"] / (clock["capture"] + clock["fit"])
+    return Outcome(seconds, reading, peak, saved_size(adapter), vectors, notes)
+
+
+def saved_size(adapter: SteeringAdapter) -> float:
+    """Megabytes of the tensors' file."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        return (Path(folder) / "steering_model.safetensors").stat().st_size / 1e6
+
+
+# -- where the time goes ----------------------------------------------------------------------------------------------
+
+
+def run_causes(setting: Setting) -> tuple[list[list[str]], list[list[str]], float]:
+    """The ladder from the published steps to ours, ours with one step taken back, and the floor in seconds."""
+    model, tokenizer, fit, _ = prepared(setting)
+    rows, site = encoded(tokenizer, fit[:LADDER_ROWS]), Site("resid_post", setting.layer)
+    jobs, last = make_jobs(rows), Site("resid_post", setting.layers - 1)
+    apart = [Job(prompt) for prompt in dict.fromkeys(row.prompt for row in rows)]
+    apart += [Job(None, (answer,)) for row in rows for answer in (row.chosen, row.rejected)]
+
+    def read(what: Sequence[Job], sites: tuple[Site, ...] = (site,), **options: Any) -> tuple[float, CaptureCount]:
+        states(model, what[:2], sites, **options)
+        (count, _), seconds, _ = measured(lambda: states(model, what, sites, **options))
+        return seconds, count
+
+    _, whole, _ = measured(lambda: published_capture(model, rows, setting.layer))
+    tokens = sum(len(p.ids) for row in rows for p in (row.prompt, row.chosen, row.rejected))
+    ladder: list[list[Any]] = [
+        ["published: three passes a row, batch 1, all blocks and the head", whole, 3 * len(rows), tokens]
+    ]
+    for name, what, options in (
+        ("stop after the deepest site", apart, {"batch_size": 1, "share_prompts": False}),
+        ("read the query in the pass of an answer", jobs, {"batch_size": 1, "share_prompts": False}),
+        (
+            "run a prompt once for its two answers, its beginning once for all",
+            jobs,
+            {"batch_size": 2, "share_prompts": True},
+        ),
+        ("batch texts of like length", jobs, {"share_prompts": True}),
+    ):
+        seconds, count = read(what, **options)
+        ladder.append([name, seconds, count.passes, count.tokens])
+    ours, count = seconds, count
+    without: list[list[Any]] = [
+        ["all blocks run (the head still does not)", *read(jobs, (site, last), share_prompts=True)],
+        ["prompts run whole with each answer", *read(jobs, share_prompts=False)],
+        ["one row at a time", *read(jobs, batch_size=2, share_prompts=True)],
+    ]
+    steps = [
+        [name, f"{took:.2f}", f"{before / took:.2f}x", f"{whole / took:.1f}x", str(passes), str(seen)]
+        for (name, took, passes, seen), before in zip(ladder, [whole] + [row[1] for row in ladder], strict=False)
+    ]
+    taken_back = [[name, f"{took:.2f}", f"{took / ours:.2f}x"] for name, took, _ in without]
+    return steps, taken_back, floor_seconds(model, setting, count.tokens)
+
+
+def floor_seconds(model: Any, setting: Setting, tokens: int) -> float:
+    """Seconds of the matrix products that no reader can avoid, at the speed of a large one; attention is left out."""
+    blocks = model.model.layers[: setting.layer + 1]
+    weights = [module.weight for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    rows, weight = torch.randn(2048, weights[-1].shape[1]), torch.randn_like(weights[-1])
+    speeds = []
+    for _ in range(9):
+        start = time.process_time()
+        torch.nn.functional.linear(rows, weight)
+        speeds.append(2 * len(rows) * weight.numel() / (time.process_time() - start))
+    return 2 * tokens * sum(weight.numel() for weight in weights) / float(np.median(speeds))
+
+
+# -- at the width of a large model ------------------------------------------------------------------------------------
+
+
+def wide_published(width: int, rows: int, threads: int) -> Outcome:
+    torch.set_num_threads(threads)
+    data = PlantedData(width, rows)
+    parts = ("fit", "calibration", "validation")
+    queries, shifts = (np.concatenate([found[part] for part in parts]) for found in (data.queries, data.shifts))
+    (experts, size), seconds, peak = measured(lambda: published_fit(queries, shifts))
+    notes = f"K={experts.num_experts_}, {len(experts.history_)} epochs"
+    return Outcome(seconds, 0.0, peak, size, experts.predict(data.queries["test"]), notes)
+
+
+def wide_ours(width: int, rows: int, threads: int) -> Outcome:
+    torch.set_num_threads(threads)
+    data, config = PlantedData(width, rows), FineSteerConfig(layer=12, strength=2.5, experts="mixture")
+    result, seconds, peak = measured(lambda: FineSteer.fit(data, config))  # type: ignore[arg-type]
+    adapter = SteeringAdapter(result.config, result.tensors)
+    site = Site("resid_post", 12)
+    queries = QueryStates({site: torch.tensor(data.queries["test"])}, rows, torch.device("cpu"))
+    vectors = adapter.build().decide(queries).vectors[site].numpy()
+    chosen = result.config
+    assert isinstance(chosen, FineSteerConfig)
+    notes = f"{chosen.experts}, K={chosen.num_experts}, rank {chosen.residual_rank}, score {chosen.gate_score}"
+    return Outcome(seconds, 0.0, peak, saved_size(adapter), vectors, notes)
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
+
+
+def side_by_side(published: Outcome, ours: Outcome, shifts: np.ndarray, constant: np.ndarray) -> list[str]:
+    """The two outcomes; the interval of the difference in R2 is a bootstrap over test rows."""
+    scale = float(row_losses(shifts, constant).mean())
+    losses = [row_losses(shifts, outcome.predicted) / scale for outcome in (published, ours)]
+    gain = paired_difference(losses[1], losses[0])
+    r2 = [
+        held_out_r2(shifts, outcome.predicted, np.broadcast_to(constant, shifts.shape))
+        for outcome in (published, ours)
+    ]
+    rows = [
+        [
+            "processor seconds",
+            f"{published.seconds:.1f}",
+            f"{ours.seconds:.1f}",
+            f"{published.seconds / ours.seconds:.1f}x",
+        ],
+    ]
+    if published.capture_seconds:
+        rest = [outcome.seconds - outcome.capture_seconds for outcome in (published, ours)]
+        rows += [
+            ["- states (ours: by its share of the wall time)", f"{published.capture_seconds:.1f}",
+             f"{ours.capture_seconds:.1f}", f"{published.capture_seconds / ours.capture_seconds:.1f}x"],
+            ["- gate and experts", f"{rest[0]:.1f}", f"{rest[1]:.1f}", f"{rest[0] / rest[1]:.1f}x"],
+        ]  # fmt: skip
+    rows += [
+        ["peak memory above the start, MB", f"{published.peak_mb:.0f}", f"{ours.peak_mb:.0f}",
+         f"{published.peak_mb / ours.peak_mb:.1f}x"],
+        ["parameters, MB (ours: the saved file)", f"{published.size_mb:.2f}", f"{ours.size_mb:.2f}",
+         f"{published.size_mb / ours.size_mb:.0f}x"],
+        [f"held-out R2 against the constant, n={len(shifts)}", f"{r2[0]:.3f}", f"{r2[1]:.3f}",
+         f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"],
+        ["what was fitted", published.notes, ours.notes, ""],
+    ]  # fmt: skip
+    return table(["", "published steps", "finesteer_hf", "ratio or difference"], rows)
+
+
+def compared(setting: Setting) -> list[str]:
+    published, queries, shifts, constant = in_its_own_process(run_published, setting)
+    ours = in_its_own_process(run_ours, setting, queries)
+    return side_by_side(published, ours, shifts, constant)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--layer", type=int, default=5, help="read and write layer; about a third of the depth")
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--timed-rows", type=int, default=136, help="of the random model")
+    parser.add_argument("--rows", type=int, default=408, help="of the playground's model and of the planted data")
+    parser.add_argument("--wide", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--playground", action="store_true", help="the trained playground model, for the R2 that counts"
+        "--truthfulqa", type=Path, default=None, help="TruthfulQA.csv; else the playground's questions"
     )
+    parser.add_argument("--instructed", action="store_true", help="TruthfulQA in the published form of prompts")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    organism, tokenizer = playground.load()
-    if args.playground:
-        model = organism
-        args.layer = min(args.layer, model.config.num_hidden_layers // 2)
-    else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=args.width * 11 // 4,
-            num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=8, pad_token_id=0,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).eval()
-    fit_rows = playground.preference_rows("truthful", "fit")[: args.rows]
-    test_rows = playground.preference_rows("truthful", "test")[: args.rows // 2]
-    general = playground.general_rows("fit")[:128]
-    encoded = encode_preferences(tokenizer, parse_preferences(fit_rows)).rows
-    held_out = encode_preferences(tokenizer, parse_preferences(test_rows)).rows
-    captured(model, encoded[:8], args.layer)  # warm-up
-
-    config = FineSteerConfig(layer=args.layer, strength=2.5)
-    before = peak_mb()
-    adapter, ours = timed(
-        lambda: fit_steering(model, tokenizer, fit_rows, config, general_dataset=general, progress=False)
-    )
-    ours_mb = peak_mb() - before
-    own_size = sum(tensor.numel() for tensor in adapter.tensors.values()) * 4 / 1e6
-    (queries, shifts), capture_time = timed(lambda: published_capture(model, encoded, args.layer))
-    (experts, size), fit_time = timed(lambda: published_fit(queries, shifts))
-    published_mb = peak_mb() - before
-
-    test_queries, test_shifts = published_capture(model, held_out, args.layer)
-    constant = np.broadcast_to(shifts.mean(0), test_shifts.shape)
-    site = Site("resid_post", args.layer)
-    from finesteer_hf import QueryStates
-
-    decision = adapter.build().decide(
-        QueryStates({site: torch.tensor(test_queries)}, len(test_queries), torch.device("cpu"))
-    )
-    own_r2 = held_out_r2(test_shifts, decision.vectors[site].numpy(), constant)
-    published_r2 = held_out_r2(test_shifts, experts.predict(test_queries), constant)
-
-    table = Table("", "published steps", "finesteer_hf", "ratio", title="fit of gate and experts")
-    table.add_row(
-        "seconds", f"{capture_time + fit_time:.1f}", f"{ours:.1f}", f"{(capture_time + fit_time) / ours:.1f}x"
-    )
-    table.add_row("  states", f"{capture_time:.1f}", f"{adapter.config.fit['seconds']['capture']:.1f}", "")
-    table.add_row("  gate and experts", f"{fit_time:.1f}", f"{adapter.config.fit['seconds']['fit']:.1f}", "")
-    table.add_row("peak memory above start, MB (ours ran first)", f"{published_mb:.0f}", f"{ours_mb:.0f}", "")
-    table.add_row("size, MB fp32", f"{size:.1f}", f"{own_size:.2f}", f"{size / own_size:.0f}x")
-    table.add_row(f"held-out R2 against the constant (n={len(test_rows)})", f"{published_r2:.3f}", f"{own_r2:.3f}", "")
-    causes = Table(
-        "reading states", "seconds", "passes", "real tokens", title="where the time goes, one step at a time"
-    )
-    causes.add_row(
-        "published: 3 passes, batch 1, all layers and head", f"{capture_time:.2f}", str(3 * len(encoded)), ""
-    )
-    for name, options in (
-        ("stop at the deepest site", {"batch_size": 1, "share_prompts": False}),
-        ("and batches of like length", {"share_prompts": False}),
-        ("and a prompt shared by its answers", {"share_prompts": True}),
-    ):
-        reader, seconds = timed(lambda options=options: captured(model, encoded, args.layer, **options))
-        causes.add_row(name, f"{seconds:.2f}", str(reader.count.passes), str(reader.count.tokens))
-    longest = max(encoded, key=lambda row: len(row.chosen.ids)).chosen.ids
-    batch = torch.tensor([list(longest)] * max(1, 2048 // len(longest)))
-    with torch.no_grad():
-        sub = model.model
-        depth, sub.layers = sub.layers, sub.layers[: args.layer + 1]
-        count, sub.config.num_hidden_layers = sub.config.num_hidden_layers, args.layer + 1
-        _, floor = timed(lambda: [sub(input_ids=batch, use_cache=False) for _ in range(5)])
-        sub.layers, sub.config.num_hidden_layers = depth, count
-    unique = captured(model, encoded, args.layer, share_prompts=True).count.tokens
-    causes.add_row(
-        "floor: those tokens at the speed of full batches",
-        f"{floor / (5 * batch.numel()) * unique:.2f}",
+    shape = (args.width, args.layers, args.vocabulary, args.layer, args.timed_rows, args.threads)
+    setting = Setting(*shape, args.truthfulqa, args.instructed)
+    own = replace(setting, width=None, layers=6, layer=2, rows=args.rows, truthfulqa=None)
+    model = prepared(setting)[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    questions = "TruthfulQA's questions" if args.truthfulqa else "the playground's questions"
+    questions += ", in the published form" if args.instructed else ""
+    text = [
+        f"{args.threads} thread(s), torch {torch.__version__}, {platform.machine()}, no GPU.",
         "",
-        str(unique),
-    )
-    console = Console(record=True, width=110)
-    parameters = sum(p.numel() for p in model.parameters())
-    kind = "the playground's model" if args.playground else "a random Llama"
-    console.print(
-        f"{kind}: {parameters / 1e6:.1f} M parameters, layer {args.layer}, {len(encoded)} rows, {args.threads} thread(s)"
-    )
-    console.print(table)
-    console.print(causes)
+        f"Random Llama of {parameters / 1e6:.0f} M parameters ({args.layers} blocks of width {args.width}, vocabulary "
+        f"{args.vocabulary}), block {args.layer}, {args.timed_rows} of {questions}. "
+        "Random weights: its R2 means little.",
+        "",
+        *compared(setting),
+    ]
+    steps, taken_back, floor = in_its_own_process(run_causes, setting)
+    ours_seconds = float(steps[-1][1])
+    text += [
+        f"Reading {LADDER_ROWS} of these rows, one step more in each line (general prompts left out):",
+        "",
+        *table(["step", "seconds", "of the step", "so far", "passes", "real tokens"], steps),
+        "All steps but one:",
+        "",
+        *table(["taken back", "seconds", "slower than all steps by"], taken_back),
+        f"The floor is {floor:.2f} s: the matrix products of those {steps[-1][-1]} tokens in {args.layer + 1} blocks, "
+        f"at the measured speed of a large product. Reading takes {ours_seconds / floor:.2f} times that.",
+        "",
+        "The playground's trained model (1.4 M parameters), block 2, its own questions:",
+        "",
+        *compared(own),
+    ]
+    published = in_its_own_process(wide_published, args.wide, args.rows, args.threads)
+    ours = in_its_own_process(wide_ours, args.wide, args.rows, args.threads)
+    data = PlantedData(args.wide, args.rows)
+    learned = np.concatenate([data.shifts[part] for part in ("fit", "calibration", "validation")])
+    text += [
+        f"Gate and experts alone at width {args.wide}, {args.rows} rows of planted low-rank data:",
+        "",
+        *side_by_side(published, ours, data.shifts["test"], learned.mean(0)),
+    ]
+    print("\n".join(text))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(console.export_text())
+        args.out.write_text("\n".join(text).rstrip() + "\n")
 
 
 if __name__ == "__main__":
