@@ -3,8 +3,9 @@
 Each seed draws the halves; all candidates see the same half and are judged on the other. Differences to the paper's
 mixture are paired by seed. "Told" means that rows of one subject (six questions) or of one request (its wrappers) are
 held out together within the fit, as `split="group"` does it. "Default" is the closed form of the best held-out R2, from
-which a fit then takes a lower rank if that steers held-out rows better. Last, MC1 and MC2 of the playground's questions under each
-vector, always on, at the best of the same strengths: one split, for vectors that predict well need not steer well.
+which a fit then takes a lower rank if that steers held-out rows better. Last, MC1 and MC2 of the playground's questions
+under each vector, always on, at the best of the same strengths: one split, for vectors that predict well need not steer
+well.
 
     python benchmarks/vector_defaults.py --truthfulqa TruthfulQA.csv --out benchmarks/results/vector_defaults.md
 """
@@ -51,7 +52,7 @@ from finesteer_hf.sites import Site
 
 PAPER, DEFAULT = "paper MoSE", "default"
 TOLD = ", told what rows share"
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+STRENGTHS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
 EPSILON = 0.05
 
 
