@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,9 +130,11 @@ class TruthFlow(SteeringMethod):
         """Carry each query's state along the flow and project where it ends, `[rows, hidden_size]`."""
         settings, tensors = cast(TruthFlowConfig, self.config), self.parameters_on(queries.device)
         weights = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
+        # The weights are lent to the module itself, so threads cannot share it.
+        network = copy.deepcopy(self._network)
 
         def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-            return torch.func.functional_call(self._network, weights, (x, time))
+            return torch.func.functional_call(network, weights, (x, time))
 
         end = integrate(velocity, queries[self.site] / tensors["scale"], settings.steps) * tensors["scale"]
         return Decision(vectors={self.site: (end @ tensors["basis"].T) @ tensors["basis"]})
