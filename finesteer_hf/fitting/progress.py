@@ -21,11 +21,14 @@ class FitProgress:
         self._shown = shown
 
     def __enter__(self) -> FitProgress:
-        self._bars.start()
+        if self._shown:
+            self._bars.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        # Older versions of rich end even bars that nobody sees with an empty line.
+        if self._shown:
+            self._bars.stop()
 
     def say(self, message: str) -> None:
         """Print a line above the bars."""
