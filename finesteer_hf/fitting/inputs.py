@@ -24,7 +24,7 @@ from finesteer_hf.fitting.data import (
     read_records,
 )
 from finesteer_hf.fitting.general import default_general_prompts
-from finesteer_hf.fitting.lint import drop_known, lint_general, lint_rows
+from finesteer_hf.fitting.lint import drop_known, lint_general, lint_rows, lint_variants
 from finesteer_hf.fitting.splits import Split, SplitBy, split_rows, split_units
 from finesteer_hf.fitting.templating import AnswerEnd, EncodedRow, Passage, encode_preferences, encode_prompts
 
@@ -109,6 +109,7 @@ def prepare_inputs(
     encoded = encode_preferences(tokenizer, rows, answer_end=answer_end, **limits)
     findings = [f"{message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
     findings += lint_rows(rows, encoded.rows, tokenizer)
+    findings += lint_variants(rows, seed) if split == "prompt" else []
     held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits)
     general, general_source = _read_general(tokenizer, general_dataset, rows, limits)
     kept, shared = drop_known(general, rows, "general_dataset", "left out, for it is to be steered")

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from finesteer_hf import playground
 from finesteer_hf.fitting.data import PreferenceRow
-from finesteer_hf.fitting.lint import common_ends, drop_known, lint_general, lint_memory, lint_rows
+from finesteer_hf.fitting.lint import common_ends, drop_known, lint_general, lint_memory, lint_rows, lint_variants
 from finesteer_hf.fitting.templating import encode_preferences
 from finesteer_hf.testing.toy import toy_tokenizer
 
@@ -81,3 +82,14 @@ def test_prompts_that_are_known_are_dropped_by_name() -> None:
 def test_memory_is_warned_of_before_it_is_full() -> None:
     assert lint_memory(10, 10) == []
     assert "give `store_dir`" in lint_memory(10**9, 10**6)[0]
+
+
+def test_prompts_that_are_variants_of_each_other_are_found_and_one_of_each_is_not() -> None:
+    rows = playground.preference_rows("safety", "fit")[:300]
+    wrapped = [PreferenceRow(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    (finding,) = lint_variants(wrapped, seed=0)
+    assert "split='group'" in finding and finding.startswith("100%")
+    questions = {row["id"].rpartition("/")[0]: row for row in playground.preference_rows("truthful", "fit")}
+    alone = [PreferenceRow(row["prompt"], row["chosen"], row["rejected"]) for row in questions.values()]
+    assert len(alone) > 100 and lint_variants(alone, seed=0) == []
+    assert lint_variants(wrapped[:20], seed=0) == []
