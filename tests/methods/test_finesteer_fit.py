@@ -17,7 +17,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.methods.base import FitResult, Part
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank
-from finesteer_hf.methods.finesteer.rows import contrast_rows, query_rows
+from finesteer_hf.methods.rows import contrast_rows, query_rows
 from finesteer_hf.methods.trials import SHORT_LIST
 from finesteer_hf.sites import Site
 

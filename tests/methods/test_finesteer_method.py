@@ -15,7 +15,7 @@ from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.estimators import PaperMoSE
 from finesteer_hf.methods.base import FitResult
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
-from finesteer_hf.methods.finesteer.rows import contrast_rows, query_rows
+from finesteer_hf.methods.rows import contrast_rows, query_rows
 from finesteer_hf.sites import Site, TextTower
 from finesteer_hf.testing.toy import toy_model
 

@@ -18,8 +18,8 @@ from finesteer_hf.estimators import (
     mean_cosine,
 )
 from finesteer_hf.methods.finesteer.config import Experts, FineSteerConfig
-from finesteer_hf.methods.finesteer.rows import ContrastRows
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file
+from finesteer_hf.methods.rows import ContrastRows
 
 
 # What an adapter may take by default, in bytes: 2 MB less a page of header.

@@ -14,9 +14,9 @@ from finesteer_hf.estimators import expert_weights
 from finesteer_hf.methods.base import FitData, FitResult, ModelInfo, Part
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, fit_experts
-from finesteer_hf.methods.finesteer.gate import GateFit, fit_gate
 from finesteer_hf.methods.finesteer.layers import shift_site, sweep_layers
-from finesteer_hf.methods.finesteer.rows import ContrastRows, contrast_rows, json_ready
+from finesteer_hf.methods.query_gate import GateFit, fit_gate
+from finesteer_hf.methods.rows import ContrastRows, contrast_rows, json_ready
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, try_each
 from finesteer_hf.sites import Site

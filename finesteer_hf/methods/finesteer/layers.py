@@ -6,22 +6,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from finesteer_hf.estimators import RidgePath
 from finesteer_hf.estimators.linear_algebra import row_space
 from finesteer_hf.estimators.ridge import group_blocks
 from finesteer_hf.methods.base import FitData, ModelInfo
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
-from finesteer_hf.methods.finesteer.rows import ContrastRows, contrast_rows, general_rows
+from finesteer_hf.methods.query_gate import separability
+from finesteer_hf.methods.query_gate.read_site import BLUNT, SWEEP_ROWS
+from finesteer_hf.methods.rows import ContrastRows, contrast_rows, general_rows
 from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
-
-
-# A sweep ranks layers; more rows than this cost cubically and change no rank.
-SWEEP_ROWS = 1000
-# Layers that separate the queries this much worse than the best (AUROC) are left out: their gate would be blunt.
-BLUNT = 0.01
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,4 @@ def layer_figures(layer: int, rows: ContrastRows, general: np.ndarray | None) ->
     blocks = group_blocks(rows.groups)
     path = RidgePath.of(row_space(rows.queries)[0], row_space(rows.shifts)[0])
     r2 = max(path.held_out_curve(blocks).values())
-    if general is None or len(general) < 2:
-        return LayerFigures(layer, r2, None)
-    both = np.concatenate([rows.queries, general.astype(np.float64)])
-    truth = np.repeat([1.0, 0.0], [len(rows.queries), len(general)])
-    path = RidgePath.of(row_space(both)[0], truth[:, None])
-    curve = path.held_out_curve()
-    scores = truth - path.held_out_residuals(max(curve, key=lambda ridge: curve[ridge]))[:, 0]
-    return LayerFigures(layer, r2, float(roc_auc_score(truth, scores)))
+    return LayerFigures(layer, r2, None if general is None else separability(rows.queries, general))

@@ -9,19 +9,13 @@ import torch
 
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS, VECTOR_FUNCTIONS, expert_weights
+from finesteer_hf.estimators import VECTOR_FUNCTIONS, expert_weights
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.fit import fit_finesteer
 from finesteer_hf.methods.finesteer.layers import candidate_sites
-from finesteer_hf.methods.finesteer.tensors import (
-    EXPERT_TENSORS,
-    GATE_TENSORS,
-    check_values,
-    expected_shapes,
-    from_file,
-    score_names,
-)
+from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, expected_shapes
+from finesteer_hf.methods.query_gate import QueryGate, check_values, from_file
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
 
@@ -53,11 +47,8 @@ class FineSteer(SteeringMethod):
         check_values(tensors)
         self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
         self.reads, self.writes = (self.read_site,), (self.write_site,)
-        self._gated = settings.gate != "always"
-        self._score = cast("Formula", SCORE_FUNCTIONS.get(settings.gate_score))
-        self._gate = GATE_FUNCTIONS[settings.gate]
+        self._gate = None if settings.gate == "always" else QueryGate(settings)
         self._vector = cast("Formula", VECTOR_FUNCTIONS[settings.experts])
-        self._score_names, self._gate_names = score_names(settings), GATE_TENSORS[settings.gate]
         self._expert_names = EXPERT_TENSORS[settings.experts]
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -74,9 +65,8 @@ class FineSteer(SteeringMethod):
         tensors = self.parameters_on(h.device)
         record: dict[str, torch.Tensor] = {}
         gate = None
-        if self._gated:
-            record["score"] = self._score(h, **from_file(self._score_names, tensors))
-            gate = self._gate(record["score"], **from_file(self._gate_names, tensors))
+        if self._gate is not None:
+            gate, record["score"] = self._gate(h, tensors)
         if "router.weight" in tensors:
             record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
         vector = self._vector(h, **from_file(self._expert_names, tensors))

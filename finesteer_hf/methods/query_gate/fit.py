@@ -20,9 +20,9 @@ from finesteer_hf.estimators import (
     StateScore,
 )
 from finesteer_hf.methods.base import FitData, Part
-from finesteer_hf.methods.finesteer.config import FineSteerConfig, GateScore
-from finesteer_hf.methods.finesteer.rows import general_rows, over_rows, query_rows
-from finesteer_hf.methods.finesteer.tensors import GATE_TENSORS, SCORE_TENSORS, to_file
+from finesteer_hf.methods.query_gate.config import GateScore, QueryGateConfig
+from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS, to_file
+from finesteer_hf.methods.rows import general_rows, over_rows, query_rows
 from finesteer_hf.sites import Site
 
 
@@ -56,7 +56,7 @@ class GateFit:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
-def fit_gate(config: FineSteerConfig, data: FitData, read: Site) -> GateFit:
+def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     """Fit score and gate on the states of a site.
 
     The conformal gate learns its score on the `fit` part and its threshold on `calibration`; whatever is chosen about
@@ -86,7 +86,7 @@ def fit_gate(config: FineSteerConfig, data: FitData, read: Site) -> GateFit:
     return GateFit(cast(GateScore, name), rank, tensors, report | figures, scores)
 
 
-def _check_rows(config: FineSteerConfig, ir: np.ndarray, general: np.ndarray) -> None:
+def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) -> None:
     wants = "gate='logistic'" if config.gate == "logistic" else "gate_score='state'"
     if len(general) < 2 and (config.gate == "logistic" or config.gate_score == "state"):
         raise DatasetError(
@@ -102,7 +102,7 @@ def _check_rows(config: FineSteerConfig, ir: np.ndarray, general: np.ndarray) ->
 
 
 def _fit_score(
-    config: FineSteerConfig, ir: np.ndarray, general: np.ndarray, seed: int
+    config: QueryGateConfig, ir: np.ndarray, general: np.ndarray, seed: int
 ) -> tuple[str, Any, list[dict[str, Any]]]:
     """The score's name, the fitted score, and the comparison that it won."""
     wanted: str = config.gate_score
@@ -118,7 +118,7 @@ def _fit_score(
     return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir), []
 
 
-def _new_gate(config: FineSteerConfig) -> Any:
+def _new_gate(config: QueryGateConfig) -> Any:
     if config.gate == "conformal":
         return ConformalGate(
             config.gate_epsilon, config.gate_gamma, guarantee=config.gate_guarantee, delta=config.gate_delta
@@ -128,7 +128,7 @@ def _new_gate(config: FineSteerConfig) -> Any:
     return GATES[config.gate]()
 
 
-def _promise(config: FineSteerConfig, gate: Any) -> dict[str, Any]:
+def _promise(config: QueryGateConfig, gate: Any) -> dict[str, Any]:
     """What the calibration promises of new queries; the paper's gates promise nothing."""
     if config.gate != "conformal":
         return {"calibration_queries": gate.n_calibration_}

@@ -34,7 +34,7 @@ class ContrastRows:
     @property
     def vary(self) -> bool:
         """Whether the queries differ at all: the input of the first block is the last token, which a template fixes."""
-        return bool(np.ptp(self.queries, axis=0).max(initial=0.0) > 1e-6 * np.abs(self.queries).max(initial=0.0))
+        return rows_vary(self.queries)
 
     def sample(self, most: int, seed: int) -> ContrastRows:
         """At most `most` rows, drawn without replacement."""
@@ -42,6 +42,11 @@ class ContrastRows:
             return self
         kept = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
         return ContrastRows(self.queries[kept], self.shifts[kept], None if self.groups is None else self.groups[kept])
+
+
+def rows_vary(rows: np.ndarray) -> bool:
+    """Whether rows `[M, d]` differ by more than rounding."""
+    return bool(np.ptp(rows, axis=0).max(initial=0.0) > 1e-6 * np.abs(rows).max(initial=0.0))
 
 
 def contrast_rows(data: FitData, read: Site, shift: Site, parts: Sequence[Part]) -> ContrastRows:

@@ -1,0 +1,27 @@
+"""A gate on the query: whether, and how much, a prompt is to be steered at all (Weng et al., ACL 2026, Eq. 6-9 and 15).
+
+Not a method: a first stage that methods share, with its settings, its fit, its tensors and its run time.
+"""
+
+from finesteer_hf.methods.query_gate.config import Gate, GateScore, QueryGateConfig
+from finesteer_hf.methods.query_gate.fit import GateFit, fit_gate
+from finesteer_hf.methods.query_gate.read_site import candidate_reads, choose_read_site, separability
+from finesteer_hf.methods.query_gate.runtime import QueryGate
+from finesteer_hf.methods.query_gate.tensors import check_values, from_file, gate_shapes, to_file
+
+
+__all__ = [
+    "Gate",
+    "GateFit",
+    "GateScore",
+    "QueryGate",
+    "QueryGateConfig",
+    "candidate_reads",
+    "check_values",
+    "choose_read_site",
+    "fit_gate",
+    "from_file",
+    "gate_shapes",
+    "separability",
+    "to_file",
+]

@@ -1,0 +1,89 @@
+"""The settings of a gate on the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.methods.checks import check_count, check_number, check_one_of
+from finesteer_hf.sites import Site
+
+
+Gate = Literal["conformal", "quantile", "logistic", "ser", "always"]
+GateScore = Literal["auto", "ser", "t2q", "state"]
+
+GATES: tuple[Gate, ...] = ("conformal", "quantile", "logistic", "ser", "always")
+GATE_SCORES: tuple[GateScore, ...] = ("auto", "ser", "t2q", "state")
+GUARANTEES = ("marginal", "pac")
+# What files may require of a reader.
+GATE_FEATURES = frozenset(
+    [f"gate:{name}" for name in GATES] + [f"score:{name}" for name in GATE_SCORES if name != "auto"]
+)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(kw_only=True)
+class QueryGateConfig(SteeringConfig):
+    """Settings of methods whose first stage is a gate on the query.
+
+    Attributes:
+        read_site: where the query's state is read.
+        gate: `conformal` (calibrated on held-out queries, miss rate guaranteed), FineSteer's `quantile` (Eq. 8),
+            `logistic` (Eq. 9) and `ser` (Eq. 15), or `always`.
+        gate_score: what the gate looks at: `ser` (subspace energy ratio, Eq. 6-7), `t2q` (distance within and from the
+            subspace), `state` (a linear classifier against general prompts), or `auto` (fewest false alarms).
+        gate_epsilon: share of intervention-required queries that the gate may miss.
+        gate_gamma: how fast the gate closes below its threshold.
+        gate_guarantee: `marginal` (on average over calibration sets) or `pac` (for this calibration set, with
+            probability 1 - gate_delta).
+        gate_delta: probability that the `pac` guarantee does not hold.
+        subspace_rank: number of principal directions of the intervention-required queries.
+    """
+
+    read_site: str | None = field(default=None, metadata=_help("Where the query's state is read."))
+    gate: Gate = field(default="conformal", metadata=_help("conformal, quantile, logistic, ser or always."))
+    gate_score: GateScore = field(default="auto", metadata=_help("auto, ser, t2q or state."))
+    gate_epsilon: float = field(default=0.05, metadata=_help("Share of queries that the gate may miss."))
+    gate_gamma: float = field(default=2.0, metadata=_help("How fast the gate closes below its threshold."))
+    gate_guarantee: str = field(default="marginal", metadata=_help("marginal or pac."))
+    gate_delta: float = field(default=0.05, metadata=_help("Probability that the pac guarantee does not hold."))
+    subspace_rank: int | str = field(default="auto", metadata=_help("Principal directions of the queries, or auto."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("gate", self.gate, GATES)
+        check_one_of("gate_score", self.gate_score, GATE_SCORES)
+        check_one_of("gate_guarantee", self.gate_guarantee, GUARANTEES)
+        if self.subspace_rank != "auto":
+            check_count("subspace_rank", self.subspace_rank, 1)
+        check_number("gate_epsilon", self.gate_epsilon, above=0.0, below=1.0)
+        check_number("gate_delta", self.gate_delta, above=0.0, below=1.0)
+        check_number("gate_gamma", self.gate_gamma, above=0.0)
+        if self.gate == "ser" and self.gate_score not in ("auto", "ser"):
+            raise ValueError(
+                f"gate='ser' is the score itself (Eq. 15), so gate_score={self.gate_score!r} is not used."
+            )
+        self.check_residual_site("read_site")
+
+    def check_residual_site(self, name: str) -> None:
+        """Raise `ValueError` if a field names a site that is no residual stream, or not one of the model."""
+        text = getattr(self, name)
+        if text is None:
+            return
+        site = Site.parse(text)
+        if site.kind == "head_out":
+            raise ValueError(f"{name} must be resid_pre[layer] or resid_post[layer], got {text!r}.")
+        if self.num_hidden_layers is not None and site.layer >= self.num_hidden_layers:
+            raise ValueError(f"{name}={text!r} is out of range for a model of {self.num_hidden_layers} layers.")
+
+    def unfitted_gate(self) -> list[str]:
+        """Names of the gate's settings that only a fit can fill in and that are not filled in."""
+        if self.gate == "always":
+            return []
+        left = ["gate_score"] if self.gate_score == "auto" else []
+        left += ["subspace_rank"] if self.gate_score in ("ser", "t2q") and self.subspace_rank == "auto" else []
+        return left + [name for name in ("read_site", "hidden_size") if getattr(self, name) is None]

@@ -1,0 +1,125 @@
+"""Which tensors hold a gate in an adapter's file, and which run-time function takes them.
+
+The estimators hand over what their run-time function takes by keyword; an adapter's file names it by its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.methods.query_gate.config import QueryGateConfig
+
+
+# Keyword of the run-time function -> name in the file.
+SCORE_TENSORS: dict[str, dict[str, str]] = {
+    "ser": {"mean": "gate.mean", "basis": "gate.basis"},
+    "t2q": {
+        "mean": "gate.mean",
+        "basis": "gate.basis",
+        "variances": "gate.variances",
+        "t2_reference": "gate.t2_reference",
+        "q_reference": "gate.q_reference",
+    },
+    "state": {"weight": "gate.weight", "bias": "gate.bias"},
+}
+GATE_TENSORS: dict[str, dict[str, str]] = {
+    "conformal": {
+        "threshold": "gate.threshold",
+        "floor": "gate.floor",
+        "calibration_scores": "gate.calibration",
+        "level": "gate.level",
+        "gamma": "gate.gamma",
+    },
+    "quantile": {
+        "threshold": "gate.threshold",
+        "calibration_scores": "gate.calibration",
+        "epsilon": "gate.level",
+        "gamma": "gate.gamma",
+    },
+    "logistic": {"weight": "gate.slope", "bias": "gate.intercept"},
+    "ser": {},
+    "always": {},
+}
+
+# d: width, k: subspace rank, n and m: rows of calibration and of reference.
+_AXES: dict[str, str] = {
+    "gate.mean": "d",
+    "gate.basis": "dk",
+    "gate.variances": "k",
+    "gate.t2_reference": "m",
+    "gate.q_reference": "m",
+    "gate.weight": "d",
+    "gate.bias": "",
+    "gate.threshold": "",
+    "gate.floor": "",
+    "gate.calibration": "n",
+    "gate.level": "",
+    "gate.gamma": "",
+    "gate.slope": "",
+    "gate.intercept": "",
+}
+
+
+def gate_shapes(config: QueryGateConfig) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes of a fitted gate's tensors; None for a number of calibration rows, none at all for `always`.
+
+    Raises:
+        AdapterFileError: if a setting of the gate was left to the data and no fit has chosen it.
+    """
+    if config.gate == "always":
+        return {}
+    unfitted = config.unfitted_gate()
+    if unfitted:
+        raise AdapterFileError(
+            f"The {config.steering_type} config has gate={config.gate!r} and leaves {unfitted} to the data; only a fitted "
+            "adapter can steer. Run `fit_steering`."
+        )
+    names = [*SCORE_TENSORS[config.gate_score].values(), *GATE_TENSORS[config.gate].values()]
+    return shapes_of(names, _AXES, {"d": config.hidden_size, "k": config.subspace_rank})
+
+
+def shapes_of(
+    names: Iterable[str], axes: Mapping[str, str], sizes: Mapping[str, int | str | None]
+) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of tensors.
+
+    Args:
+        names: which.
+        axes: for each name a letter an axis.
+        sizes: of the letters; an axis whose size is no number is free.
+    """
+    free = {letter: size if isinstance(size, int) else None for letter, size in sizes.items()}
+    return {name: tuple(free.get(axis) for axis in axes[name]) for name in names}
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse values that no fit writes and that would make a gate of NaN out of any query.
+
+    Raises:
+        AdapterFileError: for reference scores that are empty or not ascending, and for scales that are not positive.
+    """
+    for name in ("gate.calibration", "gate.t2_reference", "gate.q_reference"):
+        values = tensors.get(name)
+        if values is not None and (values.numel() == 0 or bool((values.diff() < 0).any())):
+            raise AdapterFileError(f"Tensor {name!r} must hold scores in ascending order; the file is damaged.")
+    for name in ("gate.level", "gate.gamma", "gate.variances"):
+        values = tensors.get(name)
+        if values is not None and not bool((values > 0).all()):
+            raise AdapterFileError(f"Tensor {name!r} must be positive; the file is damaged.")
+
+
+def to_file(names: Mapping[str, str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an estimator hands over, by the names of the file.
+
+    A threshold of minus infinity (a gate that always fires) becomes the lowest number: files hold finite numbers.
+    """
+    lowest = torch.finfo(torch.float32).min
+    return {names[keyword]: tensor.float().clamp(min=lowest) for keyword, tensor in state.items()}
+
+
+def from_file(names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The keyword arguments of a run-time function."""
+    return {keyword: tensors[name] for keyword, name in names.items()}
