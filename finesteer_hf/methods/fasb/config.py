@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from finesteer_hf.methods.checks import check_count, check_number, check_one_of
 from finesteer_hf.methods.heads import HeadsConfig
+from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, QueryGateConfig
 
 
 def _help(text: str) -> dict[str, str]:
@@ -14,10 +15,20 @@ def _help(text: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True)
-class FASBConfig(HeadsConfig):
-    """Settings of FASB (arXiv 2508.17621); fields of `HeadsConfig` beside these.
+class FASBConfig(HeadsConfig, QueryGateConfig):
+    """Settings of FASB (arXiv 2508.17621); fields of `HeadsConfig` and, for the gate, of `QueryGateConfig` beside these.
+
+    With a `gate` there are two stages in one adapter. The first, FineSteer's gate, decides once per query, from the
+    unsteered state of the prompt's last token at `read_site`. A row whose gate is 0 is neither tracked nor steered: it
+    stays the base model's to the bit. The others are tracked as without a gate, and the strength of what is added is
+    multiplied by the gate. The gate is fitted with `fit_gate` as in FineSteer, `gate_epsilon` and all.
+
+        >>> FASBConfig(gate="conformal", gate_score="state", read_site="resid_post[12]")
 
     Attributes:
+        gate: first stage: `always` (none: every row is tracked, as in the paper), or one of FineSteer's gates.
+        read_site: where the gate reads; by default the output of the first block, between 20% and 80% of the depth, that
+            tells queries from general prompts about best. Tracked heads before it cost a pass over the prompt up to it.
         threshold: beta: mean deviation 1 - p(wanted) of the heads above which a row goes back.
         backtrack: s: tokens that are taken back; a text of at most so many restarts from its prompt.
         adaptive: whether the strength is alpha times the deviation that was found, or alpha itself.
@@ -29,8 +40,11 @@ class FASBConfig(HeadsConfig):
     """
 
     steering_type: ClassVar[str] = "FASB"
-    understands: ClassVar[frozenset[str]] = frozenset({"recheck", "compat:official"})
+    understands: ClassVar[frozenset[str]] = GATE_FEATURES | {"recheck", "compat:official"}
 
+    gate: Gate = field(
+        default="always", metadata=_help("First stage: conformal, quantile, logistic, ser, or always for none.")
+    )
     num_heads: int = field(default=24, metadata=_help("Number of tracked and steered heads."))
     threshold: float = field(default=0.4, metadata=_help("Deviation above which tokens are taken back."))
     backtrack: int = field(default=10, metadata=_help("Number of tokens that are taken back."))
@@ -46,6 +60,8 @@ class FASBConfig(HeadsConfig):
         if self.compat == "official" and self.recheck:
             raise ValueError("compat='official' goes back once, so recheck=True is not part of it.")
         needed = ["recheck"] * self.recheck + ["compat:official"] * (self.compat == "official")
+        if self.gate != "always":
+            needed += [f"gate:{self.gate}"] + [f"score:{self.gate_score}"] * (self.gate_score != "auto")
         self.requires = sorted({*self.requires, *needed})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""FASB at run time: track, take back, steer."""
+"""FASB at run time: open the gate if there is one, track, take back, steer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ from typing import Any, ClassVar, cast
 import torch
 
 from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.fasb.config import FASBConfig
 from finesteer_hf.methods.heads import dense_shift, fit_heads, head_sites, require_heads
-from finesteer_hf.processors import StepView, TokenView
+from finesteer_hf.methods.query_gate import (
+    QueryGate,
+    candidate_reads,
+    check_values,
+    choose_read_site,
+    fit_gate,
+    gate_shapes,
+)
+from finesteer_hf.methods.rows import json_ready
+from finesteer_hf.processors import Decision, QueryStates, StepView, TokenView
 from finesteer_hf.sites import Site
 
 
@@ -32,9 +42,15 @@ class FASB(SteeringMethod):
     A forward over prompt and answer (`prompt_lengths`) first reads the answer unsteered, finds the token at which
     generation would have gone back had it written this text, and steers from where it would have gone on.
 
+    With a gate, r is multiplied by the query's g, and rows of g = 0 are left alone.
+
     Args:
         config: a fitted `FASBConfig`.
-        tensors: `probes.weight` and `directions` `[k, head size]`, `probes.bias` and `sigma` `[k]`, float32.
+        tensors: `probes.weight` and `directions` `[k, head size]`, `probes.bias` and `sigma` `[k]`, float32; with a gate
+            its `gate.*`, named as in a FineSteer adapter.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
     """
 
     config_cls = FASBConfig
@@ -69,6 +85,30 @@ class FASB(SteeringMethod):
                 f"{site}.bias": tensors["probes.bias"][rows],
                 f"{site}.shift": dense_shift(settings, site, shifts),
             }
+        self._gate: QueryGate | None = None
+        if settings.gate != "always":
+            self._add_gate(tensors)
+
+    def _add_gate(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        names = list(gate_shapes(self.settings))
+        missing = sorted(set(names) - set(tensors))
+        if missing:
+            raise AdapterFileError(
+                f"The FASB adapter lacks the tensors {missing}, which its gate={self.settings.gate!r} calls for."
+            )
+        check_values(tensors)
+        self._gate = QueryGate(self.settings)
+        self.reads = (Site.parse(str(self.settings.read_site)),)
+        self.tensors |= {name: tensors[name] for name in names}
+
+    # -- once per query -----------------------------------------------------------------------------------------------
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """The gate `[rows]` of the queries, and its `score` for the record; asked only if there is a gate."""
+        assert self._gate is not None
+        h = queries[self.reads[0]]
+        gate, score = self._gate(h, self.parameters_on(h.device))
+        return Decision(vectors={}, gate=gate, record={"score": score})
 
     # -- while a text is generated ------------------------------------------------------------------------------------
 
@@ -84,6 +124,8 @@ class FASB(SteeringMethod):
                 "compat='official' shifts the newest position of a text that is read anew at each step: generate with "
                 "use_cache=False, or fit with compat=None."
             )
+        if view.decision is not None:
+            memory["gate"] = view.decision.gate
         if not memory.get("reviewed"):
             deviation = self._deviation(site, view.newest(hidden))
             memory["deviation"] = deviation if site == self.maps[0] else memory["deviation"].to(deviation) + deviation
@@ -109,10 +151,13 @@ class FASB(SteeringMethod):
             memory["trigger_score"] = torch.full_like(deviation, torch.nan)
             memory["current"] = torch.zeros_like(deviation)
         deviates, since = deviation > self.settings.threshold, written - memory["floor"]
-        goes = step.active & ~memory["steered"] & deviates & ((since >= back) | step.ended)
+        tracked = step.active
+        if self._gate is not None:
+            tracked = tracked & (memory["gate"].to(tracked.device) != 0)
+        goes = tracked & ~memory["steered"] & deviates & ((since >= back) | step.ended)
         due = torch.zeros_like(goes)
         if self.settings.recheck:
-            due = step.active & memory["steered"] & ~step.ended & (written >= memory["due"])
+            due = tracked & memory["steered"] & ~step.ended & (written >= memory["due"])
         if not bool((goes | due).any()):
             return torch.zeros_like(written)
         kept = torch.where(since > back, written - back, memory["floor"])
@@ -131,7 +176,7 @@ class FASB(SteeringMethod):
 
     def records(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         """`backtracked_at`: number of new tokens that a row kept when it first went back, -1 if it never did; and
-        `trigger_score`: its deviation then, else NaN.
+        `trigger_score`: its deviation then, else NaN. Beside them stand the gate and its score, if there is one.
         """
         return {name: state[name] for name in ("backtracked_at", "trigger_score") if name in state}
 
@@ -175,8 +220,7 @@ class FASB(SteeringMethod):
         """r / alpha of each token of a forward, `[rows, tokens]` float32."""
         memory = view.state
         if not view.in_prompt:
-            current: torch.Tensor = memory["current"].to(hidden.device)[:, None]
-            return current
+            return self._gated(memory["current"].to(hidden.device)[:, None], memory)
         index = view.since_query(hidden)
         coefficient = torch.zeros(hidden.shape[:2], device=hidden.device)
         for start, value in memory["events"]:
@@ -187,36 +231,66 @@ class FASB(SteeringMethod):
             columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
             newest = hidden.shape[1] - 1 if view.last_index is None else view.last_index[:, None]
             named = columns == newest
-        return coefficient if named is None else torch.where(named, coefficient, 0.0)
+        return self._gated(coefficient if named is None else torch.where(named, coefficient, 0.0), memory)
+
+    def _gated(self, coefficient: torch.Tensor, memory: Mapping[str, Any]) -> torch.Tensor:
+        """Coefficients `[rows, tokens]` times each row's gate."""
+        return coefficient if self._gate is None else coefficient * memory["gate"].to(coefficient.device)[:, None]
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @classmethod
     def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
-        """One row a head."""
-        count = len(cast(FASBConfig, config).heads)
+        """One row a head, and the gate's."""
+        settings = cast(FASBConfig, config)
+        count = len(settings.heads)
         return {
             "probes.weight": (count, None),
             "probes.bias": (count,),
             "directions": (count, None),
             "sigma": (count,),
+            **gate_shapes(settings),
         }
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
-        """The head outputs of the probed blocks; see `head_sites`."""
-        return head_sites(cast(FASBConfig, config), info)
+        """The head outputs of the probed blocks, see `head_sites`; with a gate, the queries where it may read.
+
+        Raises:
+            ValueError: if a block or the read site is out of the model's range.
+        """
+        settings = cast(FASBConfig, config)
+        heads = head_sites(settings, info)
+        if settings.gate == "always":
+            return heads
+        return CaptureRequest((*heads.sites, *candidate_reads(settings, info)), ("query", *heads.pools))
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Choose the heads on the `calibration` part and alpha on `validation`, scored as `review` says.
+        """Fit the gate if there is one, choose the heads on the `calibration` part and alpha on `validation`.
+
+        What the gate learns from says `fit_gate`; alpha is chosen behind it, scored as `review` says.
 
         Raises:
-            DatasetError: for too few rows.
+            DatasetError: for too few rows, or a gate that needs general prompts where there are none.
         """
-        settings = cast(FASBConfig, config)
+        settings, tensors, figures = cast(FASBConfig, config), dict[str, torch.Tensor](), dict[str, Any]()
+        if settings.gate != "always":
+            settings, tensors, figures = _with_gate(data, settings)
         found = fit_heads(data, settings)
-        trial = found.trial(lambda strength: cls(found.filled_in(settings, data.info, strength), found.tensors))
+        tensors = {**tensors, **found.tensors}
+        trial = found.trial(lambda strength: cls(found.filled_in(settings, data.info, strength), tensors))
         strength, curve, why = trial.choose_strength(settings.strength, data)
-        report = {**found.report, "strength": why, "dose_response": [dataclasses.asdict(point) for point in curve]}
-        return FitResult(found.filled_in(settings, data.info, strength), found.tensors, report)
+        curve_rows = [dataclasses.asdict(point) for point in curve]
+        report = {**found.report, **figures, "strength": why, "dose_response": curve_rows}
+        return FitResult(found.filled_in(settings, data.info, strength), tensors, report)
+
+
+def _with_gate(data: FitData, config: FASBConfig) -> tuple[FASBConfig, dict[str, torch.Tensor], dict[str, Any]]:
+    """The config with what the gate's fit has chosen, the gate's tensors, and its figures."""
+    read, told = choose_read_site(data, config)
+    data.note(f"fitting the gate at {read}")
+    gate = fit_gate(config, data, read)
+    fitted = dataclasses.replace(config, read_site=str(read), gate_score=gate.score, subspace_rank=gate.subspace_rank)
+    figures = {"gate": gate.report, "gate_scores": gate.scores, "read_sites": told}
+    return fitted, gate.tensors, json_ready(figures)
