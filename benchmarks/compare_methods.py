@@ -51,6 +51,7 @@ def configs() -> dict[str, tuple[SteeringConfig, str]]:
     found = {name: (get_steering_method(name).config_cls(), "") for name in steering_methods() if name not in LEFT_OUT}
     rank = "rank 32 for the published 128, which is this model's whole width"
     found["FINESTEER, paper"] = FineSteerConfig.paper(subspace_rank=32), rank
+    found["FINESTEER, paper, strength chosen"] = FineSteerConfig.paper(subspace_rank=32, strength="auto"), rank
     found["CAA, all positions"] = CAAConfig(positions="all"), 'positions="all"'
     found["CAA, refusal vector"] = (
         CAAConfig(positions="all", vector="queries"),

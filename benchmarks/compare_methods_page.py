@@ -11,6 +11,8 @@ from finesteer_hf.evaluation.statistics import mcnemar, proportion
 
 
 REFERENCE = "FINESTEER"
+# A divergence this near to the equal dose, as a share of it, is not told.
+NEAR = 0.1
 TITLES = {"truthful": "Truthful answers to questions", "safety": "Refusal of harmful requests"}
 HEAD = """Each method is fitted by `fit_steering` with its default settings on one half of the playground (600 rows, 274
 general prompts, one store of states a task), and asked the other half, which shares no question (no request) with it.
@@ -26,8 +28,10 @@ evidence of how they rank on large models.
 - identical: held-out general prompts with the same greedy tokens as unsteered; right: solved correctly.
 - fires: held-out targets, and general prompts, on which the gate is at least 1/2; `-`: no gate of queries.
 - KL: 95th percentile of the divergence on general prompts of the fit half, in nats, at the method's own strength.
-- equal dose: effect and identical share at the strength at which that KL is {dose} nats. `closed`: general prompts hardly
-  diverge at any strength, for the gate is closed on them, so the method's own strength counts.
+- equal dose: effect and identical share at the strength (a multiple of the method's own) at which that KL is {dose} nats;
+  a large multiple is an overdose of the targets, for general prompts hardly feel the method. `closed`: they hardly
+  diverge at any strength (up to 16 times the method's own), for the gate is closed on them or the method is blind to
+  them, so its own strength counts. A KL in parentheses is the nearest that a method came.
 - time: of a decoded token, steered / unsteered, median of the pairs (quartiles); alternating calls, {rows} rows, {tokens}
   tokens. The model is so small that this is what hooks cost, not what a share of a large model's time would be.
 - file: size of `steering_model.safetensors`; fit: seconds on one busy core, states captured before.
@@ -72,14 +76,16 @@ def p_value(hits: Sequence[bool], reference: Sequence[bool] | None) -> str:
     return f"{text} (+{test.only_second}, -{test.only_first})"
 
 
-def line(found: dict[str, Any], reference: Sequence[bool] | None) -> list[str]:
+def line(found: dict[str, Any], reference: Sequence[bool] | None, nats: float) -> list[str]:
     """One method's cells."""
     own, dose = found["own"], found["dose"]
     n, general = len(own["hits"]), own["general"]
     if dose["strength"] is None:
         equal = ["closed", "closed"]
     else:
-        equal = [share(sum(dose["hits"]), n), share(dose["identical"], general)]
+        times = f" at {dose['strength'] / found['strength']:.2g}x"
+        reached = "" if abs(dose["kl"] / nats - 1) < NEAR else f" (KL {dose['kl']:.3f})"
+        equal = [share(sum(dose["hits"]), n) + times + reached, share(dose["identical"], general)]
     time = "" if "time" not in found else "{:.2f} ({:.2f} to {:.2f})".format(*found["time"]["decode"])
     return [
         found["label"],
@@ -97,7 +103,7 @@ def line(found: dict[str, Any], reference: Sequence[bool] | None) -> list[str]:
     ]
 
 
-def table(folder: Path) -> list[str]:
+def table(folder: Path, nats: float) -> list[str]:
     """A task's table: unsteered first, then the methods by effect."""
     base = json.loads((folder / "unsteered.json").read_text())["own"]
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.stem != "unsteered"]
@@ -106,7 +112,7 @@ def table(folder: Path) -> list[str]:
     n, general = len(base["hits"]), base["general"]
     unsteered = ["unsteered", share(sum(base["hits"]), n), p_value(base["hits"], reference)]
     unsteered += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
-    cells = [unsteered + [""] * (len(COLUMNS) - len(unsteered)), *(line(row, reference) for row in rows)]
+    cells = [unsteered + [""] * (len(COLUMNS) - len(unsteered)), *(line(row, reference, nats) for row in rows)]
     notes = [f"{row['label']}: {row['note']}." for row in rows if row["note"]]
     capture = sum(row["seconds"]["capture"] for row in rows)
     return [
@@ -137,5 +143,5 @@ def page(out: Path, targets: int, dose: float, rows: int, tokens: int, remarks: 
     for name, title in TITLES.items():
         folder = out / f"{name}-{targets}"
         if (folder / "unsteered.json").exists():
-            text += [f"## {title}", "", *table(folder), ""]
+            text += [f"## {title}", "", *table(folder, dose), ""]
     return "\n".join(text).rstrip() + "\n"
