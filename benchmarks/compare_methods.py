@@ -42,6 +42,7 @@ MAX_NEW_TOKENS, TIMED_TOKENS, TIMED_ROWS = 24, 32, 8
 EQUAL_DOSE = 0.05
 # Strengths of the equal-dose curve, in units of the one that the fit chose.
 AROUND = (0.25, 0.5, 1.0, 2.0)
+REMARKS = Path(__file__).with_name("compare_methods_remarks.md")
 # Nothing to fit, or nothing that could be compared with others.
 LEFT_OUT = {"CONSTANT"}
 
@@ -291,7 +292,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=0, help="timed pairs of each method; 0: no timing in this run")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no method of a task after so long")
     parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
-    parser.add_argument("--remarks", type=Path, default=None, help="markdown that the page puts before the tables")
+    parser.add_argument("--remarks", type=Path, default=REMARKS, help="markdown that the page puts before the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
