@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([A-Z]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
 BUILT_IN = [
-    name for name in steering_methods() if get_steering_method(name).method_cls.__module__.startswith("finesteer_hf.")
+    name for name in steering_methods() if get_steering_method(name).method_cls.__module__.startswith("finesteer_hf.methods.")
 ]
 
 

@@ -150,7 +150,10 @@ def test_the_revision_of_the_base_is_not_the_adapters(repo: HubServer) -> None:
 # Errors that teach
 
 
-def test_what_is_missing_is_named_with_what_exists(repo: HubServer) -> None:
+def test_what_is_missing_is_named_with_what_exists(
+    repo: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     small_adapter().push_to_hub("org/many", subfolder="true")
     small_adapter().push_to_hub("org/many", subfolder="kind")
     repo.commit("org/lora", {"adapter_config.json": "{}"})
