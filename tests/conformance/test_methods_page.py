@@ -13,9 +13,8 @@ from finesteer_hf.testing import FEATURES
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([A-Z]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
-BUILT_IN = [
-    name for name in steering_methods() if get_steering_method(name).method_cls.__module__.startswith("finesteer_hf.methods.")
-]
+HOME = "finesteer_hf.methods."
+BUILT_IN = [n for n in steering_methods() if get_steering_method(n).method_cls.__module__.startswith(HOME)]
 
 
 def test_every_method_has_a_section():
