@@ -248,10 +248,12 @@ def test_of_two_that_push_at_once_one_wins_and_the_other_is_told(hub_client: Hub
     # Both look at the same head; the slower commit arrives at a branch that has moved.
     hub_client.faults.add(Fault("POST .*/commit/", "slow", seconds=1.0))
     outcomes: dict[int, Any] = {}
+    # Made here: their random numbers come from a generator that threads share.
+    pushed = {seed: small_adapter(seed) for seed in (1, 2)}
 
     def client(seed: int) -> None:
         try:
-            outcomes[seed] = small_adapter(seed).push_to_hub("org/a", tag=f"v{seed}")
+            outcomes[seed] = pushed[seed].push_to_hub("org/a", tag=f"v{seed}")
         except Exception as error:
             outcomes[seed] = error
 
@@ -267,7 +269,7 @@ def test_of_two_that_push_at_once_one_wins_and_the_other_is_told(hub_client: Hub
     won = 3 - lost[0]
     assert set(hub_client.repo("org/a").tags) == {f"v{won}"}
     assert len(hub_client.commits("org/a")) == 3
-    assert tensors_equal(SteeringAdapter.from_pretrained("org/a").tensors, small_adapter(won).tensors)
+    assert tensors_equal(SteeringAdapter.from_pretrained("org/a").tensors, pushed[won].tensors)
     small_adapter(lost[0]).push_to_hub("org/a", tag=f"v{lost[0]}")
     assert len(hub_client.commits("org/a")) == 4
 
