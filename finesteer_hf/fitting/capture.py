@@ -1,10 +1,10 @@
 """Reading states: one pass a text, no further than the deepest site, and only the positions that are needed.
 
-The answers of a row share their prompt, so the prompt goes through the model once: its keys and values are kept, and
-every answer continues from them. What all prompts begin with, a template's header and a system message, goes through once
-for all of them. Where an architecture's cache cannot do that (state-space layers, windows shorter than
-the text), texts go through whole, and the query's state is read in the pass of an answer. The blocks above the deepest
-site and the language-model head never run.
+The answers of a row share their prompt, so the prompt goes through the model once, with its answers packed behind it
+(see `packing`). What all prompts begin with, a template's header and a system message, goes through once for all of them.
+Where an architecture cannot do that (state-space layers, windows shorter than the text, masks of its own), texts go
+through whole, and the query's state is read in the pass of an answer. The blocks above the deepest site and the
+language-model head never run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting.jobs import Job, TextPass, batches, pad_right, sequences_of
+from finesteer_hf.fitting.packing import lay_out, longest_text, pack, packed_length
 from finesteer_hf.fitting.reading import ForwardReader, Wanted
 from finesteer_hf.fitting.templating import Passage
 from finesteer_hf.methods.base import CaptureRequest, Pool
@@ -31,9 +32,13 @@ from finesteer_hf.sites import Site, TextTower
 
 Unit = TypeVar("Unit")
 Key = tuple[Site, Pool]
-# Padded tokens a batch: on a CPU more only pads and takes memory; on a GPU more fits, and what does not is halved.
-CPU_TOKENS, GPU_TOKENS = 256, 16384
-UNAFFORDABLE = 1 << 62
+# Padded tokens a batch: on a CPU more gains nothing and takes memory; on a GPU more fits, and what does not is halved.
+CPU_TOKENS, GPU_TOKENS = 384, 16384
+# Attention in a row costs tokens squared, so a row is no longer than keeps that small beside the model's width.
+SHORTEST_ROW, LONGEST_ROW = 128, 1024
+# Longer jobs would need a mask of more than a quarter of a gigabyte.
+LONGEST_PACKED = 8192
+UNBOUNDED = 1 << 62
 # A shorter beginning, or one of fewer prompts, is not worth a pass of its own.
 SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
 # Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
@@ -78,7 +83,8 @@ class StateReader:
         model: a causal LM; if it is steered, it is read unsteered.
         request: sites and pools.
         batch_size: texts a forward, or `auto` for a budget of tokens.
-        share_prompts: whether answers continue from their prompt's cache; None: if the first rows read alike both ways.
+        share_prompts: whether prompts are run once, packed with their answers; None: if the first rows read alike both
+            ways.
         describe: says where passages come from, for messages.
 
     Attributes:
@@ -106,6 +112,7 @@ class StateReader:
         self.device = input_device(model)
         self.batch_size = batch_size
         self.token_budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        self.row_tokens = min(self.token_budget, LONGEST_ROW, max(SHORTEST_ROW, self.tower.hidden_size))
         self.window = shareable_length(model, self.tower)
         self.shares_prompts = False if self.window == 0 else share_prompts
         self.describe = describe or (lambda passages: f"{len(passages)} texts")
@@ -148,18 +155,20 @@ class StateReader:
         wants_answers = any(pool != "query" for pool in self.request.pools)
         if not wants_answers:
             jobs = [Job(job.prompt) for job in jobs if job.prompt is not None]
-        pairs = [job for job in jobs if job.prompt is not None and len(job.answers) > 1]
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
         with unsteered(), self.reader.installed():
-            shared = [job for job in pairs if sum(padded_widths([job])) < self.window]
             self._prefix, self._prefix_cache = common_prefix(jobs if among is None else among), None
+            shared = [job for job in jobs if self._can_be_packed(job)]
             if shared and self.shares_prompts is None:
                 self.shares_prompts = self._reads_alike(shared)
             shared = shared if self.shares_prompts else []
-            whole = sequences_of(job for job in jobs if job not in set(shared))
-            shared.sort(key=padding_order, reverse=True)
+            packed = set(shared)
+            whole = sequences_of(job for job in jobs if job not in packed)
             whole.sort(key=lambda text: len(text.ids), reverse=True)
-            for batch in self._run(shared, self._shared_cost, self._read_shared):
+            texts = UNBOUNDED if self.batch_size == "auto" else int(self.batch_size)
+            rows = pack(shared, len(self._prefix), self.row_tokens, texts)
+            rows.sort(key=self._row_length, reverse=True)
+            for batch in self._run(rows, self._packed_cost, self._read_packed):
                 advance(len(batch.prompts) + len(batch.answers))
                 yield self._checked(batch)
             self._prefix_cache = None
@@ -169,11 +178,20 @@ class StateReader:
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    def _shared_cost(self, jobs: Sequence[Job]) -> int:
-        texts = sum(len(job.answers) for job in jobs)
-        if len(jobs) > 1 and sum(padded_widths(jobs)) >= self.window:
-            return UNAFFORDABLE
-        return texts if self.batch_size != "auto" else texts * (sum(padded_widths(jobs)) - len(self._prefix)) // 2
+    def _can_be_packed(self, job: Job) -> bool:
+        if job.prompt is None or longest_text(job) >= self.window:
+            return False
+        begun = len(self._prefix)
+        begins_alike = len(job.prompt.ids) > begun and job.prompt.ids[:begun] == self._prefix
+        return begins_alike and packed_length(job, begun) <= LONGEST_PACKED
+
+    def _row_length(self, row: Sequence[Job]) -> int:
+        return sum(packed_length(job, len(self._prefix)) for job in row)
+
+    def _packed_cost(self, rows: Sequence[Sequence[Job]]) -> int:
+        if self.batch_size != "auto":
+            return sum(max(1, len(job.answers)) for row in rows for job in row)
+        return len(rows) * self._row_length(rows[0])  # the first is the longest
 
     def _whole_cost(self, texts: Sequence[TextPass]) -> int:
         return len(texts) if self.batch_size != "auto" else len(texts) * max(len(text.ids) for text in texts)
@@ -229,74 +247,57 @@ class StateReader:
                 wanted.answer_rows.append(row)
                 wanted.answer_starts.append(int(text.answer.answer_start or 0))
                 wanted.answer_ends.append(len(text.ids))
-        states = self._forward({"input_ids": ids, "attention_mask": mask}, mask, wanted)
+        states = self._forward({"input_ids": ids, "attention_mask": mask}, int(mask.sum()), wanted)
         return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
 
-    def _read_shared(self, jobs: Sequence[Job]) -> CapturedBatch:
-        prompts = [job.prompt for job in jobs if job.prompt is not None]
+    def _read_packed(self, rows: Sequence[Sequence[Job]]) -> CapturedBatch:
         begun = len(self._prefix)
-        ids, rest = pad_right([prompt.ids[begun:] for prompt in prompts], self.device)
-        cache = self._begin(len(jobs))
-        mask = torch.nn.functional.pad(rest, (begun, 0), value=1)
-        positions = (begun + torch.arange(ids.shape[1], device=ids.device)).expand(len(jobs), -1)
-        wanted = Wanted(list(range(len(jobs))), [len(prompt.ids) - 1 - begun for prompt in prompts])
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        of_prompts = self._forward(inputs, rest, wanted, use_cache=True)
-
-        owners = torch.tensor([row for row, job in enumerate(jobs) for _ in job.answers], device=ids.device)
-        answers = [answer for job in jobs for answer in job.answers]
-        select_rows(cache, owners)
-        ids, answer_mask = pad_right([a.ids[a.answer_start :] for a in answers], self.device)
-        lengths = mask.sum(1)[owners]
-        positions = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        counts = [len(a.ids) - int(a.answer_start or 0) for a in answers]
-        wanted = Wanted([], [], list(range(len(answers))), [0] * len(answers), counts)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.cat([mask[owners], answer_mask], dim=1),
-            "position_ids": positions,
-            "past_key_values": cache,
+        packed = lay_out(rows, begun, self.device)
+        inputs: dict[str, Any] = {
+            "input_ids": packed.ids,
+            "attention_mask": packed.additive_mask(self.model.dtype),
+            "position_ids": packed.positions,
         }
-        of_answers = self._forward(inputs, answer_mask, wanted, use_cache=True)
-        states = {
-            site: {**of_answers[site], **{p: v for p, v in pools.items() if p == "query"}}
-            for site, pools in of_prompts.items()
-        }
-        return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
+        if begun:
+            inputs["past_key_values"] = self._begin(len(rows))
+        states = self._forward(inputs, packed.real, packed.wanted, use_cache=begun > 0)
+        batch = CapturedBatch(packed.prompts, packed.answers, as_arrays(states))
+        if all(np.isfinite(values).all() for values in batch.states.values()):
+            return batch
+        # What is not finite spreads to neighbours through weights of zero: read apart, it is its own row's alone.
+        return self._read_whole(sequences_of(job for row in rows for job in row))
 
     def _begin(self, rows: int) -> DynamicCache:
         """A cache that holds what all prompts begin with, for so many rows."""
-        if not self._prefix:
-            return DynamicCache(config=self.model.config)
         if self._prefix_cache is None:
-            self._prefix_cache = DynamicCache(config=self.model.config)
+            # Without a config: a window's layer would keep the end of a row, which holds many texts.
+            self._prefix_cache = DynamicCache()
             ids, mask = pad_right([self._prefix], self.device)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            self._forward({**inputs, "past_key_values": self._prefix_cache}, mask, Wanted(), use_cache=True)
+            self._forward({**inputs, "past_key_values": self._prefix_cache}, ids.numel(), Wanted(), use_cache=True)
         cache = copy.deepcopy(self._prefix_cache)
-        select_rows(cache, torch.zeros(rows, dtype=torch.long))
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
         return cache
 
     def _forward(
-        self, inputs: dict[str, Any], mask: torch.Tensor, wanted: Wanted, use_cache: bool = False
+        self, inputs: dict[str, Any], real_tokens: int, wanted: Wanted, use_cache: bool = False
     ) -> dict[Site, dict[Pool, torch.Tensor]]:
         if self._takes_cache_flag:
             inputs["use_cache"] = use_cache
         self.count.passes += 1
-        self.count.tokens += int(mask.sum())
-        self.count.padded_tokens += mask.numel()
+        self.count.tokens += real_tokens
+        self.count.padded_tokens += inputs["input_ids"].numel()
         return self.reader.run(inputs, wanted)
 
     def _reads_alike(self, jobs: Sequence[Job]) -> bool:
-        """Whether two rows of different length read the same through a shared prompt as they do whole."""
-        by_length = sorted(jobs, key=lambda job: padded_widths([job]))
-        short = Job(by_length[0].prompt, by_length[0].answers[:2])
-        longer = (Job(job.prompt, job.answers[:2]) for job in reversed(by_length[: len(by_length) // 2 + 1]))
-        few = next(([short, job] for job in longer if sum(padded_widths([short, job])) < self.window), [short])
+        """Whether three jobs of different length read the same packed in a row as each of their texts does alone."""
+        by_length = sorted((Job(job.prompt, job.answers[:2]) for job in jobs), key=packed_length)
+        few = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2], by_length[-1]]))
         whole = self._read_whole(sequences_of(few))
         try:
-            shared = self._read_shared(few)
+            shared = self._read_packed([few])
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -309,21 +310,14 @@ class StateReader:
         return True
 
 
-def padded_widths(jobs: Sequence[Job]) -> tuple[int, int]:
-    """Widths of the longest prompt and of the longest answer after it."""
-    prompts = max(len(job.prompt.ids) for job in jobs if job.prompt is not None)
-    return prompts, max((len(a.ids) - int(a.answer_start or 0) for job in jobs for a in job.answers), default=0)
-
-
-def padding_order(job: Job) -> tuple[int, int]:
-    """Order in which batches are padded least: prompts of about the same length, then answers."""
-    prompt, answer = padded_widths([job])
-    return prompt // 8, answer
-
-
 def common_prefix(jobs: Sequence[Job]) -> tuple[int, ...]:
-    """Ids that all prompts of several answers begin with, short of their last token; nothing where it would not pay."""
-    prompts = [job.prompt.ids[:-1] for job in jobs if job.prompt is not None and len(job.answers) > 1]
+    """Ids that all prompts begin with, short of their last token; nothing where it would not pay.
+
+    Where some jobs have several answers, their prompts count alone: a general prompt of another form does not undo what
+    they share.
+    """
+    with_answers = [job for job in jobs if len(job.answers) > 1]
+    prompts = [job.prompt.ids[:-1] for job in with_answers or jobs if job.prompt is not None]
     if len(prompts) < FEWEST_PROMPTS:
         return ()
     # Where any two differ first, the first and the last in order do.
@@ -337,24 +331,17 @@ def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, n
     return {(site, pool): value.cpu().numpy() for site, pools in states.items() for pool, value in pools.items()}
 
 
-def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
-    """Repeat or drop rows of a cache, whose layers may be on several devices, or empty above the deepest site."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.get_seq_length():
-            layer.batch_select_indices(rows.to(layer.keys.device))
-
-
 def shareable_length(model: Any, tower: TextTower) -> int:
-    """Longest text whose prompt's cache can be shared; 0 if the architecture's cache cannot be.
+    """Length that a packed text must stay below; 0 if an architecture's texts cannot be packed.
 
-    Layers with a sliding window keep every column of a text that is shorter than the window.
+    A text that is shorter than a sliding window is seen whole by its layers.
     """
     if (
         getattr(model, "_is_stateful", False)
         or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
     ):
         return 0
-    length = UNAFFORDABLE
+    length = UNBOUNDED
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
             length = min(length, int(layer.sliding_window))

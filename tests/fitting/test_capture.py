@@ -13,7 +13,8 @@ from fitting_toys import random_rows, small_model
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError, SiteError
 from finesteer_hf.fitting.capture import StateReader
-from finesteer_hf.fitting.jobs import make_jobs
+from finesteer_hf.fitting.jobs import Job, make_jobs
+from finesteer_hf.fitting.packing import lay_out, packed_length
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import CaptureRequest
@@ -116,15 +117,15 @@ def test_the_prompt_passes_once_and_nothing_above_the_deepest_site_runs() -> Non
     model.lm_head.register_forward_hook(lambda m, a, o: runs.update(["head"]))
     request = CaptureRequest((Site("resid_post", 0), Site("resid_post", 2)))
     _, reader = capture(model, request, rows, share_prompts=True)
-    assert reader.count.passes == 2
-    assert runs == {"block 0": 2, "block 1": 2, "block 2": 2}
+    assert reader.count.passes == 1
+    assert runs == {"block 0": 1, "block 1": 1, "block 2": 1}
     prompts = sum(len(row.prompt.ids) for row in rows)
     answers = sum(len(p.ids) - p.answer_start for row in rows for p in (row.chosen, row.rejected))
     assert reader.count.tokens == prompts + answers
 
     runs.clear()
     capture(model, CaptureRequest((Site("resid_pre", 2),)), rows, share_prompts=True)
-    assert runs == {"block 0": 2, "block 1": 2}
+    assert runs == {"block 0": 1, "block 1": 1}
 
 
 def test_repeated_prompts_and_answers_are_read_once() -> None:
@@ -242,7 +243,7 @@ def test_offloaded_weights_are_put_away_again() -> None:
 def test_a_batch_size_counts_texts() -> None:
     rows = random_rows(8)
     model, request = small_model("llama"), CaptureRequest((Site("resid_post", 1),))
-    assert capture(model, request, rows, batch_size=4, share_prompts=True)[1].count.passes == 2 * 4
+    assert capture(model, request, rows, batch_size=4, share_prompts=True)[1].count.passes == 4
     assert capture(model, request, rows, batch_size=4, share_prompts=False)[1].count.passes == 4
     with pytest.raises(ValueError, match="batch_size"):
         StateReader(model, request, batch_size=0)
@@ -253,17 +254,53 @@ def test_a_site_that_the_model_lacks_is_refused_at_once() -> None:
         StateReader(small_model("llama"), CaptureRequest((Site("resid_post", 4),)))
 
 
-def test_a_batch_is_never_padded_beyond_the_window() -> None:
-    # A long prompt with a short answer and the reverse: each fits the window, side by side they do not.
+def test_a_row_may_be_longer_than_the_window_and_a_text_may_not() -> None:
+    # Each text but the last fits the window of 13; the row of the first three has 46 tokens.
     rows = [
         EncodedRow(Passage((3,) * 10), Passage((*(3,) * 10, 4), 10), Passage((*(3,) * 10, 5), 10)),
         EncodedRow(Passage((6,)), Passage((6, *range(7, 17)), 1), Passage((6, *range(17, 27)), 1)),
+        EncodedRow(Passage((8, 9)), Passage((8, 9, *range(7, 12)), 2), Passage((8, 9, *range(17, 22)), 2)),
+        EncodedRow(Passage((9,) * 11), Passage((*(9,) * 11, 4), 11), Passage((*(9,) * 11, 5, 6), 11)),
     ]
     model = small_model("mistral", sliding_window=13)
     request = CaptureRequest((Site("resid_post", 3),), POOLS)
     store, reader = capture(model, request, rows, share_prompts=True)
-    assert reader.count.passes == 4
+    assert reader.count.passes == 2
     check_against_hand(model, request, store, rows)
+
+
+def test_rows_are_padded_little_and_prompts_without_answers_are_packed_too() -> None:
+    model, rows = small_model("llama"), random_rows(60)
+    jobs = make_jobs(rows, [row.prompt for row in random_rows(20, seed=1)])
+    reader = StateReader(model, CaptureRequest((Site("resid_post", 1),)), share_prompts=True)
+    list(reader.read(jobs))
+    assert reader.count.tokens == sum(packed_length(job) for job in jobs)
+    assert reader.count.padded_tokens < 1.2 * reader.count.tokens
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+def test_a_packed_token_sees_its_own_text_alone(begun: int) -> None:
+    beginning = tuple(range(3, 3 + begun))
+    jobs = [
+        Job(Passage((*beginning, 10, 11)), (Passage((*beginning, 10, 11, 12), 2 + begun),)),
+        Job(
+            Passage((*beginning, 20)),
+            (Passage((*beginning, 20, 21, 22), 1 + begun), Passage((*beginning, 20, 23), 1 + begun)),
+        ),
+        Job(Passage((*beginning, 30))),
+    ]
+    packed = lay_out([jobs[:2], jobs[2:]], begun, torch.device("cpu"))
+    texts = [answer.ids for answer in packed.answers] + [prompt.ids for prompt in packed.prompts]
+    for row in range(2):
+        for column in range(packed.ids.shape[1]):
+            seen = packed.visible[row, column]
+            assert seen[:begun].all()
+            if packed.ids[row, column]:
+                line = (*beginning, *packed.ids[row, seen[begun:]].tolist())
+                assert any(text[: len(line)] == line for text in texts)
+                assert packed.positions[row, column] == len(line) - 1
+    assert packed.real == sum(packed_length(job, begun) for job in jobs) == 8
+    assert packed.visible.any(-1).all()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma2"])
