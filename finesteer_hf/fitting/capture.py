@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -157,21 +157,20 @@ class StateReader:
             jobs = [Job(job.prompt) for job in jobs if job.prompt is not None]
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
         with unsteered(), self.reader.installed():
-            self._prefix, self._prefix_cache = common_prefix(jobs if among is None else among), None
-            shared = [job for job in jobs if self._can_be_packed(job)]
-            if shared and self.shares_prompts is None:
-                self.shares_prompts = self._reads_alike(shared)
-            shared = shared if self.shares_prompts else []
-            packed = set(shared)
-            whole = sequences_of(job for job in jobs if job not in packed)
-            whole.sort(key=lambda text: len(text.ids), reverse=True)
-            texts = UNBOUNDED if self.batch_size == "auto" else int(self.batch_size)
-            rows = pack(shared, len(self._prefix), self.row_tokens, texts)
-            rows.sort(key=self._row_length, reverse=True)
-            for batch in self._run(rows, self._packed_cost, self._read_packed):
-                advance(len(batch.prompts) + len(batch.answers))
-                yield self._checked(batch)
+            apart: list[Job] = []
+            for own, prompts in by_kind(jobs, jobs if among is None else among):
+                self._prefix, self._prefix_cache = common_prefix(prompts), None
+                shared = [job for job in own if self._can_be_packed(job)]
+                if shared and self.shares_prompts is None:
+                    self.shares_prompts = self._reads_alike(shared)
+                shared = shared if self.shares_prompts else []
+                packed = set(shared)
+                apart += [job for job in own if job not in packed]
+                for batch in self._run(self._rows_of(shared), self._packed_cost, self._read_packed):
+                    advance(len(batch.prompts) + len(batch.answers))
+                    yield self._checked(batch)
             self._prefix_cache = None
+            whole = sorted(sequences_of(apart), key=lambda text: len(text.ids), reverse=True)
             for batch in self._run(whole, self._whole_cost, self._read_whole):
                 advance(len(batch.prompts) + len(batch.answers))
                 yield self._checked(batch)
@@ -184,6 +183,10 @@ class StateReader:
         begun = len(self._prefix)
         begins_alike = len(job.prompt.ids) > begun and job.prompt.ids[:begun] == self._prefix
         return begins_alike and packed_length(job, begun) <= LONGEST_PACKED
+
+    def _rows_of(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        texts = UNBOUNDED if self.batch_size == "auto" else int(self.batch_size)
+        return sorted(pack(jobs, len(self._prefix), self.row_tokens, texts), key=self._row_length, reverse=True)
 
     def _row_length(self, row: Sequence[Job]) -> int:
         return sum(packed_length(job, len(self._prefix)) for job in row)
@@ -292,9 +295,9 @@ class StateReader:
         return self.reader.run(inputs, wanted)
 
     def _reads_alike(self, jobs: Sequence[Job]) -> bool:
-        """Whether three jobs of different length read the same packed in a row as each of their texts does alone."""
+        """Whether two jobs of different length read the same packed in a row as each of their texts does alone."""
         by_length = sorted((Job(job.prompt, job.answers[:2]) for job in jobs), key=packed_length)
-        few = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2], by_length[-1]]))
+        few = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2]]))
         whole = self._read_whole(sequences_of(few))
         try:
             shared = self._read_packed([few])
@@ -310,18 +313,21 @@ class StateReader:
         return True
 
 
-def common_prefix(jobs: Sequence[Job]) -> tuple[int, ...]:
-    """Ids that all prompts begin with, short of their last token; nothing where it would not pay.
+def by_kind(jobs: Sequence[Job], among: Sequence[Job]) -> Iterator[tuple[list[Job], list[Passage | None]]]:
+    """Jobs whose prompts have answers, then the others, which begin otherwise; each with all prompts of its kind."""
+    answered = {job.prompt for job in among if job.answers}
+    for kind in (True, False):
+        prompts = [job.prompt for job in among if (job.prompt in answered) is kind]
+        yield [job for job in jobs if (job.prompt in answered) is kind], prompts
 
-    Where some jobs have several answers, their prompts count alone: a general prompt of another form does not undo what
-    they share.
-    """
-    with_answers = [job for job in jobs if len(job.answers) > 1]
-    prompts = [job.prompt.ids[:-1] for job in with_answers or jobs if job.prompt is not None]
-    if len(prompts) < FEWEST_PROMPTS:
+
+def common_prefix(prompts: Iterable[Passage | None]) -> tuple[int, ...]:
+    """Ids that all prompts begin with, short of their last token; nothing where it would not pay."""
+    texts = [prompt.ids[:-1] for prompt in prompts if prompt is not None]
+    if len(texts) < FEWEST_PROMPTS:
         return ()
     # Where any two differ first, the first and the last in order do.
-    first, last = min(prompts), max(prompts)
+    first, last = min(texts), max(texts)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:length] if length >= SHORTEST_PREFIX else ()
 

@@ -320,3 +320,23 @@ def test_what_all_prompts_begin_with_passes_once(kind: str) -> None:
     alone = capture(model, request, plain, share_prompts=True, batch_size=4)[1].count
     assert reader.count.tokens == alone.tokens + len(header)
     assert reader.count.passes == alone.passes + 1
+
+
+def test_general_prompts_share_a_beginning_of_their_own() -> None:
+    model, plain, general = small_model("llama"), random_rows(12), random_rows(10, seed=1)
+    headers = tuple(range(20, 31)), tuple(range(40, 50))
+
+    def headed(header: tuple[int, ...], passage: Passage) -> Passage:
+        start = None if passage.answer_start is None else passage.answer_start + len(header)
+        return Passage((*header, *passage.ids), start)
+
+    rows = [EncodedRow(*(headed(headers[0], p) for p in (row.prompt, row.chosen, row.rejected))) for row in plain]
+    prompts = [headed(headers[1], row.prompt) for row in general]
+    jobs, site = make_jobs(rows, prompts), Site("resid_post", 1)
+    reader, store = StateReader(model, CaptureRequest((site,)), share_prompts=True), ActivationStore(None, {})
+    for batch in reader.read(jobs):
+        store.add(batch)
+    bare = make_jobs(plain, [row.prompt for row in general])
+    assert reader.count.tokens == sum(map(packed_length, bare)) + sum(map(len, headers))
+    expected = np.stack([by_hand(model, site, prompt)[-1].numpy() for prompt in prompts])
+    np.testing.assert_allclose(store.get((site, "query"), prompts), expected, rtol=2e-4, atol=2e-4)
