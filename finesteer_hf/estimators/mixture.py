@@ -165,8 +165,8 @@ class MixtureSteering(BaseEstimator):
         count = len(experts.sizes)
         if count > 1:
             for train, test in make_folds(len(features), INNER_FOLDS, groups, self.seed + 1):
-                kept = None if groups is None else groups[train]
-                part = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
+                own = _rows(groups, train)
+                part = fit_prototypes(features[train], targets[train], count, groups=own, seed=self.seed)
                 left[test] = targets[test] - part.predict(features[test])
         rank = self.residual_rank
         if not isinstance(rank, str):
@@ -182,6 +182,13 @@ class MixtureSteering(BaseEstimator):
         All numbers of experts are compared without a residual; with one, only K = 1 and the best of the others.
         """
         self._folds = make_folds(len(features), self.folds, groups, self.seed)
+        self._fold_experts: dict[int, list[RoutedPrototypes]] = {
+            count: [
+                fit_prototypes(features[train], targets[train], count, groups=_rows(groups, train), seed=self.seed)
+                for train, _ in self._folds
+            ]
+            for count in counts
+        }
         constants = np.empty_like(targets)
         for train, test in self._folds:
             constants[test] = targets[train].mean(axis=0)
@@ -212,12 +219,10 @@ class MixtureSteering(BaseEstimator):
         self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, count: int, with_residual: bool
     ) -> _Trial:
         predicted, ranks = np.empty_like(targets), []
-        for train, test in self._folds:
-            kept = None if groups is None else groups[train]
-            experts = fit_prototypes(features[train], targets[train], count, groups=kept, seed=self.seed)
+        for (train, test), experts in zip(self._folds, self._fold_experts[count], strict=True):
             predicted[test] = experts.predict(features[test])
             if with_residual:
-                residual = self._fit_residual(experts, features[train], targets[train], kept)
+                residual = self._fit_residual(experts, features[train], targets[train], _rows(groups, train))
                 predicted[test] += residual.predict(features[test])
                 ranks.append(residual.rank_)
         rank = float(np.mean(ranks)) if ranks else 0.0
@@ -281,3 +286,7 @@ class MixtureSteering(BaseEstimator):
         check_is_fitted(self)
         names = ("router_weight", "router_bias", "prototypes", "mean", "down", "up", "bias")
         return {name: runtime_tensor(getattr(self, f"{name}_")) for name in names}
+
+
+def _rows(groups: NDArray[Any] | None, rows: NDArray[np.intp]) -> NDArray[Any] | None:
+    return None if groups is None else groups[rows]

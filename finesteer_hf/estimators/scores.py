@@ -213,7 +213,7 @@ class StateScore(BaseEstimator):
 
     @staticmethod
     def _classifier(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, class_weight="balanced", max_iter=2_000, tol=1e-6)
+        return LogisticRegression(C=strength, class_weight="balanced", max_iter=2_000, tol=1e-6, warm_start=True)
 
     def _choose(self, rows: Matrix, truth: NDArray[Any], groups: NDArray[Any] | None) -> float:
         smallest = int(min(truth.sum(), (1 - truth).sum()))
@@ -233,8 +233,9 @@ class StateScore(BaseEstimator):
         for (ir_train, ir_test), (general_train, general_test) in splits:
             train = np.concatenate([ir[ir_train], general[general_train]])
             test = np.concatenate([ir[ir_test], general[general_test]])
+            model = self._classifier(self.GRID[0])  # each strength starts from where the last one ended
             for index, strength in enumerate(self.GRID):
-                odds = self._classifier(strength).fit(rows[train], truth[train]).decision_function(rows[test])
+                odds = model.set_params(C=strength).fit(rows[train], truth[train]).decision_function(rows[test])
                 losses[index, test] = np.logaddexp(0.0, np.where(truth[test] == 1, -odds, odds)) * weight[test]
         self.curve_ = [
             {"C": strength, "log_loss": float(loss.mean())} for strength, loss in zip(self.GRID, losses, strict=True)
