@@ -40,7 +40,7 @@ from finesteer_hf.evaluation.statistics import paired_difference
 from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
 from finesteer_hf.evaluation.truthfulqa import preference_rows as truthfulqa_rows
 from finesteer_hf.fitting.capture import CaptureCount, StateReader
-from finesteer_hf.fitting.data import parse_preferences
+from finesteer_hf.fitting.data import read_preferences
 from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.templating import EncodedRow, encode_preferences
 from finesteer_hf.methods.base import CaptureRequest
@@ -113,7 +113,7 @@ def prepared(setting: Setting) -> tuple[Any, Any, list[dict[str, Any]], list[dic
 
 
 def encoded(tokenizer: Any, rows: list[dict[str, Any]]) -> list[EncodedRow]:
-    return encode_preferences(tokenizer, parse_preferences(rows)).rows
+    return encode_preferences(tokenizer, read_preferences(rows).rows).rows
 
 
 def states(
@@ -186,7 +186,7 @@ def run_ours(setting: Setting, test_queries: np.ndarray) -> Outcome:
     chosen = adapter.config
     notes = f"{chosen.experts}, K={chosen.num_experts}, rank {chosen.residual_rank}, score {chosen.gate_score}"
     clock = chosen.fit["seconds"]
-    reading = seconds * clock["capture"] / (clock["capture"] + clock["fit"])
+    reading = seconds * (1 - clock["fit"] / sum(clock.values()))
     return Outcome(seconds, reading, peak, saved_size(adapter), vectors, notes)
 
 

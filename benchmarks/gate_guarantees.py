@@ -38,6 +38,7 @@ from finesteer_hf.estimators import (
 from finesteer_hf.evaluation.statistics import mean_with_interval
 from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
 from finesteer_hf.fitting.capture import StateReader
+from finesteer_hf.fitting.data import PromptRow
 from finesteer_hf.fitting.general import default_general_prompts
 from finesteer_hf.fitting.jobs import Job
 from finesteer_hf.fitting.templating import Passage, encode_prompts
@@ -63,7 +64,7 @@ def states(model: Any, tokenizer: Any, prompts: Sequence[Any], layer: int) -> np
     """States of the prompts' last tokens after a block, in the order of the prompts."""
     site = Site("resid_post", layer)
     reader = StateReader(model, CaptureRequest((site,), ("query",)))
-    passages = encode_prompts(tokenizer, prompts)
+    passages = encode_prompts(tokenizer, [PromptRow(prompt) for prompt in prompts])
     found: dict[Passage, np.ndarray] = {}
     for batch in reader.read([Job(passage) for passage in dict.fromkeys(passages)]):
         found |= dict(zip(batch.prompts, batch.states[site, "query"], strict=True))

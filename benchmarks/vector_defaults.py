@@ -41,7 +41,7 @@ from finesteer_hf.evaluation.statistics import mean_with_interval, paired_differ
 from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
 from finesteer_hf.evaluation.truthfulqa import preference_rows as truthfulqa_rows
 from finesteer_hf.fitting.capture import StateReader
-from finesteer_hf.fitting.data import parse_preferences
+from finesteer_hf.fitting.data import read_preferences, read_prompts
 from finesteer_hf.fitting.jobs import make_jobs
 from finesteer_hf.fitting.templating import encode_preferences, encode_prompts
 from finesteer_hf.methods.base import CaptureRequest
@@ -72,7 +72,7 @@ class Rows:
 def read(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], layer: int) -> Rows:
     """Read states of preference rows after a block."""
     site = Site("resid_post", layer)
-    encoded = encode_preferences(tokenizer, parse_preferences(list(rows))).rows
+    encoded = encode_preferences(tokenizer, read_preferences(rows).rows).rows
     reader, found = StateReader(model, CaptureRequest((site,))), {}
     for batch in reader.read(make_jobs(encoded)):
         found |= dict(zip(batch.prompts, batch.states[site, "query"], strict=True))
@@ -86,7 +86,7 @@ def read(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], layer: int)
 
 def read_general(model: Any, tokenizer: Any, layer: int) -> np.ndarray:
     site = Site("resid_post", layer)
-    passages = encode_prompts(tokenizer, [row["prompt"] for row in playground.general_rows("all")])
+    passages = encode_prompts(tokenizer, read_prompts(playground.general_rows("all")).rows)
     reader = StateReader(model, CaptureRequest((site,), ("query",)))
     jobs = make_jobs([], passages)
     return np.concatenate([batch.states[site, "query"] for batch in reader.read(jobs)])

@@ -43,6 +43,9 @@ def fit(
     ] = DataFormat.preference,
     half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
     store: Annotated[Path | None, typer.Option(help="Folder that keeps activations, to resume and to reuse.")] = None,
+    max_rows: Annotated[
+        int, typer.Option(help="Most rows used of each data set, whole prompts drawn at random; 0 uses all.")
+    ] = 20_000,
     seed: Annotated[int, typer.Option()] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
@@ -68,6 +71,7 @@ def fit(
         general_dataset=None if general == "none" else general,
         seed=seed,
         store_dir=store,
+        max_rows=max_rows or None,
     )
     adapter.save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())

@@ -1,203 +1,168 @@
-"""Contrast data: where rows come from, what they must look like, and their one inner form.
+"""Contrast data: what rows must look like, and their one inner form.
 
 Rows are TRL's preference format, so its data sets fit as they are: `prompt`, `chosen`, `rejected` as text or as lists of
-chat messages, with the prompt in its own column or at the head of both answers.
+chat messages, with the prompt in its own column or at the head of both answers. Every row of a data set is checked as it
+passes; those that are to be fitted are kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from finesteer_hf.errors import DatasetError
+from finesteer_hf.fitting.records import DatasetLike, DataSource, PromptSample, RecordStream, RowNumbers
 
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = "str | list[Message]"
-DatasetLike: TypeAlias = Any
 
 GROUP_COLUMNS = ("category", "group")
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_SHOWN_ROWS = 10
 
 
 @dataclass(frozen=True)
-class PreferenceRow:
-    """A query with a wanted and an unwanted answer.
+class PromptRow:
+    """A query.
 
     Attributes:
         prompt: text, or the messages up to the query.
-        chosen: the wanted answer alone: text, or its messages.
-        rejected: the unwanted answer alone.
-        group: category, if the data set has one.
-        id: the row's own id, or its number.
+        number: of the row in its data set.
     """
 
     prompt: Text
-    chosen: Text
-    rejected: Text
-    group: str | None = None
-    id: str = ""
+    number: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
-class DataSource:
-    """Where rows came from.
+class PreferenceRow(PromptRow):
+    """A query with a wanted and an unwanted answer.
 
     Attributes:
-        name: Hub id or path; None for rows handed over in memory.
-        sha256: of the rows as they were read, in order.
-        rows: their number.
+        chosen: the wanted answer alone: text, or its messages.
+        rejected: the unwanted answer alone.
+        group: category, if the data set has one.
     """
 
-    name: str | None
-    sha256: str
-    rows: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form for the adapter's provenance."""
-        return {"id": self.name, "sha256": self.sha256, "rows": self.rows}
+    chosen: Text
+    rejected: Text
+    group: str | None = None
 
 
-def name_rows(rows: Iterable[int]) -> str:
-    """Write row numbers for a message: `rows 3, 7`, the first of many and their count."""
-    numbers = list(rows)
-    shown = ", ".join(str(n) for n in numbers[:_SHOWN_ROWS])
-    more = f" and {len(numbers) - _SHOWN_ROWS} more" if len(numbers) > _SHOWN_ROWS else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {shown}{more} (counted from 0)"
+Row = TypeVar("Row", bound=PromptRow)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ReadRows(Generic[Row]):
+    """What was read of a data set.
+
+    Attributes:
+        rows: those that were kept, in their order.
+        source: where they came from, and of how many.
+        findings: what should be said about it.
+    """
+
+    rows: list[Row]
+    source: DataSource
+    findings: list[str]
 
 
-def read_records(dataset: DatasetLike, what: str = "train_dataset") -> tuple[list[dict[str, Any]], DataSource]:
-    """Read the rows of a data set, whatever form it has.
+def read_preferences(
+    dataset: DatasetLike, what: str = "train_dataset", *, max_rows: int | None = None, seed: int = 0
+) -> ReadRows[PreferenceRow]:
+    """Read preference rows, refuse what cannot be fitted, and keep a sample if there are many.
 
     Args:
-        dataset: a list of dicts, a `datasets.Dataset` or `IterableDataset`, a json, jsonl, csv, tsv or parquet file, a
-            folder saved with `save_to_disk`, or a Hub id (its `train` split).
+        dataset: as for `RecordStream`: rows with `chosen`, `rejected` and, unless the answers begin with it, `prompt`;
+            optionally `category` or `group`.
         what: how messages call it.
+        max_rows: as for `PromptSample`.
+        seed: of the sample.
 
     Raises:
-        DatasetError: if it has another form, has several splits, or no row.
-        FileNotFoundError: if a path does not exist and is no Hub id either.
+        DatasetError: naming the rows, kept or not: a missing column, a wrong type, an empty text, equal answers.
     """
-    name = str(dataset) if isinstance(dataset, (str, Path)) else None
-    source = _open(dataset, what) if name is not None else dataset
-    if isinstance(source, Mapping):
-        raise DatasetError(
-            f"{what} has the splits {sorted(source)}; give one of them, for example `dataset[{sorted(source)[0]!r}]`."
-        )
-    if isinstance(source, (bytes, bytearray)) or not isinstance(source, Iterable):
-        raise DatasetError(
-            f"{what} must be a list of dicts, a datasets.Dataset, a file or a Hub id; got {type(dataset).__name__}."
-        )
-    records = list(source)
-    if not records:
-        raise DatasetError(f"{what} is empty.")
-    wrong = [i for i, record in enumerate(records) if not isinstance(record, Mapping)]
-    if wrong:
-        raise DatasetError(
-            f"{what}: {name_rows(wrong)}: a row must be a dict, got {type(records[wrong[0]]).__name__}."
-        )
-    rows = [dict(record) for record in records]
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return rows, DataSource(name, digest.hexdigest(), len(rows))
+    without = RowNumbers()
 
-
-def _open(dataset: str | Path, what: str) -> Any:
-    import datasets
-
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return datasets.load_from_disk(str(path))
-    if path.is_file():
-        builder = _BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise DatasetError(f"{what}: cannot read {path.suffix!r} files; use one of {sorted(_BUILDERS)}.")
-        # A byte order mark would become a part of the first column's name.
-        options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False} if builder == "csv" else {}
-        if path.suffix.lower() == ".tsv":
-            options["sep"] = "\t"
-        if not path.stat().st_size:
-            raise DatasetError(f"{what}: {path.name} is empty.")
-        try:
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise DatasetError(
-                f"{what}: {path.name} cannot be read as {builder}: {error.__cause__ or error}"
-            ) from error
-    if path.suffix.lower() in _BUILDERS or str(dataset).count("/") != 1:
-        raise FileNotFoundError(f"{what}: there is no file {str(dataset)!r}. Give a path, or a Hub id `org/name`.")
-    return datasets.load_dataset(str(dataset), split="train")
-
-
-# -- preference rows --------------------------------------------------------------------------------------------------
-
-
-def parse_preferences(records: Sequence[Mapping[str, Any]], what: str = "train_dataset") -> list[PreferenceRow]:
-    """Bring records into their inner form and refuse what cannot be fitted.
-
-    Args:
-        records: rows with `chosen`, `rejected` and, unless the answers begin with it, `prompt`; optionally `category` or
-            `group`, and `id`.
-        what: how messages call the data set.
-
-    Raises:
-        DatasetError: naming the rows: a missing column, a wrong type, an empty text, equal answers.
-    """
-    _need_columns(records, ("chosen", "rejected"), what)
-    rows: list[PreferenceRow] = []
-    problems: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        try:
-            prompt, chosen, rejected = _split_row(record)
-        except DatasetError as error:
-            problems.setdefault(str(error), []).append(number)
-            continue
+    def parse(record: Mapping[str, Any], number: int) -> PreferenceRow:
+        prompt, chosen, rejected = _split_row(record)
         group = next((record[name] for name in GROUP_COLUMNS if record.get(name) is not None), None)
-        own_id = record.get("id")
-        rows.append(
-            PreferenceRow(
-                prompt,
-                chosen,
-                rejected,
-                None if group is None else str(group),
-                str(number) if own_id is None else str(own_id),
-            )
-        )
-    _raise_first(problems, what)
-    without = [i for i, row in enumerate(rows) if row.group is None]
-    if without and len(without) < len(rows):
-        raise DatasetError(
-            f"{what}: {name_rows(without)} have no category, the others do. Give all rows one, or none."
-        )
-    return rows
+        if group is None:
+            without.add(number)
+        return PreferenceRow(prompt, chosen, rejected, None if group is None else str(group), number=number)
+
+    read = _read(dataset, what, ("chosen", "rejected"), parse, max_rows, seed)
+    if without and len(without) < read.source.rows:
+        raise DatasetError(f"{what}: {without} have no category, the others do. Give all rows one, or none.")
+    return read
 
 
-def parse_prompts(records: Sequence[Mapping[str, Any]], what: str = "general_dataset") -> list[Text]:
-    """Bring the records of general prompts into their inner form.
+def read_prompts(
+    dataset: DatasetLike, what: str = "general_dataset", *, max_rows: int | None = None, seed: int = 0
+) -> ReadRows[PromptRow]:
+    """Read general prompts, and keep a sample if there are many.
 
     Raises:
         DatasetError: naming the rows: no `prompt` column, a wrong type, an empty text.
     """
-    _need_columns(records, ("prompt",), what)
-    prompts: list[Text] = []
-    problems: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
+
+    def parse(record: Mapping[str, Any], number: int) -> PromptRow:
+        prompt = _checked(record["prompt"], "prompt")
+        _check_prompt(prompt)
+        return PromptRow(prompt, number=number)
+
+    return _read(dataset, what, ("prompt",), parse, max_rows, seed)
+
+
+def _read(
+    dataset: DatasetLike,
+    what: str,
+    columns: Sequence[str],
+    parse: Callable[[Mapping[str, Any], int], Row],
+    max_rows: int | None,
+    seed: int,
+) -> ReadRows[Row]:
+    sample: PromptSample[Row] = PromptSample(max_rows, seed)
+    stream = RecordStream(dataset, what)
+    missing = {column: RowNumbers() for column in columns}
+    problems: dict[str, RowNumbers] = {}
+    names: list[str] = []
+    for number, record in stream:
+        names = names or sorted(record)
+        lacks = [column for column in columns if record.get(column) is None]
+        for column in lacks:
+            missing[column].add(number)
+        if lacks:
+            continue
         try:
-            prompts.append(_checked(record["prompt"], "prompt"))
-            _check_prompt(prompts[-1])
+            row = parse(record, number)
         except DatasetError as error:
-            problems.setdefault(str(error), []).append(number)
+            problems.setdefault(str(error), RowNumbers()).add(number)
+            continue
+        sample.add(prompt_key(row.prompt), number, row)
+    for column, numbers in missing.items():
+        if len(numbers) == stream.count:
+            raise DatasetError(
+                f"{what} has no column {column!r}. Columns: {names}. Rename one with "
+                f"`dataset.rename_column(..., {column!r})`."
+            )
+        if numbers:
+            raise DatasetError(f"{what}: {numbers}: no {column!r}.")
     _raise_first(problems, what)
-    return prompts
+    rows = [row for _, row in sample.rows()]
+    findings = []
+    if len(rows) < stream.count:
+        if sample.prompts < 2:
+            raise DatasetError(
+                f"{what} has {stream.count:,} rows, of which max_rows={max_rows:,} leaves those of {sample.prompts} "
+                "prompts, for rows of one prompt are taken together. Give a larger max_rows, or fewer rows of each prompt."
+            )
+        findings = [
+            f"{what} has {stream.count:,} rows; {len(rows):,} of them are used, those of {sample.prompts:,} prompts drawn "
+            f"at random (max_rows={max_rows:,}; None uses all)"
+        ]
+    return ReadRows(rows, stream.source(len(rows)), findings)
 
 
 def check_contrast(rows: Sequence[PreferenceRow], what: str = "train_dataset") -> None:
@@ -219,24 +184,12 @@ def prompt_key(prompt: Text) -> str:
     return json.dumps([(m["role"], m["content"]) for m in prompt], ensure_ascii=False)
 
 
-def _need_columns(records: Sequence[Mapping[str, Any]], columns: Sequence[str], what: str) -> None:
-    for column in columns:
-        missing = [i for i, record in enumerate(records) if record.get(column) is None]
-        if len(missing) == len(records):
-            raise DatasetError(
-                f"{what} has no column {column!r}. Columns: {sorted(records[0])}. Rename one with "
-                f"`dataset.rename_column(..., {column!r})`."
-            )
-        if missing:
-            raise DatasetError(f"{what}: {name_rows(missing)}: no {column!r}.")
-
-
-def _raise_first(problems: Mapping[str, list[int]], what: str) -> None:
+def _raise_first(problems: Mapping[str, RowNumbers], what: str) -> None:
     if problems:
         message, numbers = next(iter(problems.items()))
         rest = len(problems) - 1
         more = f" ({rest} other kind{'s' if rest > 1 else ''} of problem in other rows)" if rest else ""
-        raise DatasetError(f"{what}: {name_rows(numbers)}: {message}{more}")
+        raise DatasetError(f"{what}: {numbers}: {message}{more}")
 
 
 def _split_row(record: Mapping[str, Any]) -> tuple[Text, Text, Text]:

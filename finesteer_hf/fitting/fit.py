@@ -13,14 +13,14 @@ from finesteer_hf.adapter import SteeringAdapter, active_lora_names
 from finesteer_hf.config import SteeringConfig, get_steering_method
 from finesteer_hf.fitting.capture import CaptureCount, Key, StateReader
 from finesteer_hf.fitting.captured import CapturedData, model_info
-from finesteer_hf.fitting.data import DatasetLike
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.identity import model_identity
-from finesteer_hf.fitting.inputs import FitInputs, prepare_inputs
+from finesteer_hf.fitting.inputs import prepare_inputs
 from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.lint import DatasetWarning, lint_memory
 from finesteer_hf.fitting.processes import Processes
 from finesteer_hf.fitting.progress import FitProgress
+from finesteer_hf.fitting.records import DatasetLike
 from finesteer_hf.fitting.splits import SplitBy
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import AnswerEnd, chat_template_hash
@@ -28,6 +28,8 @@ from finesteer_hf.methods.base import CaptureRequest
 from finesteer_hf.sites import TextTower
 
 
+# What is fitted are linear maps of a few thousand columns and thresholds on a score.
+MAX_ROWS = 20_000
 RECORDED_PACKAGES = ("finesteer-hf", "torch", "transformers", "scikit-learn", "numpy")
 
 
@@ -47,6 +49,7 @@ def fit_steering(
     split: SplitBy = "prompt",
     answer_end: AnswerEnd = "include",
     max_length: int | None = None,
+    max_rows: int | None = MAX_ROWS,
 ) -> SteeringAdapter:
     """Fit a steering adapter.
 
@@ -58,7 +61,8 @@ def fit_steering(
             was.
         tokenizer: its tokenizer.
         train_dataset: rows `{"prompt", "chosen", "rejected"}` in TRL's preference format, text or chat messages, with
-            an optional `category`; a list, a `datasets.Dataset`, a file or a Hub id.
+            an optional `category`; a list, a generator, a `datasets.Dataset` or `IterableDataset`, a file or a Hub id. It
+            is read row by row, so it may be larger than the memory.
         config: the method and its settings.
         eval_dataset: rows to validate on; None takes a fifth of the training prompts.
         general_dataset: rows `{"prompt"}` that must not be steered; `"default"` takes the packaged ones, None none.
@@ -73,6 +77,10 @@ def fit_steering(
         answer_end: whether the end of turn belongs to a chat answer (`include`, as in FineSteer's code) or not
             (`exclude`).
         max_length: most tokens of prompt and answer; longer answers are cut, longer prompts are errors.
+        max_rows: most rows that are used of each data set; of a larger one as many prompts, with all their rows, as give
+            at most so many, drawn by a seeded hash of the prompt. The draw does not depend on the order of the rows, and
+            a larger `max_rows` only adds prompts, so that a store's states serve again. 20,000 by default: a linear map
+            of some thousand columns gets hardly better with more, and each row costs forward passes. None uses all.
 
     Returns:
         The adapter, with data, versions and held-out figures in `config.fit`.
@@ -106,7 +114,9 @@ def fit_steering(
         answer_end=answer_end,
         max_length=max_length,
         max_positions=getattr(tower.config, "max_position_embeddings", None),
+        max_rows=max_rows,
     )
+    prepared = time.perf_counter()
     jobs = make_jobs(inputs.rows, inputs.general)
     findings = list(inputs.findings)
     if store_dir is None:
@@ -147,7 +157,14 @@ def fit_steering(
     counts = processes.gather([reader.count])
     provenance = {
         **inputs.sources,
-        **_how(inputs, seed, split, answer_end, max_length),
+        "rows": inputs.split.sizes(),
+        "general_rows": inputs.general_split.sizes() if inputs.general else None,
+        "held_out": inputs.split.held_out,
+        "seed": seed,
+        "split": split,
+        "answer_end": answer_end,
+        "max_length": max_length,
+        "max_rows": max_rows,
         "chat_template_sha256": chat_template_hash(tokenizer),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "lint": findings,
@@ -155,7 +172,11 @@ def fit_steering(
             field.name: sum(getattr(count, field.name) for count in counts)
             for field in dataclasses.fields(CaptureCount)
         },
-        "seconds": {"capture": round(captured - started, 3), "fit": round(done - captured, 3)},
+        "seconds": {
+            "read": round(prepared - started, 3),
+            "capture": round(captured - prepared, 3),
+            "fit": round(done - captured, 3),
+        },
         "report": result.report,
     }
     fitted = dataclasses.replace(
@@ -171,20 +192,6 @@ def fit_steering(
     adapter = SteeringAdapter(fitted, result.tensors)
     adapter.check_tensors()
     return adapter
-
-
-def _how(
-    inputs: FitInputs, seed: int, split: SplitBy, answer_end: AnswerEnd, max_length: int | None
-) -> dict[str, Any]:
-    return {
-        "rows": inputs.split.sizes(),
-        "general_rows": inputs.general_split.sizes() if inputs.general else None,
-        "held_out": inputs.split.held_out,
-        "seed": seed,
-        "split": split,
-        "answer_end": answer_end,
-        "max_length": max_length,
-    }
 
 
 def capture_missing(

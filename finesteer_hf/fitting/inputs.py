@@ -11,22 +11,27 @@ import numpy as np
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting.data import (
-    DatasetLike,
-    DataSource,
     Message,
     PreferenceRow,
+    PromptRow,
     Text,
     check_contrast,
-    name_rows,
-    parse_preferences,
-    parse_prompts,
     prompt_key,
-    read_records,
+    read_preferences,
+    read_prompts,
 )
 from finesteer_hf.fitting.general import default_general_prompts
 from finesteer_hf.fitting.lint import drop_known, lint_general, lint_rows, lint_variants
+from finesteer_hf.fitting.records import DatasetLike, DataSource, name_rows
 from finesteer_hf.fitting.splits import Split, SplitBy, split_rows, split_units
-from finesteer_hf.fitting.templating import AnswerEnd, EncodedRow, Passage, encode_preferences, encode_prompts
+from finesteer_hf.fitting.templating import (
+    AnswerEnd,
+    Encoded,
+    EncodedRow,
+    Passage,
+    encode_preferences,
+    encode_prompts,
+)
 
 
 # Name of the packaged general prompts.
@@ -46,6 +51,8 @@ class FitInputs:
         general_split: parts of the general prompts.
         prompts: for each row the label of its prompt, int64.
         units: for each row the label of what it was split by, int64.
+        numbers: for each row its number in its data set.
+        general_numbers: the same for the general prompts.
         findings: what the lint found.
         sources: where `data`, `eval_data` and `general_data` came from.
     """
@@ -58,22 +65,26 @@ class FitInputs:
     general_split: Split
     prompts: np.ndarray
     units: np.ndarray
+    numbers: list[int]
+    general_numbers: list[int]
     findings: list[str]
     sources: dict[str, dict[str, Any] | None]
 
     def describe(self, passages: Sequence[Passage]) -> str:
         """Name the rows that passages come from."""
         wanted = set(passages)
-        named = [
-            ("train_dataset", [i for i, row in enumerate(self.rows[: self.trained]) if wanted & _passages(row)]),
-            ("eval_dataset", [i for i, row in enumerate(self.rows[self.trained :]) if wanted & _passages(row)]),
-            ("general_dataset", [i for i, passage in enumerate(self.general) if passage in wanted]),
+        own = [
+            (number, bool(wanted & {row.prompt, row.chosen, row.rejected}))
+            for number, row in zip(self.numbers, self.rows, strict=True)
         ]
-        return "; ".join(f"{what}: {name_rows(numbers)}" for what, numbers in named if numbers)
-
-
-def _passages(row: EncodedRow) -> set[Passage]:
-    return {row.prompt, row.chosen, row.rejected}
+        general = [(n, passage in wanted) for n, passage in zip(self.general_numbers, self.general, strict=True)]
+        parts = {
+            "train_dataset": own[: self.trained],
+            "eval_dataset": own[self.trained :],
+            "general_dataset": general,
+        }
+        named = {what: [number for number, is_meant in part if is_meant] for what, part in parts.items()}
+        return "; ".join(f"{what}: {name_rows(numbers)}" for what, numbers in named.items() if numbers)
 
 
 def prepare_inputs(
@@ -87,6 +98,7 @@ def prepare_inputs(
     answer_end: AnswerEnd = "include",
     max_length: int | None = None,
     max_positions: int | None = None,
+    max_rows: int | None = None,
 ) -> FitInputs:
     """Read, check, encode and split all data of a fit.
 
@@ -98,24 +110,30 @@ def prepare_inputs(
         answer_end: as for `encode_preferences`.
         max_length: most tokens of a text.
         max_positions: most tokens that the model can take.
+        max_rows: most rows that are kept of a data set, whole prompts at a time; None keeps all. Rows that are not kept
+            are checked for their form, and not tokenised.
 
     Raises:
         DatasetError: naming the rows that cannot be fitted.
     """
     limits: dict[str, Any] = {"max_length": max_length, "max_positions": max_positions}
-    records, source = read_records(train_dataset)
-    rows = parse_preferences(records)
+    taking: dict[str, Any] = {"max_rows": max_rows, "seed": seed}
+    train = read_preferences(train_dataset, **taking)
+    rows = train.rows
     check_contrast(rows)
     encoded = encode_preferences(tokenizer, rows, answer_end=answer_end, **limits)
-    findings = [f"{message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
+    findings = [*train.findings, *_remarks(encoded)]
     findings += lint_rows(rows, encoded.rows, tokenizer)
     findings += lint_variants(rows, seed) if split == "prompt" else []
-    held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits)
-    general, general_source = _read_general(tokenizer, general_dataset, rows, limits)
-    kept, shared = drop_known(general, rows, "general_dataset", "left out, for it is to be steered")
-    general = [general[i] for i in kept]
-    findings += [*held_out.findings, *shared, *lint_general(general, rows)]
-    general_encoded = list(dict.fromkeys(encode_prompts(tokenizer, general, **limits)))
+    held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits, taking)
+    general = _read_general(tokenizer, general_dataset, rows, limits, taking)
+    kept, shared = drop_known(general.rows, rows, "general_dataset", "left out, for it is to be steered")
+    findings += [*held_out.findings, *general.findings, *shared, *lint_general([row.prompt for row in kept], rows)]
+    # Each text once, with the number of its first row.
+    first: dict[Passage, int] = {}
+    for passage, row in zip(encode_prompts(tokenizer, kept, **limits), kept, strict=True):
+        first.setdefault(passage, row.number)
+    general_encoded = list(first)
 
     keys = [prompt_key(row.prompt) for row in [*rows, *held_out.rows]]
     groups = None if rows[0].group is None else [str(row.group) for row in rows]
@@ -138,11 +156,13 @@ def prepare_inputs(
         general_split=general_parts,
         prompts=np.unique(keys, return_inverse=True)[1],
         units=np.unique(units, return_inverse=True)[1],
+        numbers=[row.number for row in [*rows, *held_out.rows]],
+        general_numbers=list(first.values()),
         findings=findings,
         sources={
-            "data": source.to_dict(),
+            "data": train.source.to_dict(),
             "eval_data": None if held_out.source is None else held_out.source.to_dict(),
-            "general_data": None if general_source is None else general_source.to_dict(),
+            "general_data": None if general.source is None else general.source.to_dict(),
         },
     )
 
@@ -155,56 +175,80 @@ class _HeldOut:
     source: DataSource | None
 
 
+def _remarks(encoded: Encoded) -> list[str]:
+    return [f"{message}: {name_rows(sorted(numbers))}" for message, numbers in encoded.remarks.items()]
+
+
 def _read_held_out(
     tokenizer: Any,
     dataset: DatasetLike | None,
     rows: Sequence[PreferenceRow],
     answer_end: AnswerEnd,
     limits: dict[str, Any],
+    taking: dict[str, Any],
 ) -> _HeldOut:
     """The validation rows, without those whose prompt is trained on."""
     if dataset is None:
         return _HeldOut([], [], [], None)
-    records, source = read_records(dataset, "eval_dataset")
-    own = parse_preferences(records, "eval_dataset")
-    encoded = encode_preferences(tokenizer, own, answer_end=answer_end, what="eval_dataset", **limits)
-    kept, leaked = drop_known([row.prompt for row in own], rows, "eval_dataset", "left out of the validation")
+    read = read_preferences(dataset, "eval_dataset", **taking)
+    kept, leaked = drop_known(read.rows, rows, "eval_dataset", "left out of the validation")
     if not kept:
         raise DatasetError("eval_dataset has no prompt that is not also in train_dataset; give other prompts.")
-    remarks = [f"eval_dataset: {message}: {name_rows(numbers)}" for message, numbers in encoded.remarks.items()]
-    return _HeldOut([own[i] for i in kept], [encoded.rows[i] for i in kept], [*remarks, *leaked], source)
+    encoded = encode_preferences(tokenizer, kept, answer_end=answer_end, what="eval_dataset", **limits)
+    remarks = [f"eval_dataset: {remark}" for remark in _remarks(encoded)]
+    return _HeldOut(kept, encoded.rows, [*read.findings, *remarks, *leaked], read.source)
+
+
+@dataclass(frozen=True)
+class _General:
+    rows: list[PromptRow]
+    findings: list[str]
+    source: DataSource | None
 
 
 def _read_general(
-    tokenizer: Any, dataset: DatasetLike | None, rows: Sequence[PreferenceRow], limits: dict[str, Any]
-) -> tuple[list[Text], DataSource | None]:
+    tokenizer: Any,
+    dataset: DatasetLike | None,
+    rows: Sequence[PreferenceRow],
+    limits: dict[str, Any],
+    taking: dict[str, Any],
+) -> _General:
     if dataset is None:
-        return [], None
+        return _General([], [], None)
     if isinstance(dataset, str) and dataset == PACKAGED:
-        texts = _packaged(tokenizer, rows, limits)
+        packaged = _packaged(tokenizer, rows, limits)
         digest = hashlib.sha256("\n".join(default_general_prompts()).encode()).hexdigest()
-        return texts, DataSource(PACKAGED, digest, len(texts))
+        return _General(packaged, [], DataSource(PACKAGED, digest, len(packaged), len(packaged)))
     if isinstance(dataset, (list, tuple)):
         dataset = [{"prompt": item} if isinstance(item, str) else item for item in dataset]
-    records, source = read_records(dataset, "general_dataset")
-    return [_in_form_of(rows, prompt) for prompt in parse_prompts(records)], source
+    read = read_prompts(dataset, **taking)
+    return _General(_in_form_of(rows, read.rows), read.findings, read.source)
 
 
-def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, Any]) -> list[Text]:
+def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, Any]) -> list[PromptRow]:
     """The packaged prompts that fit the model; nobody can shorten the others."""
-    texts = [_in_form_of(rows, prompt) for prompt in default_general_prompts()]
+    packaged = [PromptRow(prompt, number=number) for number, prompt in enumerate(default_general_prompts())]
+    prompts = _in_form_of(rows, packaged)
     most = min((limit for limit in limits.values() if limit is not None), default=None)
-    lengths = [len(passage.ids) for passage in encode_prompts(tokenizer, texts)]
-    return [text for text, length in zip(texts, lengths, strict=True) if most is None or length <= most]
+    lengths = [len(passage.ids) for passage in encode_prompts(tokenizer, prompts)]
+    return [row for row, length in zip(prompts, lengths, strict=True) if most is None or length <= most]
 
 
-def _in_form_of(rows: Sequence[PreferenceRow], prompt: Text) -> Text:
-    """A general prompt in the form of the training prompts, so that a gate cannot tell them by their form.
+def _in_form_of(rows: Sequence[PreferenceRow], prompts: Sequence[PromptRow]) -> list[PromptRow]:
+    """General prompts in the form of the training prompts, so that a gate cannot tell them by their form.
 
     Text becomes a user message where they are chats, after their system message if all have the same one.
     """
-    if isinstance(prompt, list) or any(isinstance(row.prompt, str) for row in rows):
-        return prompt
+    if any(isinstance(row.prompt, str) for row in rows):
+        return list(prompts)
     starts: list[Message] = [row.prompt[0] for row in rows if isinstance(row.prompt, list)]
     shared = starts[0]["role"] == "system" and all(start == starts[0] for start in starts)
-    return [*(starts[:1] if shared else []), {"role": "user", "content": prompt}]
+
+    def chat(prompt: Text) -> Text:
+        return (
+            prompt
+            if isinstance(prompt, list)
+            else [*(starts[:1] if shared else []), {"role": "user", "content": prompt}]
+        )
+
+    return [PromptRow(chat(row.prompt), number=row.number) for row in prompts]

@@ -11,8 +11,9 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 
-from finesteer_hf.fitting.data import PreferenceRow, Text, name_rows, prompt_key
-from finesteer_hf.fitting.templating import EncodedRow, Passage, text_tokenizer
+from finesteer_hf.fitting.data import PreferenceRow, Row, Text, prompt_key
+from finesteer_hf.fitting.records import name_rows
+from finesteer_hf.fitting.templating import EncodedRow, text_tokenizer
 
 
 class DatasetWarning(UserWarning):
@@ -52,7 +53,7 @@ def lint_rows(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], toke
     return [
         *_duplicates(rows),
         *_template_marks(rows),
-        *_double_start([row.prompt for row in encoded], tokenizer),
+        *_double_start(rows, encoded, tokenizer),
         *_plain_text_for_chat_model(rows, tokenizer),
         *_glued_answers(rows),
         *_length_confound(encoded),
@@ -80,15 +81,15 @@ def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow]) -> list
     return findings
 
 
-def drop_known(
-    prompts: Sequence[Text], rows: Sequence[PreferenceRow], what: str, why: str
-) -> tuple[list[int], list[str]]:
-    """Row numbers of the prompts that are not also training prompts, and a finding about the others."""
+def drop_known(own: Sequence[Row], rows: Sequence[PreferenceRow], what: str, why: str) -> tuple[list[Row], list[str]]:
+    """The rows whose prompts are not also training prompts, and a finding about the others."""
     known = {prompt_key(row.prompt) for row in rows}
-    shared = [i for i, prompt in enumerate(prompts) if prompt_key(prompt) in known]
-    kept = sorted(set(range(len(prompts))) - set(shared))
-    finding = f"{what}: {name_rows(shared)}: the prompt is also in train_dataset; {why}" if shared else ""
-    return kept, [finding] if finding else []
+    shared = [prompt_key(row.prompt) in known for row in own]
+    kept = [row for row, is_shared in zip(own, shared, strict=True) if not is_shared]
+    if not any(shared):
+        return kept, []
+    dropped = name_rows(row.number for row, is_shared in zip(own, shared, strict=True) if is_shared)
+    return kept, [f"{what}: {dropped}: the prompt is also in train_dataset; {why}"]
 
 
 def lint_variants(rows: Sequence[PreferenceRow], seed: int) -> list[str]:
@@ -161,18 +162,18 @@ def _common_start(texts: Sequence[str]) -> str:
 def _duplicates(rows: Sequence[PreferenceRow]) -> list[str]:
     seen: set[tuple[str, str, str]] = set()
     repeated = []
-    for number, row in enumerate(rows):
+    for row in rows:
         key = (prompt_key(row.prompt), str(row.chosen), str(row.rejected))
         if key in seen:
-            repeated.append(number)
+            repeated.append(row.number)
         seen.add(key)
     return [f"rows that repeat an earlier one: {name_rows(repeated)}"] if repeated else []
 
 
 def _template_marks(rows: Sequence[PreferenceRow]) -> list[str]:
     marked = [
-        i
-        for i, row in enumerate(rows)
+        row.number
+        for row in rows
         if isinstance(row.prompt, list) and any(mark in _text(row.prompt) for mark in TEMPLATE_MARKS)
     ]
     if not marked:
@@ -180,9 +181,13 @@ def _template_marks(rows: Sequence[PreferenceRow]) -> list[str]:
     return [f"messages that already hold a chat template's tokens, so they are templated twice: {name_rows(marked)}"]
 
 
-def _double_start(prompts: Sequence[Passage], tokenizer: Any) -> list[str]:
+def _double_start(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], tokenizer: Any) -> list[str]:
     start = getattr(text_tokenizer(tokenizer), "bos_token_id", None)
-    double = [i for i, prompt in enumerate(prompts) if start is not None and prompt.ids[:2] == (start, start)]
+    double = [
+        row.number
+        for row, ids in zip(rows, encoded, strict=True)
+        if start is not None and ids.prompt.ids[:2] == (start, start)
+    ]
     return [f"prompts that begin with two beginning-of-text tokens: {name_rows(double)}"] if double else []
 
 
@@ -190,8 +195,8 @@ def _plain_text_for_chat_model(rows: Sequence[PreferenceRow], tokenizer: Any) ->
     if getattr(text_tokenizer(tokenizer), "chat_template", None) is None:
         return []
     plain = [
-        i
-        for i, row in enumerate(rows)
+        row.number
+        for row in rows
         if isinstance(row.prompt, str) and not any(mark in row.prompt for mark in TEMPLATE_MARKS)
     ]
     if not plain:
@@ -204,8 +209,8 @@ def _plain_text_for_chat_model(rows: Sequence[PreferenceRow], tokenizer: Any) ->
 
 def _glued_answers(rows: Sequence[PreferenceRow]) -> list[str]:
     glued = [
-        i
-        for i, row in enumerate(rows)
+        row.number
+        for row in rows
         if isinstance(row.prompt, str)
         and any(row.prompt[-1].isalnum() and str(answer)[0].isalnum() for answer in (row.chosen, row.rejected))
     ]

@@ -8,12 +8,13 @@ id: a template or a tokenizer may join text across the boundary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import Message, PreferenceRow, Text, name_rows
+from finesteer_hf.fitting.data import Message, PreferenceRow, PromptRow, Row, Text
+from finesteer_hf.fitting.records import RowNumbers, name_rows
 
 
 AnswerEnd = Literal["include", "exclude"]
@@ -54,7 +55,7 @@ class Encoded:
     """
 
     rows: list[EncodedRow]
-    remarks: dict[str, list[int]] = field(default_factory=dict)
+    remarks: dict[str, set[int]] = field(default_factory=dict)
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -142,7 +143,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
 
 def encode_prompts(
     tokenizer: Any,
-    prompts: Sequence[Text],
+    prompts: Sequence[PromptRow],
     *,
     max_length: int | None = None,
     max_positions: int | None = None,
@@ -152,7 +153,7 @@ def encode_prompts(
 
     Args:
         tokenizer: a transformers tokenizer.
-        prompts: text or messages.
+        prompts: rows with text or messages.
         max_length: most tokens of a prompt.
         max_positions: most tokens that the model can take.
         what: how messages call the data set.
@@ -162,10 +163,10 @@ def encode_prompts(
             truncated: that would cut the generation prompt off).
     """
     tokenizer = text_tokenizer(tokenizer)
-    rendered = _each(range(len(prompts)), lambda i: render_prompt(tokenizer, prompts[i]), what)
+    rendered = _each(prompts, lambda row: render_prompt(tokenizer, row.prompt), what)
     encoded: list[list[int]] = [[]] * len(prompts)
     for special in (True, False):
-        mine = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str) is special]
+        mine = [i for i, row in enumerate(prompts) if isinstance(row.prompt, str) is special]
         for i, ids in zip(mine, tokenise(tokenizer, [rendered[i] for i in mine], special_tokens=special), strict=True):
             encoded[i] = ids
     limit = min((n for n in (max_length, max_positions) if n is not None), default=None)
@@ -173,13 +174,13 @@ def encode_prompts(
         long = [i for i, ids in enumerate(encoded) if len(ids) > limit]
         if long:
             raise DatasetError(
-                f"{what}: {name_rows(long)}: the prompt has {len(encoded[long[0]])} tokens, at most {limit} are possible "
-                f"({'max_length' if limit == max_length else 'the positions of the model'}). Prompts are never "
+                f"{what}: {_name(prompts, long)}: the prompt has {len(encoded[long[0]])} tokens, at most {limit} are "
+                f"possible ({'max_length' if limit == max_length else 'the positions of the model'}). Prompts are never "
                 "truncated, for their last token is the query; shorten or drop these rows."
             )
     empty = [i for i, ids in enumerate(encoded) if not ids]
     if empty:
-        raise DatasetError(f"{what}: {name_rows(empty)}: the prompt has no token.")
+        raise DatasetError(f"{what}: {_name(prompts, empty)}: the prompt has no token.")
     return [Passage(tuple(ids)) for ids in encoded]
 
 
@@ -210,41 +211,43 @@ def encode_preferences(
     if answer_end not in ("include", "exclude"):
         raise ValueError(f"answer_end must be 'include' or 'exclude', got {answer_end!r}.")
     tokenizer = text_tokenizer(tokenizer)
-    prompts = encode_prompts(
-        tokenizer, [row.prompt for row in rows], max_length=max_length, max_positions=max_positions, what=what
-    )
+    prompts = encode_prompts(tokenizer, rows, max_length=max_length, max_positions=max_positions, what=what)
     result = Encoded([])
     sides: dict[str, list[Passage]] = {}
     for side in ("chosen", "rejected"):
-        answers = [getattr(row, side) for row in rows]
-        ids = _encode_answers(tokenizer, rows, answers, answer_end, what)
-        sides[side] = _find_spans(tokenizer, prompts, ids, side, max_length, max_positions, what, result.remarks)
+        ids = _encode_answers(tokenizer, rows, side, answer_end, what)
+        sides[side] = _find_spans(tokenizer, rows, prompts, ids, side, max_length, max_positions, what, result.remarks)
     result.rows = [EncodedRow(*row) for row in zip(prompts, sides["chosen"], sides["rejected"], strict=True)]
     return result
 
 
-def _each(numbers: Iterable[int], make: Any, what: str) -> list[Any]:
-    """Make something of each row, and name the rows where that is refused."""
-    made: list[Any] = []
-    refused: dict[str, list[int]] = {}
-    for number in numbers:
+def _each(rows: Sequence[Row], make: Callable[[Row], str], what: str) -> list[str]:
+    """Make a text of each row, and name the rows where that is refused."""
+    made: list[str] = []
+    refused: dict[str, RowNumbers] = {}
+    for row in rows:
         try:
-            made.append(make(number))
+            made.append(make(row))
         except DatasetError as error:
-            refused.setdefault(str(error), []).append(number)
+            refused.setdefault(str(error), RowNumbers()).add(row.number)
     if refused:
-        message, rows = next(iter(refused.items()))
-        raise DatasetError(f"{what}: {name_rows(rows)}: {message}")
+        message, numbers = next(iter(refused.items()))
+        raise DatasetError(f"{what}: {numbers}: {message}")
     return made
 
 
+def _name(rows: Sequence[PromptRow], places: Iterable[int]) -> str:
+    """Numbers that the rows at some places have in their data set, for a message."""
+    return name_rows(rows[place].number for place in places)
+
+
 def _encode_answers(
-    tokenizer: Any, rows: Sequence[PreferenceRow], answers: Sequence[Text], answer_end: AnswerEnd, what: str
+    tokenizer: Any, rows: Sequence[PreferenceRow], side: str, answer_end: AnswerEnd, what: str
 ) -> list[list[int]]:
     """Ids of prompt and answer together."""
 
-    def render(i: int) -> str:
-        prompt, answer = rows[i].prompt, answers[i]
+    def render(row: PreferenceRow) -> str:
+        prompt, answer = row.prompt, getattr(row, side)
         if isinstance(prompt, str):
             return prompt + str(answer)
         assert isinstance(answer, list)
@@ -259,7 +262,7 @@ def _encode_answers(
             text = text[: at + len(content)]
         return text
 
-    texts = _each(range(len(rows)), render, what)
+    texts = _each(rows, render, what)
     ids: list[list[int]] = [[]] * len(rows)
     for special in (True, False):
         mine = [i for i, row in enumerate(rows) if isinstance(row.prompt, str) is special]
@@ -270,55 +273,54 @@ def _encode_answers(
 
 def _find_spans(
     tokenizer: Any,
+    rows: Sequence[PreferenceRow],
     prompts: Sequence[Passage],
     answers: Sequence[list[int]],
     side: str,
     max_length: int | None,
     max_positions: int | None,
     what: str,
-    remarks: dict[str, list[int]],
+    remarks: dict[str, set[int]],
 ) -> list[Passage]:
     passages: list[Passage] = []
     reworded: list[int] = []
     empty: list[int] = []
     too_long: list[int] = []
-    for number, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
+    for place, (row, prompt, ids) in enumerate(zip(rows, prompts, answers, strict=True)):
         pairs = zip(prompt.ids, ids, strict=False)
         start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt.ids), len(ids)))
         rejoined = len(prompt.ids) - start
         if rejoined > MAX_REJOINED_TOKENS:
-            reworded.append(number)
+            reworded.append(place)
         elif rejoined:
             message = f"the first tokens of an answer join the prompt's last {rejoined}; they count as the answer's"
-            _remark(remarks, message, number)
+            _remark(remarks, message, row)
         if max_length is not None and len(ids) > max_length:
-            _remark(remarks, f"the {side} answer was cut to max_length={max_length} tokens", number)
+            _remark(remarks, f"the {side} answer was cut to max_length={max_length} tokens", row)
             ids = ids[:max_length]
         elif max_positions is not None and len(ids) > max_positions:
-            too_long.append(number)
+            too_long.append(place)
         if len(ids) <= start:
-            empty.append(number)
+            empty.append(place)
         passages.append(Passage(tuple(ids), start))
     if reworded:
         first = reworded[0]
         start = passages[first].answer_start or 0
         raise DatasetError(
-            f"{what}: {name_rows(reworded)}: with the {side} answer after it, the prompt is rendered differently from "
+            f"{what}: {_name(rows, reworded)}: with the {side} answer after it, the prompt is rendered differently from "
             f"token {start} on: {tokenizer.decode(list(prompts[first].ids[start:]))!r} became "
             f"{tokenizer.decode(list(passages[first].ids[start : start + 8]))!r}. Use a chat template whose generation "
             "prompt is what it also puts before an answer (for a thinking model: its non-thinking form)."
         )
     if too_long:
         raise DatasetError(
-            f"{what}: {name_rows(too_long)}: prompt and {side} answer have {len(passages[too_long[0]].ids)} tokens, the "
+            f"{what}: {_name(rows, too_long)}: prompt and {side} answer have {len(passages[too_long[0]].ids)} tokens, the "
             f"model can take {max_positions}. Shorten them, or cut the answers with `max_length={max_positions}`."
         )
     if empty:
-        raise DatasetError(f"{what}: {name_rows(empty)}: no token is left of the {side} answer.")
+        raise DatasetError(f"{what}: {_name(rows, empty)}: no token is left of the {side} answer.")
     return passages
 
 
-def _remark(remarks: dict[str, list[int]], message: str, number: int) -> None:
-    rows = remarks.setdefault(message, [])
-    if number not in rows:
-        rows.append(number)
+def _remark(remarks: dict[str, set[int]], message: str, row: PromptRow) -> None:
+    remarks.setdefault(message, set()).add(row.number)

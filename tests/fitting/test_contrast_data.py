@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import check_contrast, parse_preferences, parse_prompts, read_records
+from finesteer_hf.fitting.data import PromptRow, check_contrast, read_preferences, read_prompts
 
 
 USER = {"role": "user", "content": "sun0"}
@@ -37,24 +37,24 @@ def quiet_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_chats_in_all_forms_are_the_same_row(record: dict[str, Any]) -> None:
-    (row,) = parse_preferences([record])
+    (row,) = read_preferences([record]).rows
     assert (row.prompt, row.chosen, row.rejected) == ([USER], [GOOD], [BAD])
 
 
 def test_a_system_message_is_a_part_of_an_implicit_prompt() -> None:
     system = {"role": "system", "content": "sea0"}
-    (row,) = parse_preferences([{"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}])
+    (row,) = read_preferences([{"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}]).rows
     assert row.prompt == [system, USER]
 
 
 def test_an_implicit_prompt_in_text_ends_at_a_word() -> None:
-    (row,) = parse_preferences([{"chosen": "Is it so? Absolutely", "rejected": "Is it so? About"}])
+    (row,) = read_preferences([{"chosen": "Is it so? Absolutely", "rejected": "Is it so? About"}]).rows
     assert (row.prompt, row.chosen, row.rejected) == ("Is it so?", " Absolutely", " About")
 
 
-def test_group_and_id_are_kept() -> None:
-    rows = parse_preferences([{**ROW, "category": 3, "id": 17}, {**ROW, "category": "x"}])
-    assert [(row.group, row.id) for row in rows] == [("3", "17"), ("x", "1")]
+def test_group_and_number_are_kept() -> None:
+    rows = read_preferences([{**ROW, "category": 3, "id": 17}, {**ROW, "category": "x"}]).rows
+    assert [(row.group, row.number) for row in rows] == [("3", 0), ("x", 1)]
 
 
 @pytest.mark.parametrize(
@@ -77,37 +77,41 @@ def test_group_and_id_are_kept() -> None:
 )
 def test_rows_that_cannot_be_fitted_are_named(records: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
-        parse_preferences(records)
+        read_preferences(records)
 
 
 def test_many_rows_are_shortened_and_other_problems_counted() -> None:
     records = [{**ROW, "chosen": ""} for _ in range(30)] + [{**ROW, "chosen": 3}]
     with pytest.raises(DatasetError, match=r"rows 0, 1, .*, 9 and 20 more.*empty.*1 other kind of problem"):
-        parse_preferences(records)
+        read_preferences(records)
 
 
 def test_one_row_and_one_prompt_are_too_few() -> None:
     with pytest.raises(DatasetError, match="has 1 row"):
-        check_contrast(parse_preferences(ROWS[:1]))
+        check_contrast(read_preferences(ROWS[:1]).rows)
     with pytest.raises(DatasetError, match="all 3 rows have the same prompt"):
-        check_contrast(parse_preferences([ROW] * 3))
+        check_contrast(read_preferences([ROW] * 3).rows)
 
 
 def test_general_prompts_are_checked_too() -> None:
-    assert parse_prompts([{"prompt": "a"}, {"prompt": [USER]}]) == ["a", [USER]]
+    assert read_prompts([{"prompt": "a"}, {"prompt": [USER]}]).rows == [PromptRow("a"), PromptRow([USER], number=1)]
     with pytest.raises(DatasetError, match=r"row 1 .*prompt is empty"):
-        parse_prompts([{"prompt": "a"}, {"prompt": " "}])
+        read_prompts([{"prompt": "a"}, {"prompt": " "}])
     with pytest.raises(DatasetError, match="no column 'prompt'"):
-        parse_prompts([{"text": "a"}])
+        read_prompts([{"text": "a"}])
 
 
-@pytest.mark.parametrize("form", ["list", "dataset", "stream", "jsonl", "json", "csv", "tsv", "parquet", "folder"])
+@pytest.mark.parametrize(
+    "form", ["list", "generator", "dataset", "stream", "jsonl", "json", "csv", "tsv", "parquet", "folder"]
+)
 def test_every_source_gives_the_same_rows(form: str, tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(ROWS)
     path = tmp_path / f"rows.{form}"
     source: Any = path
     if form == "list":
         source = ROWS
+    elif form == "generator":
+        source = (row for row in ROWS)
     elif form == "dataset":
         source = table
     elif form == "stream":
@@ -124,31 +128,35 @@ def test_every_source_gives_the_same_rows(form: str, tmp_path: Path) -> None:
         table.to_parquet(str(path))
     else:
         table.save_to_disk(str(path))
-    records, found = read_records(source)
-    assert records == ROWS
-    assert found.rows == 4 and found.sha256 == read_records(ROWS)[1].sha256
-    assert found.name == (None if form in ("list", "dataset", "stream") else str(path))
+    expected = read_preferences(ROWS)
+    read = read_preferences(source)
+    assert read.rows == expected.rows and read.findings == []
+    found = read.source
+    assert (found.rows, found.taken) == (4, 4)
+    # As it was when a data set was read whole.
+    assert found.sha256 == expected.source.sha256 == "a25751f13837fe2a02a4b19411fa6269ce749213085a3933305d9571b5b09c75"
+    assert found.name == (None if form in ("list", "generator", "dataset", "stream") else str(path))
 
 
 def test_sources_that_are_none_say_so(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is empty"):
-        read_records([])
+        read_preferences([])
     with pytest.raises(DatasetError, match=r"row 1 .*must be a dict, got str"):
-        read_records([ROW, "sun0"])
+        read_preferences([ROW, "sun0"])
     with pytest.raises(DatasetError, match=r"has the splits \['test', 'train'\]"):
-        read_records(
+        read_preferences(
             datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS))
         )
     with pytest.raises(DatasetError, match="got int"):
-        read_records(3)
+        read_preferences(3)
     with pytest.raises(FileNotFoundError, match="no file"):
-        read_records(tmp_path / "rows.jsonl")
+        read_preferences(tmp_path / "rows.jsonl")
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(DatasetError, match=r"cannot read '.xlsx'"):
-        read_records(tmp_path / "rows.xlsx")
+        read_preferences(tmp_path / "rows.xlsx")
     (tmp_path / "rows.jsonl").write_text('{"prompt": ')
     with pytest.raises(DatasetError, match="cannot be read as json"):
-        read_records(tmp_path / "rows.jsonl")
+        read_preferences(tmp_path / "rows.jsonl")
     (tmp_path / "none.csv").write_text("")
     with pytest.raises(DatasetError, match=r"none\.csv is empty"):
-        read_records(tmp_path / "none.csv")
+        read_preferences(tmp_path / "none.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ def chat(question: str, chosen: str = "oak0", rejected: str = "fox0", **extra: A
 
 def findings(rows: list[PreferenceRow], tokenizer: Any = None) -> list[str]:
     tokenizer = tokenizer or toy_tokenizer()
+    rows = [replace(row, number=number) for number, row in enumerate(rows)]
     return lint_rows(rows, encode_preferences(tokenizer, rows).rows, tokenizer)
 
 
@@ -73,10 +75,10 @@ def test_common_ends_do_not_overlap() -> None:
 
 
 def test_prompts_that_are_known_are_dropped_by_name() -> None:
-    prompts = [row.prompt for row in (GOOD[3], chat("fox1"), GOOD[5])]
-    kept, (finding,) = drop_known(prompts, GOOD, "eval_dataset", "left out")
-    assert kept == [1] and "eval_dataset: rows 0, 2" in finding
-    assert drop_known(prompts[1:2], GOOD, "eval_dataset", "left out") == ([0], [])
+    own = [replace(row, number=10 + place) for place, row in enumerate((GOOD[3], chat("fox1"), GOOD[5]))]
+    kept, (finding,) = drop_known(own, GOOD, "eval_dataset", "left out")
+    assert kept == [own[1]] and "eval_dataset: rows 10, 12" in finding
+    assert drop_known(own[1:2], GOOD, "eval_dataset", "left out") == (own[1:2], [])
 
 
 def test_memory_is_warned_of_before_it_is_full() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -275,6 +276,46 @@ def test_rows_with_overflowing_states_are_named() -> None:
         model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("sun3")] = float("inf")
     with pytest.raises(DatasetError, match=r"train_dataset: rows .*3.*NaN or infinite"):
         fit(model=model)
+
+
+def test_of_many_rows_a_sample_of_prompts_is_fitted() -> None:
+    with pytest.warns(DatasetWarning, match="train_dataset has 144 rows; 60 of them are used") as found:
+        adapter = fit((row for row in chat_rows(144)), max_rows=60, eval_dataset=chat_rows(20)[5:])
+    assert not any("eval_dataset has" in str(warning.message) for warning in found)
+    provenance = adapter.config.fit
+    assert (provenance["data"]["rows"], provenance["data"]["taken"], provenance["max_rows"]) == (144, 60, 60)
+    assert (provenance["general_data"]["rows"], provenance["general_data"]["taken"]) == (30, 30)
+    assert provenance["data"]["sha256"] == fit(chat_rows(144)).config.fit["data"]["sha256"]
+    assert sum(provenance["rows"].values()) - provenance["rows"]["validation"] == 60
+    assert provenance["lint"][0].startswith("train_dataset has 144 rows")
+    with pytest.warns(DatasetWarning, match="general_dataset has 30 rows; 20 of them"):
+        fit(chat_rows(20), max_rows=20)
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(tmp_path: Path) -> None:
+    expected = fit(chat_rows())
+    for rows in (chat_rows(), iter(chat_rows())):
+        adapter = fit(rows, max_rows=40)
+        assert torch.equal(adapter.tensors["vector"], expected.tensors["vector"])
+        assert adapter.config.fit["lint"] == []
+    few = fit(chat_rows(144), max_rows=40, store_dir=tmp_path)
+    more = fit(chat_rows(144), max_rows=80, store_dir=tmp_path)
+    whole = fit(chat_rows(144), max_rows=80)
+    assert few.config.fit["capture"]["tokens"] > 0
+    # What the smaller sample has read is not read again; a few rows are, to see whether prompts can be shared.
+    assert more.config.fit["capture"]["tokens"] < 0.75 * whole.config.fit["capture"]["tokens"]
+
+
+def test_messages_name_the_rows_of_the_data_set_not_of_the_sample() -> None:
+    model, tokenizer = toy_model(), toy_tokenizer()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("sun3")] = float("inf")
+    rows = chat_rows(144)
+    bad = [i for i, row in enumerate(rows) if "sun3" in row["prompt"][0]["content"].split()]
+    with pytest.raises(DatasetError, match=r"train_dataset: rows? .*NaN or infinite") as failure:
+        fit(rows, model=model, max_rows=60)
+    named = str(failure.value).split("train_dataset: row")[1].split("(counted")[0]
+    assert {int(number) for number in re.findall(r"\d+", named.split("and")[0])} <= set(bad)
 
 
 def test_progress_is_silent_or_seen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import PreferenceRow
+from finesteer_hf.fitting.data import PreferenceRow, PromptRow
 from finesteer_hf.fitting.templating import (
     Passage,
     chat_template_hash,
@@ -44,7 +45,7 @@ def test_a_query_is_templated_with_the_generation_prompt_and_one_start() -> None
     tokenizer = toy_tokenizer()
     expected = ids_of(tokenizer, "<bos> <user> sun0 sun1 <assistant>")
     assert tuple(format_query(tokenizer, CHAT.prompt)) == expected
-    assert encode_prompts(tokenizer, [CHAT.prompt]) == [Passage(expected)]
+    assert encode_prompts(tokenizer, [CHAT]) == [Passage(expected)]
     templated = tokenizer.apply_chat_template(CHAT.prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert templated == list(expected)
 
@@ -77,7 +78,7 @@ def test_a_token_that_joins_prompt_and_answer_counts_as_the_answers() -> None:
     assert first.chosen.answer_start == len(first.prompt.ids) - 1
     assert tokenizer.decode(list(first.chosen.ids[first.chosen.answer_start :])) == ":bc"
     ((remark, numbers),) = encoded.remarks.items()
-    assert "join the prompt's last 1" in remark and numbers == [0]
+    assert "join the prompt's last 1" in remark and numbers == {0}
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
@@ -86,15 +87,15 @@ def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
         "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}sea1 sea2 sea3 {% endif %}"
     )
-    with pytest.raises(DatasetError, match=r"rows 0, 1 .*rendered differently from token 3 on: .*sea1 sea2 sea3"):
-        encode_preferences(tokenizer, [CHAT, CHAT])
+    with pytest.raises(DatasetError, match=r"rows 0, 70 .*rendered differently from token 3 on: .*sea1 sea2 sea3"):
+        encode_preferences(tokenizer, [CHAT, replace(CHAT, number=70)])
 
 
 def test_a_missing_template_and_a_refused_role_name_the_rows() -> None:
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(DatasetError, match=r"train_dataset: row 1 .*no chat template.*tokenizer.chat_template"):
-        encode_preferences(tokenizer, [PreferenceRow("sun0", " oak0", " fox0"), CHAT])
+    with pytest.raises(DatasetError, match=r"train_dataset: row 70 .*no chat template.*tokenizer.chat_template"):
+        encode_preferences(tokenizer, [PreferenceRow("sun0", " oak0", " fox0"), replace(CHAT, number=70)])
     assert chat_template_hash(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(DatasetError, match=r"row 0 .*refuses .*System role not supported.*first user message"):
@@ -103,17 +104,17 @@ def test_a_missing_template_and_a_refused_role_name_the_rows() -> None:
 
 def test_prompts_are_never_cut_and_answers_only_on_request() -> None:
     tokenizer = toy_tokenizer()
-    long = PreferenceRow("sun0 " * 20, "oak0", "fox0")
-    with pytest.raises(DatasetError, match=r"row 1 .*20 tokens, at most 10 .*max_length.*never truncated"):
+    long = PreferenceRow("sun0 " * 20, "oak0", "fox0", number=70)
+    with pytest.raises(DatasetError, match=r"row 70 .*20 tokens, at most 10 .*max_length.*never truncated"):
         encode_preferences(tokenizer, [CHAT, long], max_length=10)
     with pytest.raises(DatasetError, match=r"positions of the model"):
-        encode_prompts(tokenizer, [long.prompt], max_positions=10)
-    wordy = PreferenceRow("sun0 ", "oak0 " * 20, "fox0")
-    with pytest.raises(DatasetError, match=r"row 0 .*21 tokens, the model can take 10"):
+        encode_prompts(tokenizer, [PromptRow(long.prompt)], max_positions=10)
+    wordy = PreferenceRow("sun0 ", "oak0 " * 20, "fox0", number=70)
+    with pytest.raises(DatasetError, match=r"row 70 .*21 tokens, the model can take 10"):
         encode_preferences(tokenizer, [wordy], max_positions=10)
     encoded = encode_preferences(tokenizer, [CHAT, wordy], max_length=10, max_positions=10)
     assert len(encoded.rows[1].chosen.ids) == 10
-    assert encoded.remarks == {"the chosen answer was cut to max_length=10 tokens": [1]}
+    assert encoded.remarks == {"the chosen answer was cut to max_length=10 tokens": {70}}
 
 
 def test_a_prompt_that_fills_the_length_leaves_no_answer() -> None:

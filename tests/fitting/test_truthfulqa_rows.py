@@ -9,7 +9,7 @@ import pytest
 
 from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, fit_steering
 from finesteer_hf.evaluation.multiple_choice import score_choices
-from finesteer_hf.fitting.data import parse_preferences
+from finesteer_hf.fitting.data import read_preferences
 from finesteer_hf.fitting.inputs import prepare_inputs
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
@@ -22,7 +22,7 @@ def test_all_questions_become_rows() -> None:
     from finesteer_hf.evaluation.truthfulqa import load_truthfulqa, preference_rows
 
     records = preference_rows(load_truthfulqa(FILE), pairs="all", max_pairs=3)
-    rows = parse_preferences(records)
+    rows = read_preferences(records).rows
     assert len({str(row.prompt) for row in rows}) == 817
     assert len({row.group for row in rows}) == 38
     inputs = prepare_inputs(toy_tokenizer(), records, None, None, seed=0, split="group")
