@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +130,9 @@ class MixtureSteering(BaseEstimator):
         self._check_rank(min(len(h) - 1, h.shape[1]))
         features, feature_basis = row_space(h)
         targets, target_basis = row_space(delta)
-        experts = {count: fit_prototypes(features, targets, count, groups=labels, seed=self.seed) for count in counts}
+        experts = dict(
+            zip(counts, fit_prototypes(features, targets, counts, groups=labels, seed=self.seed), strict=True)
+        )
         if self.num_experts == "auto":
             experts = {count: fitted for count, fitted in experts.items() if len(fitted.sizes) == count}
         elif len(experts[counts[-1]].sizes) < counts[-1]:
@@ -166,7 +169,7 @@ class MixtureSteering(BaseEstimator):
         if count > 1:
             for train, test in make_folds(len(features), INNER_FOLDS, groups, self.seed + 1):
                 own = _rows(groups, train)
-                part = fit_prototypes(features[train], targets[train], count, groups=own, seed=self.seed)
+                (part,) = fit_prototypes(features[train], targets[train], [count], groups=own, seed=self.seed)
                 left[test] = targets[test] - part.predict(features[test])
         rank = self.residual_rank
         if not isinstance(rank, str):
@@ -182,20 +185,18 @@ class MixtureSteering(BaseEstimator):
         All numbers of experts are compared without a residual; with one, only K = 1 and the best of the others.
         """
         self._folds = make_folds(len(features), self.folds, groups, self.seed)
-        self._fold_experts: dict[int, list[RoutedPrototypes]] = {
-            count: [
-                fit_prototypes(features[train], targets[train], count, groups=_rows(groups, train), seed=self.seed)
-                for train, _ in self._folds
-            ]
-            for count in counts
-        }
+        experts = [
+            fit_prototypes(features[train], targets[train], counts, groups=_rows(groups, train), seed=self.seed)
+            for train, _ in self._folds
+        ]
+        experts_of = dict(zip(counts, zip(*experts, strict=True), strict=True))
         constants = np.empty_like(targets)
         for train, test in self._folds:
             constants[test] = targets[train].mean(axis=0)
-        trials = [self._cross_fit(features, targets, groups, count, False) for count in counts]
+        trials = [self._cross_fit(features, targets, groups, count, experts_of[count], False) for count in counts]
         several = [trial for trial in trials if trial.num_experts > 1]
         contenders = [1] + ([min(several, key=lambda trial: trial.losses.mean()).num_experts] if several else [])
-        trials += [self._cross_fit(features, targets, groups, count, True) for count in contenders]
+        trials += [self._cross_fit(features, targets, groups, count, experts_of[count], True) for count in contenders]
         losses = np.stack([trial.losses for trial in trials])
         eligible = [index for index, trial in enumerate(trials) if self._eligible(trial, counts)]
         best = one_standard_error(
@@ -216,10 +217,16 @@ class MixtureSteering(BaseEstimator):
         return chosen.num_experts
 
     def _cross_fit(
-        self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, count: int, with_residual: bool
+        self,
+        features: Matrix,
+        targets: Matrix,
+        groups: NDArray[Any] | None,
+        count: int,
+        experts_of_folds: Sequence[RoutedPrototypes],
+        with_residual: bool,
     ) -> _Trial:
         predicted, ranks = np.empty_like(targets), []
-        for (train, test), experts in zip(self._folds, self._fold_experts[count], strict=True):
+        for (train, test), experts in zip(self._folds, experts_of_folds, strict=True):
             predicted[test] = experts.predict(features[test])
             if with_residual:
                 residual = self._fit_residual(experts, features[train], targets[train], _rows(groups, train))

@@ -89,9 +89,14 @@ class RidgePath:
                 )
             return residual / slack[:, None]
         held_out = np.empty_like(residual)
+        by_size: dict[int, list[NDArray[Any]]] = {}
         for block in blocks:
-            hat = 1.0 / rows + (self.left[block] * shrink) @ self.left[block].T
-            held_out[block] = np.linalg.solve(np.eye(len(block)) - hat, residual[block])
+            by_size.setdefault(len(block), []).append(block)
+        for size, alike in by_size.items():
+            members = np.stack(alike)  # [blocks, size]
+            left = self.left[members]
+            hat = 1.0 / rows + (left * shrink) @ left.transpose(0, 2, 1)
+            held_out[members] = np.linalg.solve(np.eye(size) - hat, residual[members])
         return held_out
 
     def response_directions(self, ridge: float, rank: int) -> Matrix:
@@ -112,12 +117,14 @@ class RidgePath:
 
 
 def group_blocks(groups: NDArray[Any] | None) -> list[NDArray[np.intp]] | None:
-    """Give the row indices of each group, or None without groups; raises ValueError if all rows are of one."""
+    """Give the row indices of each group; None where each row is alone; ValueError if all rows are of one group."""
     if groups is None:
         return None
     names = np.unique(groups)
     if len(names) < 2:
         raise ValueError(f"groups: all rows are of '{names[0]}', so no group can be held out. Give 2 groups, or none.")
+    if len(names) == len(groups):
+        return None
     return [np.flatnonzero(groups == name) for name in names]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,8 @@ def shrunken_prototypes(shifts: Matrix, labels: NDArray[np.intp]) -> Matrix:
 
 
 def fit_prototypes(
-    features: Matrix, shifts: Matrix, count: int, *, groups: NDArray[Any] | None = None, seed: int = 0
-) -> RoutedPrototypes:
+    features: Matrix, shifts: Matrix, counts: Sequence[int], *, groups: NDArray[Any] | None = None, seed: int = 0
+) -> list[RoutedPrototypes]:
     """Cluster the shifts, and learn to tell the cluster from the state.
 
     Routing is linear discriminant analysis with a pooled Ledoit-Wolf covariance on the leading principal components, which
@@ -70,28 +71,42 @@ def fit_prototypes(
     Args:
         features: [M, p] states.
         shifts: [M, q].
-        count: experts; fewer are made where one would have under 5 rows.
+        counts: numbers of experts, each fitted for itself; fewer experts are made where one would have under 5 rows.
         groups: [M], kept together when the factor is fitted.
         seed: of K-means and folds.
+
+    Returns:
+        The prototypes of each count.
     """
-    labels = _usable_clusters(clustering_features(shifts, normalise=True, seed=seed), count, seed)
-    sizes = np.bincount(labels)
-    if len(sizes) == 1:
-        return RoutedPrototypes(np.zeros((1, features.shape[1])), np.zeros(1), shifts.mean(axis=0)[None, :], sizes)
     mean = features.mean(axis=0)
+    single = RoutedPrototypes(
+        np.zeros((1, features.shape[1])), np.zeros(1), shifts.mean(axis=0)[None, :], np.array([len(shifts)])
+    )
+    if max(counts) == 1:
+        return [single] * len(counts)
+    clustered = clustering_features(shifts, normalise=True, seed=seed)
     _, components = principal_directions(features - mean, ROUTING_DIMENSIONS, seed)
     coordinates = (features - mean) @ components
-    evidence = np.zeros((len(features), len(sizes)))
-    for train, test in make_folds(len(features), 5, groups, seed):
-        weight, offset = _discriminant(coordinates[train], labels[train], len(sizes))
-        evidence[test] = coordinates[test] @ weight.T + offset
-    log_prior = np.log(sizes / sizes.sum())
-    factor = _sharpness(evidence, log_prior, labels)
-    weight, offset = _discriminant(coordinates, labels, len(sizes))
-    folded = factor * weight @ components.T
-    return RoutedPrototypes(
-        folded, log_prior + factor * offset - folded @ mean, shrunken_prototypes(shifts, labels), sizes
-    )
+    folds = make_folds(len(features), 5, groups, seed)
+
+    def fitted(count: int) -> RoutedPrototypes:
+        labels = _usable_clusters(clustered, count, seed)
+        sizes = np.bincount(labels)
+        if len(sizes) == 1:
+            return single
+        evidence = np.zeros((len(features), len(sizes)))
+        for train, test in folds:
+            weight, offset = _discriminant(coordinates[train], labels[train], len(sizes))
+            evidence[test] = coordinates[test] @ weight.T + offset
+        log_prior = np.log(sizes / sizes.sum())
+        factor = _sharpness(evidence, log_prior, labels)
+        weight, offset = _discriminant(coordinates, labels, len(sizes))
+        folded = factor * weight @ components.T
+        return RoutedPrototypes(
+            folded, log_prior + factor * offset - folded @ mean, shrunken_prototypes(shifts, labels), sizes
+        )
+
+    return [fitted(count) for count in counts]
 
 
 def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp]:

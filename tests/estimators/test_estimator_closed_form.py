@@ -197,11 +197,12 @@ def test_prototypes_are_in_the_units_of_the_shifts_and_shrink_as_written() -> No
 
 def test_routing_finds_the_modes_and_falls_back_to_frequencies_without_signal() -> None:
     states, shifts = modes(300)
-    fitted = fit_prototypes(states[:200], shifts[:200], 3)
+    (fitted,) = fit_prototypes(states[:200], shifts[:200], [3])
     r2 = held_out_r2(shifts[200:], fitted.predict(states[200:]), shifts[:200].mean(axis=0))
     assert r2 > 0.6
     noise = np.random.default_rng(0).normal(size=(200, 30))
-    blind = fit_prototypes(noise, shifts[:200], 3)
+    one, blind = fit_prototypes(noise, shifts[:200], [1, 3])
+    np.testing.assert_allclose(one.predict(noise), np.broadcast_to(shifts[:200].mean(0), shifts[:200].shape))
     alpha = softmax(noise @ blind.weight.T + blind.bias, axis=1)
     np.testing.assert_allclose(alpha, np.tile(blind.sizes / 200, (200, 1)), atol=0.1)
 
