@@ -2,11 +2,12 @@
 
 Published, as its released code does it: for each record three forwards of the whole model, one text at a time, with all
 hidden states kept (the prompt for the query's state, prompt and chosen, prompt and rejected); then PCA of rank 128 for
-the gate, and the mixture of experts with full-width keys, trained by AdamW. Ours: `fit_steering` with its defaults, the
-general prompts that its gate learns from included. Layer and strength are given to both, and the rank of our map follows
+the gate, and the mixture of experts with full-width keys, trained by AdamW. Ours: `fit_steering` with its defaults, once
+on the same data (`general_dataset=None`) and once with the packaged general prompts, which its gate learns from and the
+published one has not. Layer and strength are given to both, and the rank of our map follows
 from held-out R2: choosing any of the three by running the model steered has no counterpart in the published steps.
-Each pipeline runs in a process of its own, so that memory is its own; seconds are those of its processor time, which a
-busy machine does not stretch.
+Each pipeline runs in a process of its own after a small fit that imports what it needs, so that memory is its own;
+seconds are those of its processor time.
 
 Time and memory come from a random Llama of a real shape that reads TruthfulQA's questions (or the playground's) in the
 playground's tokens; held-out R2 from the playground's trained model, for random weights hold nothing to predict; and the
@@ -52,6 +53,7 @@ from finesteer_hf.sites import Site
 SYSTEM = "You are helpful, honest and concise."
 # A cost per row needs no more of them.
 LADDER_ROWS = 40
+WARM_UP_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def run_published(setting: Setting) -> tuple[Outcome, np.ndarray, np.ndarray, np.ndarray]:
     """The outcome, and for both pipelines: the test queries, the test shifts and the mean shift of the fit."""
     model, tokenizer, fit, test = prepared(setting)
-    rows, held_out = encoded(tokenizer, fit), encoded(tokenizer, test)
-    published_capture(model, rows[:3], setting.layer)
+    held_out = encoded(tokenizer, test)
+    published_fit(*published_capture(model, encoded(tokenizer, fit[:WARM_UP_ROWS]), setting.layer))
     clock: list[float] = []
 
     def whole() -> tuple[np.ndarray, tuple[PaperMoSE, float]]:
@@ -174,11 +176,15 @@ def run_published(setting: Setting) -> tuple[Outcome, np.ndarray, np.ndarray, np
 # -- ours -------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(setting: Setting, test_queries: np.ndarray) -> Outcome:
+def run_ours(setting: Setting, test_queries: np.ndarray, general: str | None) -> Outcome:
     model, tokenizer, fit, _ = prepared(setting)
-    states(model, make_jobs(encoded(tokenizer, fit[:8])), (Site("resid_post", setting.layer),))
     config = FineSteerConfig(layer=setting.layer, strength=2.5, experts="mixture")
-    adapter, seconds, peak = measured(lambda: fit_steering(model, tokenizer, fit, config, progress=False))
+
+    def fitted(rows: list[dict[str, Any]]) -> SteeringAdapter:
+        return fit_steering(model, tokenizer, rows, config, general_dataset=general, progress=False)
+
+    fitted(fit[:WARM_UP_ROWS])
+    adapter, seconds, peak = measured(lambda: fitted(fit))
     assert isinstance(adapter.config, FineSteerConfig)
     site = Site("resid_post", setting.layer)
     queries = QueryStates({site: torch.tensor(test_queries)}, len(test_queries), torch.device("cpu"))
@@ -291,45 +297,49 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
 
 
-def side_by_side(published: Outcome, ours: Outcome, shifts: np.ndarray, constant: np.ndarray) -> list[str]:
-    """The two outcomes; the interval of the difference in R2 is a bootstrap over test rows."""
+def side_by_side(published: Outcome, ours: dict[str, Outcome], shifts: np.ndarray, constant: np.ndarray) -> list[str]:
+    """The outcomes, each of ours with its ratio or difference to the published one.
+
+    The interval of a difference in R2 is a bootstrap over test rows.
+    """
     scale = float(row_losses(shifts, constant).mean())
-    losses = [row_losses(shifts, outcome.predicted) / scale for outcome in (published, ours)]
-    gain = paired_difference(losses[1], losses[0])
-    r2 = [
-        held_out_r2(shifts, outcome.predicted, np.broadcast_to(constant, shifts.shape))
-        for outcome in (published, ours)
-    ]
-    rows = [
-        [
-            "processor seconds",
-            f"{published.seconds:.1f}",
-            f"{ours.seconds:.1f}",
-            f"{published.seconds / ours.seconds:.1f}x",
-        ],
+    constants = np.broadcast_to(constant, shifts.shape)
+    figures: list[tuple[str, str, Callable[[Outcome], float]]] = [
+        ("processor seconds", ".1f", lambda one: one.seconds)
     ]
     if published.capture_seconds:
-        rest = [outcome.seconds - outcome.capture_seconds for outcome in (published, ours)]
-        rows += [
-            ["- states (ours: by its share of the wall time)", f"{published.capture_seconds:.1f}",
-             f"{ours.capture_seconds:.1f}", f"{published.capture_seconds / ours.capture_seconds:.1f}x"],
-            ["- gate and experts", f"{rest[0]:.1f}", f"{rest[1]:.1f}", f"{rest[0] / rest[1]:.1f}x"],
-        ]  # fmt: skip
-    rows += [
-        ["peak memory above the start, MB", f"{published.peak_mb:.0f}", f"{ours.peak_mb:.0f}",
-         f"{published.peak_mb / ours.peak_mb:.1f}x"],
-        ["parameters, MB (ours: the saved file)", f"{published.size_mb:.2f}", f"{ours.size_mb:.2f}",
-         f"{published.size_mb / ours.size_mb:.0f}x"],
-        [f"held-out R2 against the constant, n={len(shifts)}", f"{r2[0]:.3f}", f"{r2[1]:.3f}",
-         f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"],
-        ["what was fitted", published.notes, ours.notes, ""],
-    ]  # fmt: skip
-    return table(["", "published steps", "finesteer_hf", "ratio or difference"], rows)
+        figures += [
+            ("- states (ours: by its share of the wall time)", ".1f", lambda one: one.capture_seconds),
+            ("- gate and experts", ".1f", lambda one: one.seconds - one.capture_seconds),
+        ]
+    figures += [
+        ("peak memory above the start, MB", ".0f", lambda one: one.peak_mb),
+        ("parameters, MB (ours: the saved file)", ".2f", lambda one: one.size_mb),
+    ]
+    rows = [
+        [name, f"{figure(published):{form}}"]
+        + [f"{figure(one):{form}} ({figure(published) / figure(one):.1f}x)" for one in ours.values()]
+        for name, form, figure in figures
+    ]
+    r2 = [
+        f"held-out R2 against the constant, n={len(shifts)}",
+        f"{held_out_r2(shifts, published.predicted, constants):.3f}",
+    ]
+    for one in ours.values():
+        gain = paired_difference(*(row_losses(shifts, which.predicted) / scale for which in (one, published)))
+        r2.append(
+            f"{held_out_r2(shifts, one.predicted, constants):.3f} ({gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}])"
+        )
+    rows += [r2, ["what was fitted", published.notes, *(one.notes for one in ours.values())]]
+    return table(["", "published steps", *ours], rows)
 
 
 def compared(setting: Setting) -> list[str]:
     published, queries, shifts, constant = in_its_own_process(run_published, setting)
-    ours = in_its_own_process(run_ours, setting, queries)
+    ours = {
+        "finesteer_hf, the same data": in_its_own_process(run_ours, setting, queries, None),
+        "and the packaged general prompts": in_its_own_process(run_ours, setting, queries, "default"),
+    }
     return side_by_side(published, ours, shifts, constant)
 
 
@@ -388,7 +398,7 @@ def main() -> None:
     text += [
         f"Gate and experts alone at width {args.wide}, {args.rows} rows of planted low-rank data:",
         "",
-        *side_by_side(published, ours, data.shifts["test"], learned.mean(0)),
+        *side_by_side(published, {"finesteer_hf": ours}, data.shifts["test"], learned.mean(0)),
     ]
     print("\n".join(text))
     if args.out is not None:
