@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from finesteer_hf.methods.base import ModelInfo
@@ -43,6 +45,13 @@ class PlantedData:
 
     def general(self, site: Site, part: str) -> np.ndarray:
         return self.others[part]
+
+    def chunks(self, side: str, site: Site, parts: Sequence[str], pool: str = "answer_mean") -> Iterator[np.ndarray]:
+        for part in parts:
+            pools = (pool,) if side in ("chosen", "rejected") else ()
+            states = getattr(self, side)(site, part, *pools)
+            if len(states):
+                yield states
 
     def note(self, message: str) -> None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -14,9 +15,13 @@ from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import AnswerRun, DosePoint, ModelInfo, Part, Pool, Text
+from finesteer_hf.methods.base import AnswerRun, DosePoint, ModelInfo, Part, Pool, Side, Text
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site, TextTower
+
+
+# Rows of a chunk: 64 MB at a width of 4096.
+CHUNK_ROWS = 4096
 
 
 @dataclass
@@ -53,15 +58,15 @@ class CapturedData:
 
     def query(self, site: Site, part: Part) -> np.ndarray:
         """States of the prompts' last tokens, `[rows, width]` float32."""
-        return self._states(site, "query", [self.rows[i].prompt for i in self.split.rows[part]])
+        return self._states(site, "query", self._passages("query", part))
 
     def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
         """Pooled states of the chosen answers, `[rows, width]` float32."""
-        return self._states(site, pool, [self.rows[i].chosen for i in self.split.rows[part]])
+        return self._states(site, pool, self._passages("chosen", part))
 
     def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
         """Pooled states of the rejected answers, `[rows, width]` float32."""
-        return self._states(site, pool, [self.rows[i].rejected for i in self.split.rows[part]])
+        return self._states(site, pool, self._passages("rejected", part))
 
     def prompts(self, part: Part) -> np.ndarray:
         """Label of each row's prompt; rows that share a prompt are one query."""
@@ -73,14 +78,21 @@ class CapturedData:
 
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
-        return self._states(site, "query", [self.general_prompts[i] for i in self.general_split.rows[part]])
+        return self._states(site, "query", self._passages("general", part))
+
+    def chunks(
+        self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
+    ) -> Iterator[np.ndarray]:
+        """The same states, part after part, at most `CHUNK_ROWS` rows `[rows, width]` float32 at a time."""
+        passages = [passage for part in parts for passage in self._passages(side, part)]
+        for start in range(0, len(passages), CHUNK_ROWS):
+            yield self._states(
+                site, pool if side in ("chosen", "rejected") else "query", passages[start : start + CHUNK_ROWS]
+            )
 
     def tokens(self, text: Text, part: Part) -> list[np.ndarray]:
         """Token ids, int64, of the rows' prompts, of their answers alone, or of the general prompts."""
-        if text == "general":
-            passages = [self.general_prompts[i] for i in self.general_split.rows[part]]
-        else:
-            passages = [getattr(self.rows[i], text) for i in self.split.rows[part]]
+        passages = self._passages("query" if text == "prompt" else text, part)
         return [np.array(passage.ids[passage.answer_start or 0 :], dtype=np.int64) for passage in passages]
 
     def answers(
@@ -106,6 +118,12 @@ class CapturedData:
     def note(self, message: str) -> None:
         """Show a line of progress."""
         self.bars.say(message)
+
+    def _passages(self, side: Side, part: Part) -> list[Passage]:
+        if side == "general":
+            return [self.general_prompts[i] for i in self.general_split.rows[part]]
+        of_row = attrgetter("prompt" if side == "query" else side)
+        return [of_row(self.rows[i]) for i in self.split.rows[part]]
 
     def _states(self, site: Site, pool: Pool, passages: Sequence[Passage]) -> np.ndarray:
         if not passages:

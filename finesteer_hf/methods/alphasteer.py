@@ -31,6 +31,7 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
+from finesteer_hf.methods.moments import mean_difference
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Decision, Positions, QueryStates
@@ -211,11 +212,7 @@ def _fit_layer(data: FitData, config: AlphaSteerConfig, layer: int) -> tuple[NDA
             f"ALPHASTEER needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset), got "
             f"{len(malicious)} and {len(benign)}; thousands of general prompts are what the paper uses."
         )
-    sides = [
-        np.concatenate([side(site, part, config.pool) for part in parts]).astype(np.float64)
-        for side in (data.chosen, data.rejected)
-    ]
-    refusal = sides[0].mean(axis=0) - sides[1].mean(axis=0)
+    refusal, _ = mean_difference(data, ("chosen", "rejected"), site, parts, config.pool)
     return refusal, null_space_probe(benign, malicious, config.null_space, config.ridge)
 
 

@@ -17,6 +17,7 @@ from finesteer_hf.sites import Site
 
 Pool = Literal["query", "answer_mean", "answer_last"]
 Part = Literal["fit", "calibration", "validation"]
+Side = Literal["query", "chosen", "rejected", "general"]
 Text = Literal["prompt", "chosen", "rejected", "general"]
 
 
@@ -58,6 +59,8 @@ class DosePoint:
         bottleneck_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
         gap_se: standard error of the difference to the curve's best bottleneck within the same rows; 0 at the best.
+        changed: share of general prompts whose greedy answer changes; None where it is not measured. Methods that take
+            tokens back leave most texts alone and change the others a lot, which no percentile over tokens shows.
     """
 
     strength: float
@@ -65,6 +68,7 @@ class DosePoint:
     bottleneck_se: float
     kl: float
     gap_se: float = 0.0
+    changed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,21 @@ class FitData(Protocol):
 
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
+
+    def chunks(
+        self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
+    ) -> Iterator[np.ndarray]:
+        """The same states, part after part, at most some thousand rows at a time, for what needs no more of them.
+
+        Args:
+            side: whose states.
+            site: where they are taken.
+            parts: of the rows.
+            pool: of answers; queries have one state.
+
+        Yields:
+            `[rows, width]` float32, of at least one row.
+        """
 
     def tokens(self, text: Text, part: Part) -> list[np.ndarray]:
         """Token ids, int64, of the rows' prompts, of their answers alone, or of the general prompts."""

@@ -16,16 +16,17 @@ import torch
 
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, require_fitted
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.moments import mean_difference, median_query_norm, projections
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
 
 
 POOLS = ("answer_mean", "answer_last")
-VECTORS = ("answers", "queries")
+_SIDES: dict[str, tuple[Side, Side]] = {"answers": ("chosen", "rejected"), "queries": ("query", "general")}
+VECTORS = tuple(_SIDES)
 MIN_ROWS = 2
 
 
@@ -133,7 +134,7 @@ class CAA(SteeringMethod):
             layer: Trial(
                 build=lambda strength, at=layer: cls(fitted(at, strength), {"vector": found[at]}),  # type: ignore[misc]
                 vector_norm=float(found[layer].norm()),
-                state_norm=median_norm(data.query(Site("resid_post", layer), "fit")),
+                state_norm=median_query_norm(data, Site("resid_post", layer)),
             )
             for layer in promising
         }
@@ -155,31 +156,25 @@ class CAA(SteeringMethod):
 def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tensor:
     """The vector at a site, `[d]` float32; averaged in float64."""
     parts: tuple[Part, ...] = ("fit", "calibration")
-    wanted, unwanted = zip(*(_sides(data, config, site, part) for part in parts), strict=True)
-    if min(sum(map(len, wanted)), sum(map(len, unwanted))) < MIN_ROWS:
+    vector, counts = mean_difference(data, _SIDES[config.vector], site, parts, config.pool)
+    if min(counts) < MIN_ROWS:
         what = "general prompts (general_dataset)" if config.vector == "queries" else "rows"
         raise DatasetError(
-            f"CAA with vector={config.vector!r} averages {sum(map(len, wanted))} states against "
-            f"{sum(map(len, unwanted))}, and needs at least {MIN_ROWS} of each: give more {what}."
+            f"CAA with vector={config.vector!r} averages {counts[0]} states against {counts[1]}, and needs at "
+            f"least {MIN_ROWS} of each: give more {what}."
         )
-    means = [np.concatenate(side).mean(axis=0, dtype=np.float64) for side in (wanted, unwanted)]
-    return torch.from_numpy((means[0] - means[1]).astype(np.float32))
-
-
-def _sides(data: FitData, config: CAAConfig, site: Site, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    if config.vector == "queries":
-        return data.query(site, part), data.general(site, part)
-    return data.chosen(site, part, config.pool), data.rejected(site, part, config.pool)
+    return torch.from_numpy(vector.astype(np.float32))
 
 
 def _effect(data: FitData, config: CAAConfig, site: Site) -> float:
     """How far the vector of the `fit` part tells the sides of the `calibration` part apart, in pooled deviations."""
-    sides = [part.astype(np.float64) for part in _sides(data, config, site, "fit")]
-    held_out = _sides(data, config, site, "calibration")
-    if min(map(len, [*sides, *held_out])) == 0:
+    sides = _SIDES[config.vector]
+    direction, counts = mean_difference(data, sides, site, ("fit",), config.pool)
+    if min(counts) == 0:
         return 0.0
-    direction = sides[0].mean(axis=0) - sides[1].mean(axis=0)
-    held_out = (held_out[0] @ direction, held_out[1] @ direction)
+    held_out = [projections(data, side, site, ("calibration",), direction, config.pool) for side in sides]
+    if min(map(len, held_out)) == 0:
+        return 0.0
     spread = float(np.sqrt((held_out[0].var() + held_out[1].var()) / 2))
     return float(held_out[0].mean() - held_out[1].mean()) / max(spread, 1e-12)
 

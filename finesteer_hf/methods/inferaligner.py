@@ -33,6 +33,7 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
+from finesteer_hf.methods.moments import mean_difference
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
@@ -170,7 +171,13 @@ class InferAligner(SteeringMethod):
         layers = [int(layer) for layer in settings.layers]
         srv, bias = zip(*(safety_gate(*_queries(data, layer)) for layer in settings.gate_layers), strict=True)
         if settings.vector == "answers":
-            ssv = np.stack([_difference(*_answers(data, settings, layer)) for layer in layers])
+            parts: tuple[Part, ...] = ("fit", "calibration")
+            ssv = np.stack(
+                [
+                    mean_difference(data, ("chosen", "rejected"), _site(layer), parts, settings.pool)[0]
+                    for layer in layers
+                ]
+            )
         elif settings.vector == "queries":
             ssv = np.stack([safety_gate(*_queries(data, layer))[0] for layer in layers])
         else:
@@ -263,19 +270,6 @@ def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np
     site = _site(layer)
     harmful, harmless = (np.concatenate([side(site, part) for part in parts]) for side in (data.query, data.general))
     return harmful, harmless
-
-
-def _answers(data: FitData, config: InferAlignerConfig, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    parts: tuple[Part, ...] = ("fit", "calibration")
-    chosen, rejected = (
-        np.concatenate([side(_site(layer), part, config.pool) for part in parts])
-        for side in (data.chosen, data.rejected)
-    )
-    return chosen, rejected
-
-
-def _difference(wanted: NDArray[np.floating], unwanted: NDArray[np.floating]) -> NDArray[np.float64]:
-    return wanted.mean(axis=0, dtype=np.float64) - unwanted.mean(axis=0, dtype=np.float64)
 
 
 def _held_out(data: FitData, layer: int, srv: NDArray[np.float64], bias: float) -> dict[str, float | None]:

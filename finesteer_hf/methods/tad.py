@@ -49,7 +49,7 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.moments import mean_difference, median_query_norm
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
@@ -191,7 +191,7 @@ class TAD(SteeringMethod):
             layer: Trial(
                 build=lambda strength, at=layer: cls(fitted(at, strength), tensors[at]),  # type: ignore[misc]
                 vector_norm=float(tensors[layer]["vector"].norm()),
-                state_norm=median_norm(data.query(_site(layer), "fit")),
+                state_norm=median_query_norm(data, _site(layer)),
             )
             for layer in promising
         }
@@ -307,11 +307,8 @@ def _site(layer: int | str) -> Site:
 
 def _mean_difference(data: FitData, config: TADConfig, layer: int) -> torch.Tensor:
     parts = cast(tuple[Part, ...], ("fit", "calibration"))
-    means = [
-        np.concatenate([side(_site(layer), part, config.pool) for part in parts]).mean(axis=0, dtype=np.float64)
-        for side in (data.chosen, data.rejected)
-    ]
-    return torch.from_numpy((means[0] - means[1]).astype(np.float32))
+    vector, _ = mean_difference(data, ("chosen", "rejected"), _site(layer), parts, config.pool)
+    return torch.from_numpy(vector.astype(np.float32))
 
 
 def _mean_gate(gate: Any, states: NDArray[np.float32]) -> float | None:

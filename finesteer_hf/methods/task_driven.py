@@ -33,7 +33,7 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.moments import median_query_norm
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor, TokenView
 from finesteer_hf.sites import Site
@@ -147,7 +147,7 @@ class TaskDriven(SteeringMethod):
         settings = cast(TaskDrivenConfig, config)
         loss = TaskLoss.of(data, settings)
         sites = [_site(layer) for layer in candidate_layers(settings.layer, data.info.num_layers)]
-        norms = {site: median_norm(data.query(site, "fit")) for site in sites}
+        norms = {site: median_query_norm(data, site) for site in sites}
         slopes = first_order(loss, sites, data.info.num_heads)
         promising = sorted(sites, key=lambda site: -norms[site] * float(slopes[site].norm()))[:SHORT_LIST]
         learned = {}

@@ -42,6 +42,7 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
+from finesteer_hf.methods.moments import mean_difference
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
@@ -332,11 +333,7 @@ def _prompts(
 def _direction(data: FitData, config: WASConfig, layer: int) -> torch.Tensor:
     site = EMBEDDINGS if config.direction == "embeddings" else _site(layer)
     parts = cast(tuple[Part, ...], ("fit", "calibration"))
-    means = [
-        np.concatenate([side(site, part) for part in parts]).mean(axis=0, dtype=np.float64)
-        for side in (data.chosen, data.rejected)
-    ]
-    difference = means[0] - means[1]
+    difference, _ = mean_difference(data, ("chosen", "rejected"), site, parts)
     length = np.linalg.norm(difference)
     if not length > 0:
         raise DatasetError(f"Chosen and rejected answers have the same mean at {site}: there is no direction.")

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +19,9 @@ import torch
 from finesteer_hf import Decision, QueryStates, Site, SteeredModelForCausalLM, SteeringConfig
 from finesteer_hf.config import _REGISTRY, register_steering_method
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting import DatasetWarning, default_general_prompts, fit_steering
+from finesteer_hf.fitting import DatasetWarning, captured, default_general_prompts, fit_steering
 from finesteer_hf.fitting.templating import chat_template_hash
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
@@ -149,6 +150,22 @@ def test_the_data_holds_each_row_in_its_place() -> None:
     assert data.prompts("fit").shape == (24,) and len(set(data.prompts("fit"))) == 24
     assert data.general(SITE, "fit").shape == (18, 32)
     assert data.chosen(SITE, "validation", "answer_last").shape == (8, 32)
+
+
+def test_states_come_in_chunks_of_a_few_rows_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(captured, "CHUNK_ROWS", 7)
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    for store in (None, tmp_path):
+        fit(store_dir=store)
+        data = MeanMethod.data
+        for side, pool in product(("query", "general", "chosen", "rejected"), ("answer_mean", "answer_last")):
+            of_answers = side in ("chosen", "rejected")
+            whole = [getattr(data, side)(SITE, part, *((pool,) if of_answers else ())) for part in parts]
+            chunks = list(data.chunks(side, SITE, parts, pool))  # type: ignore[arg-type]
+            assert {len(chunk) for chunk in chunks[:-1]} == {7} and 0 < len(chunks[-1]) <= 7
+            assert np.array_equal(np.concatenate(chunks), np.concatenate(whole))
+    fit(general_dataset=None)
+    assert list(MeanMethod.data.chunks("general", SITE, parts)) == []
 
 
 def test_one_seed_gives_one_adapter() -> None:

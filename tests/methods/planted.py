@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool
+from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool, Side
 from finesteer_hf.processors import QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
 
@@ -125,6 +125,15 @@ class PlantedData:
         gate = torch.ones(len(rows)) if decision.gate is None else decision.gate
         vectors = processor.strength * gate[:, None] * decision.vectors[processor.writes[0]]
         return vectors.numpy().astype(np.float64)
+
+    def chunks(
+        self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
+    ) -> Iterator[np.ndarray]:
+        for part in parts:
+            pools = (pool,) if side in ("chosen", "rejected") else ()
+            states = getattr(self, side)(site, part, *pools)
+            if len(states):
+                yield states
 
     def note(self, message: str) -> None:
         self.notes.append(message)
