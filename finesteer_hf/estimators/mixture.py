@@ -42,6 +42,7 @@ def mixture_vector(
     down: torch.Tensor,
     up: torch.Tensor,
     bias: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give v(h) = C softmax(R h + b) + up^T down^T (h - mean) + bias.
 
@@ -50,11 +51,14 @@ def mixture_vector(
         router_weight, router_bias: R [K, d] and b [K] fp32.
         prototypes: C^T [K, d] fp32, in the units of the shifts.
         mean, down, up, bias: of the residual, as in `low_rank_vector`.
+        weights: softmax(R h + b) [..., K], if it is known already.
 
     Returns:
         [..., d] fp32.
     """
-    return expert_weights(h, router_weight, router_bias) @ prototypes + low_rank_vector(h, mean, down, up, bias)
+    if weights is None:
+        weights = expert_weights(h, router_weight, router_bias)
+    return weights @ prototypes + low_rank_vector(h, mean, down, up, bias)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def mose_vector(
     output_weight: torch.Tensor,
     output_bias: torch.Tensor,
     residual_basis: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give v(h) = C alpha(h) + U beta(h) (Eq. 11), beta a one-hidden-layer ReLU network.
 
@@ -38,14 +39,17 @@ def mose_vector(
         prototypes: C^T [K, d].
         hidden_weight, hidden_bias, output_weight, output_bias: of beta (Eq. 13-14), [d, d], [d], [r, d], [r].
         residual_basis: U [d, r], orthonormal.
+        weights: alpha(h) [..., K], if it is known already.
 
     Returns:
         [..., d] fp32.
     """
     h = h.float()
+    if weights is None:
+        weights = expert_weights(h, router_weight, router_bias)
     hidden = torch.relu(nn.functional.linear(h, hidden_weight, hidden_bias))
     coefficients = nn.functional.linear(hidden, output_weight, output_bias)
-    return expert_weights(h, router_weight, router_bias) @ prototypes + coefficients @ residual_basis.T
+    return weights @ prototypes + coefficients @ residual_basis.T
 
 
 class _Unfolded(nn.Module):

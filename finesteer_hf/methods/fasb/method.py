@@ -99,7 +99,7 @@ class FASB(SteeringMethod):
         check_values(tensors)
         self._gate = QueryGate(self.settings)
         self.reads = (Site.parse(str(self.settings.read_site)),)
-        self.tensors |= {name: tensors[name] for name in names}
+        self.tensors |= {name: tensors[name] for name in names} | self._gate.lay_out(tensors)
 
     # -- once per query -----------------------------------------------------------------------------------------------
 

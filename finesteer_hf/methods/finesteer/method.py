@@ -47,7 +47,10 @@ class FineSteer(SteeringMethod):
         check_values(tensors)
         self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
         self.reads, self.writes = (self.read_site,), (self.write_site,)
-        self._gate = None if settings.gate == "always" else QueryGate(settings)
+        self._gate: QueryGate | None = None
+        if settings.gate != "always":
+            self._gate = QueryGate(settings)
+            self.tensors |= self._gate.lay_out(self.tensors)
         self._vector = cast("Formula", VECTOR_FUNCTIONS[settings.experts])
         self._expert_names = EXPERT_TENSORS[settings.experts]
 
@@ -64,12 +67,14 @@ class FineSteer(SteeringMethod):
         h = queries[self.read_site]
         tensors = self.parameters_on(h.device)
         record: dict[str, torch.Tensor] = {}
+        arguments = from_file(self._expert_names, tensors)
         gate = None
         if self._gate is not None:
             gate, record["score"] = self._gate(h, tensors)
         if "router.weight" in tensors:
             record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
-        vector = self._vector(h, **from_file(self._expert_names, tensors))
+            arguments["weights"] = record["experts"]
+        vector = self._vector(h, **arguments)
         return Decision(vectors={self.write_site: vector}, gate=gate, record=record)
 
     @classmethod

@@ -14,6 +14,10 @@ from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS,
 
 Formula = Callable[..., torch.Tensor]
 
+# Gates that are constant between the scores at which they step: those of the calibration rows, threshold and floor.
+STEPPED = ("conformal", "quantile")
+STEPS = ("gate.calibration", "gate.threshold", "gate.floor")
+
 
 class QueryGate:
     """`g(s(h))` for the states h of queries, float32 on their device, without a branch on a value.
@@ -25,17 +29,38 @@ class QueryGate:
     def __init__(self, config: QueryGateConfig) -> None:
         self._score = cast("Formula", SCORE_FUNCTIONS[config.gate_score])
         self._gate = GATE_FUNCTIONS[config.gate]
+        self._stepped = config.gate in STEPPED
         self._score_names, self._gate_names = SCORE_TENSORS[config.gate_score], GATE_TENSORS[config.gate]
+
+    def lay_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the gate looks its dose up in, made once, as the adapter is loaded; nothing for gates without steps.
+
+        Args:
+            tensors: by the names of the adapter's file.
+
+        Returns:
+            `gate.steps` `[n]`: the scores at which the gate steps, negated, ascending. `gate.doses` `[n + 1]`: the dose of
+            a score that lies below as many of them as the index says; both float32.
+        """
+        if not self._stepped:
+            return {}
+        steps = torch.cat([tensors[name].reshape(-1) for name in STEPS if name in tensors]).float().sort().values
+        lowest = steps.new_tensor([-torch.inf])
+        doses = self._gate(torch.cat([lowest, steps]), **from_file(self._gate_names, tensors))
+        return {"gate.steps": -steps.flip(0), "gate.doses": doses.flip(0).contiguous()}
 
     def __call__(self, h: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score queries and open the gate by the score.
 
         Args:
             h: `[rows, hidden_size]` float32, unsteered, at the read site.
-            tensors: by the names of the adapter's file, on the device of `h`.
+            tensors: by the names of the adapter's file, with those of `lay_out`, on the device of `h`.
 
         Returns:
             The gate in [0, 1] and the score, `[rows]` float32 each.
         """
         score = self._score(h, **from_file(self._score_names, tensors))
-        return self._gate(score, **from_file(self._gate_names, tensors)), score
+        if not self._stepped:
+            return self._gate(score, **from_file(self._gate_names, tensors)), score
+        # Steps are counted from above: NaN, which is sorted above every number, then gets the lowest dose.
+        return tensors["gate.doses"].take(torch.searchsorted(tensors["gate.steps"], -score)), score
