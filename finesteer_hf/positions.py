@@ -39,6 +39,8 @@ class Window:
         Raises:
             ValueError: if a row has no real token, or a length exceeds the row.
         """
+        if mask is not None and lengths is None and bool(mask.all()):
+            mask = None
         if mask is None and lengths is None:
             return cls(prompt_end, None, prompt_end - 1, prompt_end - 1, prompt_end - 1)
         if mask is not None and not bool(mask.any(dim=1).all()):
@@ -104,10 +106,23 @@ class Window:
         real = self.real(past, tokens, device)
         if positions == "all":
             return real
+        if self.shared_columns(positions, past, tokens) == slice(0, tokens):
+            return None
         columns = torch.arange(past, past + tokens, device=device)[None]
         query = self.query if isinstance(self.query, int) else self.query.to(device)[:, None]
         named = columns <= query if positions == "prompt" else columns >= query
         return named if real is None else named & real
+
+    def shared_columns(self, positions: Positions, past: int, tokens: int) -> slice | None:
+        """Columns within a forward that `positions` names, where no row has pads and all agree; None where they do not."""
+        if not isinstance(self.query, int) or (self.mask is not None and past < self.prompt_end):
+            return None
+        query = min(max(self.query - past, -1), tokens)
+        return {
+            "all": slice(0, tokens),
+            "prompt": slice(0, min(query + 1, tokens)),
+            "generated": slice(max(query, 0), tokens),
+        }[positions]
 
     def newest(self, past: int, tokens: int, device: torch.device) -> torch.Tensor | None:
         """Index within a forward of each row's newest real token, int64 `[rows]`; None if it is the last column."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
+from finesteer_hf.positions import Window
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 from finesteer_hf.streams import Prompt, Stream
@@ -61,10 +62,28 @@ class StreamWriter:
             if self.decoding:
                 hidden = hidden if positions == "prompt" else hidden + delta
                 continue
-            mask = stream.window.token_mask(positions, self.past, self.tokens, hidden.device)
-            # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
-            hidden = hidden + (delta if mask is None else torch.where(mask[..., None], delta, -0.0))
+            hidden = self._add_to_prompt(positions, delta, hidden, stream.window)
         return hidden
+
+    def _add_to_prompt(
+        self, positions: Positions, delta: torch.Tensor, hidden: torch.Tensor, window: Window
+    ) -> torch.Tensor:
+        """Add to the named tokens of a forward; of tensors of the stream's size only the result is made."""
+        columns = window.shared_columns(positions, self.past, self.tokens)
+        if columns == slice(0, self.tokens):
+            return hidden + delta
+        if columns is not None:
+            if columns.start == columns.stop:
+                return hidden
+            steered = hidden.clone()
+            steered[:, columns] += delta
+            return steered
+        mask = window.token_mask(positions, self.past, self.tokens, hidden.device)
+        if mask is None:
+            return hidden + delta
+        # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
+        laid_out = torch.where(mask[..., None], delta, -0.0)
+        return laid_out.add_(hidden) if laid_out.shape == hidden.shape else hidden + laid_out
 
     @torch.no_grad()
     def _deltas(
@@ -83,7 +102,7 @@ class StreamWriter:
                 coefficient = coefficient * decision.gate.to(hidden.device, torch.float32)
             if isinstance(coefficient, torch.Tensor):
                 coefficient = coefficient[:, None]
-                delta = torch.where(coefficient == 0, -0.0, coefficient * vector)
+                delta = (coefficient * vector).masked_fill_(coefficient == 0, -0.0)
             else:
                 delta = coefficient * vector
             if self.record:
