@@ -59,12 +59,12 @@ class SteeredGeneration:
             AdapterNotFoundError: for a name that is not loaded, before any computation.
             ValueError: if rows and lists do not fit, or `output_steering` has no output object to go to.
         """
-        plan = self._call_plan(steering, steering_scale, steering_processor)
+        processors = tuple(SteeringProcessorList(steering_processor or ()))
+        plan = self._call_plan(steering, steering_scale, processors)
         if output_steering and not self._returns_dict(kwargs):
             raise ValueError(
                 "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
             )
-        processors = tuple(SteeringProcessorList(steering_processor or ()))
         self._steering.follow_modules()
         self._steering.hook(site for processor in processors for site in processor.sites)
         try:
@@ -76,8 +76,7 @@ class SteeredGeneration:
             output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
         return output
 
-    def _call_plan(self, steering: Any, scale: Any, processors: Sequence[SteeringProcessor] | None) -> Plan:
-        chain = tuple(SteeringProcessorList(processors or ()))
+    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> Plan:
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
@@ -132,8 +131,9 @@ class SteeredGeneration:
 
     def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
         session = current_session(self._steering)
-        if session is not None and session.plan:
-            logits_processor = LogitsProcessorList([*(logits_processor or ()), *session.logits_processors()])
+        own = session.logits_processors() if session is not None and session.plan else []
+        if own:
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), *own])
         return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

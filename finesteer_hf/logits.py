@@ -6,8 +6,9 @@ generated tokens: from the query on, each with the tokens before it, so that sco
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,6 @@ class UnsteeredLogits:
     def __init__(self, session: CallSession) -> None:
         self.session = session
         self.model = session.runtime.model
-        self.parameters = inspect.signature(self.model.forward).parameters
         self.cache: Any = None
         self.ids = torch.zeros(0, 0, dtype=torch.long)
 
@@ -68,14 +68,19 @@ class UnsteeredLogits:
             mask[:, : prompt.length] = prompt.mask.to(mask.device).long()
         kept = self._take_over(input_ids, mask)
         inputs: dict[str, Any] = {"input_ids": input_ids[:, kept:], "attention_mask": mask}
-        if "position_ids" in self.parameters:
+        parameters = self._forward_parameters
+        if "position_ids" in parameters:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, kept:]
-        if "logits_to_keep" in self.parameters:
+        if "logits_to_keep" in parameters:
             inputs["logits_to_keep"] = 1
         with self.session.unsteered():
             out = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache, self.ids, self.mask = out.past_key_values, input_ids, mask
         return out.logits[:, -1].float()
+
+    @functools.cached_property
+    def _forward_parameters(self) -> Mapping[str, Any]:
+        return inspect.signature(self.model.forward).parameters
 
     def _take_over(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
         """Make the cache hold the beginnings of these rows; returns how many of their columns it holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -234,6 +235,8 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
         finally:
             PROMPT_LENGTHS.reset(token)
 
+    # `generate` asks for it several times a call; given here, it is not put together anew each time.
+    forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
     return forward
 
 

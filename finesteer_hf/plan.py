@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -114,22 +115,22 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.entries)
 
-    @property
+    @cached_property
     def lookback(self) -> int:
         """Most tokens that an entry may take back; 0 if none does."""
         return max((entry.processor.lookback for entry in self.entries), default=0)
 
-    @property
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
         """All sites of the plan, in forward order."""
         return tuple(sorted({site for entry in self.entries for site in entry.processor.sites}))
 
-    @property
+    @cached_property
     def writes_before_a_read(self) -> bool:
         """Whether a read site lies behind a write site, of whichever entry."""
         return bool(self.steps) and bool(self.readers) and min(self.steps) < max(self.readers)
 
-    @property
+    @cached_property
     def writes_before_reading(self) -> bool:
         """Whether an entry must write before it has read: then the prompt is read in a pass of its own."""
         for entry in self.entries:

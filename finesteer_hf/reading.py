@@ -163,6 +163,10 @@ class StreamReader(StreamWriter):
     @torch.no_grad()
     def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
         states = {site: stream.states[site].to(device) for site in entry.processor.reads}
+        queries = QueryStates(states, stream.rows, device)
+        if not torch.is_autocast_enabled(device.type):
+            stream.decisions[index] = entry.processor.decide(queries)
+            return
         # Under autocast the method's products would be taken in half precision.
         with torch.autocast(device.type, enabled=False):
-            stream.decisions[index] = entry.processor.decide(QueryStates(states, stream.rows, device))
+            stream.decisions[index] = entry.processor.decide(queries)

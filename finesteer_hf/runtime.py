@@ -71,15 +71,19 @@ class SteeringRuntime:
         self.decoder_handles: list[Any] = DecoderHook(self).register(self.tower.decoder)
         forget_compiled_graphs(model)
         self.lock = threading.RLock()
+        # The plan of the last call, with the entries that it was asked for: other adapters, another processor under
+        # their name or another scale are other entries, and lay out a new one.
+        self._last_plan: tuple[tuple[PlanEntry, ...], Plan] | None = None
         self._plain: weakref.WeakKeyDictionary[Any, CallSession] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model gets hooks of its own; locks and running caches stay with the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "_plain")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "_plain", "_last_plan")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.RLock()
+        self._last_plan = None
         self._plain = weakref.WeakKeyDictionary()
 
     @property
@@ -120,6 +124,8 @@ class SteeringRuntime:
         with self.lock:
             loaded = self.get(name)
             del self.adapters[name]
+            # So that its tensors can go.
+            self._last_plan = None
             self.selection = tuple(pair for pair in self.selection if pair[0] != name)
             self.unhook(loaded.processor.sites)
 
@@ -214,9 +220,15 @@ class SteeringRuntime:
             processors: processors beside the adapters, after them.
             scale: multiplies everything: a number, or one a row.
         """
-        entries = [PlanEntry(name, self.get(name).processor, times(scale, own)) for name, own in selection]
-        entries += [PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors)]
-        return Plan.of(entries)
+        entries = tuple(PlanEntry(name, self.get(name).processor, times(scale, own)) for name, own in selection)
+        if processors:
+            # Not kept: a processor of the user's may name other sites by the next call.
+            own_entries = (PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors))
+            return Plan.of((*entries, *own_entries))
+        laid_out = self._last_plan
+        if laid_out is None or laid_out[0] != entries:
+            self._last_plan = laid_out = (entries, Plan.of(entries))
+        return laid_out[1]
 
     def mixed_plan(
         self, selections: Sequence[Selection], processors: Sequence[SteeringProcessor], scale: Scale

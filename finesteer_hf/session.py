@@ -119,10 +119,11 @@ class CallSession(StreamReader):
     def end_forward(self, output: Any, training: bool) -> None:
         """Look back at a forward of the decoder; called by the decoder's hook, with None after an error."""
         # Layer drop leaves blocks out in training.
-        whole = output is not None and not self.decoding and not training
+        if output is None or self.decoding or training:
+            self.passage.end((), 0)
+            return
         # A draft that leaves the model early shortens the config for the time being.
-        depth = int(self.runtime.tower.config.num_hidden_layers)
-        self.passage.end(self.plan.sites if whole else (), depth)
+        self.passage.end(self.plan.sites, int(self.runtime.tower.config.num_hidden_layers))
 
     def _stream_of(self, cache: Any, rows: int) -> Stream | None:
         for stream in self.streams:
@@ -208,6 +209,8 @@ class CallSession(StreamReader):
         inputs = next(iter(self.prompt.inputs.values()))
         processors: list[Any] = []
         for entry in self.plan.entries:
+            if not entry.processor.acts_on_logits:
+                continue
             scale = row_scales(entry.scale, int(inputs.shape[0]), self.prompt.expand, inputs.device)
             processors += entry.processor.logits_processors(scale)
             processors += entry.processor.contrast_processors(scale, UnsteeredLogits(self))
