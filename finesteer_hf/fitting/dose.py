@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from finesteer_hf.fitting.answers import answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture import input_device
 from finesteer_hf.fitting.jobs import batches
+from finesteer_hf.fitting.own_words import Heard, own_words
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.processors import SteeringProcessor
@@ -21,6 +22,16 @@ from finesteer_hf.processors import SteeringProcessor
 MAX_ROWS, MAX_PROMPTS = 200, 64
 # Greedy tokens after a general prompt over which the divergence is taken, beside the first.
 CONTINUATION = 8
+# The same for methods that take tokens back: they judge whole answers, and so does their measure.
+OWN_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What a strength does to general prompts; see `DosePoint`."""
+
+    kl: float
+    changed: float | None
 
 
 class DoseRunner:
@@ -41,9 +52,10 @@ class DoseRunner:
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
         self._unsteered: np.ndarray | None = None
-        self._general: list[Passage] | None = None
+        self._general: dict[int, list[Passage]] = {}
+        self._said: dict[Passage, Passage] | None = None
         self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        self._known: dict[float, tuple[np.ndarray, SideEffects]] = {}
 
     def run(
         self,
@@ -62,7 +74,8 @@ class DoseRunner:
 
         Returns:
             Rows of one prompt are taken together in the standard errors; divergences are in nats, at the next token and
-            along the unsteered greedy continuation.
+            along the unsteered greedy continuation. Methods that take tokens back steer what they would in generation
+            (see `Heard`), and it is also counted how many of the continuations they change.
         """
         if build is not self._build:
             self._build, self._known = build, {}
@@ -71,8 +84,8 @@ class DoseRunner:
             with steered(self.model):
                 processors = {strength: build(strength) for strength in new if strength}
                 weakest = self._bottlenecks(processors, advance)
-                divergences = self._divergences(processors, advance)
-            self._known |= {strength: (weakest[strength], divergences[strength]) for strength in {*new, 0.0}}
+                effects = self._side_effects(processors, advance)
+            self._known |= {strength: (weakest[strength], effects[strength]) for strength in {*new, 0.0}}
         curve = {strength: self._known[strength] for strength in map(float, strengths)}
         best = max((weakest for weakest, _ in curve.values()), key=lambda weakest: weakest.mean())
         return [
@@ -80,10 +93,11 @@ class DoseRunner:
                 strength=strength,
                 bottleneck=float(weakest.mean()),
                 bottleneck_se=clustered_se(weakest, self.units),
-                kl=float(np.percentile(kl, 95)) if len(kl) else 0.0,
+                kl=effects.kl,
                 gap_se=clustered_se(best - weakest, self.units),
+                changed=effects.changed,
             )
-            for strength, (weakest, kl) in curve.items()
+            for strength, (weakest, effects) in curve.items()
         ]
 
     def texts(self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]) -> int:
@@ -102,8 +116,9 @@ class DoseRunner:
         if self._unsteered is None:
             scores[0.0] = {}
         for batch in self._batches(self._passages):
+            as_generated = self._as_generated(batch, processors)
             for strength in scores:
-                for passage, logits in self._logits(batch, processors.get(strength)):
+                for passage, logits in self._logits(batch, as_generated.get(strength)):
                     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
                     log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])
                     scores[strength][passage] = float(log_probs.min().exp())
@@ -113,56 +128,57 @@ class DoseRunner:
             self._unsteered = weakest[0.0]
         return {**weakest, 0.0: self._unsteered}
 
-    def _divergences(
+    def _as_generated(
+        self, batch: Sequence[Passage], processors: dict[float, SteeringProcessor]
+    ) -> dict[float, SteeringProcessor]:
+        """Processors as they steer a batch's answers in generation.
+
+        One that takes tokens back has by then judged what the model said first, and not the answer that is wanted, on
+        which it would find nothing to steer.
+        """
+        sites = next((processor.maps for processor in processors.values() if processor.lookback), ())
+        if not sites:
+            return processors
+        if self._said is None:
+            self._said = dict(zip(self._passages, own_words(self.model, self._passages, OWN_TOKENS), strict=True))
+        heard = Heard(self.model, [self._said[passage] for passage in batch], sites)
+        return {strength: heard.judged_by(processor) for strength, processor in processors.items()}
+
+    def _side_effects(
         self, processors: dict[float, SteeringProcessor], advance: Callable[[int], None]
-    ) -> dict[float, np.ndarray]:
-        """KL(unsteered || steered) in nats of each distribution, for each strength and for 0."""
-        if self._general is None:
-            self._general = self._continued()
-        found: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
-        for batch in self._batches(self._general):
+    ) -> dict[float, SideEffects]:
+        """What each strength does to general prompts; strength 0 does nothing."""
+        takes_back = any(processor.lookback for processor in processors.values())
+        length = OWN_TOKENS if takes_back else CONTINUATION
+        if length not in self._general:
+            self._general[length] = own_words(self.model, self.prompts, length)
+        divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
+        changed: dict[float, list[bool]] = {strength: [] for strength in processors}
+        for batch in self._batches(self._general[length]):
             base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
             for strength, processor in processors.items():
                 for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
                     kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
-                    found[strength].append(kl.clamp(min=0).cpu())
+                    divergences[strength].append(kl.clamp(min=0).cpu())
+                    # Greedy, a text stays as it is if each of its tokens is still the likeliest after those before it.
+                    differs = reference[:-1].argmax(-1) != logits[:-1].argmax(-1)
+                    changed[strength].append(bool(differs.any()))
                 advance(len(batch))
-        divergences = {
-            strength: torch.cat(values).double().numpy() if values else np.zeros(0)
-            for strength, values in found.items()
+        effects = {
+            strength: SideEffects(
+                kl=float(np.percentile(torch.cat(values).double().numpy(), 95)) if values else 0.0,
+                changed=float(np.mean(changed[strength])) if takes_back and values else None,
+            )
+            for strength, values in divergences.items()
         }
-        return {**divergences, 0.0: np.zeros(0)}
-
-    @torch.no_grad()
-    def _continued(self) -> list[Passage]:
-        """The general prompts with their unsteered greedy continuation."""
-        eos = self.model.generation_config.eos_token_id
-        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        settings = GenerationConfig(
-            max_new_tokens=CONTINUATION,
-            do_sample=False,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-        )
-        continued = []
-        for batch in self._batches(self.prompts, extra=CONTINUATION):
-            width = max(len(p.ids) for p in batch)
-            ids = torch.tensor([[0] * (width - len(p.ids)) + list(p.ids) for p in batch], device=self.device)
-            mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in batch], device=self.device)
-            with self.model.disable_steering():
-                texts = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            for prompt, said in zip(batch, texts[:, width:].tolist(), strict=True):
-                length = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
-                continued.append(Passage((*prompt.ids, *said[:length]), len(prompt.ids)))
-        return continued
+        return {**effects, 0.0: SideEffects(0.0, 0.0 if takes_back else None)}
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
-    def _batches(self, passages: Sequence[Passage], extra: int = 0) -> Iterator[list[Passage]]:
+    def _batches(self, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
         """Passages of similar length whose logits fit."""
         ordered = sorted(passages, key=lambda p: (p.answer_start or 0, len(p.ids)), reverse=True)
-        budget = logit_budget(self.model)
-        return batches(ordered, lambda batch: len(batch) * (max(len(p.ids) for p in batch) + extra), budget)
+        return batches(ordered, lambda batch: len(batch) * max(len(p.ids) for p in batch), logit_budget(self.model))
 
     @torch.no_grad()
     def _logits(

@@ -15,6 +15,8 @@ from finesteer_hf.processors import SteeringProcessor
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Nats that the 95th percentile of general prompts' tokens may diverge by under `auto`.
 KL_BUDGET = 0.1
+# Share of general prompts whose answers may change under `auto`, where that is measured.
+CHANGED_BUDGET = 0.05
 # How often the grid is continued downwards to meet a budget, or upwards while wanted answers still become likelier.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
 # How often the gaps beside the best strength are halved, in logarithms: the range that helps can be narrow.
@@ -35,8 +37,9 @@ def choose_strength(
     """Choose a strength and say why.
 
     Args:
-        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET`, the smallest
-            whose `DosePoint.bottleneck` is within one standard error (of the difference, row by row) of the best;
+        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET` and whose
+            share of changed answers, where it is measured, within `CHANGED_BUDGET`, the smallest whose
+            `DosePoint.bottleneck` is within one standard error (of the difference, row by row) of the best;
             `kl:x`: the one whose 95th percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's
             norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
@@ -74,37 +77,42 @@ def _by_bottleneck(
     def run(strengths: Sequence[float]) -> list[DosePoint]:
         return data.dose_response(build, sorted({*(point.strength for point in curve), *strengths}))
 
+    def allowed(points: Sequence[DosePoint]) -> list[DosePoint]:
+        return [p for p in points if p.kl <= budget and (p.changed is None or p.changed <= CHANGED_BUDGET)]
+
     least = curve[1].strength
-    if min(point.kl for point in curve[1:]) > budget:
+    if not allowed(curve[1:]):
         curve = run([least / 2**power for power in range(1, MAX_HALVINGS + 1)])
     for _ in range(MAX_GROWTHS):
         last = curve[-1]
-        if last.kl > budget or last is not max(curve, key=lambda point: point.bottleneck):
+        if not allowed([last]) or last is not max(curve, key=lambda point: point.bottleneck):
             break
         curve = run([last.strength * GROWTH])
-    if min(point.kl for point in curve[1:]) > budget:
-        why = f"every strength diverges by more than {budget:g} nats on general prompts; the smallest tried is taken"
+    limits = f"divergence on general prompts at most {budget:g} nats"
+    if curve[0].changed is not None:
+        limits += f", and at most {CHANGED_BUDGET:.0%} of their answers changed"
+    if not allowed(curve[1:]):
+        why = f"no strength keeps within the limits ({limits}); the smallest tried is taken"
         return curve[1].strength, curve, why
     for _ in range(HALVED_GAPS):
-        curve = run(_beside_best(curve, budget))
+        curve = run(_beside_best(curve, allowed(curve[1:])))
     # Once more, so that the differences are those to the best strength within the budget.
-    allowed = data.dose_response(build, [point.strength for point in curve[1:] if point.kl <= budget])
-    best = max(allowed, key=lambda point: point.bottleneck)
-    chosen = next(point for point in allowed if point.bottleneck >= best.bottleneck - point.gap_se)
+    within = data.dose_response(build, [point.strength for point in allowed(curve[1:])])
+    best = max(within, key=lambda point: point.bottleneck)
+    chosen = next(point for point in within if point.bottleneck >= best.bottleneck - point.gap_se)
     why = (
         f"smallest within one standard error of the best: the least likely token of the wanted answers has probability "
-        f"{best.bottleneck:.3f} at {best.strength:g}, unsteered {curve[0].bottleneck:.3f}; divergence on general prompts "
-        f"at most {budget:g} nats"
+        f"{best.bottleneck:.3f} at {best.strength:g}, unsteered {curve[0].bottleneck:.3f}; {limits}"
     )
     if best.bottleneck <= curve[0].bottleneck:
         why = f"no strength makes the held-out answers likelier; {why}"
     return chosen.strength, curve, why
 
 
-def _beside_best(curve: Sequence[DosePoint], budget: float) -> list[float]:
-    """Geometric means of the best strength within the budget and its neighbours."""
-    points = curve[1:]
-    best = max((i for i, p in enumerate(points) if p.kl <= budget), key=lambda i: points[i].bottleneck)
+def _beside_best(curve: Sequence[DosePoint], allowed: Sequence[DosePoint]) -> list[float]:
+    """Geometric means of the best of the allowed strengths and its neighbours."""
+    points = list(curve[1:])
+    best = points.index(max(allowed, key=lambda point: point.bottleneck))
     beside = [points[i].strength for i in (best - 1, best + 1) if 0 <= i < len(points)]
     return [float(f"{math.sqrt(points[best].strength * strength):.4g}") for strength in beside]
 

@@ -160,7 +160,7 @@ def test_the_continuation_ends_with_the_text(rows: list[EncodedRow]) -> None:
     model.generation_config.eos_token_id = said
     runner = DoseRunner(model, rows, [prompt])
     runner.run(SignedVector, [1.0])
-    assert runner._general == [Passage((*prompt.ids, said), len(prompt.ids))]
+    assert runner._general[CONTINUATION] == [Passage((*prompt.ids, said), len(prompt.ids))]
 
 
 def test_more_rows_than_needed_are_drawn_across_all(monkeypatch: pytest.MonkeyPatch) -> None:

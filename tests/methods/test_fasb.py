@@ -8,6 +8,8 @@ import torch
 
 from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.errors import AdapterFileError, DatasetError
+from finesteer_hf.fitting.dose import DoseRunner
+from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.fasb import FASB, FASBConfig
 from finesteer_hf.testing import FEATURES, check_feature
 from finesteer_hf.testing.bench import Bench
@@ -204,6 +206,42 @@ def test_a_text_is_scored_as_it_would_have_been_generated(compat):
     assert not torch.allclose(got * mask[..., None], base * mask[..., None])
     for row, logits in enumerate(expected):
         torch.testing.assert_close(got[row, : len(logits)], logits, atol=2e-4, rtol=2e-4)
+
+
+def test_the_dose_is_what_generation_would_steer_with(monkeypatch):
+    monkeypatch.setattr("finesteer_hf.fitting.dose.OWN_TOKENS", NEW)
+    found = adapter(threshold=0.6)
+    bench, plain = bench_of(found), toy_model()
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(6, 54, (4 + n % 5,), generator=generator).tolist() for n in range(12)]
+    answers = [torch.randint(6, 54, (1 + n % 6,), generator=generator).tolist() for n in range(12)]
+    passages = [Passage((*p, *a), len(p)) for p, a in zip(prompts, answers, strict=True)]
+    asked = [Passage(tuple(prompt)) for prompt in prompts]
+    rows = [EncodedRow(prompt, passage, passage) for prompt, passage in zip(asked, passages, strict=True)]
+    weakest, went_back = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        kept, deviation = reference(plain, found, prompt)[1]
+        text, first, added = [*prompt, *answer], len(prompt) - 1, [0.0] * (len(prompt) + len(answer))
+        if kept >= 0:
+            start = min(first + kept, len(text))
+            added[start:] = [found.config.strength * deviation] * (len(text) - start)
+        with torch.no_grad(), heads_seen(plain, found.tensors, found.config, added):
+            probabilities = plain(torch.tensor([text])).logits[0].softmax(-1)
+        weakest.append(min(float(probabilities[first + i, token]) for i, token in enumerate(answer)))
+        went_back.append(kept >= 0)
+    texts, base = (
+        [
+            bench.model.generate(torch.tensor([p]), max_new_tokens=NEW, do_sample=False, steering=s).tolist()
+            for p in prompts
+        ]
+        for s in ("a", None)
+    )
+    changed = [text != own for text, own in zip(texts, base, strict=True)]
+    assert 0 < sum(changed) < len(changed) and 0 < sum(went_back) < len(went_back)
+    build = lambda s: FASB(FASBConfig(**{**found.config.__dict__, "strength": s}), found.tensors)  # noqa: E731
+    unsteered, point = DoseRunner(plain, rows, asked).run(build, [0.0, found.config.strength])
+    assert point.bottleneck == pytest.approx(sum(weakest) / len(weakest), rel=1e-3)
+    assert point.changed == pytest.approx(sum(changed) / len(changed)) and unsteered.changed == 0.0
 
 
 def test_it_stacks_with_a_method_that_reads_the_query():

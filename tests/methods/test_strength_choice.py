@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,14 @@ import torch
 
 from finesteer_hf import ConstantVector
 from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength, median_norm, strength_at_kl
+from finesteer_hf.methods.strength import (
+    CHANGED_BUDGET,
+    KL_BUDGET,
+    STRENGTHS,
+    choose_strength,
+    median_norm,
+    strength_at_kl,
+)
 
 
 class Curves:
@@ -85,7 +93,19 @@ def test_auto_says_when_nothing_helps_or_everything_harms() -> None:
     strength, _, why = choose("auto", Curves(lambda s: -s, lambda s: 0.0))
     assert strength == 0.25 and why.startswith("no strength makes")
     strength, curve, why = choose("auto", Curves(lambda s: s, lambda s: 5.0 if s else 0.0))
-    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("every strength diverges")
+    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength keeps within")
+
+
+def test_auto_keeps_changed_answers_within_their_budget_where_they_are_counted() -> None:
+    class Counted(Curves):
+        def dose_response(self, build: Any, strengths: Sequence[float]) -> list[DosePoint]:
+            points = super().dose_response(build, strengths)
+            return [dataclasses.replace(p, changed=0.02 * p.strength) for p in points]
+
+    strength, curve, why = choose("auto", Counted(lambda s: s, lambda s: 0.0))
+    assert strength == max(p.strength for p in curve if 0.02 * p.strength <= CHANGED_BUDGET)
+    assert 2.0 < strength <= 2.5 and "at most 5% of their answers changed" in why
+    assert "answers changed" not in choose("auto", Curves(lambda s: s, lambda s: 0.0))[2]
 
 
 def test_a_divergence_is_met_by_interpolation() -> None:

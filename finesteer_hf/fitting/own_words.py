@@ -1,0 +1,99 @@
+"""What the model says by itself, unsteered, and what methods that take tokens back make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from finesteer_hf.fitting.answers import StateRecorder, answer_logits, logit_budget, steered
+from finesteer_hf.fitting.capture import input_device
+from finesteer_hf.fitting.jobs import batches
+from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, TokenView
+from finesteer_hf.sites import Site
+
+
+@torch.no_grad()
+def own_words(model: Any, prompts: Sequence[Passage], new_tokens: int) -> list[Passage]:
+    """The prompts with the model's unsteered greedy continuation, up to and with the first end of the text.
+
+    Args:
+        model: the base model, steered or not; adapters that are active on it play no part.
+        prompts: what it is asked; answers that they hold are left out.
+        new_tokens: most tokens of a continuation; fewer where the model has no room for so many.
+
+    Returns:
+        In the order of the prompts.
+    """
+    eos = model.generation_config.eos_token_id
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    settings = GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    asked = list(dict.fromkeys(prompt.ids[: prompt.answer_start] for prompt in prompts))
+    asked.sort(key=len, reverse=True)
+    device, found = input_device(model), dict[tuple[int, ...], Passage]()
+    for batch in batches(asked, lambda b: len(b) * (max(map(len, b)) + new_tokens), logit_budget(model)):
+        width = max(map(len, batch))
+        settings.max_new_tokens = new_tokens if positions is None else max(1, min(new_tokens, positions - width))
+        ids = torch.tensor([[0] * (width - len(own)) + list(own) for own in batch], device=device)
+        mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in batch], device=device)
+        with steered(model), model.disable_steering():
+            texts = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for own, said in zip(batch, texts[:, width:].tolist(), strict=True):
+            length = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
+            found[own] = Passage((*own, *said[:length]), len(own))
+    return [found[prompt.ids[: prompt.answer_start]] for prompt in prompts]
+
+
+class Heard:
+    """The states of what the model said, to be judged by processors that take tokens back.
+
+    Args:
+        model: a steered model.
+        said: what it said to each prompt of a batch.
+        sites: where the processors judge.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, said: Sequence[Passage], sites: Sequence[Site]) -> None:
+        recorder = StateRecorder(sites)
+        for _ in answer_logits(model, said, [recorder]):
+            pass
+        self._states = recorder.states
+        self._starts = torch.tensor([int(passage.answer_start or 0) for passage in said])
+        self._lengths = torch.tensor([len(passage.ids) for passage in said])
+
+    def judged_by(self, processor: SteeringProcessor) -> SteeringProcessor:
+        """The processor as it is in generation when it has gone back: it steers whatever answer comes next by what it
+        made of the answer that was said before.
+        """
+        memory: dict[str, Any] = {}
+        first = next(iter(self._states.values()))
+        columns = torch.arange(first.shape[1], device=first.device)
+        mask = columns < self._lengths.to(first.device)[:, None]
+        scale = torch.ones(len(first), 1, 1, device=first.device)
+        view = TokenView(mask, None, True, scale, memory, query_column=self._starts.to(first.device) - 1)
+        processor.review(self._states, view)
+        return _Judged(processor, memory)
+
+
+class _Judged(SteeringProcessor):
+    """A processor whose review of a text is known beforehand."""
+
+    def __init__(self, processor: SteeringProcessor, memory: dict[str, Any]) -> None:
+        self.processor = processor
+        self.memory = memory
+        self.reads, self.writes, self.maps = processor.reads, processor.writes, processor.maps
+        self.positions, self.strength, self.lookback = processor.positions, processor.strength, processor.lookback
+
+    def decide(self, queries: QueryStates) -> Decision:
+        return self.processor.decide(queries)
+
+    def review(self, states: Mapping[Site, torch.Tensor], view: TokenView) -> None:
+        view.state.update(self.memory)
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        return self.processor.transform(site, hidden, view)
