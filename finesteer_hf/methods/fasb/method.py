@@ -269,7 +269,7 @@ class FASB(SteeringMethod):
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
         """Fit the gate if there is one, choose the heads on the `calibration` part and alpha on `validation`.
 
-        What the gate learns from says `fit_gate`; alpha is chosen behind it, scored as `review` says.
+        What the gate learns from says `fit_gate`; alpha is chosen behind it, on answers steered as in generation.
 
         Raises:
             DatasetError: for too few rows, or a gate that needs general prompts where there are none.
