@@ -53,8 +53,11 @@ def fit_steering(
 ) -> SteeringAdapter:
     """Fit a steering adapter.
 
-    Under `accelerate launch` or `torchrun` every process must call it: each reads its share of the texts, and all of
-    them return the same adapter.
+    Under `accelerate launch` or `torchrun` every process must call it, with the same data and the model on its own device:
+    each puts its share of the texts through the model, and all of them return the adapter that one process would. For 4
+    GPUs: `accelerate launch --multi_gpu --num_processes 4 fit.py`, with the model on `accelerate.PartialState().device`.
+    Without GPUs, or with the model on the CPU, the same command starts 4 processes there (a state that the script makes is
+    `PartialState(cpu=True)` then), as does `torchrun --nproc-per-node 4 fit.py`; `accelerate launch --cpu` starts one.
 
     Args:
         model: the causal LM, as it will be steered (quantised, sharded, with LoRA). It is read unsteered and left as it

@@ -32,6 +32,9 @@ class Processes:
 
         Args:
             cpu: whether the model is on the CPU; a group that has been joined already stays as it is.
+
+        Raises:
+            RuntimeError: if several processes were launched and accelerate's state knows of one.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -39,6 +42,13 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=cpu)
+        if launched and state.num_processes == 1:
+            # Accelerate keeps the state that was made first; without `cpu=True` and without a GPU it joins nobody.
+            raise RuntimeError(
+                f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate's state, which the script made "
+                "before, is one of a single process, so each would read all texts. On the CPU make it with "
+                "`PartialState(cpu=True)` or `Accelerator(cpu=True)`, or not at all."
+            )
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from safetensors.numpy import load_file
 
 from finesteer_hf import CAAConfig, SteeringAdapter, fit_steering, playground
@@ -42,6 +43,17 @@ def test_shares_cover_everything_once() -> None:
     assert Processes.current(cpu=True) == Processes()
 
 
+def test_a_state_of_one_process_under_a_launcher_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()
+    PartialState()
+    try:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(RuntimeError, match=r"2 processes.*PartialState\(cpu=True\)"):
+            Processes.current(cpu=True)
+    finally:
+        PartialState._reset_state()
+
+
 def stored(folder: Path) -> dict[tuple[bytes, str], np.ndarray]:
     """All states of a store by passage and name."""
     manifest = json.loads(next(folder.glob(f"*/{MANIFEST}")).read_text())
@@ -57,15 +69,22 @@ def stored(folder: Path) -> dict[tuple[bytes, str], np.ndarray]:
     return found
 
 
+# With `--cpu`, accelerate starts a single process unless MPI starts it; `--multi_gpu` starts several wherever it runs, and
+# where there is no GPU, or the model is not on it, they join by gloo.
+ACCELERATE = "accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --num_machines 1"
+LAUNCHERS = {
+    "accelerate": f"{ACCELERATE} --mixed_precision no --dynamo_backend no --main_process_port 0".split(),
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node 2".split(),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_two_processes_write_the_store_of_one(tmp_path: Path, on_disk: bool) -> None:
+@pytest.mark.parametrize(("launcher", "on_disk"), [("accelerate", True), ("torchrun", False)])
+def test_two_processes_write_the_store_of_one(tmp_path: Path, launcher: str, on_disk: bool) -> None:
     (tmp_path / "fit.py").write_text(SCRIPT)
     folder = tmp_path / "two" if on_disk else ""
-    # What `accelerate launch` starts for several devices; for several processes on a CPU it wants MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*launch, str(tmp_path / "fit.py"), str(folder), str(tmp_path / "adapter")],
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(tmp_path / "fit.py"), str(folder), str(tmp_path / "adapter")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
