@@ -37,7 +37,7 @@ def mose_vector(
         h: query states [..., d], any floating dtype.
         router_weight, router_bias: folded routing (Eq. 12), [K, d] and [K].
         prototypes: C^T [K, d].
-        hidden_weight, hidden_bias, output_weight, output_bias: of beta (Eq. 13-14), [d, d], [d], [r, d], [r].
+        hidden_weight, hidden_bias, output_weight, output_bias: of beta (Eq. 13-14), [m, d], [m], [r, m], [r].
         residual_basis: U [d, r], orthonormal.
         weights: alpha(h) [..., K], if it is known already.
 
@@ -55,7 +55,14 @@ def mose_vector(
 class _Unfolded(nn.Module):
     """MoSE as it is trained: query, key (and value) projections apart."""
 
-    def __init__(self, prototypes: torch.Tensor, residual_basis: torch.Tensor, key_dim: int, learn_values: bool):
+    def __init__(
+        self,
+        prototypes: torch.Tensor,
+        residual_basis: torch.Tensor,
+        key_dim: int,
+        hidden_dim: int,
+        learn_values: bool,
+    ) -> None:
         super().__init__()
         width, rank = residual_basis.shape
         self.register_buffer("prototypes", prototypes)
@@ -65,8 +72,8 @@ class _Unfolded(nn.Module):
         self.value = nn.Linear(width, width, bias=False) if learn_values else None
         if self.value is not None:
             nn.init.eye_(self.value.weight)  # training starts from the prototypes themselves
-        self.hidden = nn.Linear(width, width)
-        self.output = nn.Linear(width, rank)
+        self.hidden = nn.Linear(width, hidden_dim)
+        self.output = nn.Linear(hidden_dim, rank)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         prototypes: torch.Tensor = self.prototypes  # type: ignore[assignment]
@@ -102,12 +109,13 @@ class PaperMoSE(BaseEstimator):
     prototypes leaves. Known of the paper's form: prototypes are at most of unit length and the basis need not hold
     the mean shift, so v cannot reach it at scale, and lambda repairs part of it. `closed_form` does not have this.
 
-    Stored size is that of the residual network, 4 d^2 bytes: 67 MB at d = 4096.
+    Stored size is that of the residual network, 4 d m bytes: 67 MB at d = m = 4096.
 
     Args:
         num_experts: K, or "auto": the best Calinski-Harabasz index of 4 to 10.
         residual_rank: r.
         key_dim: d_k; None for d.
+        hidden_dim: m, width of the residual network; None for d.
         variant: "paper" or "orthogonal".
         lr, weight_decay: of AdamW, full batch, on the mean squared error of the elements.
         epochs: at most.
@@ -129,6 +137,7 @@ class PaperMoSE(BaseEstimator):
         *,
         residual_rank: int = 10,
         key_dim: int | None = None,
+        hidden_dim: int | None = None,
         variant: str = "paper",
         lr: float = 5e-4,
         weight_decay: float = 1e-5,
@@ -141,6 +150,7 @@ class PaperMoSE(BaseEstimator):
         self.num_experts = num_experts
         self.residual_rank = residual_rank
         self.key_dim = key_dim
+        self.hidden_dim = hidden_dim
         self.variant = variant
         self.lr = lr
         self.weight_decay = weight_decay
@@ -170,6 +180,7 @@ class PaperMoSE(BaseEstimator):
                 torch.from_numpy(self.centroids_),
                 torch.from_numpy(self.residual_basis_),
                 self.key_dim or h.shape[1],
+                self.hidden_dim or h.shape[1],
                 learn_values=self.variant == "orthogonal",
             )
         self._train(torch.from_numpy(h).float(), torch.from_numpy(delta).float(), *self._split(len(h), labels))

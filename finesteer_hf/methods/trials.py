@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from finesteer_hf.methods.base import DosePoint, FitData
 from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength
 from finesteer_hf.processors import SteeringProcessor
 
+
+Key = TypeVar("Key", bound="int | str")
 
 # The first blocks still read words, the last already write them.
 SHALLOWEST, DEEPEST = 0.2, 0.8
@@ -78,12 +80,12 @@ def candidate_layers(layer: int | str, num_layers: int) -> list[int]:
 
 def try_each(
     data: FitData,
-    trials: Mapping[int, Trial],
+    trials: Mapping[Key, Trial],
     strength: float | str,
     *,
     what: str = "layer",
     doses: Sequence[float] = RELATIVE_DOSES,
-) -> tuple[int, list[dict[str, Any]] | None]:
+) -> tuple[Key, list[dict[str, Any]] | None]:
     """Steer in each of several ways and take the one with the best `DosePoint.bottleneck` on held-out rows.
 
     A point whose divergence on general prompts is above the budget counts only where no other is.
@@ -98,7 +100,7 @@ def try_each(
     Returns:
         The key, and for each key its best point; None if there are no held-out rows.
     """
-    best: dict[int, DosePoint] = {}
+    best: dict[Key, DosePoint] = {}
     given = isinstance(strength, (int, float))
     for key, trial in trials.items():
         data.note(f"trying {what} {key} on held-out rows")

@@ -20,10 +20,11 @@ def clustered(rows: int = 120, width: int = 24, modes: int = 4, seed: int = 0) -
 
 
 @pytest.mark.parametrize("variant", ["paper", "orthogonal"])
-@pytest.mark.parametrize("key_dim", [None, 7])
-def test_prediction_is_equation_11_to_14_unfolded(variant: str, key_dim: int | None) -> None:
+@pytest.mark.parametrize(("key_dim", "hidden_dim"), [(None, None), (7, 5)])
+def test_prediction_is_equation_11_to_14_unfolded(variant: str, key_dim: int | None, hidden_dim: int | None) -> None:
     states, shifts = clustered()
-    fitted = PaperMoSE(4, residual_rank=3, key_dim=key_dim, variant=variant, epochs=20).fit(states, shifts)
+    fitted = PaperMoSE(4, residual_rank=3, key_dim=key_dim, hidden_dim=hidden_dim, variant=variant, epochs=20)
+    fitted.fit(states, shifts)
     weights = {name: tensor.double().numpy() for name, tensor in fitted.network_.state_dict().items()}
     C, U = fitted.centroids_.astype(float).T, fitted.residual_basis_.astype(float)  # [d, K], [d, r]
     values = weights["value.weight"] @ C if variant == "orthogonal" else C
@@ -39,6 +40,7 @@ def test_prediction_is_equation_11_to_14_unfolded(variant: str, key_dim: int | N
         unfolded = fitted.network_(torch.from_numpy(states).float()).numpy()
     np.testing.assert_allclose(fitted.predict(states), unfolded, atol=1e-5)
     assert fitted.state()["router_weight"].shape == (4, 24)
+    assert fitted.state()["hidden_weight"].shape == (hidden_dim or 24, 24)
 
 
 def test_prototypes_are_centroids_of_unit_shifts_and_the_basis_is_pca_of_raw_ones() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.linear_model import Ridge
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.methods.base import FitResult, Part
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
-from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank
+from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank, small_width
 from finesteer_hf.methods.rows import contrast_rows, query_rows
 from finesteer_hf.methods.trials import SHORT_LIST
 from finesteer_hf.sites import Site
@@ -60,6 +61,40 @@ def test_the_rank_is_the_one_that_steers_held_out_rows_best(automatic: tuple[Pla
     _, result = automatic
     tried = {row["residual_rank"]: row["bottleneck"] for row in result.report["ranks_tried"]}
     assert {0, 1, 2} < set(tried) and max(tried, key=tried.__getitem__) == result.config.residual_rank
+
+
+def test_a_small_trained_mixture_is_tried_and_taken_only_where_it_steers_better(
+    automatic: tuple[PlantedData, FitResult],
+) -> None:
+    _, result = automatic
+    tried = {row["experts"]: row["bottleneck"] for row in result.report["forms_tried"]}
+    assert set(tried) == {"closed form", "trained mixture"}
+    assert (result.config.experts == "paper") == (tried["trained mixture"] > tried["closed form"])
+    assert fit(PlantedData(rows=90), experts="auto").report["forms_tried"] is None  # 54 rows to fit on
+    assert fit(PlantedData(), experts="reduced_rank").report["forms_tried"] is None
+
+
+@pytest.mark.parametrize("width", [128, 4096, 8192])
+def test_the_small_mixture_keeps_within_the_size_of_an_adapter(width: int) -> None:
+    small, spare = small_width(width, 100_000), 100_000
+    config = FineSteerConfig(
+        layer=1,
+        read_site="resid_post[1]",
+        write_site="resid_post[1]",
+        gate="always",
+        gate_score="state",
+        experts="paper",
+        num_experts=10,
+        residual_rank=10,
+        key_dim=small,
+        hidden_dim=small,
+        hidden_size=width,
+        num_hidden_layers=4,
+        strength=1.0,
+    )
+    shapes = FineSteer.tensor_shapes(config)
+    assert shapes["residual.hidden_weight"] == (small, width) and shapes["residual.output_weight"] == (10, small)
+    assert 4 * sum(math.prod(shape) for shape in shapes.values()) + spare <= 2_000_000
 
 
 def test_everything_left_open_is_filled_in(automatic: tuple[PlantedData, FitResult]) -> None:

@@ -27,6 +27,9 @@ SIZE_LIMIT = 1_990_000
 # More directions than this were never worth their size on held-out rows.
 HIGHEST_RANK = 64
 PAPER_RANK = 10
+# Width of keys and of the residual network where the paper's mixture is one of several that are tried: as good on
+# held-out rows as the full width, and within the size limit.
+SMALL_WIDTH = 64
 MIN_ROWS = 10
 
 
@@ -74,7 +77,7 @@ def fit_experts(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: i
     """Fit what the config asks for.
 
     Args:
-        config: its `experts`, `num_experts`, `residual_rank`, `residual` and `key_dim` count.
+        config: its `experts`, `num_experts`, `residual_rank`, `residual`, `key_dim` and `hidden_dim` count.
         rows: queries and shifts.
         seed: of folds, K-means and training.
         spare: bytes that the rest of the adapter takes.
@@ -104,6 +107,12 @@ def highest_rank(width: int, num_experts: int, spare: int) -> int:
     """The residual rank up to which held-out rows decide: within the size limit, a quarter of the width, and 64."""
     affordable = (SIZE_LIMIT - spare - 4 * width * (2 * num_experts + 2)) // (8 * width)
     return max(1, min(HIGHEST_RANK, width // 4, affordable))
+
+
+def small_width(width: int, spare: int) -> int:
+    """Width of the keys and of the residual network of a trained mixture that keeps within the size limit."""
+    vectors = 2 * max(PaperMoSE.EXPERT_CANDIDATES) + PAPER_RANK
+    return max(1, min(SMALL_WIDTH, width, (SIZE_LIMIT - spare) // (4 * width) - vectors))
 
 
 def _reduced_rank(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: int) -> ExpertFit:
@@ -152,7 +161,14 @@ def _paper(config: FineSteerConfig, rows: ContrastRows, seed: int) -> ExpertFit:
     if rank == 0:
         raise ValueError("experts='paper' has a residual of at least rank 1, got residual_rank=0; use 'mixture'.")
     variant = "orthogonal" if config.residual == "orthogonal" else "paper"
-    fitted = PaperMoSE(config.num_experts, residual_rank=rank, key_dim=config.key_dim, variant=variant, seed=seed)
+    fitted = PaperMoSE(
+        config.num_experts,
+        residual_rank=rank,
+        key_dim=config.key_dim,
+        hidden_dim=config.hidden_dim,
+        variant=variant,
+        seed=seed,
+    )
     fitted.fit(rows.queries, rows.shifts, rows.groups)
     report = {
         "variant": config.residual,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import expert_weights
 from finesteer_hf.methods.base import FitData, FitResult, ModelInfo, Part
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
-from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, fit_experts
+from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, fit_experts, small_width
 from finesteer_hf.methods.finesteer.layers import shift_site, sweep_layers
 from finesteer_hf.methods.query_gate import GateFit, fit_gate
 from finesteer_hf.methods.rows import ContrastRows, contrast_rows, json_ready
@@ -28,22 +30,26 @@ if TYPE_CHECKING:
 
 # Ranks of the residual map that are tried steered, below the one that predicts the shifts best.
 LOW_RANKS = (0, 1, 2, 4, 8, 16)
+# A tenth of fewer rows tells little of when to stop training.
+MIN_ROWS_TO_TRAIN = 60
 # Multiples of the dose that was best at the layer, at which they are tried.
 NEAR_DOSES = (0.75, 1.0, 1.33)
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Gate and experts of a layer, without a strength."""
+    """Gate and experts of a layer, fitted by some settings, without a strength."""
 
+    settings: FineSteerConfig
     layer: int
     read: Site
     write: Site
     gate: GateFit
     experts: ExpertFit
 
-    def config(self, settings: FineSteerConfig, info: ModelInfo, strength: float) -> FineSteerConfig:
+    def config(self, info: ModelInfo, strength: float) -> FineSteerConfig:
         """The settings with everything that was left open filled in."""
+        settings = self.settings
         score = [] if settings.gate == "always" else [f"score:{self.gate.score}"]
         return dataclasses.replace(
             settings,
@@ -68,8 +74,9 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     Of the layers that tell the queries apart, those whose shifts are best predicted are tried: a gate and the quickest
     experts are fitted at each, and the model is run steered on held-out rows. So are maps of lower rank at the layer
     that is taken: the rank that predicts shifts best is not always the one that steers best, for a strength well above
-    1 multiplies the error of every direction. The experts learn from the `fit` and `calibration` parts (`fit_gate` says
-    what the gate learns from); layer, rank and strength are chosen on `validation`.
+    1 multiplies the error of every direction. With `experts="auto"`, a small mixture that is trained as published is tried
+    beside the best of them. The experts learn from the `fit` and `calibration` parts (`fit_gate` says
+    what the gate learns from); layer, rank, experts and strength are chosen on `validation`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts where there are none.
@@ -84,14 +91,13 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     def fit_at(layer: int, settings: FineSteerConfig) -> LayerFit:
         data.note(f"fitting experts at layer {layer}")
         rows = _rows(data, config, layer, ("fit", "calibration"))
-        return LayerFit(
-            layer, *sites_of(config, layer), gates[layer], fit_experts(settings, rows, data.seed, gates[layer].size)
-        )
+        experts = fit_experts(settings, rows, data.seed, gates[layer].size)
+        return LayerFit(settings, layer, *sites_of(config, layer), gates[layer], experts)
 
     def trial(fit: LayerFit) -> Trial:
         tensors = {**fit.gate.tensors, **fit.experts.tensors}
         return Trial(
-            build=lambda strength: method_cls(fit.config(config, data.info, strength), tensors),
+            build=lambda strength: method_cls(fit.config(data.info, strength), tensors),
             vector_norm=median_norm(fit.experts.predict(data.query(fit.read, "fit"))),
             state_norm=median_norm(data.query(fit.write, "fit")),
         )
@@ -100,7 +106,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     if len(promising) > 1:
         quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
         layer, tried = try_each(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
-    chosen, ranks_tried = fit_at(layer, config), None
+    chosen, ranks_tried, forms_tried = fit_at(layer, config), None, None
     if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
         fits = {chosen.experts.residual_rank: chosen}
         for rank in (rank for rank in LOW_RANKS if rank < chosen.experts.residual_rank):
@@ -109,6 +115,14 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[chosen.experts.residual_rank])
         rank, ranks_tried = try_each(data, trials, config.strength, what="residual_rank", doses=doses)
         chosen = fits[rank]
+        mixture = None
+        if config.experts == "auto" and rows >= MIN_ROWS_TO_TRAIN:
+            mixture = _trained(config, partial(fit_at, layer), data.info.hidden_size, gates[layer].size)
+        if mixture is not None:
+            forms = {"closed form": chosen, "trained mixture": mixture}
+            of_forms = {name: trial(fit) for name, fit in forms.items()}
+            form, forms_tried = try_each(data, of_forms, config.strength, what="experts", doses=doses)
+            chosen = forms[form]
     steering = trial(chosen)
     strength, curve, why = steering.choose_strength(config.strength, data)
     data.note(f"layer {layer}, strength {strength:g}: {why}")
@@ -124,6 +138,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "layers": sweep,
         "layers_tried": tried,
         "ranks_tried": ranks_tried,
+        "forms_tried": forms_tried,
         "vector": chosen.experts.judge(_rows(data, config, layer, ("validation",))) | norms,
         "experts": chosen.experts.report,
         "expert_use": _expert_use(chosen.experts, data.query(chosen.read, "fit")),
@@ -134,7 +149,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "dose_response": [dataclasses.asdict(point) for point in curve],
     }
     tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
-    return FitResult(chosen.config(config, data.info, strength), tensors, json_ready(report))
+    return FitResult(chosen.config(data.info, strength), tensors, json_ready(report))
 
 
 def _of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
@@ -142,6 +157,18 @@ def _of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
     if rank:
         return dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank=rank)
     return dataclasses.replace(config, experts="auto", num_experts=1, residual_rank=0)
+
+
+def _trained(
+    config: FineSteerConfig, fit: Callable[[FineSteerConfig], LayerFit], width: int, spare: int
+) -> LayerFit | None:
+    """The paper's mixture at a size that an adapter may take by default; None where the shifts form no clusters."""
+    small = small_width(width, spare)
+    settings = dataclasses.replace(config, experts="paper", key_dim=small, hidden_dim=small)
+    try:
+        return fit(settings)
+    except ValueError:
+        return None
 
 
 def _random(constant: LayerFit, seed: int) -> LayerFit:

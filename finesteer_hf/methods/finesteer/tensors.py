@@ -25,7 +25,7 @@ EXPERT_TENSORS: dict[str, dict[str, str]] = {
     },
 }
 
-# d: width, K: experts, r: residual rank.
+# d: width, K: experts, r: residual rank, m: width of the residual network.
 _AXES: dict[str, str] = {
     "router.weight": "Kd",
     "router.bias": "K",
@@ -34,9 +34,9 @@ _AXES: dict[str, str] = {
     "residual.down": "dr",
     "residual.up": "rd",
     "residual.bias": "d",
-    "residual.hidden_weight": "dd",
-    "residual.hidden_bias": "d",
-    "residual.output_weight": "rd",
+    "residual.hidden_weight": "md",
+    "residual.hidden_bias": "m",
+    "residual.output_weight": "rm",
     "residual.output_bias": "r",
     "residual.basis": "dr",
 }
@@ -53,5 +53,10 @@ def expected_shapes(config: FineSteerConfig) -> dict[str, tuple[int | None, ...]
         raise AdapterFileError(
             f"The FINESTEER config leaves {unfitted} to the data; only a fitted adapter can steer. Run `fit_steering`."
         )
-    sizes = {"d": config.hidden_size, "K": config.num_experts, "r": config.residual_rank}
+    sizes = {
+        "d": config.hidden_size,
+        "K": config.num_experts,
+        "r": config.residual_rank,
+        "m": config.hidden_dim or config.hidden_size,
+    }
     return gate_shapes(config) | shapes_of(EXPERT_TENSORS[config.experts].values(), _AXES, sizes)
