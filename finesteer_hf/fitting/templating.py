@@ -21,6 +21,8 @@ AnswerEnd = Literal["include", "exclude"]
 # A tokenizer may join a prompt's last characters with an answer's first; more than this is a template that renders the
 # prompt differently once an answer follows.
 MAX_REJOINED_TOKENS = 2
+# An encoding holds much more than the ids: those of 20,000 rows at once take 100 MB.
+TOKENISED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,12 @@ def render_prompt(tokenizer: Any, prompt: Text) -> str:
 
 def tokenise(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
     """Token ids of texts, never truncated; `special_tokens` is False for what a chat template rendered."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=special_tokens, truncation=False, verbose=False)
-    return [list(ids) for ids in encoded["input_ids"]]
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), TOKENISED_AT_ONCE):
+        some = list(texts[start : start + TOKENISED_AT_ONCE])
+        encoded = tokenizer(some, add_special_tokens=special_tokens, truncation=False, verbose=False)
+        ids += [list(own) for own in encoded["input_ids"]]
+    return ids
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
