@@ -55,7 +55,8 @@ def fit_steering(
 
     Under `accelerate launch` or `torchrun` every process must call it, with the same data and the model on its own device:
     each puts its share of the texts through the model, and all return the adapter that one process would, up to the
-    rounding of other batches. For 4 GPUs: `accelerate launch --multi_gpu --num_processes 4 fit.py`, with the model on `accelerate.PartialState().device`.
+    rounding of other batches. For 4 GPUs: `accelerate launch --multi_gpu --num_processes 4 fit.py`, with the model on
+    `accelerate.PartialState().device`.
     Without GPUs, or with the model on the CPU, the same command starts 4 processes there (a state that the script makes is
     `PartialState(cpu=True)` then), as does `torchrun --nproc-per-node 4 fit.py`; `accelerate launch --cpu` starts one.
 
