@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from finesteer_hf.methods.finesteer.method import FineSteer
 
 
-# Ranks of the residual map that are tried steered, below the one that predicts the shifts best.
-LOW_RANKS = (0, 1, 2, 4, 8, 16)
+# Ranks of the residual map that are tried steered, below the one that predicts the shifts best; 0 is a constant vector.
+LOW_RANKS = (0, 1, 4, 8, 16)
 # A tenth of fewer rows tells little of when to stop training.
 MIN_ROWS_TO_TRAIN = 60
 # Multiples of the dose that was best at the layer, at which they are tried.
@@ -106,23 +106,18 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     if len(promising) > 1:
         quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
         layer, tried = try_each(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
-    chosen, ranks_tried, forms_tried = fit_at(layer, config), None, None
+    chosen, experts_tried = fit_at(layer, config), None
     if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
-        fits = {chosen.experts.residual_rank: chosen}
-        for rank in (rank for rank in LOW_RANKS if rank < chosen.experts.residual_rank):
-            fits[rank] = fit_at(layer, _of_rank(config, rank))
-        trials = {rank: trial(fit) for rank, fit in fits.items()}
-        doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[chosen.experts.residual_rank])
-        rank, ranks_tried = try_each(data, trials, config.strength, what="residual_rank", doses=doses)
-        chosen = fits[rank]
-        mixture = None
+        best_fitting = chosen.experts.residual_rank
+        fits = {f"rank {best_fitting}": chosen}
+        for rank in (rank for rank in LOW_RANKS if rank < best_fitting):
+            fits[f"rank {rank}"] = fit_at(layer, _of_rank(config, rank))
         if config.experts == "auto" and rows >= MIN_ROWS_TO_TRAIN:
-            mixture = _trained(config, partial(fit_at, layer), data.info.hidden_size, gates[layer].size)
-        if mixture is not None:
-            forms = {"closed form": chosen, "trained mixture": mixture}
-            of_forms = {name: trial(fit) for name, fit in forms.items()}
-            form, forms_tried = try_each(data, of_forms, config.strength, what="experts", doses=doses)
-            chosen = forms[form]
+            fits |= _trained(config, partial(fit_at, layer), data.info.hidden_size, gates[layer].size)
+        trials = {name: trial(fit) for name, fit in fits.items()}
+        doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[f"rank {best_fitting}"])
+        name, experts_tried = try_each(data, trials, config.strength, what="experts", doses=doses)
+        chosen = fits[name]
     steering = trial(chosen)
     strength, curve, why = steering.choose_strength(config.strength, data)
     data.note(f"layer {layer}, strength {strength:g}: {why}")
@@ -137,8 +132,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "layer": layer,
         "layers": sweep,
         "layers_tried": tried,
-        "ranks_tried": ranks_tried,
-        "forms_tried": forms_tried,
+        "experts_tried": experts_tried,
         "vector": chosen.experts.judge(_rows(data, config, layer, ("validation",))) | norms,
         "experts": chosen.experts.report,
         "expert_use": _expert_use(chosen.experts, data.query(chosen.read, "fit")),
@@ -161,14 +155,14 @@ def _of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
 
 def _trained(
     config: FineSteerConfig, fit: Callable[[FineSteerConfig], LayerFit], width: int, spare: int
-) -> LayerFit | None:
-    """The paper's mixture at a size that an adapter may take by default; None where the shifts form no clusters."""
+) -> dict[str, LayerFit]:
+    """The paper's mixture at a size that an adapter may take by default; nothing where the shifts form no clusters."""
     small = small_width(width, spare)
     settings = dataclasses.replace(config, experts="paper", key_dim=small, hidden_dim=small)
     try:
-        return fit(settings)
+        return {"trained mixture": fit(settings)}
     except ValueError:
-        return None
+        return {}
 
 
 def _random(constant: LayerFit, seed: int) -> LayerFit:
