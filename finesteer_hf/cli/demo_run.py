@@ -68,7 +68,7 @@ class DemoSettings:
     targets: int | None = 300
     general: int | None = 300
     caa_doses: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
-    caa_targets: int = 60
+    caa_targets: int = 80
 
 
 QUICK = {"splits": ("question",), "targets": 150, "general": 150, "caa_doses": (0.4, 0.8)}
