@@ -23,14 +23,13 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from own_process import in_its_own_process, measured
 from planted_data import PlantedData
 from published_steps import published_capture, published_fit
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,25 +126,6 @@ def states(
         found |= dict(zip(batch.prompts, batch.states[sites[0], "query"], strict=True))
         found |= dict(zip(batch.answers, batch.states[sites[0], "answer_mean"], strict=True))
     return reader.count, found
-
-
-def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Result, processor seconds, and the peak of resident memory above what was there before, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = memory("VmRSS")
-    start = time.process_time()
-    result = call()
-    return result, time.process_time() - start, memory("VmHWM") - before
-
-
-def memory(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 # -- published --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fit_vs_published import in_its_own_process, measured
+from own_process import in_its_own_process, measured
 
 from finesteer_hf import CAAConfig, FineSteerConfig, SteeringAdapter, SteeringConfig, fit_steering, playground
 from finesteer_hf.fitting import DatasetWarning

@@ -53,13 +53,6 @@ class Ops(TorchDispatchMode):
 
 
 @pytest.fixture
-def model():
-    model = toy_model()
-    SteeredModelForCausalLM.from_model(model)
-    return model
-
-
-@pytest.fixture
 def inputs():
     ids = torch.randint(6, 54, (3, TOKENS), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -48,13 +48,6 @@ def generate(model, inputs, **kwargs):
 
 
 @pytest.fixture
-def model():
-    model = toy_model()
-    SteeredModelForCausalLM.from_model(model)
-    return model
-
-
-@pytest.fixture
 def inputs(model):
     prompts = torch.randint(6, 54, (3, 9), generator=torch.Generator().manual_seed(0))
     return Bench(model, list(prompts), 1.0, [], []).batch([0, 1, 2])
