@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting.jobs import Job, TextPass, batches, pad_right, sequences_of
-from finesteer_hf.fitting.packing import lay_out, longest_text, pack, packed_length
+from finesteer_hf.fitting.packing import lay_out, longest_text, pack, packed_length, texts_in
 from finesteer_hf.fitting.reading import ForwardReader, Wanted
 from finesteer_hf.fitting.templating import Passage
 from finesteer_hf.methods.base import CaptureRequest, Pool
@@ -193,7 +193,7 @@ class StateReader:
 
     def _packed_cost(self, rows: Sequence[Sequence[Job]]) -> int:
         if self.batch_size != "auto":
-            return sum(max(1, len(job.answers)) for row in rows for job in row)
+            return sum(texts_in(job) for row in rows for job in row)
         return len(rows) * self._row_length(rows[0])  # the first is the longest
 
     def _whole_cost(self, texts: Sequence[TextPass]) -> int:

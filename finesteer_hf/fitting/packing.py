@@ -49,6 +49,11 @@ def packed_length(job: Job, begun: int = 0) -> int:
     return prompt - begun + sum(len(answer.ids) - prompt for answer in job.answers)
 
 
+def texts_in(job: Job) -> int:
+    """Number of texts that a job counts as; a prompt without answers is one."""
+    return max(1, len(job.answers))
+
+
 def longest_text(job: Job) -> int:
     """Tokens of a job's longest text."""
     return max(len(passage.ids) for passage in (job.prompt, *job.answers) if passage is not None)
@@ -61,12 +66,12 @@ def pack(jobs: Sequence[Job], begun: int, most_tokens: int, most_texts: int) -> 
         jobs: prompts whose answers continue them.
         begun: length of the common beginning, which no row holds.
         most_tokens: of a row.
-        most_texts: of a row; a prompt without answers is a text.
+        most_texts: of a row.
     """
     rows: list[list[Job]] = []
     tokens = texts = 0
     for job in sorted(jobs, key=lambda job: packed_length(job, begun), reverse=True):
-        own, own_texts = packed_length(job, begun), max(1, len(job.answers))
+        own, own_texts = packed_length(job, begun), texts_in(job)
         if not rows or tokens + own > most_tokens or texts + own_texts > most_texts:
             rows.append([])
             tokens = texts = 0

@@ -107,11 +107,11 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
         layer, tried = try_each(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
     chosen, experts_tried = fit_at(layer, config), None
+    lower: dict[str, LayerFit] = {}
     if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
         best_fitting = chosen.experts.residual_rank
-        fits = {f"rank {best_fitting}": chosen}
-        for rank in (rank for rank in LOW_RANKS if rank < best_fitting):
-            fits[f"rank {rank}"] = fit_at(layer, _of_rank(config, rank))
+        lower = {f"rank {rank}": fit_at(layer, _of_rank(config, rank)) for rank in LOW_RANKS if rank < best_fitting}
+        fits = {f"rank {best_fitting}": chosen, **lower}
         if config.experts == "auto" and rows >= MIN_ROWS_TO_TRAIN:
             fits |= _trained(config, partial(fit_at, layer), data.info.hidden_size, gates[layer].size)
         trials = {name: trial(fit) for name, fit in fits.items()}
@@ -123,7 +123,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     data.note(f"layer {layer}, strength {strength:g}: {why}")
     baselines = None
     if curve:
-        constant = fit_at(layer, _of_rank(config, 0))
+        constant = lower.get("rank 0") or fit_at(layer, _of_rank(config, 0))
         dose = strength / steering.strength_of(1.0)
         others = {"constant": trial(constant), "random direction": trial(_random(constant, data.seed))}
         baselines = _best_of(data, others, [near * dose for near in NEAR_DOSES])
