@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from finesteer_hf import SteeringAdapter
 from finesteer_hf.cli import app
-from finesteer_hf.cli.fit import make_config
+from finesteer_hf.cli.fit import fit, make_config
+from finesteer_hf.fitting.fit import MAX_ROWS
 
 
 runner = CliRunner(env={"COLUMNS": "200"})
@@ -134,3 +136,8 @@ def test_settings_are_read_as_json_and_named_when_wrong(half_plane: None) -> Non
     for wrong in ("colour=red", "strength"):
         with pytest.raises(ValueError, match="positions"):
             make_config("test_half_plane", [wrong])
+
+
+def test_the_most_rows_of_the_command_are_those_of_the_function() -> None:
+    # Said twice, for the command line starts without what fitting imports.
+    assert inspect.signature(fit).parameters["max_rows"].default == MAX_ROWS
