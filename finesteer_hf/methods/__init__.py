@@ -3,6 +3,7 @@
 from finesteer_hf.methods import (
     alphasteer,
     angular,
+    bipo,
     caa,
     cast,
     constant,
@@ -12,6 +13,7 @@ from finesteer_hf.methods import (
     florain,
     inferaligner,
     iti,
+    reps,
     sadi,
     swai,
     tad,
@@ -24,6 +26,7 @@ from finesteer_hf.methods import (
 __all__ = [
     "alphasteer",
     "angular",
+    "bipo",
     "caa",
     "cast",
     "constant",
@@ -33,6 +36,7 @@ __all__ = [
     "florain",
     "inferaligner",
     "iti",
+    "reps",
     "sadi",
     "swai",
     "tad",

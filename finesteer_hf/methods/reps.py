@@ -1,0 +1,207 @@
+"""REPS: a constant vector learned from preferences without a reference (Wu et al., NeurIPS 2025, arXiv 2505.20809).
+
+With the model frozen, a vector v minimises -log sigmoid(D+) - log sigmoid(D-), where per token of an answer
+
+    D+ = b+ / |c| log p(c | h + a v) - 1 / |r| log p(r | h + a v),    b+ = max(log p(r) - log p(c), 1)
+    D- = b- / |r| log p(r | h - n v) - 1 / |c| log p(c | h - n v),    b- = max(log p(c) - log p(r), 1)
+
+for the chosen answer c, the rejected r, and a factor a that is drawn from several in each step. The weights b are the
+unsteered model's: the less likely the side that is to win, the more it counts. What D- is steered by takes the vector's
+direction out of each token's state, n = relu(h . v) / |v|^2, so that without it the model says what is not wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from torch.nn.functional import logsigmoid
+
+from finesteer_hf.config import register_steering_method
+from finesteer_hf.methods.checks import check_number, check_one_of
+from finesteer_hf.methods.preference_training import PairScores, PreferenceRows, TrainedShift
+from finesteer_hf.methods.preference_vector import PreferenceVector, PreferenceVectorConfig
+from finesteer_hf.processors import Positions, SteeringProcessor, TokenView
+from finesteer_hf.sites import Site
+
+
+# The published factors, 2 to 20: what counts is that the largest is ten times the least.
+PAPER_FACTORS = tuple(float(factor) for factor in range(2, 21, 2))
+NEGATIVES = ("null", "subtract")
+
+
+@dataclass(kw_only=True)
+class REPSConfig(PreferenceVectorConfig):
+    """Settings of REPS; see `PreferenceVectorConfig` for those of the training.
+
+    The default takes fewer epochs than the paper, at a rate that fits the model's states, and stops by held-out rows; see
+    `paper`.
+
+    Attributes:
+        factors: what multiplies the vector in training, one of them drawn in each step. The vector that is stored is the
+            trained one times their mean, so that strength 1 is what training saw on average.
+        negative: what the rejected answers are to win under: `null` (the paper's: the direction taken out of states that
+            show it) or `subtract` (a factor times the vector subtracted).
+        compat: `official` divides by the length of prompt and answer together, as the published code does; the paper
+            divides by the answer's.
+    """
+
+    steering_type: ClassVar[str] = "REPS"
+
+    factors: list[float] = field(
+        default_factory=lambda: list(PAPER_FACTORS), metadata={"help": "Factors of the vector in training."}
+    )
+    negative: Literal["null", "subtract"] = field(
+        default="null", metadata={"help": "Negative steering in training: null or subtract."}
+    )
+    compat: Literal["official"] | None = field(
+        default=None, metadata={"help": "official: divide by the length of prompt and answer."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.factors:
+            raise ValueError("factors must name at least one factor of the vector, got none. Give for instance [1.0].")
+        for factor in self.factors:
+            check_number("factors", factor, above=0)
+        check_one_of("negative", self.negative, NEGATIVES)
+        check_one_of("compat", self.compat, (None, "official"))
+
+    @property
+    def unit(self) -> float:
+        """Mean of the factors."""
+        return float(np.mean(self.factors))
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> REPSConfig:
+        """The published settings of a steering vector, for Gemma-2-2b.
+
+        AdamW at 0.04 (0.08 for Gemma-2-9b), falling linearly to zero, without decay, gradients clipped to a norm of 1, 18
+        epochs of batches of 6, all rows, factors 2 to 20; the last vector. The factor it is used with is chosen on
+        held-out prompts, so `strength` stays `auto`.
+
+        Args:
+            **overrides: fields to change, for instance `layer=10`.
+        """
+        settings: dict[str, Any] = {
+            "num_rows": None,
+            "epochs": 18,
+            "batch_size": 6,
+            "learning_rate": 0.04,
+            "clip": 1.0,
+            "factors": list(PAPER_FACTORS),
+            "keep": "last",
+        }
+        return cls(**{**settings, **overrides})
+
+
+def reps_loss(
+    positive: PairScores, negative: PairScores, plain: PairScores, chosen_lengths: Any, rejected_lengths: Any
+) -> torch.Tensor:
+    """The loss of each row, `[rows]` float32: both halves added.
+
+    Args:
+        positive: scores under positive steering.
+        negative: scores under negative steering.
+        plain: scores of the unsteered model, for the weights; no gradients reach them.
+        chosen_lengths: what a chosen answer's log-probability is divided by, `[rows]` tokens.
+        rejected_lengths: likewise for the rejected answers.
+    """
+    return positive_half(positive, plain, chosen_lengths, rejected_lengths) + _half(
+        negative.rejected / rejected_lengths, negative.chosen / chosen_lengths, plain.margins
+    )
+
+
+def positive_half(positive: PairScores, plain: PairScores, chosen_lengths: Any, rejected_lengths: Any) -> torch.Tensor:
+    """-log sigmoid(D+), `[rows]`; arguments as for `reps_loss`."""
+    return _half(positive.chosen / chosen_lengths, positive.rejected / rejected_lengths, -plain.margins)
+
+
+def _half(winning: torch.Tensor, losing: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """`winning` and `losing` in nats a token; `behind`: by how many nats the winning side is the less likely."""
+    return -logsigmoid(behind.detach().clamp(min=1.0) * winning - losing)
+
+
+class NulledDirection(SteeringProcessor):
+    """Take a direction out of the states that show it: `h - relu(h . v) / |v|^2 v`.
+
+    Args:
+        site: where.
+        vector: v, `[width]` float32; its length plays no part.
+        positions: tokens whose states are changed.
+    """
+
+    def __init__(self, site: Site, vector: torch.Tensor, positions: Positions) -> None:
+        self.maps = (site,)
+        self.vector = vector
+        self.positions = positions
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Null the direction in the named tokens of `[rows, tokens, width]`."""
+        unit = torch.nn.functional.normalize(self.vector, dim=0).to(hidden.device)
+        shown = torch.relu(hidden.float() @ unit)[..., None] * unit
+        return hidden - (shown if view.mask is None else view.mask[..., None] * shown).to(hidden.dtype)
+
+
+class REPS(PreferenceVector):
+    """`H <- H + strength * v` at the output of one block, whatever the query.
+
+    Args:
+        config: a fitted `REPSConfig`.
+        tensors: `vector`, `[hidden_size]` float32.
+    """
+
+    config_cls = REPSConfig
+
+    @classmethod
+    def start(cls, width: int, learning_rate: float, rng: np.random.Generator) -> torch.Tensor:
+        """Random and about as long as a step, for at zero there is no direction to null."""
+        return torch.from_numpy(rng.uniform(-learning_rate, learning_rate, width).astype(np.float32))
+
+    @classmethod
+    def first_losses(
+        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: Any
+    ) -> torch.Tensor:
+        """The positive half, the one that has a slope at zero."""
+        lengths = _lengths(rows, which, cast(REPSConfig, config))
+        return positive_half(rows.steered(which, steering), rows.plain[which], *lengths)
+
+    @classmethod
+    def losses(
+        cls,
+        rows: PreferenceRows,
+        which: Sequence[int],
+        site: Site,
+        vector: torch.Tensor,
+        config: Any,
+        rng: np.random.Generator | None,
+    ) -> torch.Tensor:
+        """The loss at factors that are drawn, one for each half, or at their mean."""
+        settings = cast(REPSConfig, config)
+
+        def drawn() -> float:
+            return settings.unit if rng is None else float(rng.choice(settings.factors))
+
+        added = TrainedShift({site: vector}, positions=settings.positions, factor=drawn())
+        taken: SteeringProcessor = NulledDirection(site, vector, settings.positions)
+        if settings.negative == "subtract":
+            taken = TrainedShift({site: vector}, positions=settings.positions, factor=-drawn())
+        return reps_loss(
+            rows.steered(which, added),
+            rows.steered(which, taken),
+            rows.plain[which],
+            *_lengths(rows, which, settings),
+        )
+
+
+def _lengths(rows: PreferenceRows, which: Sequence[int], config: REPSConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """What log-probabilities of the two answers are divided by, `[rows]` tokens each."""
+    plain = rows.plain[which]
+    prompt = rows.prompt_tokens[list(which)] if config.compat == "official" else 0.0
+    return plain.chosen_tokens + prompt, plain.rejected_tokens + prompt
+
+
+register_steering_method("REPS", config_cls=REPSConfig, method_cls=REPS)
