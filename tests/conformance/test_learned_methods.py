@@ -1,9 +1,11 @@
-"""The suite on methods that learn: shifts by the task loss, a controller, and a gate on tokens."""
+"""The suite on methods that learn: shifts by the task loss, vectors by a preference, a controller, a gate on tokens."""
 
 import functools
 
 import pytest
 
+from finesteer_hf.methods.bipo import BIPOConfig
+from finesteer_hf.methods.reps import REPSConfig
 from finesteer_hf.methods.tad import TADConfig
 from finesteer_hf.methods.task_driven import TaskDrivenConfig
 from finesteer_hf.methods.was import WASConfig
@@ -13,6 +15,8 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 CONFIGS = {
     "task-driven": TaskDrivenConfig(layer=1, strength=2.0, iterations=4),
+    "bipo": BIPOConfig(layer=1, strength=2.0, epochs=2),
+    "reps": REPSConfig(layer=1, strength=2.0, epochs=2, positions="generated"),
     "tad": TADConfig(layer=1, strength=8.0),
     "tad-soft": TADConfig(layer=1, strength=8.0, gate="soft", uncertainty="entropy"),
     "was": WASConfig(strength=20.0, epochs=100),

@@ -1,0 +1,168 @@
+"""REPS: the loss against numpy, nulling, the published code's lengths, and what is learned."""
+
+import numpy as np
+import pytest
+import torch
+from toy_rows import WIDTH, ToyData, margins, scores
+
+from finesteer_hf import Site
+from finesteer_hf.methods.preference_training import PairScores, PreferenceRows
+from finesteer_hf.methods.reps import PAPER_FACTORS, REPS, NulledDirection, REPSConfig, positive_half, reps_loss
+from finesteer_hf.processors import TokenView
+from finesteer_hf.testing import toy_preferences
+from finesteer_hf.testing.conformance import fit_on_toy
+
+
+SITE = Site("resid_post", 1)
+
+
+def by_hand(positive, negative, plain, chosen_lengths, rejected_lengths):
+    """The paper's objective, a row at a time."""
+    losses = []
+    for i in range(len(plain.chosen)):
+        c, r = (side[i].item() for side in (plain.chosen, plain.rejected))
+        long_c, long_r = chosen_lengths[i].item(), rejected_lengths[i].item()
+        plus = max(r - c, 1) / long_c * positive.chosen[i].item() - positive.rejected[i].item() / long_r
+        minus = max(c - r, 1) / long_r * negative.rejected[i].item() - negative.chosen[i].item() / long_c
+        losses.append(np.log1p(np.exp(-plus)) + np.log1p(np.exp(-minus)))
+    return losses
+
+
+def test_the_loss_is_the_paper_s():
+    positive, negative, plain = scores(0, 8), scores(1, 8), scores(2, 8)
+    lengths = plain.chosen_tokens, plain.rejected_tokens
+    # Both sides of the weights are met: rows whose chosen answer is likelier, and less likely, by more than a nat.
+    assert plain.margins.max() > 1
+    assert plain.margins.min() < -1
+    np.testing.assert_allclose(
+        reps_loss(positive, negative, plain, *lengths), by_hand(positive, negative, plain, *lengths), rtol=1e-5
+    )
+
+
+def test_the_negative_half_is_the_positive_one_with_the_answers_exchanged():
+    def exchanged(s):
+        return PairScores(s.rejected, s.chosen, s.rejected_tokens, s.chosen_tokens)
+
+    positive, negative, plain = scores(3), scores(4), scores(5)
+    lengths = plain.chosen_tokens, plain.rejected_tokens
+    expected = positive_half(positive, plain, *lengths) + positive_half(
+        exchanged(negative), exchanged(plain), *lengths[::-1]
+    )
+    torch.testing.assert_close(reps_loss(positive, negative, plain, *lengths), expected)
+
+
+def test_weights_have_no_gradient():
+    plain = PairScores(*(torch.tensor([-9.0, -2.0], requires_grad=True) for _ in range(2)), *[torch.ones(2)] * 2)
+    positive = PairScores(*(torch.tensor([-3.0, -4.0], requires_grad=True) for _ in range(2)), *[torch.ones(2)] * 2)
+    positive_half(positive, plain, 1.0, 1.0).sum().backward()
+    assert plain.chosen.grad is None
+    assert positive.chosen.grad is not None
+
+
+def test_nulling_takes_the_direction_out_of_states_that_show_it():
+    generator = torch.Generator().manual_seed(0)
+    hidden, vector = torch.randn(2, 5, 8, generator=generator), torch.randn(8, generator=generator)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :2] = False
+    view = TokenView(mask, None, True, torch.ones(2, 1, 1), {})
+    got = NulledDirection(SITE, 3 * vector, "all").transform(SITE, hidden, view).numpy()
+    h, v = hidden.numpy(), vector.numpy()
+    expected = h - np.maximum(h @ v, 0)[..., None] / (v @ v) * v
+    expected[0, :2] = h[0, :2]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    shown = (got @ v)[mask.numpy()]
+    assert shown.max() < 1e-4
+    assert shown.min() < -0.1
+
+
+def losses(rows, vector, config, rng=None):
+    return REPS.losses(rows, range(len(rows)), SITE, vector, config, rng)
+
+
+@pytest.mark.parametrize("negative", ["null", "subtract"])
+def test_a_row_s_loss_is_that_of_plain_hooks(negative):
+    data = ToyData(rows=2)
+    rows = PreferenceRows.draw(data, "fit")
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    config = REPSConfig(layer=1, factors=[0.5, 1.5], negative=negative)
+    unit = vector / vector.norm()
+    added = lambda h: h + vector  # noqa: E731
+    taken = {"null": lambda h: h - torch.relu(h @ unit)[..., None] * unit, "subtract": lambda h: h - vector}[negative]
+
+    def hooked(change):
+        handle = data.model.model.layers[1].register_forward_hook(lambda module, args, output: change(output))
+        try:
+            return PreferenceRows.draw(data, "fit").plain
+        finally:
+            handle.remove()
+
+    lengths = rows.plain.chosen_tokens, rows.plain.rejected_tokens
+    expected = by_hand(hooked(added), hooked(taken), rows.plain, *lengths)
+    np.testing.assert_allclose(losses(rows, vector, config), expected, rtol=1e-3)
+
+
+def test_the_published_code_divides_by_prompt_and_answer():
+    data = ToyData(rows=2)
+    rows = PreferenceRows.draw(data, "fit")
+    vector = torch.ones(WIDTH)
+    own, official = (losses(rows, vector, REPSConfig(compat=compat)) for compat in (None, "official"))
+    assert (own != official).all()
+    longer = [
+        torch.tensor([float(len(data.ids(row["prompt"] + row[side]))) for row in data.texts])
+        for side in ("chosen", "rejected")
+    ]
+    short = rows.plain.chosen_tokens, rows.plain.rejected_tokens
+    for length, answer, prompt in zip(longer, short, [rows.prompt_tokens] * 2, strict=True):
+        torch.testing.assert_close(length, answer + prompt)
+
+
+def test_a_step_draws_one_of_the_factors():
+    data = ToyData(rows=1)
+    rows = PreferenceRows.draw(data, "fit")
+    vector = torch.ones(WIDTH) / 10
+    known = {float(losses(rows, vector, REPSConfig(factors=[factor]))) for factor in (1.0, 3.0)}
+    rng = np.random.default_rng(0)
+    drawn = {float(losses(rows, vector, REPSConfig(factors=[1.0, 3.0]), rng)) for _ in range(12)}
+    assert drawn == known
+
+
+@pytest.mark.parametrize("negative", ["null", "subtract"])
+def test_the_vector_makes_unseen_rows_prefer_the_chosen_answer(negative):
+    _, _, adapter = fit_on_toy(REPSConfig(layer=1, strength=1.0, negative=negative))
+    training = adapter.config.fit["report"]["training"]
+    assert training["path"][training["kept_epoch"]]["held_out"] < training["path"][0]["held_out"]
+    rows, vector = toy_preferences(24, seed=5), adapter.tensors["vector"]
+    unsteered, added, subtracted = (margins(vector, 1, factor, rows) for factor in (0.0, 1.0, -1.0))
+    assert added > unsteered + 2
+    assert subtracted < unsteered
+
+
+def test_auto_trains_at_the_layers_of_the_steepest_loss():
+    _, _, adapter = fit_on_toy(REPSConfig(strength=0.5, epochs=1))
+    tried = [row["layer"] for row in adapter.config.fit["report"]["layers_tried"]]
+    assert len(tried) == 2
+    assert adapter.config.layer in tried
+
+
+def test_the_stored_vector_is_the_trained_one_at_the_mean_factor():
+    one, ten = (
+        fit_on_toy(REPSConfig(layer=1, strength=1.0, epochs=2, factors=factors))[2].tensors["vector"]
+        for factors in ([1.0], [10.0])
+    )
+    torch.testing.assert_close(one, ten, atol=2e-2, rtol=2e-2)
+
+
+def test_the_paper_s_settings():
+    config = REPSConfig.paper(layer=10)
+    assert (config.learning_rate, config.weight_decay, config.clip) == (0.04, 0.0, 1.0)
+    assert (config.epochs, config.batch_size, config.schedule, config.warmup_steps) == (18, 6, "linear", 0)
+    assert config.factors == list(PAPER_FACTORS) == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert (config.positions, config.num_rows, config.negative, config.compat) == ("all", None, "null", None)
+
+
+@pytest.mark.parametrize(
+    "field", [{"factors": []}, {"factors": [0.0]}, {"negative": "flip"}, {"compat": "code"}, {"layer": -1}]
+)
+def test_nonsense_is_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        REPSConfig(**field)
