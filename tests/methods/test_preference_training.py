@@ -74,10 +74,7 @@ def test_vectors_at_several_blocks_and_their_gradients_are_those_of_plain_hooks(
 
 def test_a_shift_may_be_a_map_of_the_unsteered_query():
     data = toy_data()
-    rows = PreferenceRows.draw(data, "fit", most=1)
-    row = data.texts[rows.rows[0]]
-    prompt = torch.tensor([data.ids(row["prompt"])])
-    states = toy_model().model(prompt, output_hidden_states=True).hidden_states
+    rows = PreferenceRows.draw(data, "fit", most=3)
     factors = torch.randn(2, WIDTH, 2, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
 
     def of_query(query):
@@ -86,13 +83,18 @@ def test_a_shift_may_be_a_map_of_the_unsteered_query():
     steering = TrainedShift(
         {site: lambda queries, at=site: of_query(queries[at]) for site in PLACES}, factor=0.1, reads=PLACES
     )
-    margin = rows.steered([0], steering).margins[0]
-    # The state after block 1 is read unsteered, though block 0 is steered, too.
-    vectors = {site: of_query(states[site.layer + 1][0, -1].detach()) for site in PLACES}
-    expected = hooked_margin(row, vectors, factor=0.1)
-    torch.testing.assert_close(margin, expected, atol=1e-3, rtol=1e-4)
-    got = torch.autograd.grad(margin, factors)
-    torch.testing.assert_close(got, torch.autograd.grad(expected, factors), atol=1e-3, rtol=1e-3)
+    scores = rows.steered([0, 1, 2], steering)
+    expected = []
+    for row in (data.texts[i] for i in rows.rows):
+        with torch.no_grad():
+            prompt = torch.tensor([data.ids(row["prompt"])])
+            states = toy_model().model(prompt, output_hidden_states=True).hidden_states
+        # The state after block 1 is read unsteered, though block 0 is steered, too.
+        vectors = {site: of_query(states[site.layer + 1][0, -1]) for site in PLACES}
+        expected.append(hooked_margin(row, vectors, factor=0.1))
+    torch.testing.assert_close(scores.margins, torch.stack(expected), atol=1e-3, rtol=1e-4)
+    got = torch.autograd.grad(scores.margins.sum(), factors)
+    torch.testing.assert_close(got, torch.autograd.grad(sum(expected), factors), atol=1e-3, rtol=1e-3)
 
 
 def test_first_order_is_the_gradient_at_zero_of_all_blocks_in_one_pass():

@@ -79,41 +79,44 @@ def losses(rows, vector, config, rng=None):
     return REPS.losses(rows, range(len(rows)), SITE, vector, config, rng)
 
 
-@pytest.mark.parametrize("negative", ["null", "subtract"])
-def test_a_row_s_loss_is_that_of_plain_hooks(negative):
-    data = ToyData(rows=2)
-    rows = PreferenceRows.draw(data, "fit")
-    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
-    config = REPSConfig(layer=1, factors=[0.5, 1.5], negative=negative)
+def hooked_losses(data, vector, negative, lengths):
+    """Written out with plain hooks, at factor 1."""
     unit = vector / vector.norm()
-    added = lambda h: h + vector  # noqa: E731
-    taken = {"null": lambda h: h - torch.relu(h @ unit)[..., None] * unit, "subtract": lambda h: h - vector}[negative]
+    taken = {"null": lambda h: h - torch.relu(h @ unit)[..., None] * unit, "subtract": lambda h: h - vector}
 
-    def hooked(change):
+    def scored(change):
         handle = data.model.model.layers[1].register_forward_hook(lambda module, args, output: change(output))
         try:
             return PreferenceRows.draw(data, "fit").plain
         finally:
             handle.remove()
 
-    lengths = rows.plain.chosen_tokens, rows.plain.rejected_tokens
-    expected = by_hand(hooked(added), hooked(taken), rows.plain, *lengths)
-    np.testing.assert_allclose(losses(rows, vector, config), expected, rtol=1e-3)
+    plain = PreferenceRows.draw(data, "fit").plain
+    return by_hand(scored(lambda h: h + vector), scored(taken[negative]), plain, *lengths)
+
+
+def answer_lengths(data, prompt=False):
+    """Tokens of the answers, or of the prompts with them, `[rows]` for each side."""
+    texts = [[(row["prompt"] if prompt else "") + row[side] for row in data.texts] for side in ("chosen", "rejected")]
+    return [torch.tensor([float(len(data.ids(text))) for text in side]) for side in texts]
+
+
+@pytest.mark.parametrize("negative", ["null", "subtract"])
+def test_a_row_s_loss_is_that_of_plain_hooks(negative):
+    data = ToyData(rows=2)
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    config = REPSConfig(layer=1, factors=[0.5, 1.5], negative=negative)
+    got = losses(PreferenceRows.draw(data, "fit"), vector, config)
+    np.testing.assert_allclose(got, hooked_losses(data, vector, negative, answer_lengths(data)), rtol=1e-3)
 
 
 def test_the_published_code_divides_by_prompt_and_answer():
     data = ToyData(rows=2)
-    rows = PreferenceRows.draw(data, "fit")
-    vector = torch.ones(WIDTH)
-    own, official = (losses(rows, vector, REPSConfig(compat=compat)) for compat in (None, "official"))
-    assert (own != official).all()
-    longer = [
-        torch.tensor([float(len(data.ids(row["prompt"] + row[side]))) for row in data.texts])
-        for side in ("chosen", "rejected")
-    ]
-    short = rows.plain.chosen_tokens, rows.plain.rejected_tokens
-    for length, answer, prompt in zip(longer, short, [rows.prompt_tokens] * 2, strict=True):
-        torch.testing.assert_close(length, answer + prompt)
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3))
+    config = REPSConfig(layer=1, factors=[1.0], compat="official")
+    got = losses(PreferenceRows.draw(data, "fit"), vector, config)
+    expected = hooked_losses(data, vector, "null", answer_lengths(data, prompt=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
 def test_a_step_draws_one_of_the_factors():

@@ -7,8 +7,9 @@ import functools
 import numpy as np
 import torch
 
-from finesteer_hf import SteeredModelForCausalLM, SteeringProcessorList
-from finesteer_hf.methods.base import AnswerRun, ModelInfo
+from finesteer_hf.fitting.answers import run_answers
+from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.methods.base import ModelInfo
 from finesteer_hf.methods.preference_training import PairScores
 from finesteer_hf.testing import toy_model, toy_preferences, toy_tokenizer
 
@@ -17,11 +18,10 @@ WIDTH = 32
 
 
 class ToyData:
-    """`FitData` of the toy model's first rows, as far as training asks: each answer is a forward of its own."""
+    """`FitData` of the toy model's first rows, as far as training asks; answers run in batches, as in a fit."""
 
     def __init__(self, rows=6):
-        self.model = SteeredModelForCausalLM.from_model(toy_model())
-        self.model.requires_grad_(False)
+        self.model = toy_model()
         self.texts = toy_preferences(rows)
         self.info, self.seed = ModelInfo(3, WIDTH, 4, 8, 54), 0
         self.tokenizer = toy_tokenizer()
@@ -36,12 +36,11 @@ class ToyData:
         return [np.array(self.ids(row[text])) for row in self.texts]
 
     def answers(self, text, part, rows, *, steering=None, sites=()):
-        for row in (self.texts[i] for i in rows):
-            prompt, answer = self.ids(row["prompt"]), self.ids(row[text])
-            batch = {"input_ids": torch.tensor([prompt + answer]), "prompt_lengths": torch.tensor([len(prompt)])}
-            with self.model.steering_with(SteeringProcessorList([] if steering is None else [steering])):
-                logits = self.model(**batch, use_cache=False).logits[0]
-            yield AnswerRun(torch.tensor(answer), logits[len(prompt) - 1 : -1], {})
+        passages = [self.passage(self.texts[row], text) for row in rows]
+        return run_answers(self.model, passages, steering, sites)
+
+    def passage(self, row, side):
+        return Passage(tuple(self.ids(row["prompt"] + row[side])), len(self.ids(row["prompt"])))
 
 
 @functools.cache
