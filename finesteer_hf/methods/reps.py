@@ -32,6 +32,8 @@ from finesteer_hf.sites import Site
 PAPER_FACTORS = tuple(float(factor) for factor in range(2, 21, 2))
 NEGATIVES = ("null", "subtract")
 
+Length = torch.Tensor | float
+
 
 @dataclass(kw_only=True)
 class REPSConfig(PreferenceVectorConfig):
@@ -99,7 +101,7 @@ class REPSConfig(PreferenceVectorConfig):
 
 
 def reps_loss(
-    positive: PairScores, negative: PairScores, plain: PairScores, chosen_lengths: Any, rejected_lengths: Any
+    positive: PairScores, negative: PairScores, plain: PairScores, chosen_lengths: Length, rejected_lengths: Length
 ) -> torch.Tensor:
     """The loss of each row, `[rows]` float32: both halves added.
 
@@ -115,7 +117,9 @@ def reps_loss(
     )
 
 
-def positive_half(positive: PairScores, plain: PairScores, chosen_lengths: Any, rejected_lengths: Any) -> torch.Tensor:
+def positive_half(
+    positive: PairScores, plain: PairScores, chosen_lengths: Length, rejected_lengths: Length
+) -> torch.Tensor:
     """-log sigmoid(D+), `[rows]`; arguments as for `reps_loss`."""
     return _half(positive.chosen / chosen_lengths, positive.rejected / rejected_lengths, -plain.margins)
 
