@@ -44,7 +44,8 @@ MIN_ROWS = 2
 # Blocks that a vector is trained at under layer="auto": one training costs ten times what the first order of all does.
 TRAINED_LAYERS = 2
 # Under learning_rate="auto": norm that all steps would give the vector if they went one way, in units of the state's.
-# They do not: on the playground REPS ends at a fifth of it. At 1 its held-out loss is still falling when the steps end.
+# They do not: on the playground REPS ends at a fifth of it or less. At 1 its held-out loss is still falling when the
+# steps end.
 REACH = 3.0
 KEEPS = ("best", "last")
 SCHEDULES = ("constant", "linear", "cosine")
