@@ -12,6 +12,7 @@ import torch
 from finesteer_hf.auto import SteeredModelForCausalLM
 from finesteer_hf.fitting.capture import input_device
 from finesteer_hf.fitting.jobs import batches, pad_right
+from finesteer_hf.fitting.prompt_cache import PromptCache
 from finesteer_hf.fitting.templating import Passage
 from finesteer_hf.methods.base import AnswerRun
 from finesteer_hf.mixin import SteeringMixin
@@ -25,7 +26,10 @@ TOKEN_BUDGET = 4096
 
 
 def answer_logits(
-    model: Any, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]
+    model: Any,
+    batch: Sequence[Passage],
+    processors: Sequence[SteeringProcessor],
+    prompts: PromptCache | None = None,
 ) -> Iterator[torch.Tensor]:
     """For each passage the logits that predict its answer's tokens and the one after.
 
@@ -33,21 +37,31 @@ def answer_logits(
         model: a steered model; what is active on it plays no part.
         batch: prompts with their answers.
         processors: what steers instead.
+        prompts: keeps what the prompts' tokens before the last become; None runs whole texts.
 
     Yields:
         `[answer + 1, vocabulary]` float32.
     """
-    ids, mask = pad_right([p.ids for p in batch], input_device(model))
-    starts = [int(p.answer_start or 0) for p in batch]
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": torch.tensor(starts)}
-    first = min(starts) - 1
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs["logits_to_keep"] = ids.shape[1] - first
+    starts = torch.tensor([int(p.answer_start or 0) for p in batch])
+    inputs: dict[str, Any]
+    if prompts is not None and prompts.serves(batch, processors):
+        skip = starts - 1
+        ids, mask = pad_right([p.ids[int(s) :] for p, s in zip(batch, skip, strict=True)], input_device(model))
+        cache, behind = prompts.continue_from(batch)
+        positions = skip[:, None] + torch.arange(ids.shape[1])
+        inputs = {"attention_mask": torch.cat([behind, mask], dim=1), "position_ids": positions.to(ids.device)}
+        inputs |= {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    else:
+        skip = torch.zeros_like(starts)
+        ids, mask = pad_right([p.ids for p in batch], input_device(model))
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = ids.shape[1] - int(starts.min()) + 1
     with model.steering_with(SteeringProcessorList(processors)):
-        logits = model(**inputs, use_cache=False).logits
-    skipped = ids.shape[1] - logits.shape[1]
-    for row, (passage, start) in enumerate(zip(batch, starts, strict=True)):
-        yield logits[row, start - 1 - skipped : len(passage.ids) - skipped].float()
+        logits = model(**inputs, prompt_lengths=starts).logits
+    skip = skip + ids.shape[1] - logits.shape[1]
+    for row, (passage, start, own) in enumerate(zip(batch, starts.tolist(), skip.tolist(), strict=True)):
+        yield logits[row, start - 1 - own : len(passage.ids) - own].float()
 
 
 def logit_budget(model: Any) -> int:
@@ -57,7 +71,11 @@ def logit_budget(model: Any) -> int:
 
 
 def run_answers(
-    model: Any, passages: Sequence[Passage], steering: SteeringProcessor | None = None, sites: Sequence[Site] = ()
+    model: Any,
+    passages: Sequence[Passage],
+    steering: SteeringProcessor | None = None,
+    sites: Sequence[Site] = (),
+    prompts: PromptCache | None = None,
 ) -> Iterator[AnswerRun]:
     """Run answers through a model, batch by batch, in their order.
 
@@ -69,14 +87,18 @@ def run_answers(
         passages: prompts with their answers.
         steering: what steers; None for the model itself.
         sites: whose states are wanted, as they are after steering.
+        prompts: as for `answer_logits`.
     """
     recorder = StateRecorder(sites)
     for batch in batches(passages, lambda b: len(b) * max(len(p.ids) for p in b), logit_budget(model)):
         with steered(model), frozen(model), torch.set_grad_enabled(steering is not None):
             processors = [recorder] if steering is None else [steering, recorder]
-            logits = list(answer_logits(model, batch, processors))
+            logits = list(answer_logits(model, batch, processors, prompts))
         for row, (passage, of_answer) in enumerate(zip(batch, logits, strict=True)):
             columns = slice(int(passage.answer_start or 0) - 1, len(passage.ids) - 1)
+            if recorder.behind:
+                # Behind a kept prompt a forward begins with each row's last prompt token.
+                columns = slice(0, len(passage.ids) - int(passage.answer_start or 0))
             states = {site: hidden[row, columns] for site, hidden in recorder.states.items()}
             yield AnswerRun(
                 ids=torch.tensor(passage.ids[passage.answer_start :]), logits=of_answer[:-1], states=states
@@ -88,10 +110,14 @@ class StateRecorder(SteeringProcessor):
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.maps = tuple(sites)
+        # It changes nothing, so it stands in the way of no kept prompt.
+        self.positions = "generated"
         self.states: dict[Site, torch.Tensor] = {}
+        self.behind = False
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
         self.states[site] = hidden
+        self.behind = view.first_column > 0
         return hidden
 
 

@@ -1,0 +1,111 @@
+"""Prompts run once, unsteered, for everything that then looks at their answers.
+
+Where only the answer and the prompt's last token are steered, the keys and values of the tokens before it are the base
+model's own, whatever steers. They are kept, so that a trial of a vector costs its answers and not their prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from finesteer_hf.fitting.capture import UNBOUNDED, input_device, shareable_length
+from finesteer_hf.fitting.jobs import batches
+from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.sites import TextTower
+
+
+Ids = tuple[int, ...]
+# Prompt tokens of a forward: on a CPU more gains nothing.
+PROMPT_TOKENS = 1024
+# Bytes of keys and values that may be kept; prompts beyond them are run with each of their answers.
+MOST_BYTES = 1 << 30
+# Largest difference of an answer's mean log-probability behind kept keys from the one of the whole text, in nats.
+TOLERANCE = 1e-2
+
+
+class PromptCache:
+    """Keys and values of prompts, short of their last token.
+
+    Args:
+        model: a causal LM; adapters that are active on it play no part.
+
+    Attributes:
+        usable: whether the architecture's prompts can be continued so; whole texts are run where not.
+        prompts: number of prompts that were run.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.tower = TextTower(model)
+        self.device = input_device(model)
+        window = shareable_length(model, self.tower)
+        # A sliding window drops what a longer text no longer sees, and its cache with it.
+        self.usable = window == UNBOUNDED
+        self.prompts = 0
+        self._layers: dict[Ids, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._bytes = 0
+
+    def serves(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> bool:
+        """Whether a batch can be run behind kept prompts: nothing may steer or look back before the query."""
+        late = all(processor.positions == "generated" and not processor.lookback for processor in processors)
+        return self.usable and late and all((passage.answer_start or 0) > 1 for passage in batch)
+
+    @torch.no_grad()
+    def continue_from(self, batch: Sequence[Passage]) -> tuple[DynamicCache, torch.Tensor]:
+        """The cache that the last prompt token and the answers of a batch go on from.
+
+        Args:
+            batch: passages with a prompt of at least two tokens, in any order.
+
+        Returns:
+            The cache, its rows padded on the left; and the mask of what it holds, int64 `[rows, columns]`.
+        """
+        prompts = [passage.ids[: int(passage.answer_start or 0) - 1] for passage in batch]
+        self._run([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._layers])
+        width = max(map(len, prompts))
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        cache = DynamicCache()
+        for layer in range(len(self._layers[prompts[0]])):
+            keys, values = (
+                torch.stack([_pad_left(self._layers[prompt][layer][part], width) for prompt in prompts])
+                for part in (0, 1)
+            )
+            cache.update(keys, values, layer)
+        self._trim()
+        return cache, mask
+
+    def _run(self, prompts: list[Ids]) -> None:
+        ordered = sorted(prompts, key=len, reverse=True)
+        for batch in batches(ordered, lambda own: len(own) * max(map(len, own)), PROMPT_TOKENS):
+            width = max(map(len, batch))
+            ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in batch], device=self.device)
+            mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in batch], device=self.device)
+            with self.model.disable_steering():
+                cache = self.tower.decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+            for row, prompt in enumerate(batch):
+                # Copied, so that the batch's own tensors can go.
+                self._layers[prompt] = [
+                    (layer.keys[row, :, : len(prompt)].clone(), layer.values[row, :, : len(prompt)].clone())
+                    for layer in cache.layers
+                ]
+                self._bytes += _size(self._layers[prompt])
+            self.prompts += len(batch)
+
+    def _trim(self) -> None:
+        while self._bytes > MOST_BYTES:
+            oldest = next(iter(self._layers))
+            self._bytes -= _size(self._layers.pop(oldest))
+
+
+def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
+    """`[heads, tokens, size]` with zeros in front, so that all rows end together."""
+    return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
+
+
+def _size(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
