@@ -54,6 +54,8 @@ class SteeringConfig:
         lora: names of the LoRA adapters that were active when it was fitted.
         positions: tokens that are steered: `all`, `prompt` or `generated`.
         strength: lambda of the update; a number once fitted.
+        limits: what steering may cost where a fit chooses, by the names of `finesteer_hf.methods.objective.Limits`; what
+            is not named has its default.
         requires: features that a reader must understand, or refuse the file.
         fit: how it was fitted: data, seed, versions, held-out figures. Not needed to steer.
     """
@@ -69,12 +71,16 @@ class SteeringConfig:
     lora: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters active at fit."})
     positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
     strength: float | str = field(default=1.0, metadata={"help": "Lambda of the update."})
+    limits: dict[str, float] = field(default_factory=dict, metadata={"help": "What steering may cost, by name."})
     requires: list[str] = field(default_factory=list, metadata={"help": "Features that a reader must understand."})
     fit: dict[str, Any] = field(default_factory=dict, metadata={"help": "Provenance and held-out figures."})
 
+    #: What `positions` may be; a method that chooses them has `auto` besides.
+    allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
+
     def __post_init__(self) -> None:
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {list(POSITIONS)}, got {self.positions!r}.")
+        if self.positions not in self.allowed_positions:
+            raise ValueError(f"positions must be one of {list(self.allowed_positions)}, got {self.positions!r}.")
         if isinstance(self.strength, (int, float)) and not math.isfinite(self.strength):
             raise ValueError(f"strength must be finite, got {self.strength}.")
 

@@ -16,6 +16,7 @@ from finesteer_hf.fitting.splits import Split
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import AnswerRun, DosePoint, ModelInfo, Part, Pool, Side, Text
+from finesteer_hf.methods.objective import Limits
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site, TextTower
 
@@ -41,10 +42,12 @@ class CapturedData:
         row_units: for each row the label of what it was split by.
         dose: runs the model steered.
         bars: shows progress.
+        limits: what steering may cost.
     """
 
     info: ModelInfo
     seed: int
+    limits: Limits
     tower: TextTower
     store: ActivationStore
     rows: Sequence[EncodedRow]
@@ -106,14 +109,15 @@ class CapturedData:
     ) -> Iterator[AnswerRun]:
         """Run the model over the answers of some rows; see `run_answers`."""
         of_part = self.split.rows[part]
-        return run_answers(self.dose.model, [getattr(self.rows[of_part[i]], text) for i in rows], steering, sites)
+        passages = [getattr(self.rows[of_part[i]], text) for i in rows]
+        return run_answers(self.dose.model, passages, steering, sites, self.dose.cache)
 
     def dose_response(
-        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> list[DosePoint]:
-        """Run the model steered at each strength on the validation part."""
-        with self.bars.task("running steered", self.dose.texts(build, strengths)) as advance:
-            return self.dose.run(build, strengths, advance)
+        """Run the model steered at each strength on the validation part, or on a share of its prompts."""
+        with self.bars.task("running steered", self.dose.texts(build, strengths, share)) as advance:
+            return self.dose.run(build, strengths, advance, share)
 
     def note(self, message: str) -> None:
         """Show a line of progress."""

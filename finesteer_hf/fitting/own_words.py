@@ -1,4 +1,4 @@
-"""What the model says by itself, unsteered, and what methods that take tokens back make of it."""
+"""What the model says by itself, steered or not, and what methods that take tokens back make of it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from transformers import GenerationConfig
 from finesteer_hf.fitting.answers import StateRecorder, answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture import input_device
 from finesteer_hf.fitting.jobs import batches
+from finesteer_hf.fitting.prompt_cache import PromptCache
 from finesteer_hf.fitting.templating import Passage
-from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, TokenView
+from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 
 
 @torch.no_grad()
-def own_words(model: Any, prompts: Sequence[Passage], new_tokens: int) -> list[Passage]:
-    """The prompts with the model's unsteered greedy continuation, up to and with the first end of the text.
+def own_words(
+    model: Any,
+    prompts: Sequence[Passage],
+    new_tokens: int,
+    processors: Sequence[SteeringProcessor] = (),
+    cache: PromptCache | None = None,
+) -> list[Passage]:
+    """The prompts with the model's greedy continuation, up to and with the first end of the text.
 
     Args:
         model: the base model, steered or not; adapters that are active on it play no part.
         prompts: what it is asked; answers that they hold are left out.
         new_tokens: most tokens of a continuation; fewer where the model has no room for so many.
+        processors: what steers; nothing by default.
+        cache: keeps what the prompts become.
 
     Returns:
         In the order of the prompts.
@@ -40,12 +49,23 @@ def own_words(model: Any, prompts: Sequence[Passage], new_tokens: int) -> list[P
         settings.max_new_tokens = new_tokens if positions is None else max(1, min(new_tokens, positions - width))
         ids = torch.tensor([[0] * (width - len(own)) + list(own) for own in batch], device=device)
         mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in batch], device=device)
-        with steered(model), model.disable_steering():
-            texts = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        with steered(model), model.steering_with(SteeringProcessorList(processors)):
+            alone = [Passage(own, len(own)) for own in batch]
+            if cache is not None and cache.serves(alone, processors):
+                inputs["past_key_values"], _ = cache.continue_from(alone)
+            texts = model.generate(**inputs, generation_config=settings)
         for own, said in zip(batch, texts[:, width:].tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(said) if token in ends), len(said))
             found[own] = Passage((*own, *said[:length]), len(own))
     return [found[prompt.ids[: prompt.answer_start]] for prompt in prompts]
+
+
+def repeated_share(said: Passage) -> float:
+    """Share of an answer's runs of four tokens that occurred earlier in it; 0 for an answer of fewer."""
+    answer = said.ids[said.answer_start :]
+    runs = [answer[i : i + 4] for i in range(len(answer) - 3)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 class Heard:

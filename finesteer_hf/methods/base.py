@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
 
 
-Pool = Literal["query", "answer_mean", "answer_last"]
+if TYPE_CHECKING:
+    from finesteer_hf.methods.objective import Limits
+
+
+Pool = Literal["query", "answer_mean", "answer_last", "gradient"]
 Part = Literal["fit", "calibration", "validation"]
 Side = Literal["query", "chosen", "rejected", "general"]
 Text = Literal["prompt", "chosen", "rejected", "general"]
@@ -39,7 +43,7 @@ class CaptureRequest:
     Attributes:
         sites: sites of the sweep; all are captured in one pass.
         pools: `query` (the prompt's last token), `answer_mean` (mean over the answer's tokens), `answer_last` (its last
-            token).
+            token), `gradient` (of the answer's mean log-probability a token by a vector added from the query on).
     """
 
     sites: tuple[Site, ...]
@@ -48,27 +52,45 @@ class CaptureRequest:
 
 @dataclass(frozen=True)
 class DosePoint:
-    """One strength of a dose-response curve, on held-out rows.
+    """One strength of a dose-response curve, on held-out rows. Rows of one prompt count as one in standard errors.
 
     Attributes:
         strength: lambda.
         bottleneck: mean over rows of the least probability that the model gives any token of the chosen answer, teacher
-            forced, in [0, 1]. An answer is said only if each of its tokens is, so this is what steering must raise, and
-            an overdose that garbles any part of the answer lowers it. Likelihoods of whole answers mostly tell how well
-            the easy tokens go, and differences to the rejected answers rise on in an overdose.
+            forced, in [0, 1]. An answer is said only if each of its tokens is.
         bottleneck_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
-        gap_se: standard error of the difference to the curve's best bottleneck within the same rows; 0 at the best.
+        bottleneck_rise: its difference to the unsteered model's on the same rows.
+        bottleneck_rise_se: standard error of that.
         changed: share of general prompts whose greedy answer changes; None where it is not measured. Methods that take
             tokens back leave most texts alone and change the others a lot, which no percentile over tokens shows.
+        preference: mean over prompts of the probability that the chosen answer beats the rejected one,
+            sigmoid(log p(chosen) - log p(rejected)) of log-probabilities a token: an answer's length plays no part.
+        preference_se: its standard error.
+        preference_rise_se: standard error of its difference to the unsteered model's.
+        preference_summed: the same of summed log-probabilities, as multiple choice scores them.
+        likelihood: mean log-probability of the chosen answers, in nats a token.
+        own_words: log-probability under the base of what the steered model says greedily to held-out prompts, in nats a
+            token: what it writes must stay text that the base could have written. None where the wanted answers themselves come.
+        own_length: mean number of those tokens.
+        repeated: share of their runs of four tokens that occurred before in the same answer.
     """
 
     strength: float
     bottleneck: float
     bottleneck_se: float
     kl: float
-    gap_se: float = 0.0
+    bottleneck_rise: float = 0.0
+    bottleneck_rise_se: float = 0.0
     changed: float | None = None
+    preference: float = 0.5
+    preference_se: float = 0.0
+    preference_rise_se: float = 0.0
+    preference_summed: float = 0.5
+    likelihood: float = 0.0
+    own_words: float | None = None
+    own_length: float | None = None
+    repeated: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +117,12 @@ class FitData(Protocol):
     """States of a preference data set and of general prompts, split for fitting.
 
     Preference rows (`prompt`, `chosen`, `rejected`) have `num_rows` rows; general prompts `num_general` rows. `part`
-    selects a split; splits are disjoint by prompt (and by group, if groups are given).
+    selects a split; splits are disjoint by prompt (and by group, if groups are given). `limits` is what steering may cost.
     """
 
     info: ModelInfo
     seed: int
+    limits: Limits
 
     def query(self, site: Site, part: Part) -> np.ndarray:
         """States of the prompts' last tokens, `[rows, width]` float32."""
@@ -159,13 +182,14 @@ class FitData(Protocol):
         """
 
     def dose_response(
-        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> list[DosePoint]:
         """Run the model steered at each strength on the validation part.
 
         Args:
             build: makes the processor of a strength.
             strengths: lambdas to try, ascending.
+            share: of the held-out prompts that are looked at; a first look at many candidates needs only some.
         """
 
     def note(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Choosing lambda on held-out rows: by the wanted answers under a budget of divergence, by a divergence, or a norm."""
+"""Choosing lambda on held-out rows: by the objective within its limits, by a divergence, or by a norm."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from finesteer_hf.methods.base import DosePoint, FitData
+from finesteer_hf.methods.objective import Objective
 from finesteer_hf.processors import SteeringProcessor
 
 
 # Multiples of the vector; a fitted vector is a difference of states, so 1 is its natural length.
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Nats that the 95th percentile of general prompts' tokens may diverge by under `auto`.
-KL_BUDGET = 0.1
-# Share of general prompts whose answers may change under `auto`, where that is measured.
-CHANGED_BUDGET = 0.05
-# How often the grid is continued downwards to meet a budget, or upwards while wanted answers still become likelier.
+# How often the grid is continued downwards to meet a limit, or upwards while a dose still helps.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
 # How often the gaps beside the best strength are halved, in logarithms: the range that helps can be narrow.
 HALVED_GAPS = 2
@@ -37,16 +34,14 @@ def choose_strength(
     """Choose a strength and say why.
 
     Args:
-        rule: a number; `auto`: of the strengths whose divergence on general prompts is within `KL_BUDGET` and whose
-            share of changed answers, where it is measured, within `CHANGED_BUDGET`, the smallest whose
-            `DosePoint.bottleneck` is within one standard error (of the difference, row by row) of the best;
-            `kl:x`: the one whose 95th percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's
-            norm.
+        rule: a number; `auto`: the best by `Objective` within the limits of the data; `kl:x`: the one whose 95th
+            percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's norm.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
         vector_norm: median norm of the vectors.
         state_norm: median norm of the states that they are added to.
-        strengths: lambdas of the curve, positive and ascending; it is continued where that is called for.
+        strengths: lambdas of the curve, positive and ascending; it ends early where a higher dose only breaks more, and
+            is continued where that is called for.
 
     Returns:
         The strength, the curve by ascending strength, from 0 on (empty for a number and for `norm:x`), and the reason.
@@ -64,57 +59,91 @@ def choose_strength(
         return share * state_norm / vector_norm, [], f"the vector is {share:g} of the state's norm"
     if rule != "auto" and not (kind == "kl" and number):
         raise ValueError(f"strength must be a number, 'auto', 'kl:<nats>' or 'norm:<share>', got {rule!r}.")
-    limit = KL_BUDGET if rule == "auto" else _positive(rule, number)
-    curve = list(data.dose_response(build, (0.0, *strengths)))
     if kind == "kl":
-        return _at_divergence(curve, limit, data, build)
-    return _by_bottleneck(curve, limit, data, build)
+        limit = _positive(rule, number)
+        return _at_divergence(list(data.dose_response(build, (0.0, *strengths))), limit, data, build)
+    return _best_within_limits(data, build, strengths)
 
 
-def _by_bottleneck(
-    curve: list[DosePoint], budget: float, data: FitData, build: Callable[[float], SteeringProcessor]
+def ascend(
+    data: FitData, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
+) -> list[DosePoint]:
+    """The curve from 0 up to the first strength that cannot be the best, with it.
+
+    Beyond a strength that breaks a limit and helps less than a weaker one, or that garbles general prompts, there is
+    nothing to find, and each strength costs a pass over the held-out answers.
+
+    Args:
+        data: runs the model on its validation part.
+        build: makes the processor of a strength.
+        strengths: positive, ascending.
+        share: of the held-out prompts.
+    """
+    points = list(data.dose_response(build, (0.0,), share))
+    for strength in strengths:
+        points += data.dose_response(build, (strength,), share)
+        if _is_past(points, data):
+            break
+    return points
+
+
+def _is_past(points: Sequence[DosePoint], data: FitData) -> bool:
+    objective, last = Objective.of(points, data.limits), points[-1]
+    broken = objective.broken(last)
+    if not broken:
+        return False
+    # A wanted answer that is on its way to being said is unlikely under the base; that alone is no reason to stop.
+    rising = last.bottleneck >= max(point.bottleneck for point in points) and last.bottleneck > points[0].bottleneck
+    return "general_kl" in broken or not rising
+
+
+def _best_within_limits(
+    data: FitData, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
 ) -> tuple[float, list[DosePoint], str]:
-    def run(strengths: Sequence[float]) -> list[DosePoint]:
-        return data.dose_response(build, sorted({*(point.strength for point in curve), *strengths}))
+    curve = ascend(data, build, strengths)
 
-    def allowed(points: Sequence[DosePoint]) -> list[DosePoint]:
-        return [p for p in points if p.kl <= budget and (p.changed is None or p.changed <= CHANGED_BUDGET)]
+    def run(more: Sequence[float]) -> list[DosePoint]:
+        known = {point.strength: point for point in curve}
+        new = [strength for strength in more if strength not in known]
+        known |= {point.strength: point for point in data.dose_response(build, new)} if new else {}
+        return [known[strength] for strength in sorted(known)]
 
+    def judge() -> tuple[Objective, list[DosePoint]]:
+        objective = Objective.of(curve, data.limits)
+        return objective, objective.allowed(curve)
+
+    objective, allowed = judge()
     least = curve[1].strength
-    if not allowed(curve[1:]):
-        curve = run([least / 2**power for power in range(1, MAX_HALVINGS + 1)])
+    for power in range(1, MAX_HALVINGS + 1):
+        if allowed:
+            break
+        curve = run([least / 2**power])
+        objective, allowed = judge()
     for _ in range(MAX_GROWTHS):
         last = curve[-1]
-        if not allowed([last]) or last is not max(curve, key=lambda point: point.bottleneck):
+        if last not in allowed or objective.value(last) < max(map(objective.value, curve)):
             break
         curve = run([last.strength * GROWTH])
-    limits = f"divergence on general prompts at most {budget:g} nats"
-    if curve[0].changed is not None:
-        limits += f", and at most {CHANGED_BUDGET:.0%} of their answers changed"
-    if not allowed(curve[1:]):
-        why = f"no strength keeps within the limits ({limits}); the smallest tried is taken"
+        objective, allowed = judge()
+    if not allowed:
+        why = f"no strength keeps within the limits ({objective.describe_limits()}); the smallest tried is taken"
         return curve[1].strength, curve, why
     for _ in range(HALVED_GAPS):
-        curve = run(_beside_best(curve, allowed(curve[1:])))
-    # Once more, so that the differences are those to the best strength within the budget.
-    within = data.dose_response(build, [point.strength for point in allowed(curve[1:])])
-    best = max(within, key=lambda point: point.bottleneck)
-    chosen = next(point for point in within if point.bottleneck >= best.bottleneck - point.gap_se)
-    why = (
-        f"smallest within one standard error of the best: the least likely token of the wanted answers has probability "
-        f"{best.bottleneck:.3f} at {best.strength:g}, unsteered {curve[0].bottleneck:.3f}; {limits}"
-    )
-    if best.bottleneck <= curve[0].bottleneck:
-        why = f"no strength makes the held-out answers likelier; {why}"
-    return chosen.strength, curve, why
+        curve = run(_beside_best(curve, max(allowed, key=objective.value)))
+        objective, allowed = judge()
+    best = max(allowed, key=objective.value)
+    why = f"best within the limits: {objective.describe(best)}; {objective.describe_limits()}"
+    if objective.value(best) <= objective.value(curve[0]):
+        why = f"no strength helps the held-out answers; {why}"
+    return best.strength, curve, why
 
 
-def _beside_best(curve: Sequence[DosePoint], allowed: Sequence[DosePoint]) -> list[float]:
+def _beside_best(curve: Sequence[DosePoint], best: DosePoint) -> list[float]:
     """Geometric means of the best of the allowed strengths and its neighbours."""
     points = list(curve[1:])
-    best = points.index(max(allowed, key=lambda point: point.bottleneck))
-    beside = [points[i].strength for i in (best - 1, best + 1) if 0 <= i < len(points)]
-    return [float(f"{math.sqrt(points[best].strength * strength):.4g}") for strength in beside]
+    at = points.index(best)
+    beside = [points[i].strength for i in (at - 1, at + 1) if 0 <= i < len(points)]
+    return [float(f"{math.sqrt(best.strength * strength):.4g}") for strength in beside]
 
 
 def _at_divergence(

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from finesteer_hf.methods.base import DosePoint, FitData
-from finesteer_hf.methods.strength import KL_BUDGET, STRENGTHS, choose_strength
+from finesteer_hf.methods.objective import Objective
+from finesteer_hf.methods.strength import STRENGTHS, ascend, choose_strength
 from finesteer_hf.processors import SteeringProcessor
 
 
@@ -45,17 +46,22 @@ class Trial:
         """The strength at which the vector has a share of the state's norm."""
         return relative_dose * self.state_norm / self.vector_norm if self.vector_norm > 0 else relative_dose
 
-    def choose_strength(self, rule: float | str, data: FitData) -> tuple[float, list[DosePoint], str]:
-        """Choose by `choose_strength`, on a curve that reaches from a part of the vector's own length to the state's."""
-        highest = max(STRENGTHS[-1], self.strength_of(1.0))
-        strengths = np.geomspace(STRENGTHS[0], highest, len(STRENGTHS)).tolist()
+    def choose_strength(
+        self, rule: float | str, data: FitData, doses: Sequence[float] | None = None
+    ) -> tuple[float, list[DosePoint], str]:
+        """Choose by `choose_strength`, over some doses, or from a part of the vector's own length to the state's."""
+        if doses is None:
+            highest = max(STRENGTHS[-1], self.strength_of(1.0))
+            strengths = np.geomspace(STRENGTHS[0], highest, len(STRENGTHS)).tolist()
+        else:
+            strengths = [self.strength_of(dose) for dose in doses]
         return choose_strength(
             rule,
             data,
             self.build,
             vector_norm=self.vector_norm,
             state_norm=self.state_norm,
-            strengths=[float(f"{strength:.3g}") for strength in strengths],
+            strengths=[float(f"{strength:.4g}") for strength in strengths],
         )
 
 
@@ -85,35 +91,48 @@ def try_each(
     *,
     what: str = "layer",
     doses: Sequence[float] = RELATIVE_DOSES,
+    share: float = 1.0,
 ) -> tuple[Key, list[dict[str, Any]] | None]:
-    """Steer in each of several ways and take the one with the best `DosePoint.bottleneck` on held-out rows.
+    """Steer in each of several ways and take the one that is best by the `Objective` of all of them.
 
-    A point whose divergence on general prompts is above the budget counts only where no other is.
+    A point that breaks a limit counts only where no other is within them.
 
     Args:
         data: runs the model on its validation part.
         trials: what to steer with; the most promising first.
-        strength: the config's; a number is tried as it is, for a rule the ways are compared at equal doses.
+        strength: the config's; a number is tried as it is, for a rule the ways are compared over the same doses.
         what: what the keys of `trials` are.
-        doses: norms of the vector, in units of the state's, ascending.
+        doses: norms of the vector, in units of the state's, ascending; higher ones are left out where they only break
+            more (see `ascend`).
+        share: of the held-out prompts.
 
     Returns:
         The key, and for each key its best point; None if there are no held-out rows.
     """
-    best: dict[Key, DosePoint] = {}
+    curves: dict[Key, list[DosePoint]] = {}
     given = isinstance(strength, (int, float))
     for key, trial in trials.items():
         data.note(f"trying {what} {key} on held-out rows")
         strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in doses]
-        points = data.dose_response(trial.build, (0.0, *strengths))[1:]
-        finite = [point for point in points if math.isfinite(point.bottleneck)]
-        if finite:
-            best[key] = max(finite, key=_merit)
-    if not best:
+        points = ascend(data, trial.build, strengths, share)
+        curves[key] = [point for point in points if math.isfinite(point.bottleneck)]
+    points = [point for curve in curves.values() for point in curve]
+    if not any(point.strength for point in points):
         return next(iter(trials)), None
-    table = [{what: key, "strength": p.strength, "bottleneck": p.bottleneck, "kl": p.kl} for key, p in best.items()]
-    return max(best, key=lambda key: _merit(best[key])), table
+    objective = Objective.of(points, data.limits)
+    best = {key: max(curve[1:], key=objective.merit) for key, curve in curves.items() if len(curve) > 1}
+    table = [{what: key, **point_row(point, objective)} for key, point in best.items()]
+    return max(best, key=lambda key: objective.merit(best[key])), table
 
 
-def _merit(point: DosePoint) -> tuple[bool, float]:
-    return point.kl <= KL_BUDGET, point.bottleneck
+def point_row(point: DosePoint, objective: Objective) -> dict[str, Any]:
+    """A point as a row of a report."""
+    return {
+        "strength": point.strength,
+        "bottleneck": point.bottleneck,
+        "preference": point.preference,
+        "likelihood": point.likelihood,
+        "own_words": point.own_words,
+        "kl": point.kl,
+        "broken": objective.broken(point),
+    }
