@@ -14,17 +14,20 @@ from finesteer_hf.config import SteeringConfig, get_steering_method
 from finesteer_hf.fitting.capture import CaptureCount, Key, StateReader
 from finesteer_hf.fitting.captured import CapturedData, model_info
 from finesteer_hf.fitting.dose import DoseRunner
+from finesteer_hf.fitting.gradients import GradientReader
 from finesteer_hf.fitting.identity import model_identity
 from finesteer_hf.fitting.inputs import prepare_inputs
 from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.lint import DatasetWarning, lint_memory
 from finesteer_hf.fitting.processes import Processes
 from finesteer_hf.fitting.progress import FitProgress
+from finesteer_hf.fitting.prompt_cache import PromptCache
 from finesteer_hf.fitting.records import DatasetLike
 from finesteer_hf.fitting.splits import SplitBy
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import AnswerEnd, chat_template_hash
 from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.methods.objective import Limits
 from finesteer_hf.sites import TextTower
 
 
@@ -102,12 +105,13 @@ def fit_steering(
     if not isinstance(config, SteeringConfig):
         raise TypeError(f"config must be a SteeringConfig such as FineSteerConfig(), got {type(config).__name__}.")
     started = time.perf_counter()
+    limits = Limits.of(config.limits)
     method_cls = get_steering_method(config.steering_type).method_cls
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     tower = TextTower(model)
     info = model_info(tower)
     request = method_cls.needs(config, info)
-    reader = StateReader(model, request, batch_size=batch_size)
+    reader = StateReader(model, states_of(request), batch_size=batch_size)
     inputs = prepare_inputs(
         tokenizer,
         train_dataset,
@@ -137,11 +141,16 @@ def fit_steering(
         ActivationStore(folder, model_identity(model), resume=resume, processes=processes) as store,
     ):
         reader.describe = inputs.describe
-        capture_missing(reader, request, jobs, store, bars)
+        capture_missing(reader, states_of(request), jobs, store, bars)
+        cache = PromptCache(model)
+        if "gradient" in request.pools:
+            gradients = GradientReader(model, request.sites, cache, inputs.describe)
+            capture_gradients(gradients, jobs, store, bars)
         captured = time.perf_counter()
         data = CapturedData(
             info=info,
             seed=seed,
+            limits=limits,
             tower=tower,
             store=store,
             rows=inputs.rows,
@@ -151,7 +160,7 @@ def fit_steering(
             row_prompts=inputs.prompts,
             row_units=inputs.units,
             dose=DoseRunner(
-                model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed
+                model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed, cache
             ),
             bars=bars,
         )
@@ -191,11 +200,28 @@ def fit_steering(
         hidden_size=info.hidden_size,
         num_hidden_layers=info.num_layers,
         lora=active_lora_names(model),
+        limits=limits.to_dict(),
         fit=provenance,
     )
     adapter = SteeringAdapter(fitted, result.tensors)
     adapter.check_tensors()
     return adapter
+
+
+def states_of(request: CaptureRequest) -> CaptureRequest:
+    """What of a request is read without gradients."""
+    return CaptureRequest(request.sites, tuple(pool for pool in request.pools if pool != "gradient"))
+
+
+def capture_gradients(reader: GradientReader, jobs: list[Job], store: ActivationStore, bars: FitProgress) -> None:
+    """Read the gradients that a store lacks of the jobs' answers; arguments as for `capture_missing`."""
+    keys: list[Key] = [(site, "gradient") for site in reader.probe.maps]
+    answers = dict.fromkeys(answer for job in jobs for answer in job.answers)
+    missing = store.processes.share([answer for answer in answers if store.lacks(answer, keys)])
+    with bars.task("reading gradients", len(missing)) as advance:
+        for batch in reader.read(missing, advance):
+            store.add(batch)
+    store.join()
 
 
 def capture_missing(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.methods.base import FitData, Part
+from finesteer_hf.methods.base import FitData, Part, Pool
 from finesteer_hf.sites import Site
 
 
@@ -20,7 +20,7 @@ class ContrastRows:
 
     Attributes:
         queries: `[M, d]` float64.
-        shifts: chosen minus rejected, `[M, d]` float64.
+        shifts: chosen minus rejected, `[M, w]` float64, of all sites side by side.
         groups: `[M]` labels of rows that must be held out together, or None if each row stands alone.
     """
 
@@ -49,24 +49,37 @@ def rows_vary(rows: np.ndarray) -> bool:
     return bool(np.ptp(rows, axis=0).max(initial=0.0) > 1e-6 * np.abs(rows).max(initial=0.0))
 
 
-def contrast_rows(data: FitData, read: Site, shift: Site, parts: Sequence[Part]) -> ContrastRows:
+def contrast_rows(
+    data: FitData,
+    read: Site,
+    shifts: Sequence[Site],
+    parts: Sequence[Part],
+    pool: Pool = "answer_mean",
+    scales: Sequence[float] | None = None,
+) -> ContrastRows:
     """Rows of some parts, a part that repeats an earlier one left out.
 
     Args:
         data: captured states.
         read: where queries are read.
-        shift: where answers are compared.
+        shifts: where answers are compared.
         parts: in order.
+        pool: what of the answers is compared.
+        scales: factor of each of `shifts`; 1 by default.
 
     Raises:
         DatasetError: if a state is not finite.
     """
     distinct = _distinct([(part, data.query(read, part)) for part in parts])
     queries = np.concatenate([data.query(read, part) for part in distinct])
-    shifts = np.concatenate(
-        [data.chosen(shift, part).astype(np.float64) - data.rejected(shift, part) for part in distinct]
-    )
-    for what, site, rows in (("queries", read, queries), ("answers", shift, shifts)):
+    found = []
+    for site, scale in zip(shifts, scales or [1.0] * len(shifts), strict=True):
+        of_parts = [
+            data.chosen(site, part, pool).astype(np.float64) - data.rejected(site, part, pool) for part in distinct
+        ]
+        found.append(np.concatenate(of_parts) * scale)
+    differences = np.concatenate(found, axis=1)
+    for what, site, rows in (("queries", read, queries), ("answers", shifts[0], differences)):
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
             raise DatasetError(
@@ -75,7 +88,7 @@ def contrast_rows(data: FitData, read: Site, shift: Site, parts: Sequence[Part])
             )
     groups = np.concatenate([data.groups(part) for part in distinct])
     alone = len(np.unique(groups)) in (1, len(groups))
-    return ContrastRows(queries.astype(np.float64), shifts, None if alone else groups)
+    return ContrastRows(queries.astype(np.float64), differences, None if alone else groups)
 
 
 def query_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
