@@ -7,16 +7,21 @@ from typing import Any, ClassVar, Literal
 
 from finesteer_hf.methods.checks import check_count, check_one_of, check_strength
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, GateScore, QueryGateConfig
+from finesteer_hf.processors import POSITIONS, Positions
 from finesteer_hf.sites import Site
 
 
-__all__ = ["Experts", "FineSteerConfig", "Gate", "GateScore", "Residual", "sites_of"]
+__all__ = ["Experts", "FineSteerConfig", "Gate", "GateScore", "Residual", "Target", "sites_of"]
 
+Target = Literal["auto", "difference", "gradient"]
 Experts = Literal["auto", "mixture", "reduced_rank", "paper"]
 Residual = Literal["pca", "orthogonal"]
 
 EXPERTS: tuple[Experts, ...] = ("auto", "mixture", "reduced_rank", "paper")
 RESIDUALS: tuple[Residual, ...] = ("pca", "orthogonal")
+TARGETS: tuple[Target, ...] = ("auto", "difference", "gradient")
+# What a file requires of a reader where the vector is added at several sites.
+SEVERAL_SITES = "several_write_sites"
 
 
 def _help(text: str) -> dict[str, str]:
@@ -31,10 +36,19 @@ class FineSteerConfig(QueryGateConfig):
     closed form. `FineSteerConfig.paper()` is the paper. The gate's fields are those of `QueryGateConfig`.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` takes the one that steers held-out rows best.
-        read_site: where the query's state is read; by default the write site, with `compat="official"` the block's
+        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, unless `all` steers held-out
+            rows clearly better. What steers no prompt needs no second pass over it, and prompts share their prefixes.
+        layer: decoder block at whose output the query is read and steered first; `auto` takes what steers held-out rows
+            best.
+        read_site: where the query's state is read; by default the first write site, with `compat="official"` the block's
             input.
-        write_site: where the vector is added; by default `resid_post[layer]`.
+        write_site: where the vector is added, or a list of sites, each with a vector of its own; by default
+            `resid_post[layer]`. With `layer="auto"` one block and several at small doses are tried.
+        target: what the vectors are fitted to. `difference`: of wanted and unwanted answers' states, as published;
+            `gradient`: of the preference for the wanted answer, by a vector added at the site; `auto`: whichever steers
+            held-out rows best.
+        refine: passes over the rows in which the closed form is trained on through the frozen model; `auto` tries a few
+            where the preference leads and keeps them if held-out rows say so, 0 none.
         experts: `mixture` (prototypes, routing and residual in closed form), `reduced_rank` (residual map alone),
             `paper` (trained as published), or `auto` (whichever steers held-out rows best: closed forms of several ranks,
             or a small mixture trained as published).
@@ -48,13 +62,24 @@ class FineSteerConfig(QueryGateConfig):
     """
 
     steering_type: ClassVar[str] = "FINESTEER"
-    understands: ClassVar[frozenset[str]] = GATE_FEATURES | {f"experts:{name}" for name in EXPERTS if name != "auto"}
+    understands: ClassVar[frozenset[str]] = (
+        GATE_FEATURES | {f"experts:{name}" for name in EXPERTS if name != "auto"} | {SEVERAL_SITES}
+    )
 
+    allowed_positions: ClassVar[tuple[str, ...]] = (*POSITIONS, "auto")
+
+    positions: Positions | Literal["auto"] = field(  # type: ignore[assignment]
+        default="auto", metadata=_help("Steered tokens: auto, all, prompt or generated.")
+    )
     strength: float | str = field(
         default="auto", metadata=_help("Lambda of the update: a number, auto, kl:<nats> or norm:<share>.")
     )
     layer: int | str = field(default="auto", metadata=_help("Steered decoder block, or auto."))
-    write_site: str | None = field(default=None, metadata=_help("Where the vector is added."))
+    write_site: str | list[str] | None = field(
+        default=None, metadata=_help("Where the vector is added, once or often.")
+    )
+    target: Target = field(default="auto", metadata=_help("auto, difference or gradient."))
+    refine: int | str = field(default="auto", metadata=_help("Epochs of training through the model, or auto."))
     experts: Experts = field(default="auto", metadata=_help("auto, mixture, reduced_rank or paper."))
     residual: Residual = field(default="pca", metadata=_help("Residual basis of the paper's experts."))
     num_experts: int | str = field(default="auto", metadata=_help("Number of prototypes, or auto."))
@@ -67,6 +92,7 @@ class FineSteerConfig(QueryGateConfig):
         super().__post_init__()
         check_one_of("experts", self.experts, EXPERTS)
         check_one_of("residual", self.residual, RESIDUALS)
+        check_one_of("target", self.target, TARGETS)
         check_one_of("compat", self.compat, (None, "official"))
         for name, least in (
             ("layer", 0),
@@ -74,6 +100,7 @@ class FineSteerConfig(QueryGateConfig):
             ("residual_rank", 0),
             ("key_dim", 1),
             ("hidden_dim", 1),
+            ("refine", 0),
         ):
             if getattr(self, name) not in ("auto", None):
                 check_count(name, getattr(self, name), least)
@@ -85,13 +112,26 @@ class FineSteerConfig(QueryGateConfig):
         self._check_sites()
 
     def _check_sites(self) -> None:
-        self.check_residual_site("write_site")
-        if self.write_site is not None and self.layer != Site.parse(self.write_site).layer:
+        for site in self.write_sites:
+            self._check_residual(str(site), "write_site")
+        if len(set(self.write_sites)) != len(self.write_sites) or list(self.write_sites) != sorted(self.write_sites):
+            raise ValueError(f"write_site must be ascending and without repetition, got {self.write_site}.")
+        if self.write_sites and self.layer != self.write_sites[0].layer:
             raise ValueError(
-                f"layer={self.layer!r} and write_site={self.write_site!r} disagree: give the layer of the write site."
+                f"layer={self.layer!r} and write_site={self.write_site!r} disagree: give the layer of the first write site."
             )
         if self.read_site is not None and self.layer == "auto":
             raise ValueError(f"read_site={self.read_site!r} needs a layer; with layer='auto' both sites are chosen.")
+        if self.compat == "official" and (len(self.write_sites) > 1 or self.target == "gradient"):
+            raise ValueError("compat='official' is the published code: one write site, and target='difference'.")
+
+    @property
+    def write_sites(self) -> tuple[Site, ...]:
+        """The sites of `write_site`; none if it is not given."""
+        if self.write_site is None:
+            return ()
+        named = [self.write_site] if isinstance(self.write_site, str) else self.write_site
+        return tuple(Site.parse(text) for text in named)
 
     @classmethod
     def paper(cls, **overrides: Any) -> FineSteerConfig:
@@ -111,21 +151,24 @@ class FineSteerConfig(QueryGateConfig):
             "experts": "paper",
             "residual_rank": 10,
             "strength": 2.5,
+            "target": "difference",
+            "refine": 0,
+            "positions": "all",
         }
         return cls(**{**settings, **overrides})
 
     def unfitted(self) -> list[str]:
         """Names of the settings that only a fit can fill in and that are not filled in."""
-        needed = ["layer", "experts", "residual_rank"]
+        needed = ["layer", "experts", "residual_rank", "positions"]
         needed += ["num_experts"] if self.experts != "reduced_rank" else []
         blank = [name for name in needed if getattr(self, name) == "auto"]
         unset = [name for name in ("read_site", "write_site", "hidden_size") if getattr(self, name) is None]
         return list(dict.fromkeys([*blank, *self.unfitted_gate(), *unset]))
 
 
-def sites_of(config: FineSteerConfig, layer: int) -> tuple[Site, Site]:
-    """Read and write site for a layer: what the config names, else what its `compat` says."""
-    write = Site.parse(config.write_site) if config.write_site else Site("resid_post", layer)
+def sites_of(config: FineSteerConfig, layer: int) -> tuple[Site, tuple[Site, ...]]:
+    """Read site and write sites for a layer: what the config names, else what its `compat` says."""
+    writes = config.write_sites or (Site("resid_post", layer),)
     if config.read_site:
-        return Site.parse(config.read_site), write
-    return (Site("resid_pre", layer) if config.compat == "official" else write), write
+        return Site.parse(config.read_site), writes
+    return (Site("resid_pre", layer) if config.compat == "official" else writes[0]), writes

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,15 +10,18 @@ import torch
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import expert_weights
-from finesteer_hf.methods.base import FitData, FitResult, ModelInfo, Part
-from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
-from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, fit_experts, small_width
-from finesteer_hf.methods.finesteer.layers import shift_site, sweep_layers
-from finesteer_hf.methods.query_gate import GateFit, fit_gate
-from finesteer_hf.methods.rows import ContrastRows, contrast_rows, json_ready
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, try_each
-from finesteer_hf.sites import Site
+from finesteer_hf.methods.base import FitData, FitResult
+from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, json_points, of_rank
+from finesteer_hf.methods.finesteer.config import FineSteerConfig
+from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
+from finesteer_hf.methods.finesteer.layers import Sweep, sweep_layers, wants_gradients
+from finesteer_hf.methods.finesteer.refine import AUTO_EPOCHS, refine
+from finesteer_hf.methods.objective import Objective
+from finesteer_hf.methods.rows import json_ready
+from finesteer_hf.methods.screening import SCREEN_DOSE, rank_agreement
+from finesteer_hf.methods.strength import ascend
+from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
+from finesteer_hf.processors import Positions
 
 
 if TYPE_CHECKING:
@@ -32,51 +32,25 @@ if TYPE_CHECKING:
 LOW_RANKS = (0, 1, 4, 8, 16)
 # A tenth of fewer rows tells little of when to stop training.
 MIN_ROWS_TO_TRAIN = 60
-# Multiples of the dose that was best at the layer, at which they are tried.
+# Multiples of the dose that was best at the place, at which they are tried.
 NEAR_DOSES = (0.75, 1.0, 1.33)
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """Gate and experts of a layer, fitted by some settings, without a strength."""
-
-    settings: FineSteerConfig
-    layer: int
-    read: Site
-    write: Site
-    gate: GateFit
-    experts: ExpertFit
-
-    def config(self, info: ModelInfo, strength: float) -> FineSteerConfig:
-        """The settings with everything that was left open filled in."""
-        settings = self.settings
-        score = [] if settings.gate == "always" else [f"score:{self.gate.score}"]
-        return dataclasses.replace(
-            settings,
-            layer=self.layer,
-            read_site=str(self.read),
-            write_site=str(self.write),
-            gate_score=self.gate.score,
-            subspace_rank=self.gate.subspace_rank,
-            experts=self.experts.kind,
-            num_experts=self.experts.num_experts,
-            residual_rank=self.experts.residual_rank,
-            strength=strength,
-            hidden_size=info.hidden_size,
-            num_hidden_layers=info.num_layers,
-            requires=[f"gate:{settings.gate}", *score, f"experts:{self.experts.kind}"],
-        )
+# Multiples of it from which the strength is chosen.
+CURVE = (0.5, 0.75, 1.0, 1.33)
+# Differences of states are steered at so many layers where gradients have been ranked beside them.
+SCREENED = 2
+# A first look at candidates takes this share of the held-out prompts, if that leaves so many.
+FIRST_LOOK, ENOUGH_PROMPTS = 0.5, 40
 
 
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
-    """Fit gate, experts, layer and strength.
+    """Fit gate, experts, place, target and strength.
 
-    Of the layers that tell the queries apart, those whose shifts are best predicted are tried: a gate and the quickest
-    experts are fitted at each, and the model is run steered on held-out rows. So are maps of lower rank at the layer
-    that is taken: the rank that predicts shifts best is not always the one that steers best, for a strength well above
-    1 multiplies the error of every direction. With `experts="auto"`, a small mixture that is trained as published is tried
-    beside the best of them. The experts learn from the `fit` and `calibration` parts (`fit_gate` says
-    what the gate learns from); layer, rank, experts and strength are chosen on `validation`.
+    Places that tell the queries apart are ranked by what the closed forms predict and by what they gain to first order;
+    the few best are run steered on held-out rows: differences of states at single blocks, gradients of the preference at
+    the best block and at several. At the one that is taken, maps of lower rank are tried (the rank that predicts shifts
+    best is not always the one that steers best), a small mixture trained as published, and the closed form trained on
+    through the frozen model. The experts learn from the `fit` and `calibration` parts (`fit_gate` says what the gate
+    learns from); everything else is chosen on `validation`, by `Objective`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts where there are none.
@@ -84,125 +58,193 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     rows = len(data.prompts("fit"))
     if rows < MIN_ROWS:
         raise DatasetError(f"FINESTEER needs at least {MIN_ROWS} rows to fit on, got {rows}; hundreds are advised.")
-    promising, sweep = sweep_layers(data, config)
-    promising = promising[:SHORT_LIST]
-    gates = {layer: _fit_gate(data, config, layer) for layer in promising}
+    fits = CandidateFits(data, config, method_cls)
+    positions: Positions = "generated" if config.positions == "auto" else config.positions
+    sweep = sweep_layers(data, config)
 
-    def fit_at(layer: int, settings: FineSteerConfig) -> LayerFit:
-        data.note(f"fitting experts at layer {layer}")
-        rows = _rows(data, config, layer, ("fit", "calibration"))
-        experts = fit_experts(settings, rows, data.seed, gates[layer].size)
-        return LayerFit(settings, layer, *sites_of(config, layer), gates[layer], experts)
+    chosen, doses, tried, agreement = _choose_place(fits, sweep, positions)
+    chosen, doses, experts_tried = _choose_experts(fits, chosen, doses)
+    chosen, doses, refined_tried = _choose_refinement(fits, chosen, doses)
+    chosen, doses, positions_tried = _choose_positions(fits, chosen, doses)
 
-    def trial(fit: LayerFit) -> Trial:
-        tensors = {**fit.gate.tensors, **fit.experts.tensors}
-        return Trial(
-            build=lambda strength: method_cls(fit.config(data.info, strength), tensors),
-            vector_norm=median_norm(fit.experts.predict(data.query(fit.read, "fit"))),
-            state_norm=median_norm(data.query(fit.write, "fit")),
-        )
-
-    layer, tried = promising[0], None
-    if len(promising) > 1:
-        quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
-        layer, tried = try_each(data, {at: trial(fit_at(at, quick)) for at in promising}, config.strength)
-    chosen, experts_tried = fit_at(layer, config), None
-    lower: dict[str, LayerFit] = {}
-    if config.experts in ("auto", "reduced_rank") and (config.num_experts, config.residual_rank) == ("auto", "auto"):
-        best_fitting = chosen.experts.residual_rank
-        lower = {f"rank {rank}": fit_at(layer, _of_rank(config, rank)) for rank in LOW_RANKS if rank < best_fitting}
-        fits = {f"rank {best_fitting}": chosen, **lower}
-        if config.experts == "auto" and rows >= MIN_ROWS_TO_TRAIN:
-            fits |= _trained(config, partial(fit_at, layer), data.info.hidden_size, gates[layer].size)
-        trials = {name: trial(fit) for name, fit in fits.items()}
-        doses = RELATIVE_DOSES if tried is None else _doses_near(tried, layer, trials[f"rank {best_fitting}"])
-        name, experts_tried = try_each(data, trials, config.strength, what="experts", doses=doses)
-        chosen = fits[name]
-    steering = trial(chosen)
-    strength, curve, why = steering.choose_strength(config.strength, data)
-    data.note(f"layer {layer}, strength {strength:g}: {why}")
-    baselines = None
-    if curve:
-        constant = lower.get("rank 0") or fit_at(layer, _of_rank(config, 0))
-        dose = strength / steering.strength_of(1.0)
-        others = {"constant": trial(constant), "random direction": trial(_random(constant, data.seed))}
-        baselines = _best_of(data, others, [near * dose for near in NEAR_DOSES])
-    norms = {"vector_norm": steering.vector_norm, "state_norm": steering.state_norm}
+    steering = fits.trial(chosen)
+    if isinstance(config.strength, str) and doses:
+        strength, curve, why = steering.choose_strength(config.strength, data, [doses[1] * near for near in CURVE])
+    else:
+        strength, curve, why = steering.choose_strength(config.strength, data)
+    data.note(f"{chosen.place}, strength {strength:g}: {why}")
     report = {
-        "layer": layer,
-        "layers": sweep,
+        "layer": chosen.place.writes[0].layer,
+        "place": str(chosen.place),
+        "layers": sweep.table,
         "layers_tried": tried,
+        "screening_agrees": agreement,
         "experts_tried": experts_tried,
-        "vector": chosen.experts.judge(_rows(data, config, layer, ("validation",))) | norms,
+        "refinement_tried": refined_tried,
+        "positions_tried": positions_tried,
+        "vector": chosen.experts.judge(fits.rows(chosen.place, ("validation",)))
+        | {"vector_norm": steering.vector_norm, "state_norm": steering.state_norm},
         "experts": chosen.experts.report,
-        "expert_use": _expert_use(chosen.experts, data.query(chosen.read, "fit")),
+        "expert_use": _expert_use(chosen.experts, data.query(chosen.place.read, "fit")),
         "gate": chosen.gate.report,
         "gate_scores": chosen.gate.scores,
         "strength": why,
-        "baselines": baselines,
-        "dose_response": [dataclasses.asdict(point) for point in curve],
+        "objective": Objective.of(curve, data.limits).to_dict() if curve else None,
+        "baselines": _baselines(fits, chosen, strength / steering.strength_of(1.0)) if curve else None,
+        "dose_response": json_points(curve),
     }
     tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
     return FitResult(chosen.config(data.info, strength), tensors, json_ready(report))
 
 
-def _of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
-    """The closed form of one rank; rank 0 is a constant vector."""
-    if rank:
-        return dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank=rank)
-    return dataclasses.replace(config, experts="auto", num_experts=1, residual_rank=0)
+def _choose_place(
+    fits: CandidateFits, sweep: Sweep, positions: Positions
+) -> tuple[CandidateFit, list[float] | None, list[dict[str, Any]] | None, float | None]:
+    """The place that steers best with the quickest experts; the doses near its best; the table; how screening agreed."""
+    data, config = fits.data, fits.config
+    places: list[Place] = []
+    if wants_gradients(config):
+        places += [fits.place([layer], "gradient") for layer in sweep.by_gain[:1]]
+        places += [fits.place(sweep.several, "gradient")] if sweep.several else []
+    if config.target != "gradient":
+        places += [fits.place([layer], "difference") for layer in sweep.by_fit[:SHORT_LIST]]
+    quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
+    if len(places) == 1:
+        return fits.fit(places[0], config, positions), None, None, None
+    found = {
+        str(place): fits.fit(place, quick if place.target == "difference" else of_rank(config, 0), positions)
+        for place in places
+    }
+    gains: dict[str, float | None] = dict.fromkeys(found)
+    if wants_gradients(config):
+        gains = {name: fits.gain(fit) for name, fit in found.items()}
+        differences = sorted(
+            (name for name, fit in found.items() if fit.place.target == "difference"),
+            key=lambda name: -(gains[name] or 0.0),
+        )
+        found = {name: fit for name, fit in found.items() if name not in differences[SCREENED:]}
+    trials = {name: fits.trial(fit) for name, fit in found.items()}
+    name, tried = try_each(data, trials, config.strength, what="place", share=_first_look(data))
+    agreement = None
+    for row in tried or []:
+        row["layer"] = found[row["place"]].place.writes[0].layer
+        row["gain"] = gains[row["place"]]
+    if tried and all(row["gain"] is not None for row in tried):
+        agreement = rank_agreement([row["gain"] for row in tried], [row["preference"] for row in tried])
+    place = found[name].place
+    doses = _doses_near(tried, "place", name, trials[name])
+    simple = place.target == "gradient" and (config.experts, config.residual_rank) == ("auto", "auto")
+    return (found[name] if simple else fits.fit(place, config, positions)), doses, tried, agreement
 
 
-def _trained(
-    config: FineSteerConfig, fit: Callable[[FineSteerConfig], LayerFit], width: int, spare: int
-) -> dict[str, LayerFit]:
+def _choose_experts(
+    fits: CandidateFits, chosen: CandidateFit, doses: list[float] | None
+) -> tuple[CandidateFit, list[float] | None, list[dict[str, Any]] | None]:
+    """Maps of several ranks and a small trained mixture beside what predicts the shifts best, at the same place."""
+    data, config, place = fits.data, fits.config, chosen.place
+    open_choice = (config.num_experts, config.residual_rank) == ("auto", "auto")
+    if config.experts not in ("auto", "reduced_rank") or not open_choice:
+        return chosen, doses, None
+    candidates = {f"rank {chosen.experts.residual_rank}": chosen}
+    if place.target == "gradient":
+        # Most of a gradient is its row's own; only what the query foretells of it is worth more than the constant.
+        best = fits.fit(place, dataclasses.replace(config, experts="reduced_rank"), chosen.positions)
+        candidates |= {f"rank {best.experts.residual_rank}": best}
+    else:
+        best_fitting = chosen.experts.residual_rank
+        for rank in LOW_RANKS:
+            if rank < best_fitting:
+                candidates[f"rank {rank}"] = fits.fit(place, of_rank(config, rank), chosen.positions)
+        if config.experts == "auto" and len(data.prompts("fit")) >= MIN_ROWS_TO_TRAIN:
+            candidates |= _trained(fits, chosen)
+    if len(candidates) == 1:
+        return chosen, doses, None
+    trials = {name: fits.trial(fit) for name, fit in candidates.items()}
+    name, tried = try_each(
+        data, trials, config.strength, what="experts", doses=doses or RELATIVE_DOSES, share=_first_look(data)
+    )
+    return candidates[name], _doses_near(tried, "experts", name, trials[name]) or doses, tried
+
+
+def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFit]:
     """The paper's mixture at a size that an adapter may take by default; nothing where the shifts form no clusters."""
-    small = small_width(width, spare)
-    settings = dataclasses.replace(config, experts="paper", key_dim=small, hidden_dim=small)
+    small = small_width(fits.data.info.hidden_size, chosen.gate.size)
+    settings = dataclasses.replace(fits.config, experts="paper", key_dim=small, hidden_dim=small)
     try:
-        return {"trained mixture": fit(settings)}
+        return {"trained mixture": fits.fit(chosen.place, settings, chosen.positions)}
     except ValueError:
         return {}
 
 
-def _random(constant: LayerFit, seed: int) -> LayerFit:
-    """A constant vector of the same norm in a random direction, under the same gate."""
-    bias = constant.experts.tensors["residual.bias"]
-    drawn = torch.randn(bias.shape, generator=torch.Generator().manual_seed(seed))
-    tensors = {**constant.experts.tensors, "residual.bias": drawn * (bias.norm() / drawn.norm())}
-    return dataclasses.replace(constant, experts=dataclasses.replace(constant.experts, tensors=tensors))
+def _choose_refinement(
+    fits: CandidateFits, chosen: CandidateFit, doses: list[float] | None
+) -> tuple[CandidateFit, list[float] | None, list[dict[str, Any]] | None]:
+    """The closed form trained on through the frozen model, where that is asked for or steers held-out rows better."""
+    config, data = fits.config, fits.data
+    if config.refine == 0 or chosen.experts.kind != "reduced_rank":
+        return chosen, doses, None
+    if config.refine == "auto" and (chosen.place.target != "gradient" or not doses):
+        return chosen, doses, None
+    epochs = AUTO_EPOCHS if config.refine == "auto" else int(config.refine)
+    refined = refine(fits, chosen, epochs, doses[1] if doses else SCREEN_DOSE)
+    if config.refine != "auto":
+        return refined, doses, None
+    candidates = {"closed form": chosen, "refined": refined}
+    trials = {name: fits.trial(fit) for name, fit in candidates.items()}
+    name, tried = try_each(data, trials, config.strength, what="experts", doses=doses or RELATIVE_DOSES)
+    return candidates[name], _doses_near(tried, "experts", name, trials[name]) or doses, tried
 
 
-def _best_of(data: FitData, trials: dict[str, Trial], doses: list[float]) -> dict[str, dict[str, float]]:
+def _choose_positions(
+    fits: CandidateFits, chosen: CandidateFit, doses: list[float] | None
+) -> tuple[CandidateFit, list[float] | None, list[dict[str, Any]] | None]:
+    """`generated`, unless `all` is better by more than the standard error; level results need no second pass."""
+    config, data = fits.config, fits.data
+    if config.positions != "auto" or not doses or isinstance(config.strength, (int, float)):
+        return chosen, doses, None
+    others = dataclasses.replace(chosen, positions="all")
+    found, points = {}, []
+    for name, fit in (("generated", chosen), ("all", others)):
+        trial = fits.trial(fit)
+        strengths = [trial.strength_of(dose) for dose in doses]
+        found[name] = (fit, trial, ascend(data, trial.build, strengths, _first_look(data)))
+        points += found[name][2]
+    objective = Objective.of(points, data.limits)
+    best = {name: max(curve[1:], key=objective.merit) for name, (_, _, curve) in found.items()}
+    table = [{"positions": name, **point_row(point, objective)} for name, point in best.items()]
+    margin = best["all"].bottleneck_rise_se if objective.criterion == "sayable" else best["all"].preference_rise_se
+    better = objective.value(best["all"]) - objective.value(best["generated"]) > margin
+    name = "all" if better and not objective.broken(best["all"]) else "generated"
+    fit, trial, _ = found[name]
+    return fit, [near * best[name].strength / trial.strength_of(1.0) for near in NEAR_DOSES], table
+
+
+def _baselines(fits: CandidateFits, chosen: CandidateFit, dose: float) -> dict[str, dict[str, Any]]:
     """What simpler vectors reach on held-out rows at their best of some doses, to hold the curve against."""
+    constant = fits.fit(chosen.place, of_rank(fits.config, 0), chosen.positions)
+    others: dict[str, Trial] = {
+        "constant": fits.trial(constant),
+        "random direction": fits.trial(fits.random(constant)),
+    }
     found = {}
-    for name, trial in trials.items():
-        points = data.dose_response(trial.build, (0.0, *(trial.strength_of(dose) for dose in doses)))[1:]
-        best = max(points, key=lambda point: point.bottleneck)
-        found[name] = {"bottleneck": best.bottleneck, "bottleneck_se": best.bottleneck_se, "kl": best.kl}
+    for name, trial in others.items():
+        strengths = [trial.strength_of(near * dose) for near in NEAR_DOSES]
+        points = fits.data.dose_response(trial.build, (0.0, *strengths), _first_look(fits.data))
+        objective = Objective.of(points, fits.data.limits)
+        found[name] = point_row(max(points[1:], key=objective.merit), objective)
     return found
 
 
-def _doses_near(tried: list[dict[str, Any]], layer: int, trial: Trial) -> list[float]:
-    """Doses around the one that was best at a layer."""
-    strength = next(row["strength"] for row in tried if row["layer"] == layer)
+def _doses_near(tried: list[dict[str, Any]] | None, what: str, name: str, trial: Trial) -> list[float] | None:
+    """Doses around the one that was best for a candidate; None if nothing was tried."""
+    if tried is None:
+        return None
+    strength = next(row["strength"] for row in tried if row[what] == name)
     return [near * strength / trial.strength_of(1.0) for near in NEAR_DOSES]
 
 
-def _fit_gate(data: FitData, config: FineSteerConfig, layer: int) -> GateFit:
-    read, _ = sites_of(config, layer)
-    if not _rows(data, config, layer, ("fit",)).vary:
-        raise DatasetError(
-            f"All queries have the same state at {read}, so neither gate nor experts can tell them apart. Choose a later "
-            "layer."
-        )
-    data.note(f"fitting the gate at layer {layer}")
-    return fit_gate(config, data, read)
-
-
-def _rows(data: FitData, config: FineSteerConfig, layer: int, parts: tuple[Part, ...]) -> ContrastRows:
-    read, write = sites_of(config, layer)
-    return contrast_rows(data, read, shift_site(config, read, write), parts)
+def _first_look(data: FitData) -> float:
+    return FIRST_LOOK if len(np.unique(data.prompts("validation"))) * FIRST_LOOK >= ENOUGH_PROMPTS else 1.0
 
 
 def _expert_use(experts: ExpertFit, queries: np.ndarray) -> list[float] | None:

@@ -10,10 +10,10 @@ import torch
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.estimators import VECTOR_FUNCTIONS, expert_weights
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.fit import fit_finesteer
-from finesteer_hf.methods.finesteer.layers import candidate_sites
+from finesteer_hf.methods.finesteer.layers import candidate_sites, wants_gradients
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, expected_shapes
 from finesteer_hf.methods.query_gate import QueryGate, check_values, from_file
 from finesteer_hf.processors import Decision, QueryStates
@@ -45,8 +45,8 @@ class FineSteer(SteeringMethod):
         if missing:
             raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config calls for.")
         check_values(tensors)
-        self.read_site, self.write_site = Site.parse(str(settings.read_site)), Site.parse(str(settings.write_site))
-        self.reads, self.writes = (self.read_site,), (self.write_site,)
+        self.read_site = Site.parse(str(settings.read_site))
+        self.reads, self.writes = (self.read_site,), settings.write_sites
         self._gate: QueryGate | None = None
         if settings.gate != "always":
             self._gate = QueryGate(settings)
@@ -61,8 +61,8 @@ class FineSteer(SteeringMethod):
             queries: `[rows, hidden_size]` float32 at the read site.
 
         Returns:
-            The vectors `[rows, hidden_size]`, the gate `[rows]` (None if it is always open), and the record: `score`
-            `[rows]` and, with experts, their routing weights `experts` `[rows, K]`.
+            The vectors `[rows, hidden_size]` of each write site, the gate `[rows]` (None if it is always open), and the
+            record: `score` `[rows]` and, with experts, their routing weights `experts` `[rows, K]`.
         """
         h = queries[self.read_site]
         tensors = self.parameters_on(h.device)
@@ -74,8 +74,8 @@ class FineSteer(SteeringMethod):
         if "router.weight" in tensors:
             record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
             arguments["weights"] = record["experts"]
-        vector = self._vector(h, **arguments)
-        return Decision(vectors={self.write_site: vector}, gate=gate, record=record)
+        vectors = self._vector(h, **arguments).chunk(len(self.writes), dim=-1)
+        return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
 
     @classmethod
     def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
@@ -88,13 +88,17 @@ class FineSteer(SteeringMethod):
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
-        """The read and write sites of every candidate layer, at the query and over the answers.
+        """The read and write sites of every candidate layer, at the query and over the answers, and gradients there.
 
         Raises:
             ValueError: if the layer is out of the model's range.
         """
-        pairs = candidate_sites(cast(FineSteerConfig, config), info)
-        return CaptureRequest(sites=tuple(sorted({site for pair in pairs.values() for site in pair})))
+        settings = cast(FineSteerConfig, config)
+        sites = {site for read, writes in candidate_sites(settings, info).values() for site in (read, *writes)}
+        pools: list[Pool] = ["query"]
+        pools += ["answer_mean"] if settings.target != "gradient" else []
+        pools += ["gradient"] if wants_gradients(settings) else []
+        return CaptureRequest(sites=tuple(sorted(sites)), pools=tuple(pools))
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:

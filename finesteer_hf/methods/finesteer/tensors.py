@@ -25,20 +25,20 @@ EXPERT_TENSORS: dict[str, dict[str, str]] = {
     },
 }
 
-# d: width, K: experts, r: residual rank, m: width of the residual network.
+# d: width, w: width of all written sites together, K: experts, r: residual rank, m: width of the residual network.
 _AXES: dict[str, str] = {
     "router.weight": "Kd",
     "router.bias": "K",
-    "experts.prototypes": "Kd",
+    "experts.prototypes": "Kw",
     "residual.mean": "d",
     "residual.down": "dr",
-    "residual.up": "rd",
-    "residual.bias": "d",
+    "residual.up": "rw",
+    "residual.bias": "w",
     "residual.hidden_weight": "md",
     "residual.hidden_bias": "m",
     "residual.output_weight": "rm",
     "residual.output_bias": "r",
-    "residual.basis": "dr",
+    "residual.basis": "wr",
 }
 
 
@@ -55,6 +55,7 @@ def expected_shapes(config: FineSteerConfig) -> dict[str, tuple[int | None, ...]
         )
     sizes = {
         "d": config.hidden_size,
+        "w": None if config.hidden_size is None else config.hidden_size * len(config.write_sites),
         "K": config.num_experts,
         "r": config.residual_rank,
         "m": config.hidden_dim or config.hidden_size,

@@ -72,8 +72,10 @@ class QueryGateConfig(SteeringConfig):
     def check_residual_site(self, name: str) -> None:
         """Raise `ValueError` if a field names a site that is no residual stream, or not one of the model."""
         text = getattr(self, name)
-        if text is None:
-            return
+        if text is not None:
+            self._check_residual(text, name)
+
+    def _check_residual(self, text: str, name: str) -> None:
         site = Site.parse(text)
         if site.kind == "head_out":
             raise ValueError(f"{name} must be resid_pre[layer] or resid_post[layer], got {text!r}.")
