@@ -71,7 +71,8 @@ class DosePoint:
         preference_summed: the same of summed log-probabilities, as multiple choice scores them.
         likelihood: mean log-probability of the chosen answers, in nats a token.
         own_words: log-probability under the base of what the steered model says greedily to held-out prompts, in nats a
-            token: what it writes must stay text that the base could have written. None where the wanted answers themselves come.
+            token: what it writes must stay text that the base could have written. None where the wanted answers
+            themselves come.
         own_length: mean number of those tokens.
         repeated: share of their runs of four tokens that occurred before in the same answer.
     """

@@ -1,7 +1,9 @@
 """CAA: one constant vector, the mean difference of wanted and unwanted answers (Rimsky et al., ACL 2024).
 
 With `vector="queries"` it is the difference of the prompts' own states, these less general ones: a refusal vector
-(Arditi et al., NeurIPS 2024) when these are harmful and the general ones harmless.
+(Arditi et al., NeurIPS 2024) when these are harmful and the general ones harmless. With `vector="gradient"` it is the mean
+gradient of the preference for the wanted answer, by a vector at the block: what moves the model to say it, where the
+difference says what the answers are about.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, require_fitted
 from finesteer_hf.methods.moments import mean_difference, median_query_norm, projections
+from finesteer_hf.methods.screening import SCREEN_DOSE, first_order_gain, preference_gradients, state_norms
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
@@ -26,7 +29,7 @@ from finesteer_hf.sites import Site
 
 POOLS = ("answer_mean", "answer_last")
 _SIDES: dict[str, tuple[Side, Side]] = {"answers": ("chosen", "rejected"), "queries": ("query", "general")}
-VECTORS = tuple(_SIDES)
+VECTORS = (*_SIDES, "gradient")
 MIN_ROWS = 2
 
 
@@ -38,7 +41,8 @@ class CAAConfig(SteeringConfig):
         layer: decoder block whose output is steered; `auto` takes the one that brings held-out answers nearest.
         pool: answer states that are averaged: `answer_mean` over the answer's tokens, `answer_last` its last token (the
             answer's letter in the paper's multiple-choice prompts).
-        vector: `answers` (chosen minus rejected) or `queries` (these prompts minus the general ones).
+        vector: `answers` (chosen minus rejected), `queries` (these prompts minus the general ones) or `gradient` (of the
+            preference, scaled to a tenth of the state's norm).
     """
 
     steering_type: ClassVar[str] = "CAA"
@@ -52,8 +56,8 @@ class CAAConfig(SteeringConfig):
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
     )
-    vector: Literal["answers", "queries"] = field(
-        default="answers", metadata={"help": "What the vector separates: answers or queries."}
+    vector: Literal["answers", "queries", "gradient"] = field(
+        default="answers", metadata={"help": "What the vector is made of: answers, queries or gradient."}
     )
 
     def __post_init__(self) -> None:
@@ -105,8 +109,9 @@ class CAA(SteeringMethod):
         """
         settings = cast(CAAConfig, config)
         layers = candidate_layers(settings.layer, info.num_layers)
-        pools: tuple[Pool, ...] = ("query",) if settings.vector == "queries" else ("query", settings.pool)
-        return CaptureRequest(tuple(Site("resid_post", layer) for layer in layers), pools)
+        pools: dict[str, tuple[Pool, ...]] = {"answers": (settings.pool,), "queries": (), "gradient": ("gradient",)}
+        sites = tuple(Site("resid_post", layer) for layer in layers)
+        return CaptureRequest(sites, ("query", *pools[settings.vector]))
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -156,6 +161,13 @@ class CAA(SteeringMethod):
 def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tensor:
     """The vector at a site, `[d]` float32; averaged in float64."""
     parts: tuple[Part, ...] = ("fit", "calibration")
+    if config.vector == "gradient":
+        gradient = preference_gradients(data, [site], parts)[site]
+        if len(gradient) < MIN_ROWS:
+            raise DatasetError(f"CAA averages the gradients of {len(gradient)} rows, and needs at least {MIN_ROWS}.")
+        mean = gradient.mean(axis=0)
+        length = SCREEN_DOSE * state_norms(data, [site])[site] / max(float(np.linalg.norm(mean)), 1e-12)
+        return torch.from_numpy((mean * length).astype(np.float32))
     vector, counts = mean_difference(data, _SIDES[config.vector], site, parts, config.pool)
     if min(counts) < MIN_ROWS:
         what = "general prompts (general_dataset)" if config.vector == "queries" else "rows"
@@ -167,7 +179,15 @@ def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tens
 
 
 def _effect(data: FitData, config: CAAConfig, site: Site) -> float:
-    """How far the vector of the `fit` part tells the sides of the `calibration` part apart, in pooled deviations."""
+    """What ranks a site, on the `calibration` part: how far the vector of the `fit` part tells the sides apart, in pooled
+    deviations; of a gradient, what it gains to first order, in nats a token.
+    """
+    if config.vector == "gradient":
+        learned, held = (preference_gradients(data, [site], (part,)) for part in ("fit", "calibration"))
+        if not len(held[site]):
+            return 0.0
+        vector = {site: learned[site].mean(axis=0)[None]}
+        return float(first_order_gain(held, vector, state_norms(data, [site])).mean())
     sides = _SIDES[config.vector]
     direction, counts = mean_difference(data, sides, site, ("fit",), config.pool)
     if min(counts) == 0:
