@@ -142,9 +142,9 @@ def fit_steering(
     ):
         reader.describe = inputs.describe
         capture_missing(reader, states_of(request), jobs, store, bars)
-        cache = PromptCache(model)
         if "gradient" in request.pools:
-            gradients = GradientReader(model, request.sites, cache, inputs.describe)
+            # Each prompt's answers are read together, so nothing need be kept of it.
+            gradients = GradientReader(model, request.sites, PromptCache(model, most_bytes=0), inputs.describe)
             capture_gradients(gradients, jobs, store, bars)
         captured = time.perf_counter()
         data = CapturedData(
@@ -160,7 +160,7 @@ def fit_steering(
             row_prompts=inputs.prompts,
             row_units=inputs.units,
             dose=DoseRunner(
-                model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed, cache
+                model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed
             ),
             bars=bars,
         )

@@ -20,12 +20,11 @@ from finesteer_hf.sites import TextTower
 
 
 Ids = tuple[int, ...]
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
 # Prompt tokens of a forward: on a CPU more gains nothing.
 PROMPT_TOKENS = 1024
-# Bytes of keys and values that may be kept; prompts beyond them are run with each of their answers.
-MOST_BYTES = 1 << 30
-# Largest difference of an answer's mean log-probability behind kept keys from the one of the whole text, in nats.
-TOLERANCE = 1e-2
+# Bytes of keys and values that are kept; prompts beyond them are run anew each time.
+MOST_BYTES = 1 << 29
 
 
 class PromptCache:
@@ -33,21 +32,23 @@ class PromptCache:
 
     Args:
         model: a causal LM; adapters that are active on it play no part.
+        most_bytes: of keys and values that are kept.
 
     Attributes:
         usable: whether the architecture's prompts can be continued so; whole texts are run where not.
         prompts: number of prompts that were run.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, most_bytes: int = MOST_BYTES) -> None:
         self.model = model
+        self.most_bytes = most_bytes
         self.tower = TextTower(model)
         self.device = input_device(model)
         window = shareable_length(model, self.tower)
         # A sliding window drops what a longer text no longer sees, and its cache with it.
         self.usable = window == UNBOUNDED
         self.prompts = 0
-        self._layers: dict[Ids, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._kept: dict[Ids, Layers] = {}
         self._bytes = 0
 
     def serves(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> bool:
@@ -66,20 +67,20 @@ class PromptCache:
             The cache, its rows padded on the left; and the mask of what it holds, int64 `[rows, columns]`.
         """
         prompts = [passage.ids[: int(passage.answer_start or 0) - 1] for passage in batch]
-        self._run([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._layers])
+        found = self._run([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]) | self._kept
         width = max(map(len, prompts))
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         cache = DynamicCache()
-        for layer in range(len(self._layers[prompts[0]])):
+        for layer in range(len(found[prompts[0]])):
             keys, values = (
-                torch.stack([_pad_left(self._layers[prompt][layer][part], width) for prompt in prompts])
-                for part in (0, 1)
+                torch.stack([_pad_left(found[prompt][layer][part], width) for prompt in prompts]) for part in (0, 1)
             )
             cache.update(keys, values, layer)
-        self._trim()
         return cache, mask
 
-    def _run(self, prompts: list[Ids]) -> None:
+    def _run(self, prompts: list[Ids]) -> dict[Ids, Layers]:
+        """Run prompts, and keep them while there is room: what is thrown out would be what comes next time around."""
+        found: dict[Ids, Layers] = {}
         ordered = sorted(prompts, key=len, reverse=True)
         for batch in batches(ordered, lambda own: len(own) * max(map(len, own)), PROMPT_TOKENS):
             width = max(map(len, batch))
@@ -89,17 +90,16 @@ class PromptCache:
                 cache = self.tower.decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
             for row, prompt in enumerate(batch):
                 # Copied, so that the batch's own tensors can go.
-                self._layers[prompt] = [
+                found[prompt] = [
                     (layer.keys[row, :, : len(prompt)].clone(), layer.values[row, :, : len(prompt)].clone())
                     for layer in cache.layers
                 ]
-                self._bytes += _size(self._layers[prompt])
+                size = _size(found[prompt])
+                if self._bytes + size <= self.most_bytes:
+                    self._kept[prompt] = found[prompt]
+                    self._bytes += size
             self.prompts += len(batch)
-
-    def _trim(self) -> None:
-        while self._bytes > MOST_BYTES:
-            oldest = next(iter(self._layers))
-            self._bytes -= _size(self._layers.pop(oldest))
+        return found
 
 
 def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
@@ -107,5 +107,5 @@ def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
 
 
-def _size(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+def _size(layers: Layers) -> int:
     return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
