@@ -150,7 +150,9 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
     plots = {}
     curve = report.get("dose_response")
     if curve:
-        figure = plot_dose_response([DosePoint(**point) for point in curve], chosen=float(adapter.config.strength))
+        points = [DosePoint.from_report(point) for point in curve]
+        leads = (report.get("objective") or {}).get("criterion", "sayable")
+        figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
         caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
         plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
     scores = report.get("gate_scores")

@@ -134,7 +134,7 @@ def _trial_section(result: DemoResult, trial: Trial) -> Section:
 
 def dose_points(fit: dict[str, Any]) -> list[DosePoint]:
     """The dose-response curve that a fit kept; empty if it kept none."""
-    return [DosePoint(**point) for point in fit.get("report", {}).get("dose_response", [])]
+    return [DosePoint.from_report(point) for point in fit.get("report", {}).get("dose_response", [])]
 
 
 def _shares(trial: Trial) -> dict[str, dict[str, Proportion]]:

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_curve
 from finesteer_hf.evaluation.gates import auroc
 from finesteer_hf.evaluation.statistics import Proportion
 from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.methods.objective import Criterion
 
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines.
@@ -110,29 +111,40 @@ def plot_gate_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     return figure
 
 
-def plot_dose_response(points: Sequence[DosePoint], *, chosen: float | None = None) -> Figure:
-    """How far wanted answers are from being said, and shift on general prompts, against strength.
+def plot_dose_response(
+    points: Sequence[DosePoint], *, chosen: float | None = None, leads: Criterion = "sayable"
+) -> Figure:
+    """What a strength was chosen by, and what it costs: general prompts' divergence and the model's own words.
 
     Args:
         points: the curve.
         chosen: the strength that was taken.
+        leads: the figure that it was chosen by.
     """
-    figure, (top, bottom) = _axes(6.4, 4.6, 2, sharex=True)
+    spoken = [point for point in points if point.own_words is not None]
+    figure, axes = _axes(6.4, 4.6 + 1.8 * bool(spoken), 2 + bool(spoken), sharex=True)
     strength = np.array([point.strength for point in points])
-    bottleneck = np.array([point.bottleneck for point in points])
-    error = np.array([point.bottleneck_se for point in points])
-    top.fill_between(strength, bottleneck - error, bottleneck + error, color=BLUE, alpha=0.2, linewidth=0)
-    top.plot(strength, bottleneck, color=BLUE, marker="o", markersize=4, linewidth=2)
-    top.set_ylim(bottom=0)
-    top.set_ylabel("p of the wanted answers'\nleast likely token (band: 1 SE)", fontsize=9)
-    bottom.plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
-    bottom.set_ylim(bottom=0)
-    bottom.set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
-    bottom.set_xlabel("strength")
+    sayable = leads == "sayable"
+    value = np.array([point.bottleneck if sayable else point.preference for point in points])
+    error = np.array([point.bottleneck_se if sayable else point.preference_se for point in points])
+    axes[0].fill_between(strength, value - error, value + error, color=BLUE, alpha=0.2, linewidth=0)
+    axes[0].plot(strength, value, color=BLUE, marker="o", markersize=4, linewidth=2)
+    name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\na token"
+    axes[0].set_ylabel(f"{name} (band: 1 SE)", fontsize=9)
+    axes[1].plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
+    axes[1].set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
+    axes[1].set_ylim(bottom=0)
+    if sayable:
+        axes[0].set_ylim(bottom=0)
+    if spoken:
+        words = [point.own_words for point in spoken]
+        axes[2].plot([point.strength for point in spoken], words, color=GREY, marker="^", markersize=4, linewidth=2)  # type: ignore[arg-type]
+        axes[2].set_ylabel("own words under the\nbase, nats a token", fontsize=9)
+    axes[-1].set_xlabel("strength")
     if chosen is not None:
-        for axis in (top, bottom):
+        for axis in axes:
             axis.axvline(chosen, color=INK, linestyle="--", linewidth=1.2)
-        top.annotate(f" chosen: {chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
+        axes[0].annotate(f" chosen: {chosen:g}", (chosen, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
     return figure
 
 

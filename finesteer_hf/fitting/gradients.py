@@ -84,7 +84,9 @@ class GradientReader:
             DatasetError: naming the rows whose gradients are NaN or infinite.
             UnsupportedModelError: if the model lets no gradient through.
         """
-        ordered = sorted(answers, key=lambda p: (p.answer_start or 0, p.ids[: p.answer_start], len(p.ids)), reverse=True)
+        ordered = sorted(
+            answers, key=lambda p: (p.answer_start or 0, p.ids[: p.answer_start], len(p.ids)), reverse=True
+        )
         budget = min(GRAPH_TOKENS, logit_budget(self.model))
         for batch in batches(ordered, self._cost, budget):
             yield self._read(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -92,6 +92,12 @@ class DosePoint:
     own_words: float | None = None
     own_length: float | None = None
     repeated: float | None = None
+
+    @classmethod
+    def from_report(cls, row: Mapping[str, Any]) -> DosePoint:
+        """A point of an adapter's report; figures of another version that this one does not know are left out."""
+        names = {entry.name for entry in fields(cls)}
+        return cls(**{name: value for name, value in row.items() if name in names})
 
 
 @dataclass(frozen=True)
