@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool, Side
+from finesteer_hf.methods.objective import Limits
 from finesteer_hf.processors import QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
 
@@ -19,8 +20,9 @@ class PlantedData:
     """`FitData` of a world with clusters and a linear part.
 
     A query is a cluster and four hidden numbers; the shift of its answers is the cluster's plus a linear map of the
-    numbers plus noise. How clearly a layer shows them is given. Answers are Gaussian around the steered state, so
-    margins and divergences of a dose have a closed form.
+    numbers plus noise. How clearly a layer shows them is given. Answers are Gaussian around the state that all write
+    sites' vectors together reach, so likelihoods, preferences, their gradients and divergences have a closed form: in
+    units of its shift's square an answer is as unlikely as it is far.
 
     Args:
         rows: preference rows.
@@ -47,6 +49,7 @@ class PlantedData:
         rng = np.random.default_rng(seed)
         self.info = ModelInfo(len(clarity), width, 4, width // 4, 50)
         self.seed = seed
+        self.limits = Limits()
         prompts = rows // repeats
         cluster = rng.integers(clusters, size=prompts)
         numbers = rng.standard_normal((prompts, 4))
@@ -82,9 +85,14 @@ class PlantedData:
         return self._query[self.layer_of(site)][self._parts[part]]
 
     def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        if pool == "gradient":
+            shifts = self.shifts(site, part)
+            return 2 * shifts / np.square(shifts).sum(1, keepdims=True)
         return self._chosen[self.layer_of(site)][self._parts[part]]
 
     def rejected(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
+        if pool == "gradient":
+            return np.zeros_like(self.shifts(site, part))
         return self._rejected[self.layer_of(site)][self._parts[part]]
 
     def shifts(self, site: Site, *parts: Part) -> np.ndarray:
@@ -101,30 +109,47 @@ class PlantedData:
         return self._general[self.layer_of(site)][self._general_parts[part]]
 
     def dose_response(
-        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> list[DosePoint]:
-        """Divergences of unit Gaussians, and answers that are likelier the nearer a vector comes to their shift."""
+        """Divergences of unit Gaussians, and answers that are likelier the nearer the vectors come to their shift."""
         self.doses += len(strengths)
-        points = []
-        for strength in strengths:
-            processor = build(float(strength))
-            site = processor.writes[0]
-            own, other = (self._steering(processor, rows(site, "validation")) for rows in (self.query, self.general))
-            shifts = self.shifts(site, "validation")
-            kl = float(np.percentile((other**2).sum(1) / 2, 95)) if len(other) else 0.0
-            likelihood = np.exp(-((own - shifts) ** 2).sum(1) / (shifts**2).sum(1))
-            error = float(likelihood.std(ddof=1) / np.sqrt(len(likelihood)))
-            points.append(DosePoint(float(strength), float(likelihood.mean()), error, kl))
-        return points
+        return [self._point(build(float(strength)), float(strength), share) for strength in strengths]
+
+    def _point(self, processor: SteeringProcessor, strength: float, share: float) -> DosePoint:
+        own, other = (self._steering(processor, side) for side in (self.query, self.general))
+        rows = max(1, round(share * len(own)))
+        own, shifts = own[:rows], self.shifts(processor.writes[0], "validation")[:rows].astype(np.float64)
+        size = np.square(shifts).sum(1)
+        chosen, rejected = -np.square(own - shifts).sum(1) / size, -np.square(own).sum(1) / size
+        likelihood, unsteered = np.exp(chosen), np.exp(-1.0)
+        preference = 1 / (1 + np.exp(rejected - chosen))
+
+        def error(values: np.ndarray) -> float:
+            return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+        return DosePoint(
+            strength,
+            bottleneck=float(likelihood.mean()),
+            bottleneck_se=error(likelihood),
+            kl=float(np.percentile((other**2).sum(1) / 2, 95)) if len(other) else 0.0,
+            bottleneck_rise=float(likelihood.mean() - unsteered),
+            bottleneck_rise_se=error(likelihood),
+            preference=float(preference.mean()),
+            preference_se=error(preference),
+            preference_rise_se=error(preference),
+            preference_summed=float(preference.mean()),
+            likelihood=float(chosen.mean()),
+        )
 
     @staticmethod
-    def _steering(processor: SteeringProcessor, states: np.ndarray) -> np.ndarray:
-        rows = torch.from_numpy(states)
-        reads = dict.fromkeys(processor.reads, rows)
+    def _steering(processor: SteeringProcessor, of_side: Callable[[Site, Part], np.ndarray]) -> np.ndarray:
+        """The sum of all write sites' vectors for the validation queries of a side, `[rows, width]` float64."""
+        reads = {site: torch.from_numpy(of_side(site, "validation")) for site in processor.reads}
+        rows = next(iter(reads.values()))
         decision = processor.decide(QueryStates(reads, len(rows), rows.device))
         gate = torch.ones(len(rows)) if decision.gate is None else decision.gate
-        vectors = processor.strength * gate[:, None] * decision.vectors[processor.writes[0]]
-        return vectors.numpy().astype(np.float64)
+        together = torch.stack([decision.vectors[site] for site in processor.writes]).sum(0)
+        return (processor.strength * gate[:, None] * together).numpy().astype(np.float64)
 
     def chunks(
         self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"

@@ -47,6 +47,16 @@ INFO = ModelInfo(num_layers=12, hidden_size=16, num_heads=4, head_size=4, vocab_
         ({"layer": 3, "write_site": "resid_post[4]"}, "disagree"),
         ({"read_site": "resid_post[2]"}, "needs a layer"),
         ({"layer": 3, "write_site": "resid_post[3]", "num_hidden_layers": 3}, "out of range"),
+        ({"target": "states"}, "'states'"),
+        ({"refine": -1}, "-1"),
+        ({"refine": 1.5}, "1.5"),
+        ({"layer": 3, "write_site": []}, "[]"),
+        ({"layer": 3, "write_site": ["resid_post[3]", "head_out[5]"]}, "head_out"),
+        ({"layer": 3, "write_site": ["resid_post[5]", "resid_post[7]"]}, "disagree"),
+        ({"layer": 3, "write_site": ["resid_post[3]", "resid_post[3]"]}, "twice"),
+        ({"write_site": ["resid_post[3]", "resid_post[5]"]}, "needs a layer"),
+        ({"compat": "official", "target": "gradient"}, "target='difference'"),
+        ({"compat": "official", "layer": 3, "write_site": ["resid_post[3]", "resid_post[5]"]}, "one write site"),
     ],
 )
 def test_nonsense_is_refused_with_its_value(settings: dict, named: str) -> None:

@@ -30,14 +30,23 @@ def fit(data: PlantedData, **settings: Any) -> FitResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # the quickest settings that are left to a test's own choice
-        quick = {"layer": 2, "strength": 1.0, "experts": "reduced_rank", "gate_score": "ser"}
+        quick = {
+            "layer": 2,
+            "strength": 1.0,
+            "target": "difference",
+            "refine": 0,
+            "positions": "generated",
+            "experts": "reduced_rank",
+            "gate_score": "ser",
+        }
         return FineSteer.fit(data, FineSteerConfig(**{**quick, **settings}))
 
 
 @pytest.fixture(scope="module")
 def automatic() -> tuple[PlantedData, FitResult]:
     data = PlantedData()
-    return data, fit(data, layer="auto", strength="auto", experts="auto", gate_score="auto")
+    open_choices = ("layer", "strength", "target", "refine", "positions", "experts", "gate_score")
+    return data, fit(data, **dict.fromkeys(open_choices, "auto"))
 
 
 def test_the_clearest_layer_is_found(automatic: tuple[PlantedData, FitResult]) -> None:
@@ -82,6 +91,7 @@ def test_the_small_mixture_keeps_within_the_size_of_an_adapter(width: int) -> No
         layer=1,
         read_site="resid_post[1]",
         write_site="resid_post[1]",
+        positions="generated",
         gate="always",
         gate_score="state",
         experts="paper",
@@ -132,8 +142,8 @@ def test_the_report_is_json_and_holds_the_figures(automatic: tuple[PlantedData, 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_closed_forms_explain_what_can_be_explained_and_no_less_than_the_paper(seed: int) -> None:
     data = PlantedData(seed=seed)
-    rows = contrast_rows(data, SITE, SITE, ("fit", "calibration"))
-    new = contrast_rows(data, SITE, SITE, ("validation",))
+    rows = contrast_rows(data, SITE, [SITE], ("fit", "calibration"))
+    new = contrast_rows(data, SITE, [SITE], ("validation",))
 
     def r2(vectors: np.ndarray) -> float:
         return 1 - np.square(new.shifts - vectors).sum() / np.square(new.shifts - rows.shifts.mean(0)).sum()
@@ -238,7 +248,7 @@ def test_without_general_prompts_the_gate_knows_one_class() -> None:
 def test_rows_of_one_prompt_are_one_query() -> None:
     data = PlantedData(rows=240, repeats=3)
     parts: tuple[Part, ...] = ("fit", "calibration")
-    rows = contrast_rows(data, SITE, SITE, parts)
+    rows = contrast_rows(data, SITE, [SITE], parts)
     assert rows.groups is not None and len(np.unique(rows.groups)) * 3 == len(rows)
     result = fit(data, gate_score="ser", subspace_rank=4)
     assert len(result.tensors["gate.calibration"]) == len(query_rows(data, SITE, ("calibration",))) == 16
@@ -248,7 +258,7 @@ def test_parts_that_share_their_rows_are_counted_once() -> None:
     data = PlantedData(rows=40)
     everything = np.arange(40)
     data._parts = dict.fromkeys(data._parts, everything)
-    assert len(contrast_rows(data, SITE, SITE, ("fit", "calibration"))) == 40
+    assert len(contrast_rows(data, SITE, [SITE], ("fit", "calibration"))) == 40
     assert fit(data, gate_score="ser", subspace_rank=2).report["vector"]["rows"] == 40
 
 

@@ -88,7 +88,7 @@ def test_the_paper_vector_is_equations_11_to_14(data: PlantedData, paper: FitRes
 
 
 def test_folding_changes_nothing(data: PlantedData, paper: FitResult) -> None:
-    rows = contrast_rows(data, SITE, SITE, ("fit", "calibration"))
+    rows = contrast_rows(data, SITE, [SITE], ("fit", "calibration"))
     network = PaperMoSE(seed=data.seed).fit(rows.queries, rows.shifts, rows.groups).network_
     h = torch.from_numpy(data.query(SITE, "validation"))
     with torch.no_grad():
