@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -31,6 +32,9 @@ FREQUENT = 0.05
 LENGTH_QUANTILES = (0.2, 0.4, 0.6, 0.8)
 # A difference between the classes that is worth a line, and most lines.
 TELLING, MOST_TOLD = 0.3, 3
+# What a prompt weighs that no prompt of the other class resembles in form, beside a most of 1 above it: where form tells
+# the classes apart altogether, all weigh about the same and the few in between do not decide alone.
+LEAST_WEIGHT = 0.1
 # Rows that are read of each class; more change no figure that is shown.
 MOST_ROWS = 2000
 
@@ -202,6 +206,19 @@ class FormProbe(BaseEstimator):
         """Give the log-odds of texts, `[rows]`; higher has more of the IR prompts' form."""
         check_is_fitted(self)
         return np.asarray(self.model_.decision_function(list(texts))) if len(texts) else np.zeros(0)
+
+    def overlap_weights(
+        self, ir: Sequence[str], general: Sequence[str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Give weights `[rows]` of both classes' prompts, of mean 1 each, by which their forms are more alike.
+
+        A prompt weighs what the probability of the other class is, given its form (overlap weights; Li, Morgan and
+        Zaslavsky 2018), and a tenth more. What is learned with them is learned less from prompts that their form gives
+        away.
+        """
+        own = LEAST_WEIGHT + expit(-self.score_samples(ir))
+        others = LEAST_WEIGHT + expit(self.score_samples(general))
+        return own / own.mean(), others / others.mean()
 
     def describe(self) -> str:
         """Say in words what tells most; no statement may hold of many more prompts of one class than of the other."""

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .arrays import ArrayLike, State, as_matrix, fraction, one_of
 from .gates import conformal_rank, false_alarm_upper_bound
-from .scores import GateScore, MonitoringScore, StateScore, cross_fitted_scores, state_score, t2q_score
+from .scores import GateScore, MonitoringScore, RowWeights, StateScore, cross_fitted_scores, state_score, t2q_score
 from .subspace import IntervenedSubspace, subspace_energy_ratio
 
 
@@ -56,7 +56,13 @@ class AutoScore(BaseEstimator):
         self.seed = seed
 
     def fit(
-        self, ir: ArrayLike, general: ArrayLike | None = None, groups: Any = None, *, judged: Any = None
+        self,
+        ir: ArrayLike,
+        general: ArrayLike | None = None,
+        groups: Any = None,
+        *,
+        judged: Any = None,
+        weights: RowWeights | None = None,
     ) -> AutoScore:
         """Choose and fit on IR states [M, d], M >= 12, and general states [N, d], N >= 4, or None.
 
@@ -65,6 +71,7 @@ class AutoScore(BaseEstimator):
             groups: [M] labels of IR rows that are held out together.
             judged: [N] bool, the general rows whose false alarms and AUROC count, such as those of the IR queries' form;
                 None for all. All are learned from.
+            weights: of the rows in the state score, as for `StateScore.fit`.
 
         Raises:
             ValueError: bad rows, an unknown candidate, or only candidates that need general rows and none given.
@@ -81,10 +88,16 @@ class AutoScore(BaseEstimator):
             self.estimator_ = self._make(self.name_).fit(positives, groups=groups)
         else:
             negatives = as_matrix(general, "general", min_rows=4, width=positives.shape[1], width_of="ir")
-            fitted = {name: self._make(name).fit(positives, negatives, groups) for name in self.candidates}
+            fitted = {name: self._make(name) for name in self.candidates}
+            for score in fitted.values():
+                if isinstance(score, StateScore):
+                    score.fit(positives, negatives, groups, weights=weights)
+                else:
+                    score.fit(positives, negatives, groups)
             counted = np.ones(len(negatives), dtype=bool) if judged is None else np.asarray(judged, dtype=bool)
             self.table_ = [
-                self._judge(name, score, positives, negatives, groups, counted) for name, score in fitted.items()
+                self._judge(name, score, positives, negatives, groups, counted, weights)
+                for name, score in fitted.items()
             ]
             best = min(self.table_, key=lambda row: (row["false_alarm_rate"], -row["auroc"]))
             self.name_ = best["name"]
@@ -97,9 +110,11 @@ class AutoScore(BaseEstimator):
             return StateScore(folds=self.folds, seed=self.seed)
         return SCORES[name](self.rank, folds=self.folds, seed=self.seed)
 
-    def _judge(self, name: str, score: GateScore, ir: Any, general: Any, groups: Any, judged: Any) -> dict[str, Any]:
+    def _judge(
+        self, name: str, score: GateScore, ir: Any, general: Any, groups: Any, judged: Any, weights: RowWeights | None
+    ) -> dict[str, Any]:
         ir_scores, general_scores = cross_fitted_scores(
-            score, ir, general, groups=groups, folds=self.folds, seed=self.seed
+            score, ir, general, groups=groups, folds=self.folds, seed=self.seed, weights=weights
         )
         assert general_scores is not None
         general_scores = general_scores[judged]

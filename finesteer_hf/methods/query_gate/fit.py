@@ -88,13 +88,22 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     ir, general = query_rows(data, read, seen), general_rows(data, read, seen)
     _check_rows(config, ir, general)
     form = PromptForm.of(data, read, seen, config.gate_epsilon)
-    judged = form.judged(general_texts(data, read, seen))
-    name, score, candidates = _fit_score(config, ir, general, data.seed, kinds, judged)
+    others = general_texts(data, read, seen)
+    weights = form.weights(query_texts(data, read, seen), others)
+    learning = _Learning(ir, general, kinds, form.judged(others), weights, data.seed)
+    name, score, candidates = _fit_score(config, learning)
     gate: Any
     if kinds is not None:
         folds = min(MAX_KIND_FITS, len(np.unique(kinds)))
-        others = general if len(general) else None
-        scores, general_scores = cross_fitted_scores(score, ir, others, groups=kinds, folds=folds, seed=data.seed)
+        scores, general_scores = cross_fitted_scores(
+            score,
+            ir,
+            general if len(general) else None,
+            groups=kinds,
+            folds=folds,
+            seed=data.seed,
+            weights=weights,
+        )
         gate = ConformalGate(config.gate_epsilon, config.gate_gamma, cross_fitted=True, by_kind=True)
         gate.fit(scores, general_scores, groups=kinds)
     else:
@@ -163,34 +172,40 @@ def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) ->
         )
 
 
-def _fit_score(
-    config: QueryGateConfig,
-    ir: np.ndarray,
-    general: np.ndarray,
-    seed: int,
-    kinds: np.ndarray | None,
-    judged: np.ndarray,
-) -> tuple[str, Any, list[dict[str, Any]]]:
-    """The score's name, the fitted score, and the comparison that it won.
+@dataclass(frozen=True)
+class _Learning:
+    """What a score is learned from.
 
-    Args:
-        config: what is asked for.
+    Attributes:
         ir, general: states, `[rows, d]`.
-        seed: of the fits.
         kinds: `[len(ir)]`, held out together where something is chosen; None for single rows.
-        judged: `[len(general)]`, the general prompts that count in the comparison.
+        judged: `[len(general)]`, the general prompts that count where scores are compared.
+        weights: of both in a classifier of states; None for equal ones.
+        seed: of the fits.
     """
+
+    ir: np.ndarray
+    general: np.ndarray
+    kinds: np.ndarray | None
+    judged: np.ndarray
+    weights: tuple[np.ndarray, np.ndarray] | None
+    seed: int
+
+
+def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list[dict[str, Any]]]:
+    """The score's name, the fitted score, and the comparison that it won."""
+    ir, general, kinds, seed = rows.ir, rows.general, rows.kinds, rows.seed
     wanted: str = config.gate_score
     if wanted == "auto" and config.gate == "conformal":
         if len(ir) >= MIN_COMPARED and len(general) >= MIN_COMPARED_GENERAL:
             auto = AutoScore(epsilon=config.gate_epsilon, rank=config.subspace_rank, seed=seed)
-            auto.fit(ir, general, kinds, judged=judged)
+            auto.fit(ir, general, kinds, judged=rows.judged, weights=rows.weights)
             return auto.name_, auto.estimator_, auto.table_
         wanted = "state" if len(general) >= 2 else "ser"
     elif wanted == "auto":
         wanted = "ser"
     if wanted == "state":
-        return wanted, StateScore(seed=seed).fit(ir, general, kinds), []
+        return wanted, StateScore(seed=seed).fit(ir, general, kinds, weights=rows.weights), []
     return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir, groups=kinds), []
 
 

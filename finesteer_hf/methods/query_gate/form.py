@@ -50,6 +50,10 @@ class PromptForm:
         same = self.same(texts)
         return same if same.sum() >= MIN_SAME_FORM else np.ones(len(texts), dtype=bool)
 
+    def weights(self, own: list[str], general: list[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """What IR and general prompts weigh in a classifier of states, so that it learns less of their form."""
+        return None if self.probe is None else self.probe.overlap_weights(own, general)
+
     def report(self, own: list[str], general: list[str], fires: NDArray[np.bool_]) -> dict[str, Any] | None:
         """Hold the gate's decisions on held-out prompts against their form.
 
