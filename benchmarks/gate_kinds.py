@@ -41,12 +41,13 @@ class Prompts:
 
 @dataclass
 class StateData:
-    """As much of `FitData` as a gate's fit asks for, on states that were read before."""
+    """As much of `FitData` as a gate's fit asks for, on states that were read before; without `form` all texts are one."""
 
     ir: Prompts
     others: Prompts
     seed: int = 0
     by: SplitBy = "prompt"
+    form: bool = True
     info: ModelInfo = field(init=False)
     split: Split = field(init=False)
     other_split: Split = field(init=False)
@@ -70,12 +71,17 @@ class StateData:
 
     def texts(self, text: str, part: Any) -> list[str]:
         side, split = (self.ir, self.split) if text == "prompt" else (self.others, self.other_split)
-        return [side.texts[i] for i in split.rows[part]]
+        return [side.texts[i] if self.form else "" for i in split.rows[part]]
+
+
+def scores_of(gate: GateFit, states: np.ndarray) -> torch.Tensor:
+    """Scores of states `[rows, width]` by a fitted gate."""
+    return SCORE_FUNCTIONS[gate.score](torch.from_numpy(states), **from_file(SCORE_TENSORS[gate.score], gate.tensors))
 
 
 def doses(gate: GateFit, states: np.ndarray) -> np.ndarray:
     """Doses of states `[rows, width]` by a fitted conformal gate."""
-    score = SCORE_FUNCTIONS[gate.score](torch.from_numpy(states), **from_file(SCORE_TENSORS[gate.score], gate.tensors))
+    score = scores_of(gate, states)
     return GATE_FUNCTIONS["conformal"](score, **from_file(GATE_TENSORS["conformal"], gate.tensors)).numpy()
 
 

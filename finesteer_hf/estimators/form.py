@@ -220,11 +220,11 @@ class FormProbe(BaseEstimator):
         others = LEAST_WEIGHT + expit(self.score_samples(general))
         return own / own.mean(), others / others.mean()
 
-    def describe(self) -> str:
-        """Say in words what tells most; no statement may hold of many more prompts of one class than of the other."""
+    def describe(self, most: int = MOST_TOLD) -> str:
+        """Say in words what tells most, in at most `most` statements."""
         said = "; ".join(
             f"{row['prompts']:.0%} of the prompts {row['statement']}, {row['general']:.0%} of the general ones do"
-            for row in self.telling_
+            for row in self.telling_[:most]
         )
         return said or "no property of the form tells by itself, several together do"
 

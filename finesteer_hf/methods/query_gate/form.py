@@ -73,5 +73,5 @@ class PromptForm:
         return {
             "auroc": self.probe.auroc_,
             "decisions_auroc": None if alike else float(roc_auc_score(fires, odds)),
-            "tells": self.probe.describe(),
+            "tells": self.probe.describe(1),
         }
