@@ -37,7 +37,7 @@ def test_each_kind_is_scored_by_a_fit_without_it() -> None:
     gate = fit_gate(config, data, SITE)
     ir, general, kinds = query_rows(data, SITE, BOTH), general_rows(data, SITE, BOTH), query_kinds(data, SITE, BOTH)
     assert kinds is not None and len(kinds) == len(ir) == 96
-    final = StateScore(seed=data.seed).fit(ir, general, kinds)
+    final = StateScore(seed=data.seed).fit(ir, general)
     np.testing.assert_array_equal(gate.tensors["gate.weight"].numpy(), final.weight_)
     scores = gate.tensors["gate.calibration"].numpy()
     # General prompts are left out in folds of their own; the scores of kinds hold for any of them.

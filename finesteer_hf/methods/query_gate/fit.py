@@ -35,7 +35,7 @@ MIN_COMPARED, MIN_COMPARED_GENERAL = 12, 4
 # Categories from which on `auto` calibrates for kinds that were not seen; fewer say too little of the next one.
 MIN_KINDS = 5
 # Fits without a kind; of more kinds several are left out together.
-MAX_KIND_FITS = 20
+MAX_KIND_FITS = 10
 BOTH: tuple[Part, ...] = ("fit", "calibration")
 NOT_OF_ROWS = "anything about queries of other kinds or forms than the calibration's, or against who works around it"
 NOT_OF_KINDS = (
@@ -205,7 +205,7 @@ def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list
     elif wanted == "auto":
         wanted = "ser"
     if wanted == "state":
-        return wanted, StateScore(seed=seed).fit(ir, general, kinds, weights=rows.weights), []
+        return wanted, StateScore(seed=seed).fit(ir, general, weights=rows.weights), []
     return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir, groups=kinds), []
 
 
