@@ -223,7 +223,7 @@ class FormProbe(BaseEstimator):
     def describe(self, most: int = MOST_TOLD) -> str:
         """Say in words what tells most, in at most `most` statements."""
         said = "; ".join(
-            f"{row['prompts']:.0%} of the prompts {row['statement']}, {row['general']:.0%} of the general ones do"
+            f"{row['prompts']:.0%} of the prompts {row['statement']}, {row['general']:.0%} of the general ones"
             for row in self.telling_[:most]
         )
         return said or "no property of the form tells by itself, several together do"
@@ -258,8 +258,9 @@ def _telling(features: FormFeatures, texts: Sequence[str], truth: NDArray[Any]) 
     rows = []
     for place in best.values():
         statement, a, b = features.statements_[place], float(own[place]), float(others[place])
-        # told of the prompts that are to be steered, so as what most of them are
-        said = (statement.text, a, b) if a >= b else (statement.negated, 1 - a, 1 - b)
+        # Told of the prompts that are to be steered, so as what most of them are; only of words as what they are.
+        as_is = a >= b or statement.family.endswith("word")
+        said = (statement.text, a, b) if as_is else (statement.negated, 1 - a, 1 - b)
         if abs(a - b) >= TELLING:
             rows.append(dict(zip(("statement", "prompts", "general"), said, strict=True)))
     return rows[:MOST_TOLD]

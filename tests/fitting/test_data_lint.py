@@ -107,7 +107,7 @@ def test_a_form_that_separates_the_classes_is_found_and_named() -> None:
     rows = [PreferenceRow(f"{text} ", "a", "b", number=number) for number, text in enumerate(COMMANDS)]
     found = [line for line in lint_general(QUESTIONS, rows) if "form alone" in line]
     assert len(found) == 1
-    assert "AUROC 1.00" in found[0] and "100% of the prompts" in found[0] and "0% of the general ones do" in found[0]
+    assert "AUROC 1.00" in found[0] and "100% of the prompts" in found[0] and "0% of the general ones" in found[0]
     assert "general_dataset" in found[0]
     chats = [chat(text) for text in COMMANDS]
     asked = [[{"role": "user", "content": text}] for text in QUESTIONS]

@@ -274,7 +274,8 @@ def test_findings_are_warned_of_and_kept() -> None:
     assert any("row 40" in finding for finding in adapter.config.fit["lint"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", DatasetWarning)
-        assert fit().config.fit["lint"] == []
+        # too few general prompts to say that their form, which are other words, tells them apart
+        assert fit(general_dataset=GENERAL[:12]).config.fit["lint"] == []
 
 
 def test_bad_data_is_refused_before_the_model_runs() -> None:
@@ -332,7 +333,7 @@ def test_a_limit_that_is_not_reached_changes_nothing(tmp_path: Path) -> None:
     for rows in (chat_rows(), iter(chat_rows())):
         adapter = fit(rows, max_rows=40)
         assert torch.equal(adapter.tensors["vector"], expected.tensors["vector"])
-        assert adapter.config.fit["lint"] == []
+        assert adapter.config.fit["lint"] == expected.config.fit["lint"]
     few = fit(chat_rows(144), max_rows=40, store_dir=tmp_path)
     more = fit(chat_rows(144), max_rows=80, store_dir=tmp_path)
     whole = fit(chat_rows(144), max_rows=80)
