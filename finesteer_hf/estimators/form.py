@@ -226,7 +226,7 @@ class FormProbe(BaseEstimator):
             f"{row['prompts']:.0%} of the prompts {row['statement']}, {row['general']:.0%} of the general ones"
             for row in self.telling_[:most]
         )
-        return said or "no property of the form tells by itself, several together do"
+        return said or "no single property of the form tells much"
 
     def same_form(self, texts: Sequence[str], epsilon: float) -> NDArray[np.bool_]:
         """Tell which texts `[rows]` have the form of IR prompts.
