@@ -1,12 +1,13 @@
 """What gates miss and what sets them off, over many splits of one model's query states.
 
 States are read once; each seed draws queries to fit, to calibrate and to test, and general prompts to learn from and to
-be tested on. Three tables:
+be tested on. The tables:
 
 * the playground's questions and general tasks, read by its trained model (width 128);
 * TruthfulQA's questions (`--truthfulqa`) against the packaged general prompts, read by a random Llama of width 512: its
   states know tokens, not meanings, which is enough to test coverage, at the published shape (408 queries, rank 128);
-* the default gate of both playground tasks, on the halves that `preference_rows` gives.
+* the default gate of both playground tasks, on the halves that `preference_rows` gives;
+* the default gate on whole kinds that were held out, calibrated on rows and on kinds (alone: `--only-kinds`).
 
     python benchmarks/gate_guarantees.py --truthfulqa TruthfulQA.csv --out benchmarks/results/gate_guarantees.md
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gate_kinds import Prompts, by_kind
 from sklearn.model_selection import GroupShuffleSplit
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -252,6 +254,28 @@ def by_task(layer: int, seeds: int) -> list[str]:
     ]
 
 
+def unseen_kinds(layer: int, seeds: int) -> list[str]:
+    """The default gate of both playground tasks on kinds that were held out of the fit."""
+    model, tokenizer = playground.load()
+
+    def read(rows: list[dict[str, Any]], kind: str) -> Prompts:
+        prompts = [row["prompt"] for row in rows]
+        texts = [prompt[0]["content"] for prompt in prompts]
+        return Prompts(texts, states(model, tokenizer, prompts, layer), np.array([row[kind] for row in rows]))
+
+    general = read(playground.general_rows("all"), "task")
+    text = [
+        f"The default gate (score chosen, nominal miss rate {EPSILON:.0%}) on whole kinds that the fit has not seen, by "
+        "what it was calibrated on (`gate_calibration`) and how the rows were split. The bound is what the report "
+        "promises: for rows of queries of known kinds, for kinds of the next one.",
+        "",
+    ]
+    for task, held_out in (("truthful", 3), ("safety", 2)):
+        rows = read(playground.preference_rows(task, "all"), "category")  # type: ignore[arg-type]
+        text += by_kind(f"The playground's {task} task, block {layer}", rows, general, held_out, seeds, line)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50)
@@ -259,6 +283,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--fitted", type=int, default=408, help="queries to fit and calibrate on")
     parser.add_argument("--truthfulqa", type=Path, default=None, help="TruthfulQA.csv")
+    parser.add_argument("--only-kinds", action="store_true", help="the table of unseen kinds alone")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -269,6 +294,9 @@ def main() -> None:
         "from.",
         "",
     ]
+    if args.only_kinds:
+        print("\n".join(unseen_kinds(args.layer, args.task_seeds)))
+        return
     sources = [(playground_queries(args.layer), 32)]
     if args.truthfulqa is not None:
         sources.append((truthfulqa_queries(args.truthfulqa), 128))
@@ -276,6 +304,7 @@ def main() -> None:
         text += by_gate(queries, rank, args.fitted, args.seeds)
         text += by_general_prompts(queries, args.fitted, args.seeds)
     text += by_task(args.layer, args.task_seeds)
+    text += ["", *unseen_kinds(args.layer, args.task_seeds)]
     print("\n".join(text))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

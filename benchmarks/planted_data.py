@@ -43,6 +43,12 @@ class PlantedData:
 
     groups = prompts
 
+    def kinds(self, part: str) -> np.ndarray | None:
+        return None
+
+    def texts(self, text: str, part: str) -> list[str]:
+        return [f"prompt {i}" for i in range(len((self.queries if text == "prompt" else self.others)[part]))]
+
     def general(self, site: Site, part: str) -> np.ndarray:
         return self.others[part]
 

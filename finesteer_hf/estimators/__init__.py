@@ -14,12 +14,15 @@ from .closed_form import ReducedRankSteering, low_rank_vector
 from .conformal import (
     conformal_rank,
     false_alarm_upper_bound,
+    kinds_bound,
+    kinds_rank,
     lost_dose,
     miss_upper_bound,
     pac_rank,
     rows_needed,
 )
 from .experts import expert_weights
+from .form import FormProbe
 from .gates import (
     GATE_FUNCTIONS,
     GATES,
@@ -69,6 +72,7 @@ __all__ = [
     "AutoScore",
     "ConformalGate",
     "DirectGate",
+    "FormProbe",
     "IntervenedSubspace",
     "LogisticGate",
     "MixtureSteering",
@@ -88,6 +92,8 @@ __all__ = [
     "false_alarm_upper_bound",
     "held_out_r2",
     "held_out_residuals",
+    "kinds_bound",
+    "kinds_rank",
     "logistic_gate",
     "lost_dose",
     "low_rank_vector",

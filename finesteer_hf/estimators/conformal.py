@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
 from .arrays import fraction
@@ -26,6 +28,40 @@ def pac_rank(n: int, epsilon: float, delta: float) -> int:
     """
     below = binom.cdf(np.arange(n), n, fraction(epsilon, "epsilon")) <= fraction(delta, "delta")
     return int(np.count_nonzero(below))
+
+
+def kinds_rank(scores: NDArray[Any], kinds: NDArray[Any], epsilon: float) -> tuple[int, float]:
+    """Give how many scores a threshold on kinds may have at or below it, and the share that it is seen to miss.
+
+    Every kind weighs the same, whatever its number of rows, for kinds are what is exchangeable: the threshold is the
+    largest score with at most `epsilon` of the weight strictly below it (Lee, Barber and Willett 2023, without the mass
+    that they add for the new kind; `kinds_bound` adds it).
+
+    Args:
+        scores: `[n]` of rows whose score was fitted without their kind.
+        kinds: `[n]` labels.
+        epsilon: miss rate.
+
+    Returns:
+        The rank of the threshold in the sorted scores, at least 1, and the mean over kinds of the share of rows below.
+    """
+    fraction(epsilon, "epsilon")
+    _, member, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
+    weights = 1.0 / (len(sizes) * sizes[member])
+    order = np.argsort(scores, kind="stable")
+    ordered, below = scores[order], np.concatenate([[0.0], np.cumsum(weights[order])])
+    # the weight strictly below a score is that before the first of its ties
+    strictly = below[np.searchsorted(ordered, ordered, side="left")]
+    rank = int(np.count_nonzero(strictly <= epsilon + 1e-9))
+    return rank, float(strictly[rank - 1])
+
+
+def kinds_bound(kinds: int, missed: float) -> float:
+    """Give the miss rate on the next of `kinds` + 1 exchangeable kinds, of which one may be missed altogether.
+
+    With kinds of one row each it is the rank / (n + 1) of `conformal_rank`.
+    """
+    return (kinds * missed + 1.0) / (kinds + 1.0)
 
 
 def rows_needed(epsilon: float, delta: float | None = None) -> int:

@@ -15,7 +15,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 
 from .arrays import ArrayLike, State, as_groups, as_vector, fraction, one_of, positive, run, runtime_tensor
-from .conformal import conformal_rank, false_alarm_upper_bound, lost_dose, miss_upper_bound, pac_rank, rows_needed
+from .conformal import (
+    conformal_rank,
+    false_alarm_upper_bound,
+    kinds_bound,
+    kinds_rank,
+    lost_dose,
+    miss_upper_bound,
+    pac_rank,
+    rows_needed,
+)
 
 
 def quantile_gate(
@@ -238,11 +247,15 @@ class ConformalGate(_Gate):
         guarantee: "marginal" or "pac".
         delta: of "pac".
         cross_fitted: the scores come from `cross_fitted_scores`: every bound doubles and is called approximate.
+        by_kind: groups are kinds, and a new query is of a new kind: what is exchangeable are kinds, not rows. Each weighs
+            the same, the threshold misses at most epsilon of them on the mean, and the bound, which allows for one kind
+            more, is coarse with few kinds: (K epsilon + 1) / (K + 1). Not with "pac".
 
     Attributes:
         threshold_, rank_ (l; 0: fires always), level_ (the p-value at which g reaches 1), floor_, calibration_scores_.
         bound_: of the miss rate; guarantee_: that bound in words; lost_dose_bound_: of E[1 - g | IR].
-        group_thresholds_, group_: with groups (Mondrian), each threshold and the group with the lowest, whose scores
+        missed_: with `by_kind`, the mean over kinds of the share of their rows below the threshold.
+        group_thresholds_, group_: with other groups (Mondrian), each threshold and the group with the lowest, whose scores
             are the ones kept: the bound then holds within every group.
     """
 
@@ -256,12 +269,14 @@ class ConformalGate(_Gate):
         guarantee: str = "marginal",
         delta: float = 0.05,
         cross_fitted: bool = False,
+        by_kind: bool = False,
     ) -> None:
         self.epsilon = epsilon
         self.gamma = gamma
         self.guarantee = guarantee
         self.delta = delta
         self.cross_fitted = cross_fitted
+        self.by_kind = by_kind
 
     def _rank(self, n: int) -> int:
         return (
@@ -273,6 +288,9 @@ class ConformalGate(_Gate):
         fraction(self.epsilon, "epsilon")
         fraction(self.delta, "delta")
         one_of(self.guarantee, ("marginal", "pac"), "guarantee")
+        if self.by_kind:
+            self._calibrate_by_kind(scores, general, groups)
+            return
         by_group = {"all": scores} if groups is None else {str(g): scores[groups == g] for g in np.unique(groups)}
         ranks = {group: self._rank(len(part)) for group, part in by_group.items()}
         self.group_thresholds_ = {
@@ -287,15 +305,45 @@ class ConformalGate(_Gate):
         if self.rank_ == 0:
             self._warn_always(len(self.calibration_scores_), groups is not None)
 
-    def _set_bounds(self, general: Any, sizes: dict[str, tuple[int, int]]) -> None:
-        n = len(self.calibration_scores_)
-        self.level_ = min(self.epsilon, (self.rank_ + 1) / (n + 1))
+    def _calibrate_by_kind(self, scores: Any, general: Any, kinds: NDArray[Any] | None) -> None:
+        if kinds is None or self.guarantee == "pac":
+            raise ValueError(
+                "by_kind=True needs groups, the kind of each row, and guarantee='marginal': over a few kinds nothing is "
+                f"known with probability 1 - delta. Got guarantee={self.guarantee!r} and groups={kinds!r}."
+            )
+        names = np.unique(kinds)
+        self.rank_, self.missed_ = kinds_rank(scores, kinds, self.epsilon)
+        self.calibration_scores_ = np.sort(scores)
+        self.threshold_ = float(self.calibration_scores_[self.rank_ - 1])
+        # of the pooled rows, where the dose is looked up; with kinds of unequal size it is not epsilon
+        self.level_ = (self.rank_ + 1) / (len(scores) + 1)
+        self._set_floor(general)
+        count, factor = len(names), 2.0 if self.cross_fitted else 1.0
+        dose = self.gate(scores)
+        lost = float(np.mean([1.0 - dose[kinds == name].mean() for name in names]))
+        self.bound_ = min(1.0, factor * kinds_bound(count, self.missed_))
+        self.lost_dose_bound_ = min(1.0, factor * kinds_bound(count, lost))
+        self.guarantee_ = (
+            f"P(g < 1 | IR of a new kind) <= {self.bound_:.4f}, on the mean over sets of {count} kinds, if kinds are "
+            "exchangeable"
+        )
+        if self.cross_fitted:
+            self.guarantee_ = f"approximate (each kind scored by a fit without it): {self.guarantee_}"
+
+    def _set_floor(self, general: Any) -> int:
+        """Put the hard zero as high as it can be without letting more general rows through; give its rank."""
         zero_rank = min(1, self.rank_)
         if general is not None and self.rank_:
             allowed = (general >= self.threshold_).sum()
             passed = (general[None, :] >= self.calibration_scores_[: self.rank_, None]).sum(axis=1)
             zero_rank = int(np.argmax(passed <= allowed)) + 1
         self.floor_ = float(self.calibration_scores_[zero_rank - 1]) if zero_rank else -math.inf
+        return zero_rank
+
+    def _set_bounds(self, general: Any, sizes: dict[str, tuple[int, int]]) -> None:
+        n = len(self.calibration_scores_)
+        self.level_ = min(self.epsilon, (self.rank_ + 1) / (n + 1))
+        zero_rank = self._set_floor(general)
         factor = 2.0 if self.cross_fitted else 1.0
         pac = self.guarantee == "pac"
         misses = {

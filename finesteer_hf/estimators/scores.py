@@ -21,6 +21,8 @@ from .selection import make_folds, one_standard_error
 from .subspace import TINY, IntervenedSubspace, scaled_deviation
 
 
+# Of IR and of general rows.
+RowWeights = tuple[NDArray[np.float64], NDArray[np.float64]]
 # The rank of a fold is that of all rows, which was settled, and warned about, there.
 NO_CAP = 1 - 1e-9
 
@@ -176,13 +178,21 @@ class StateScore(BaseEstimator):
         self.folds = folds
         self.seed = seed
 
-    def fit(self, ir: ArrayLike, general: ArrayLike | None = None, groups: Any = None) -> StateScore:
+    def fit(
+        self,
+        ir: ArrayLike,
+        general: ArrayLike | None = None,
+        groups: Any = None,
+        *,
+        weights: RowWeights | None = None,
+    ) -> StateScore:
         """Learn from IR states [M, d] and general states [N, d].
 
         Args:
             ir: label 1.
             general: label 0; at least 2 rows.
             groups: [M] labels of the IR rows, kept together when C is chosen.
+            weights: of the IR and of the general rows, [M] and [N] with mean 1 each; None for equal ones.
 
         Raises:
             ValueError: no general rows (one class only), bad rows, widths that differ.
@@ -197,14 +207,15 @@ class StateScore(BaseEstimator):
         labels = as_groups(groups, len(positives))
         rows = np.concatenate([positives, negatives])
         truth = np.repeat([1, 0], [len(positives), len(negatives)])
+        heavy = np.ones(len(rows)) if weights is None else np.concatenate(weights)
         centre, scale = rows.mean(axis=0), rows.std(axis=0)
         if not scale.any():
             raise ValueError("ir and general: all rows are equal, so there is nothing to separate them by.")
         scale = np.where(scale > 0, scale, 1.0) * np.sqrt(rows.shape[1])
         coordinates, basis = row_space((rows - centre) / scale)
         self.curve_: list[dict[str, float]] = []
-        self.C_ = self._choose(coordinates, truth, labels) if self.C == "auto" else positive(float(self.C), "C")
-        model = self._classifier(self.C_).fit(coordinates, truth)
+        self.C_ = self._choose(coordinates, truth, labels, heavy) if self.C == "auto" else positive(float(self.C), "C")
+        model = self._classifier(self.C_).fit(coordinates, truth, sample_weight=heavy)
         weight = (basis @ model.coef_[0]) / scale
         self.weight_ = weight.astype(np.float32)
         self.bias_ = float(model.intercept_[0] - centre @ weight)
@@ -215,7 +226,7 @@ class StateScore(BaseEstimator):
     def _classifier(strength: float) -> LogisticRegression:
         return LogisticRegression(C=strength, class_weight="balanced", max_iter=2_000, tol=1e-6, warm_start=True)
 
-    def _choose(self, rows: Matrix, truth: NDArray[Any], groups: NDArray[Any] | None) -> float:
+    def _choose(self, rows: Matrix, truth: NDArray[Any], groups: NDArray[Any] | None, heavy: NDArray[Any]) -> float:
         smallest = int(min(truth.sum(), (1 - truth).sum()))
         if smallest < 3:
             return 1.0
@@ -229,13 +240,14 @@ class StateScore(BaseEstimator):
             strict=True,
         )
         losses = np.zeros((len(self.GRID), len(truth)))
-        weight = np.where(truth == 1, 0.5 / len(ir), 0.5 / len(general)) * len(truth)
+        weight = np.where(truth == 1, 0.5 / len(ir), 0.5 / len(general)) * len(truth) * heavy
         for (ir_train, ir_test), (general_train, general_test) in splits:
             train = np.concatenate([ir[ir_train], general[general_train]])
             test = np.concatenate([ir[ir_test], general[general_test]])
             model = self._classifier(self.GRID[0])  # each strength starts from where the last one ended
             for index, strength in enumerate(self.GRID):
-                odds = model.set_params(C=strength).fit(rows[train], truth[train]).decision_function(rows[test])
+                model.set_params(C=strength).fit(rows[train], truth[train], sample_weight=heavy[train])
+                odds = model.decision_function(rows[test])
                 losses[index, test] = np.logaddexp(0.0, np.where(truth[test] == 1, -odds, odds)) * weight[test]
         self.curve_ = [
             {"C": strength, "log_loss": float(loss.mean())} for strength, loss in zip(self.GRID, losses, strict=True)
@@ -265,6 +277,7 @@ def cross_fitted_scores(
     groups: Any = None,
     folds: int = 5,
     seed: int = 0,
+    weights: RowWeights | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
     """Score every row by a fit that has not seen it, with the hyper-parameters the given fit has chosen.
 
@@ -273,6 +286,7 @@ def cross_fitted_scores(
         ir, general: the rows, [M, d] and [N, d].
         groups: [M]; IR rows of a group stay together.
         folds, seed: of the cross-fit.
+        weights: that the state score was fitted with; the others have none.
 
     Returns:
         Scores [M] and, where general rows are given, [N]. Calibrating on these spends no rows, but the guarantee
@@ -294,7 +308,12 @@ def cross_fitted_scores(
         frozen.set_params(max_fraction=NO_CAP, rank=min(fitted.chosen_params_["rank"], smallest - 1))
     for (train, test), (general_train, general_test) in zip(ir_folds, general_folds, strict=True):
         seen = None if negatives is None else negatives[general_train]
-        part = clone(frozen).fit(positives[train], seen, groups=None if labels is None else labels[train])
+        own = None if labels is None else labels[train]
+        part = clone(frozen)
+        if isinstance(part, StateScore) and weights is not None:
+            part.fit(positives[train], seen, own, weights=(weights[0][train], weights[1][general_train]))
+        else:
+            part.fit(positives[train], seen, groups=own)
         ir_scores[test] = part.score_samples(positives[test])
         if general_scores is not None and negatives is not None:
             general_scores[general_test] = part.score_samples(negatives[general_test])

@@ -40,6 +40,9 @@ class CapturedData:
         general_split: parts of the general prompts.
         row_prompts: for each row the label of its prompt.
         row_units: for each row the label of what it was split by.
+        row_kinds: for each row its category; None if the data set has none.
+        row_texts: for each row what its prompt says.
+        general_texts: for each general prompt what it says.
         dose: runs the model steered.
         bars: shows progress.
         limits: what steering may cost.
@@ -56,6 +59,9 @@ class CapturedData:
     general_split: Split
     row_prompts: np.ndarray
     row_units: np.ndarray
+    row_kinds: np.ndarray | None
+    row_texts: Sequence[str]
+    general_texts: Sequence[str]
     dose: DoseRunner
     bars: FitProgress
 
@@ -78,6 +84,15 @@ class CapturedData:
     def groups(self, part: Part) -> np.ndarray:
         """Label of what is held out together: the row's prompt, or its category where categories are split."""
         return self.row_units[self.split.rows[part]]
+
+    def kinds(self, part: Part) -> np.ndarray | None:
+        """Category of each row, `[rows]` of str, however the rows are split; None if the data set has none."""
+        return None if self.row_kinds is None else self.row_kinds[self.split.rows[part]]
+
+    def texts(self, text: Literal["prompt", "general"], part: Part) -> list[str]:
+        """What the rows' prompts, or the general prompts, say: as they are given, without the chat template."""
+        texts, split = (self.row_texts, self.split) if text == "prompt" else (self.general_texts, self.general_split)
+        return [texts[i] for i in split.rows[part]]
 
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""

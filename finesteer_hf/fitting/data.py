@@ -177,6 +177,11 @@ def check_contrast(rows: Sequence[PreferenceRow], what: str = "train_dataset") -
         raise DatasetError(f"{what}: all {len(rows)} rows have the same prompt; give rows with different queries.")
 
 
+def plain_text(value: Text) -> str:
+    """What a prompt or an answer says: messages one below the other, without a chat template."""
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+
+
 def prompt_key(prompt: Text) -> str:
     """What makes two prompts the same: their roles and contents."""
     if isinstance(prompt, str):

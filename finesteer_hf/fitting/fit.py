@@ -159,6 +159,9 @@ def fit_steering(
             general_split=inputs.general_split,
             row_prompts=inputs.prompts,
             row_units=inputs.units,
+            row_kinds=inputs.kinds,
+            row_texts=inputs.texts,
+            general_texts=inputs.general_texts,
             dose=DoseRunner(
                 model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed
             ),

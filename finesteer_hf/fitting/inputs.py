@@ -16,6 +16,7 @@ from finesteer_hf.fitting.data import (
     PromptRow,
     Text,
     check_contrast,
+    plain_text,
     prompt_key,
     read_preferences,
     read_prompts,
@@ -51,6 +52,9 @@ class FitInputs:
         general_split: parts of the general prompts.
         prompts: for each row the label of its prompt, int64.
         units: for each row the label of what it was split by, int64.
+        kinds: for each row its category, str; None if the training rows have none.
+        texts: for each row what its prompt says.
+        general_texts: the same for the general prompts.
         numbers: for each row its number in its data set.
         general_numbers: the same for the general prompts.
         findings: what the lint found.
@@ -65,6 +69,9 @@ class FitInputs:
     general_split: Split
     prompts: np.ndarray
     units: np.ndarray
+    kinds: np.ndarray | None
+    texts: list[str]
+    general_texts: list[str]
     numbers: list[int]
     general_numbers: list[int]
     findings: list[str]
@@ -128,11 +135,16 @@ def prepare_inputs(
     held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits, taking)
     general = _read_general(tokenizer, general_dataset, rows, limits, taking)
     kept, shared = drop_known(general.rows, rows, "general_dataset", "left out, for it is to be steered")
-    findings += [*held_out.findings, *general.findings, *shared, *lint_general([row.prompt for row in kept], rows)]
+    findings += [
+        *held_out.findings,
+        *general.findings,
+        *shared,
+        *lint_general([row.prompt for row in kept], rows, seed),
+    ]
     # Each text once, with the number of its first row.
-    first: dict[Passage, int] = {}
+    first: dict[Passage, PromptRow] = {}
     for passage, row in zip(encode_prompts(tokenizer, kept, **limits), kept, strict=True):
-        first.setdefault(passage, row.number)
+        first.setdefault(passage, row)
     general_encoded = list(first)
 
     keys = [prompt_key(row.prompt) for row in [*rows, *held_out.rows]]
@@ -156,8 +168,11 @@ def prepare_inputs(
         general_split=general_parts,
         prompts=np.unique(keys, return_inverse=True)[1],
         units=np.unique(units, return_inverse=True)[1],
+        kinds=None if groups is None else np.array([str(row.group or "") for row in [*rows, *held_out.rows]]),
+        texts=[plain_text(row.prompt) for row in [*rows, *held_out.rows]],
+        general_texts=[plain_text(row.prompt) for row in first.values()],
         numbers=[row.number for row in [*rows, *held_out.rows]],
-        general_numbers=list(first.values()),
+        general_numbers=[row.number for row in first.values()],
         findings=findings,
         sources={
             "data": train.source.to_dict(),

@@ -11,7 +11,8 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 
-from finesteer_hf.fitting.data import PreferenceRow, Row, Text, prompt_key
+from finesteer_hf.estimators import FormProbe
+from finesteer_hf.fitting.data import PreferenceRow, Row, Text, plain_text, prompt_key
 from finesteer_hf.fitting.records import name_rows
 from finesteer_hf.fitting.templating import EncodedRow, text_tokenizer
 
@@ -31,6 +32,8 @@ TEMPLATE_MARKS = (
     "<s>",
 )
 LENGTH_AUROC = 0.75
+# Form alone nearly separates the classes from here on, if there are enough prompts of each to say so.
+FORM_AUROC, MIN_FORM_ROWS = 0.95, 20
 RARE_GROUP_SHARE = 0.02
 # Of more than these, only the number is told.
 NAMED_GROUPS = 10
@@ -61,8 +64,14 @@ def lint_rows(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], toke
     ]
 
 
-def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow]) -> list[str]:
-    """Findings about general prompts, beside the rows that they are told apart from."""
+def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed: int = 0) -> list[str]:
+    """Findings about general prompts, beside the rows that they are told apart from.
+
+    Args:
+        prompts: the general prompts.
+        rows: the training rows.
+        seed: of what is drawn.
+    """
     chats = {isinstance(prompt, list) for prompt in prompts}, {isinstance(row.prompt, list) for row in rows}
     findings = []
     if len(prompts) and chats[0] != chats[1]:
@@ -70,7 +79,8 @@ def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow]) -> list
             "general_dataset and train_dataset have different forms (chat messages and plain text): the gate may learn the "
             "form"
         )
-    own, general = common_ends([_text(row.prompt) for row in rows]), common_ends([_text(prompt) for prompt in prompts])
+    own = common_ends([plain_text(row.prompt) for row in rows])
+    general = common_ends([plain_text(prompt) for prompt in prompts])
     if len(rows) >= MIN_WRAPPED_ROWS and prompts:
         for where, ours, theirs in zip(("begin", "end"), own, general, strict=True):
             if len(ours.strip()) >= MIN_WRAPPER and ours.strip() not in theirs:
@@ -78,7 +88,24 @@ def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow]) -> list
                     f"all training prompts {where} with {ours.strip()[:60]!r}, the general ones do not: the gate may "
                     "learn that. Wrap both alike"
                 )
-    return findings
+    return findings + _form_shortcut(prompts, rows, seed)
+
+
+def _form_shortcut(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed: int) -> list[str]:
+    """Whether the form of prompts, with nothing read of what they mean, tells both classes apart."""
+    own = {plain_text(row.prompt): row.group for row in rows}
+    general = sorted({plain_text(prompt) for prompt in prompts})
+    if min(len(own), len(general)) < MIN_FORM_ROWS:
+        return []
+    groups = None if rows[0].group is None else list(own.values())
+    probe = FormProbe(seed=seed).fit(list(own), general, groups)
+    if probe.auroc_ < FORM_AUROC:
+        return []
+    return [
+        f"form alone, without any meaning, tells training prompts from general ones (AUROC {probe.auroc_:.2f}): "
+        f"{probe.describe()}. The gate may learn the form, and then says nothing about prompts of the other form: give "
+        "general prompts of the same form as general_dataset, such as harmless prompts that look like these"
+    ]
 
 
 def drop_known(own: Sequence[Row], rows: Sequence[PreferenceRow], what: str, why: str) -> tuple[list[Row], list[str]]:
@@ -102,7 +129,7 @@ def lint_variants(rows: Sequence[PreferenceRow], seed: int) -> list[str]:
         rows: the rows, to be split by prompt.
         seed: of the draw where there are more than `MAX_COMPARED` prompts.
     """
-    texts = sorted({_text(row.prompt) for row in rows})
+    texts = sorted({plain_text(row.prompt) for row in rows})
     if len(texts) < MIN_COMPARED:
         return []
     kept = np.random.default_rng(seed).permutation(len(texts))[:MAX_COMPARED]
@@ -140,10 +167,6 @@ def lint_memory(passages: int, width: int) -> list[str]:
     ]
 
 
-def _text(value: Text) -> str:
-    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
-
-
 def common_ends(texts: Sequence[str]) -> tuple[str, str]:
     """Whole words that all texts begin with, and that the rest of all ends with."""
     start = _common_start(texts)
@@ -174,7 +197,7 @@ def _template_marks(rows: Sequence[PreferenceRow]) -> list[str]:
     marked = [
         row.number
         for row in rows
-        if isinstance(row.prompt, list) and any(mark in _text(row.prompt) for mark in TEMPLATE_MARKS)
+        if isinstance(row.prompt, list) and any(mark in plain_text(row.prompt) for mark in TEMPLATE_MARKS)
     ]
     if not marked:
         return []

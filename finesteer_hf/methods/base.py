@@ -146,6 +146,12 @@ class FitData(Protocol):
     def groups(self, part: Part) -> np.ndarray:
         """Label of what is held out together: the row's prompt, or its category where categories are split."""
 
+    def kinds(self, part: Part) -> np.ndarray | None:
+        """Category of each row, `[rows]` of str, however the rows are split; None if the data set has none."""
+
+    def texts(self, text: Literal["prompt", "general"], part: Part) -> list[str]:
+        """What the rows' prompts, or the general prompts, say: as they are given, without the chat template."""
+
     def general(self, site: Site, part: Part) -> np.ndarray:
         """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
 

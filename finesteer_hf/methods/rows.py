@@ -93,17 +93,37 @@ def contrast_rows(
 
 def query_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
     """One row of each prompt of some parts, `[prompts, d]`: what is promised of a gate counts queries, not answers."""
-    rows = []
-    for part in _distinct([(part, data.query(read, part)) for part in parts]):
-        first = np.unique(data.prompts(part), return_index=True)[1]
-        rows.append(data.query(read, part)[np.sort(first)])
-    return np.concatenate(rows)
+    return np.concatenate([data.query(read, part)[first] for part, first in _prompts_once(data, read, parts)])
+
+
+def query_kinds(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[Any] | None:
+    """The categories of `query_rows`, `[prompts]` of str; None if the data set has none."""
+    kinds = [(data.kinds(part), first) for part, first in _prompts_once(data, read, parts)]
+    known = [of_part[first] for of_part, first in kinds if of_part is not None]
+    return np.concatenate(known) if len(known) == len(kinds) else None
+
+
+def query_texts(data: FitData, read: Site, parts: Sequence[Part]) -> list[str]:
+    """What the prompts of `query_rows` say."""
+    return [data.texts("prompt", part)[row] for part, first in _prompts_once(data, read, parts) for row in first]
+
+
+def _prompts_once(data: FitData, read: Site, parts: Sequence[Part]) -> list[tuple[Part, NDArray[np.intp]]]:
+    """For each distinct part the first row of each prompt."""
+    distinct = _distinct([(part, data.query(read, part)) for part in parts])
+    return [(part, np.sort(np.unique(data.prompts(part), return_index=True)[1])) for part in distinct]
 
 
 def general_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
     """General queries of some parts, `[rows, d]`; zero rows if there are none."""
     distinct = _distinct([(part, data.general(read, part)) for part in parts])
     return np.concatenate([data.general(read, part) for part in distinct])
+
+
+def general_texts(data: FitData, read: Site, parts: Sequence[Part]) -> list[str]:
+    """What the prompts of `general_rows` say."""
+    distinct = _distinct([(part, data.general(read, part)) for part in parts])
+    return [text for part in distinct for text in data.texts("general", part)]
 
 
 def _distinct(parts: Sequence[tuple[Part, np.ndarray]]) -> list[Part]:

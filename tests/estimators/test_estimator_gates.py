@@ -235,3 +235,48 @@ def test_gate_parameters_are_checked() -> None:
             gate.fit(s)
     with pytest.raises(ValueError, match="one label for each"):
         ConformalGate().fit(s, groups=["a"])
+
+
+def test_threshold_of_kinds_is_the_brute_force_one() -> None:
+    """The largest score at which kinds, each weighing the same, have at most epsilon below."""
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        kinds = rng.integers(6, size=80).astype(str)
+        scores = np.round(rng.normal(size=80), 1 if trial % 2 else 6).astype(np.float32)  # with ties, and without
+        below = {s: np.mean([np.mean(scores[kinds == kind] < s) for kind in np.unique(kinds)]) for s in scores}
+        threshold = max(s for s, share in below.items() if share <= 0.1 + 1e-9)
+        gate = ConformalGate(0.1, by_kind=True).fit(scores, groups=kinds)
+        assert gate.threshold_ == threshold and gate.missed_ == pytest.approx(below[threshold])
+        count = len(np.unique(kinds))
+        assert gate.bound_ == pytest.approx((count * below[threshold] + 1) / (count + 1))
+        assert (gate.gate(scores) == 1).tolist() == (scores >= threshold).tolist()
+
+
+def test_kinds_of_one_row_each_have_the_bound_of_rows() -> None:
+    scores = np.random.default_rng(0).normal(size=59)
+    gate = ConformalGate(0.05, by_kind=True).fit(scores, groups=np.arange(59))
+    assert gate.bound_ == pytest.approx(gate.rank_ / 60)
+
+
+def test_miss_rate_on_a_new_kind_keeps_its_bound_where_rows_break_theirs() -> None:
+    rng = np.random.default_rng(0)
+    missed, missed_by_rows, bounds = [], [], []
+    for _ in range(400):
+        centres = rng.normal(size=9)
+        kinds = np.repeat(np.arange(8), rng.integers(5, 40, size=8))
+        scores = centres[kinds] + 0.3 * rng.normal(size=len(kinds))
+        new = centres[8] + 0.3 * rng.normal(size=50)
+        gate = ConformalGate(0.05, by_kind=True).fit(scores, groups=kinds)
+        missed.append(np.mean(gate.gate(new) < 1))
+        bounds.append(gate.bound_)
+        missed_by_rows.append(np.mean(ConformalGate(0.05).fit(scores).gate(new) < 1))
+    error = np.std(missed) / np.sqrt(len(missed))
+    assert np.mean(missed) <= np.mean(bounds) + 2 * error
+    assert np.mean(missed_by_rows) > 0.05 + 2 * error  # what rows promise does not hold here
+
+
+def test_kinds_need_groups_and_know_no_pac() -> None:
+    scores = np.arange(30.0)
+    for gate, groups in ((ConformalGate(by_kind=True), None), (ConformalGate(by_kind=True, guarantee="pac"), scores)):
+        with pytest.raises(ValueError, match="by_kind=True needs groups"):
+            gate.fit(scores, groups=groups)

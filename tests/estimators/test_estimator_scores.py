@@ -29,6 +29,23 @@ def auroc(score, ir: np.ndarray, other: np.ndarray) -> float:
     return float(roc_auc_score(truth, np.concatenate([score.score_samples(ir), score.score_samples(other)])))
 
 
+def test_weighted_state_score_is_weighted_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    ir, general = ir_cloud(rng, 40, 8), ir_cloud(rng, 60, 8) - 0.7
+    weights = rng.uniform(0.2, 1.8, 40), rng.uniform(0.2, 1.8, 60)
+    weights = weights[0] / weights[0].mean(), weights[1] / weights[1].mean()
+    rows, truth = np.concatenate([ir, general]), np.repeat([1, 0], [40, 60])
+    scale = rows.std(axis=0) * np.sqrt(8)
+    plain = LogisticRegression(C=10.0, class_weight="balanced", tol=1e-8, max_iter=5000)
+    plain.fit((rows - rows.mean(axis=0)) / scale, truth, sample_weight=np.concatenate(weights))
+    expected = plain.decision_function((ir - rows.mean(axis=0)) / scale)
+    fitted = StateScore(10.0).fit(ir, general, weights=weights)
+    np.testing.assert_allclose(fitted.score_samples(ir), expected, atol=1e-3)
+    assert not np.allclose(fitted.score_samples(ir), StateScore(10.0).fit(ir, general).score_samples(ir), atol=1e-2)
+    crossed = [cross_fitted_scores(fitted, ir, general, weights=each)[0] for each in (None, weights)]
+    assert not np.allclose(*crossed, atol=1e-2)
+
+
 def test_t2q_is_bonferroni_of_two_two_sided_conformal_p_values() -> None:
     rng = np.random.default_rng(0)
     ir, new = ir_cloud(rng, 120), ir_cloud(rng, 40)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finesteer_hf import playground
@@ -95,3 +96,27 @@ def test_prompts_that_are_variants_of_each_other_are_found_and_one_of_each_is_no
     alone = [PreferenceRow(row["prompt"], row["chosen"], row["rejected"]) for row in questions.values()]
     assert len(alone) > 100 and lint_variants(alone, seed=0) == []
     assert lint_variants(wrapped[:20], seed=0) == []
+
+
+WORDS = ("boat", "lamp", "river", "stone", "garden", "window", "letter", "engine")
+COMMANDS = [f"Describe the {a} and the {b}" for a in WORDS for b in WORDS]
+QUESTIONS = [f"Why is the {a} by the {b}?" for a in WORDS for b in WORDS]
+
+
+def test_a_form_that_separates_the_classes_is_found_and_named() -> None:
+    rows = [PreferenceRow(f"{text} ", "a", "b", number=number) for number, text in enumerate(COMMANDS)]
+    found = [line for line in lint_general(QUESTIONS, rows) if "form alone" in line]
+    assert len(found) == 1
+    assert "AUROC 1.00" in found[0] and "100% of the prompts" in found[0] and "0% of the general ones" in found[0]
+    assert "general_dataset" in found[0]
+    chats = [chat(text) for text in COMMANDS]
+    asked = [[{"role": "user", "content": text}] for text in QUESTIONS]
+    assert any("form alone" in line for line in lint_general(asked, chats))
+
+
+def test_a_form_that_both_classes_have_is_not() -> None:
+    both = [str(text) for text in np.random.default_rng(0).permutation([*COMMANDS, *QUESTIONS])]
+    rows = [PreferenceRow(text, "a", "b", number=number) for number, text in enumerate(both[::2])]
+    assert not any("form alone" in line for line in lint_general(both[1::2], rows))
+    few = [PreferenceRow(text, "a", "b") for text in COMMANDS[:10]]
+    assert not any("form alone" in line for line in lint_general(QUESTIONS, few))

@@ -31,8 +31,8 @@ class PlantedData:
         clarity: for each layer how much of the query's numbers its states show.
         clusters: number of clusters of shifts.
         noise: standard deviation of the shifts' noise.
-        categories: whether rows have categories, which are then split.
         repeats: rows that share each prompt.
+        kinds: whether each cluster is a category.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class PlantedData:
         clusters: int = 3,
         noise: float = 0.4,
         repeats: int = 1,
+        kinds: bool = False,
         seed: int = 0,
     ) -> None:
         rng = np.random.default_rng(seed)
@@ -71,6 +72,7 @@ class PlantedData:
             self._rejected[layer] = base.astype(np.float32)
             self._chosen[layer] = (base + shifts).astype(np.float32)
         self._prompts = of_row
+        self._kinds = np.array([f"kind {i}" for i in cluster])[of_row] if kinds else None
         self._parts = _split(prompts, of_row, rng)
         self._general_parts = _split(general, np.arange(general), rng)
         self.notes: list[str] = []
@@ -104,6 +106,14 @@ class PlantedData:
 
     def groups(self, part: Part) -> np.ndarray:
         return self.prompts(part)
+
+    def kinds(self, part: Part) -> np.ndarray | None:
+        return None if self._kinds is None else self._kinds[self._parts[part]]
+
+    def texts(self, text: str, part: Part) -> list[str]:
+        """All of one form."""
+        numbers = self.prompts(part) if text == "prompt" else self._general_parts[part]
+        return [f"say {number + 1000}" for number in numbers]
 
     def general(self, site: Site, part: Part) -> np.ndarray:
         return self._general[self.layer_of(site)][self._general_parts[part]]

@@ -3,7 +3,7 @@
 Not a method: a first stage that methods share, with its settings, its fit, its tensors and its run time.
 """
 
-from finesteer_hf.methods.query_gate.config import Gate, GateScore, QueryGateConfig
+from finesteer_hf.methods.query_gate.config import Gate, GateCalibration, GateScore, QueryGateConfig
 from finesteer_hf.methods.query_gate.fit import GateFit, fit_gate
 from finesteer_hf.methods.query_gate.read_site import candidate_reads, choose_read_site, separability
 from finesteer_hf.methods.query_gate.runtime import QueryGate
@@ -12,6 +12,7 @@ from finesteer_hf.methods.query_gate.tensors import check_values, from_file, gat
 
 __all__ = [
     "Gate",
+    "GateCalibration",
     "GateFit",
     "GateScore",
     "QueryGate",

@@ -12,10 +12,12 @@ from finesteer_hf.sites import Site
 
 Gate = Literal["conformal", "quantile", "logistic", "ser", "always"]
 GateScore = Literal["auto", "ser", "t2q", "state"]
+GateCalibration = Literal["auto", "rows", "kinds"]
 
 GATES: tuple[Gate, ...] = ("conformal", "quantile", "logistic", "ser", "always")
 GATE_SCORES: tuple[GateScore, ...] = ("auto", "ser", "t2q", "state")
 GUARANTEES = ("marginal", "pac")
+CALIBRATIONS: tuple[GateCalibration, ...] = ("auto", "rows", "kinds")
 # What files may require of a reader.
 GATE_FEATURES = frozenset(
     [f"gate:{name}" for name in GATES] + [f"score:{name}" for name in GATE_SCORES if name != "auto"]
@@ -41,6 +43,10 @@ class QueryGateConfig(SteeringConfig):
         gate_guarantee: `marginal` (on average over calibration sets) or `pac` (for this calibration set, with
             probability 1 - gate_delta).
         gate_delta: probability that the `pac` guarantee does not hold.
+        gate_calibration: what the conformal gate's threshold is to hold for. `rows`: new queries of the kinds that it was
+            calibrated on. `kinds`: queries of kinds that it has not seen; each category is scored by a fit without it, and
+            the guarantee is approximate, and coarse where categories are few. `auto`: `kinds` for data with at least five
+            categories, unless `gate_guarantee` is `pac`, which only rows can give.
         subspace_rank: number of principal directions of the intervention-required queries.
     """
 
@@ -51,6 +57,7 @@ class QueryGateConfig(SteeringConfig):
     gate_gamma: float = field(default=2.0, metadata=_help("How fast the gate closes below its threshold."))
     gate_guarantee: str = field(default="marginal", metadata=_help("marginal or pac."))
     gate_delta: float = field(default=0.05, metadata=_help("Probability that the pac guarantee does not hold."))
+    gate_calibration: GateCalibration = field(default="auto", metadata=_help("auto, rows or kinds."))
     subspace_rank: int | str = field(default="auto", metadata=_help("Principal directions of the queries, or auto."))
 
     def __post_init__(self) -> None:
@@ -58,6 +65,7 @@ class QueryGateConfig(SteeringConfig):
         check_one_of("gate", self.gate, GATES)
         check_one_of("gate_score", self.gate_score, GATE_SCORES)
         check_one_of("gate_guarantee", self.gate_guarantee, GUARANTEES)
+        check_one_of("gate_calibration", self.gate_calibration, CALIBRATIONS)
         if self.subspace_rank != "auto":
             check_count("subspace_rank", self.subspace_rank, 1)
         check_number("gate_epsilon", self.gate_epsilon, above=0.0, below=1.0)
@@ -66,6 +74,12 @@ class QueryGateConfig(SteeringConfig):
         if self.gate == "ser" and self.gate_score not in ("auto", "ser"):
             raise ValueError(
                 f"gate='ser' is the score itself (Eq. 15), so gate_score={self.gate_score!r} is not used."
+            )
+        if self.gate_calibration == "kinds" and (self.gate != "conformal" or self.gate_guarantee == "pac"):
+            raise ValueError(
+                "gate_calibration='kinds' sets the threshold of gate='conformal' with gate_guarantee='marginal': nothing "
+                f"else is calibrated, and over a few kinds nothing is known with probability 1 - delta. Got "
+                f"gate={self.gate!r} and gate_guarantee={self.gate_guarantee!r}; use gate_calibration='rows' with them."
             )
         self.check_residual_site("read_site")
 

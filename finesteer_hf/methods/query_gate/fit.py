@@ -18,11 +18,13 @@ from finesteer_hf.estimators import (
     ConformalGate,
     QuantileGate,
     StateScore,
+    cross_fitted_scores,
 )
 from finesteer_hf.methods.base import FitData, Part
 from finesteer_hf.methods.query_gate.config import GateScore, QueryGateConfig
+from finesteer_hf.methods.query_gate.form import PromptForm
 from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS, to_file
-from finesteer_hf.methods.rows import general_rows, over_rows, query_rows
+from finesteer_hf.methods.rows import general_rows, general_texts, over_rows, query_kinds, query_rows, query_texts
 from finesteer_hf.sites import Site
 
 
@@ -30,6 +32,15 @@ from finesteer_hf.sites import Site
 KEPT_SCORES = 200
 # Fewer rows cannot be cross-fitted, so scores cannot be compared on them.
 MIN_COMPARED, MIN_COMPARED_GENERAL = 12, 4
+# Categories from which on `auto` calibrates for kinds that were not seen; fewer say too little of the next one.
+MIN_KINDS = 5
+# Fits without a kind; of more kinds several are left out together.
+MAX_KIND_FITS = 10
+BOTH: tuple[Part, ...] = ("fit", "calibration")
+NOT_OF_ROWS = "anything about queries of other kinds or forms than the calibration's, or against who works around it"
+NOT_OF_KINDS = (
+    "any single kind, kinds unlike those of the fit, other forms; approximate: the final score has seen all kinds"
+)
 
 
 @dataclass(frozen=True)
@@ -59,31 +70,91 @@ class GateFit:
 def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     """Fit score and gate on the states of a site.
 
-    The conformal gate learns its score on the `fit` part and its threshold on `calibration`; whatever is chosen about
-    the score is chosen on `fit` alone, so that the calibration queries are exchangeable with new ones. The paper's
-    gates use both parts for both, as published.
+    The conformal gate that is calibrated on rows learns its score on the `fit` part and its threshold on `calibration`;
+    whatever is chosen about the score is chosen on `fit` alone, so that the calibration queries are exchangeable with
+    new ones. Calibrated on kinds, its score is fitted on both parts, and its threshold is that of each kind's scores by
+    a fit without the kind. The paper's gates use both parts for both, as published.
 
     Raises:
-        DatasetError: for too few rows, or if score or gate needs general prompts and there are none.
+        DatasetError: for too few rows, if score or gate needs general prompts and there are none, or if kinds are to be
+            left out and there are none.
     """
     if config.gate == "always":
         return GateFit("auto", config.subspace_rank, {}, {"kind": "always"})
     conformal = config.gate == "conformal"
-    seen: tuple[Part, ...] = ("fit",) if conformal else ("fit", "calibration")
-    held: tuple[Part, ...] = ("calibration",) if conformal else seen
+    kinds = _kinds_left_out(config, data, read) if conformal else None
+    by_row = conformal and kinds is None
+    seen: tuple[Part, ...] = ("fit",) if by_row else BOTH
     ir, general = query_rows(data, read, seen), general_rows(data, read, seen)
     _check_rows(config, ir, general)
-    name, score, candidates = _fit_score(config, ir, general, data.seed)
-    held_general = general_rows(data, read, held)
-    gate = _new_gate(config).fit(
-        score.score_samples(query_rows(data, read, held)),
-        score.score_samples(held_general) if len(held_general) else None,
-    )
+    form = PromptForm.of(data, read, seen, config.gate_epsilon)
+    others = general_texts(data, read, seen)
+    weights = form.weights(query_texts(data, read, seen), others)
+    learning = _Learning(ir, general, kinds, form.judged(others), weights, data.seed)
+    name, score, candidates = _fit_score(config, learning)
+    gate: Any
+    if kinds is not None:
+        folds = min(MAX_KIND_FITS, len(np.unique(kinds)))
+        scores, general_scores = cross_fitted_scores(
+            score,
+            ir,
+            general if len(general) else None,
+            groups=kinds,
+            folds=folds,
+            seed=data.seed,
+            weights=weights,
+        )
+        gate = ConformalGate(config.gate_epsilon, config.gate_gamma, cross_fitted=True, by_kind=True)
+        gate.fit(scores, general_scores, groups=kinds)
+    else:
+        held: tuple[Part, ...] = ("calibration",) if by_row else BOTH
+        held_general = general_rows(data, read, held)
+        gate = _new_gate(config).fit(
+            score.score_samples(query_rows(data, read, held)),
+            score.score_samples(held_general) if len(held_general) else None,
+        )
     tensors = to_file(SCORE_TENSORS[name], score.state()) | to_file(GATE_TENSORS[config.gate], gate.state())
     rank = score.chosen_params_.get("rank", config.subspace_rank)
     report = {"kind": config.gate, "score": name, "candidates": candidates, **_promise(config, gate)}
-    figures, scores = _held_out(data, read, score, gate, full=1.0 if config.gate in ("conformal", "quantile") else 0.5)
-    return GateFit(cast(GateScore, name), rank, tensors, report | figures, scores)
+    if kinds is not None:
+        report |= _of_kinds(scores, kinds, gate.threshold_, gate.missed_)
+    full = 1.0 if config.gate in ("conformal", "quantile") else 0.5
+    figures, plotted = _held_out(data, read, score, gate, form, full)
+    return GateFit(cast(GateScore, name), rank, tensors, report | figures, plotted)
+
+
+def _kinds_left_out(config: QueryGateConfig, data: FitData, read: Site) -> np.ndarray | None:
+    """The categories of the prompts of both parts if the threshold is to hold for new ones; else None.
+
+    Raises:
+        DatasetError: if that is asked for, and the data cannot give it.
+    """
+    if config.gate_calibration == "rows" or config.gate_guarantee == "pac":
+        return None
+    kinds, general = query_kinds(data, read, BOTH), len(general_rows(data, read, BOTH))
+    count = 0 if kinds is None else len(np.unique(kinds))
+    # Scores of general prompts are cross-fitted too.
+    enough = general == 0 or general >= MIN_COMPARED_GENERAL
+    if config.gate_calibration == "auto":
+        return kinds if count >= MIN_KINDS and enough else None
+    if count < 2 or not enough:
+        raise DatasetError(
+            f"gate_calibration='kinds' leaves out one category after another, and there are {count} (and {general} general "
+            f"prompts, of which it needs none or {MIN_COMPARED_GENERAL}). Give rows a `category`, or use 'rows'."
+        )
+    return kinds
+
+
+def _of_kinds(scores: np.ndarray, kinds: np.ndarray, threshold: float, missed: float) -> dict[str, Any]:
+    """What the threshold misses of kinds whose score was fitted without them."""
+    below = {str(kind): (scores[kinds == kind] < threshold) for kind in np.unique(kinds)}
+    worst = max(below, key=lambda kind: float(below[kind].mean()))
+    return {
+        "kinds": len(below),
+        "misses_of_left_out_kinds": missed,
+        "worst_kind": worst,
+        "misses_of_worst_kind": share(int(below[worst].sum()), len(below[worst])),
+    }
 
 
 def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) -> None:
@@ -101,21 +172,41 @@ def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) ->
         )
 
 
-def _fit_score(
-    config: QueryGateConfig, ir: np.ndarray, general: np.ndarray, seed: int
-) -> tuple[str, Any, list[dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Learning:
+    """What a score is learned from.
+
+    Attributes:
+        ir, general: states, `[rows, d]`.
+        kinds: `[len(ir)]`, held out together where something is chosen; None for single rows.
+        judged: `[len(general)]`, the general prompts that count where scores are compared.
+        weights: of both in a classifier of states; None for equal ones.
+        seed: of the fits.
+    """
+
+    ir: np.ndarray
+    general: np.ndarray
+    kinds: np.ndarray | None
+    judged: np.ndarray
+    weights: tuple[np.ndarray, np.ndarray] | None
+    seed: int
+
+
+def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list[dict[str, Any]]]:
     """The score's name, the fitted score, and the comparison that it won."""
+    ir, general, kinds, seed = rows.ir, rows.general, rows.kinds, rows.seed
     wanted: str = config.gate_score
     if wanted == "auto" and config.gate == "conformal":
         if len(ir) >= MIN_COMPARED and len(general) >= MIN_COMPARED_GENERAL:
-            auto = AutoScore(epsilon=config.gate_epsilon, rank=config.subspace_rank, seed=seed).fit(ir, general)
+            auto = AutoScore(epsilon=config.gate_epsilon, rank=config.subspace_rank, seed=seed)
+            auto.fit(ir, general, kinds, judged=rows.judged, weights=rows.weights)
             return auto.name_, auto.estimator_, auto.table_
         wanted = "state" if len(general) >= 2 else "ser"
     elif wanted == "auto":
         wanted = "ser"
     if wanted == "state":
-        return wanted, StateScore(seed=seed).fit(ir, general), []
-    return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir), []
+        return wanted, StateScore(seed=seed).fit(ir, general, weights=rows.weights), []
+    return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir, groups=kinds), []
 
 
 def _new_gate(config: QueryGateConfig) -> Any:
@@ -133,33 +224,48 @@ def _promise(config: QueryGateConfig, gate: Any) -> dict[str, Any]:
     if config.gate != "conformal":
         return {"calibration_queries": gate.n_calibration_}
     return {
+        "calibration": "kinds" if gate.by_kind else "rows",
         "calibration_queries": gate.n_calibration_,
         "epsilon": config.gate_epsilon,
         "guarantee": gate.guarantee_,
+        "not_guaranteed": NOT_OF_KINDS if gate.by_kind else NOT_OF_ROWS,
         "miss_bound": gate.bound_,
         "lost_dose_bound": gate.lost_dose_bound_,
     }
 
 
-def _held_out(data: FitData, read: Site, score: Any, gate: Any, full: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _held_out(
+    data: FitData, read: Site, score: Any, gate: Any, form: PromptForm, full: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the gate does to queries that neither score nor threshold has seen.
 
-    A miss is an intervention-required query below the full dose, a false alarm a general query with any dose.
+    A miss is an intervention-required query below the full dose, a false alarm a general query with any dose. Those of
+    the intervention-required queries' form are counted by themselves as well.
     """
+    validation: tuple[Part, ...] = ("validation",)
+    texts, others = query_texts(data, read, validation), general_texts(data, read, validation)
     ir_rows, general = query_rows(data, read, ("validation",)), general_rows(data, read, ("validation",))
     ir_scores, general_scores = _apply(score.score_samples, ir_rows), _apply(score.score_samples, general)
     ir_dose, general_dose = _apply(gate.gate, ir_scores), _apply(gate.gate, general_scores)
-    truth = np.repeat([1, 0], [len(ir_scores), len(general_scores)])
-    both = np.concatenate([ir_scores, general_scores])
+    same = form.same(others)
     report = {
         "misses": share(int((ir_dose < full).sum()), len(ir_dose)),
         "false_alarms": share(int((general_dose > 0).sum()), len(general_dose)),
-        "auroc": float(roc_auc_score(truth, both)) if 0 < truth.sum() < len(truth) else None,
+        "auroc": _auroc(ir_scores, general_scores),
+        "false_alarms_same_form": share(int((general_dose[same] > 0).sum()), int(same.sum())),
+        "auroc_same_form": _auroc(ir_scores, general_scores[same]),
+        "form": form.report(texts, others, np.concatenate([ir_dose, general_dose]) > 0),
         "dose_of_queries": over_rows(ir_dose, ir_dose.mean),
         "dose_of_general": over_rows(general_dose, general_dose.mean),
     }
     threshold = getattr(gate, "threshold_", None)
     return report, {"ir": _sample(ir_scores), "general": _sample(general_scores), "threshold": threshold}
+
+
+def _auroc(ir: np.ndarray, general: np.ndarray) -> float | None:
+    if not len(ir) or not len(general):
+        return None
+    return float(roc_auc_score(np.repeat([1, 0], [len(ir), len(general)]), np.concatenate([ir, general])))
 
 
 def _apply(function: Any, rows: np.ndarray) -> np.ndarray:

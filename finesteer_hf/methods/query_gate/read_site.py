@@ -12,7 +12,8 @@ from finesteer_hf.estimators import RidgePath
 from finesteer_hf.estimators.linear_algebra import row_space
 from finesteer_hf.methods.base import FitData, ModelInfo
 from finesteer_hf.methods.query_gate.config import QueryGateConfig
-from finesteer_hf.methods.rows import general_rows, query_rows, rows_vary
+from finesteer_hf.methods.query_gate.form import PromptForm
+from finesteer_hf.methods.rows import general_rows, general_texts, query_rows, rows_vary
 from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
 
@@ -53,8 +54,10 @@ def choose_read_site(data: FitData, config: QueryGateConfig) -> tuple[Site, dict
             f"All queries have the same state at {', '.join(map(str, queries))}, so no gate can tell them apart. Choose a "
             "later read_site."
         )
+    form = PromptForm.of(data, varying[0], ("fit",), config.gate_epsilon)
+    judged = form.judged(general_texts(data, varying[0], ("fit",))[:SWEEP_ROWS])
     found = {
-        site: separability(queries[site][:SWEEP_ROWS], general_rows(data, site, ("fit",))[:SWEEP_ROWS])
+        site: separability(queries[site][:SWEEP_ROWS], general_rows(data, site, ("fit",))[:SWEEP_ROWS], judged)
         for site in varying
     }
     table: dict[str, float | None] = {str(site): value for site, value in found.items()}
@@ -64,12 +67,13 @@ def choose_read_site(data: FitData, config: QueryGateConfig) -> tuple[Site, dict
     return next(site for site in varying if site in told and told[site] >= max(told.values()) - BLUNT), table
 
 
-def separability(queries: np.ndarray, general: np.ndarray) -> float | None:
+def separability(queries: np.ndarray, general: np.ndarray, judged: np.ndarray | None = None) -> float | None:
     """Held-out AUROC of a ridge classifier of queries against general prompts, from exact leave-one-out residuals.
 
     Args:
         queries: `[rows, d]`.
         general: `[rows, d]`.
+        judged: `[len(general)]` bool, the general prompts that the AUROC counts, at least one; None for all.
 
     Returns:
         None with fewer than two general prompts.
@@ -81,4 +85,7 @@ def separability(queries: np.ndarray, general: np.ndarray) -> float | None:
     path = RidgePath.of(row_space(both)[0], truth[:, None])
     curve = path.held_out_curve()
     scores = truth - path.held_out_residuals(max(curve, key=lambda ridge: curve[ridge]))[:, 0]
-    return float(roc_auc_score(truth, scores))
+    counted = np.ones(len(truth), dtype=bool)
+    if judged is not None:
+        counted[len(queries) :] = judged
+    return float(roc_auc_score(truth[counted], scores[counted]))
