@@ -80,6 +80,7 @@ class CandidateFit:
             refine=self.refined,
             positions=self.positions,
             gate_score=self.gate.score,
+            gate_calibration=self.gate.report.get("calibration", settings.gate_calibration),
             subspace_rank=self.gate.subspace_rank,
             experts=self.experts.kind,
             num_experts=self.experts.num_experts,

@@ -112,6 +112,8 @@ class FineSteerConfig(QueryGateConfig):
         self._check_sites()
 
     def _check_sites(self) -> None:
+        if self.write_site is not None and not self.write_sites:
+            raise ValueError(f"write_site must name at least one site, got {self.write_site!r}.")
         for site in self.write_sites:
             self._check_residual(str(site), "write_site")
         if len(set(self.write_sites)) != len(self.write_sites) or list(self.write_sites) != sorted(self.write_sites):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,6 +38,8 @@ MIN_KINDS = 5
 # Fits without a kind; of more kinds several are left out together.
 MAX_KIND_FITS = 10
 BOTH: tuple[Part, ...] = ("fit", "calibration")
+# Calibrated on kinds by default, a gate may open on at most this share of general prompts that its score has not seen.
+MOST_FALSE_ALARMS = 0.05
 NOT_OF_ROWS = "anything about queries of other kinds or forms than the calibration's, or against who works around it"
 NOT_OF_KINDS = (
     "any single kind, kinds unlike those of the fit, other forms; approximate: the final score has seen all kinds"
@@ -106,6 +109,12 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
         )
         gate = ConformalGate(config.gate_epsilon, config.gate_gamma, cross_fitted=True, by_kind=True)
         gate.fit(scores, general_scores, groups=kinds)
+        opens_on = 0.0 if general_scores is None else float((general_scores >= gate.threshold_).mean())
+        if config.gate_calibration == "auto" and opens_on > MOST_FALSE_ALARMS:
+            # A kind unlike all others drags the threshold down to where it lets everybody in.
+            by_rows = fit_gate(dataclasses.replace(config, gate_calibration="rows"), data, read)
+            by_rows.report["kinds_would_open_on_general"] = opens_on
+            return by_rows
     else:
         held: tuple[Part, ...] = ("calibration",) if by_row else BOTH
         held_general = general_rows(data, read, held)
