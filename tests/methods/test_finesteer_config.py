@@ -53,8 +53,10 @@ INFO = ModelInfo(num_layers=12, hidden_size=16, num_heads=4, head_size=4, vocab_
         ({"layer": 3, "write_site": []}, "[]"),
         ({"layer": 3, "write_site": ["resid_post[3]", "head_out[5]"]}, "head_out"),
         ({"layer": 3, "write_site": ["resid_post[5]", "resid_post[7]"]}, "disagree"),
-        ({"layer": 3, "write_site": ["resid_post[3]", "resid_post[3]"]}, "twice"),
-        ({"write_site": ["resid_post[3]", "resid_post[5]"]}, "needs a layer"),
+        ({"layer": 3, "write_site": ["resid_post[3]", "resid_post[3]"]}, "without repetition"),
+        ({"layer": 5, "write_site": ["resid_post[5]", "resid_post[3]"]}, "ascending"),
+        ({"write_site": ["resid_post[3]", "resid_post[5]"]}, "layer='auto'"),
+        ({"layer": 3, "write_site": ["resid_post[3]", "resid_post[9]"], "num_hidden_layers": 6}, "out of range"),
         ({"compat": "official", "target": "gradient"}, "target='difference'"),
         ({"compat": "official", "layer": 3, "write_site": ["resid_post[3]", "resid_post[5]"]}, "one write site"),
     ],
@@ -68,15 +70,19 @@ def test_paper_is_the_paper() -> None:
     config = FineSteerConfig.paper()
     assert (config.gate, config.gate_score, config.experts, config.residual) == ("quantile", "ser", "paper", "pca")
     assert (config.residual_rank, config.num_experts, config.strength, config.positions) == (10, "auto", 2.5, "all")
+    assert (config.target, config.refine) == ("difference", 0)
     assert FineSteerConfig.paper(layer=4, residual="orthogonal").residual == "orthogonal"
 
 
 def test_sites_follow_layer_and_compat() -> None:
-    assert sites_of(FineSteerConfig(), 5) == (Site("resid_post", 5), Site("resid_post", 5))
+    assert sites_of(FineSteerConfig(), 5) == (Site("resid_post", 5), (Site("resid_post", 5),))
     official = FineSteerConfig.paper(compat="official", layer=5)
-    assert sites_of(official, 5) == (Site("resid_pre", 5), Site("resid_post", 5))
+    assert sites_of(official, 5) == (Site("resid_pre", 5), (Site("resid_post", 5),))
     chosen = FineSteerConfig(layer=5, read_site="resid_post[2]")
-    assert sites_of(chosen, 5) == (Site("resid_post", 2), Site("resid_post", 5))
+    assert sites_of(chosen, 5) == (Site("resid_post", 2), (Site("resid_post", 5),))
+    several = FineSteerConfig(layer=5, write_site=["resid_pre[5]", "resid_post[5]", "resid_post[7]"])
+    own = (Site("resid_pre", 5), Site("resid_post", 5), Site("resid_post", 7))
+    assert sites_of(several, 5) == (own[0], own) and several.write_sites == own
 
 
 def test_needs_names_the_sites_of_every_candidate() -> None:
@@ -86,10 +92,27 @@ def test_needs_names_the_sites_of_every_candidate() -> None:
     )
     layers = [site.layer for site in FineSteer.needs(FineSteerConfig(), INFO).sites]
     assert layers == [2, 3, 4, 5, 6, 7, 8, 9]
+    several = FineSteerConfig(layer=5, write_site=["resid_post[5]", "resid_pre[7]"], read_site="resid_post[2]")
+    assert FineSteer.needs(several, INFO).sites == (Site("resid_post", 2), Site("resid_post", 5), Site("resid_pre", 7))
     with pytest.raises(ValueError, match=r"layer=12.*0 to 11"):
         FineSteer.needs(FineSteerConfig(layer=12), INFO)
     with pytest.raises(ValueError, match=r"resid_post\[40\].*0 to 11"):
         FineSteer.needs(FineSteerConfig(layer=5, read_site="resid_post[40]"), INFO)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pools"),
+    [
+        ({}, {"query", "answer_mean", "gradient"}),
+        ({"target": "gradient"}, {"query", "gradient"}),
+        ({"target": "difference"}, {"query", "answer_mean"}),
+        ({"compat": "official"}, {"query", "answer_mean"}),
+        ({"experts": "paper"}, {"query", "answer_mean"}),
+        ({"experts": "paper", "target": "gradient"}, {"query", "gradient"}),
+    ],
+)
+def test_needs_names_what_the_target_is_made_of(settings: dict, pools: set[str]) -> None:
+    assert set(FineSteer.needs(FineSteerConfig(layer=5, **settings), INFO).pools) == pools
 
 
 @pytest.mark.parametrize(
@@ -101,7 +124,7 @@ def test_candidates_leave_out_both_ends(depth: int, first: int, last: int, count
 
 
 def test_an_unfitted_config_cannot_steer() -> None:
-    with pytest.raises(AdapterFileError, match=r"layer.*gate_score.*hidden_size"):
+    with pytest.raises(AdapterFileError, match=r"layer.*positions.*gate_score.*hidden_size"):
         FineSteer.tensor_shapes(FineSteerConfig(strength=1.0))
 
 
@@ -113,7 +136,13 @@ def test_a_file_that_requires_more_is_refused(tmp_path) -> None:
 
 def test_a_file_with_bad_settings_is_refused(tmp_path) -> None:
     path = FineSteerConfig(layer=2).save_pretrained(tmp_path)
-    for name, value in (("gate", "telepathy"), ("layer", "late"), ("gate_epsilon", 7)):
+    for name, value in (
+        ("gate", "telepathy"),
+        ("layer", "late"),
+        ("gate_epsilon", 7),
+        ("write_site", []),
+        ("positions", "last"),
+    ):
         content = json.loads(path.read_text())
         (tmp_path / "bad.json").write_text(json.dumps(content | {name: value}))
         with pytest.raises(AdapterFileError, match=name):
@@ -124,3 +153,8 @@ def test_a_file_keeps_every_setting(tmp_path) -> None:
     config = FineSteerConfig.paper(layer=2, residual="orthogonal", key_dim=8, compat="official", hidden_size=16)
     config.save_pretrained(tmp_path)
     assert SteeringConfig.from_json_file(tmp_path / "steering_config.json") == config
+    sites = ["resid_post[2]", "resid_post[4]"]
+    several = FineSteerConfig(layer=2, write_site=sites, target="gradient", refine=3, limits={"own_words": 0.1})
+    several.save_pretrained(tmp_path)
+    again = SteeringConfig.from_json_file(tmp_path / "steering_config.json")
+    assert again == several and again.write_sites == (Site("resid_post", 2), Site("resid_post", 4))

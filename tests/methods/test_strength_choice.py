@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,28 +13,62 @@ import torch
 
 from finesteer_hf import ConstantVector
 from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.strength import (
-    CHANGED_BUDGET,
-    KL_BUDGET,
-    STRENGTHS,
-    choose_strength,
-    median_norm,
-    strength_at_kl,
-)
+from finesteer_hf.methods.objective import Limits
+from finesteer_hf.methods.strength import STRENGTHS, ascend, choose_strength, median_norm, strength_at_kl
+
+
+CRITERIA = ("sayable", "preference")
 
 
 class Curves:
-    """Fit data whose dose response is a formula."""
+    """Fit data whose dose response is a formula.
 
-    def __init__(self, bottleneck: Callable[[float], float], kl: Callable[[float], float], gap: float = 0.0) -> None:
-        self.bottleneck, self.kl, self.gap = bottleneck, kl, gap
-        self.asked: set[float] = set()
+    Args:
+        value: a probability that leads: of the least likely token, or of the preference.
+        kl: divergence on general prompts.
+        criterion: which of the two it is; the other does not move.
+        error: standard error of all that is measured.
+        others: further figures of points.
+    """
 
-    def dose_response(self, build: Any, strengths: Sequence[float]) -> list[DosePoint]:
+    def __init__(
+        self,
+        value: Callable[[float], float],
+        kl: Callable[[float], float],
+        criterion: Literal["sayable", "preference"] = "sayable",
+        error: float = 0.0,
+        **others: Callable[[float], float],
+    ) -> None:
+        self.value, self.kl, self.criterion, self.error, self.others = value, kl, criterion, error, others
+        self.asked: list[float] = []
+        self.shares: set[float] = set()
+        self.limits = Limits()
+
+    def point(self, strength: float) -> DosePoint:
+        value = self.value(strength)
+        sayable = self.criterion == "sayable"
+        return DosePoint(
+            strength,
+            bottleneck=value if sayable else 0.0,
+            bottleneck_se=9.0,
+            kl=self.kl(strength),
+            bottleneck_rise=value - self.value(0.0) if sayable else 0.0,
+            bottleneck_rise_se=self.error,
+            preference=0.5 if sayable else value,
+            preference_se=self.error,
+            preference_rise_se=self.error,
+            **{name: figure(strength) for name, figure in self.others.items()},
+        )
+
+    def dose_response(self, build: Any, strengths: Sequence[float], share: float = 1.0) -> list[DosePoint]:
         assert list(strengths) == sorted(set(strengths))
-        self.asked |= set(strengths)
-        best = max(strengths, key=self.bottleneck)
-        return [DosePoint(s, self.bottleneck(s), 9.0, self.kl(s), 0.0 if s == best else self.gap) for s in strengths]
+        self.asked += strengths
+        self.shares.add(share)
+        return [self.point(strength) for strength in strengths]
+
+
+def peak(at: float) -> Callable[[float], float]:
+    return lambda s: 0.9 * math.exp(-((s - at) ** 2) / 4)
 
 
 def choose(rule: Any, data: Any, **norms: float) -> Any:
@@ -56,56 +90,104 @@ def test_other_rules_are_refused(rule: str) -> None:
         choose(rule, Curves(lambda s: s, lambda s: 0.0))
 
 
-def test_auto_takes_the_best_within_the_budget() -> None:
-    data = Curves(lambda s: -((s - 2.0) ** 2), lambda s: 0.001 * s**2)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_takes_the_best_within_the_limits(criterion: Any) -> None:
+    data = Curves(peak(2.0), lambda s: 0.001 * s**2, criterion)
     strength, curve, why = choose("auto", data)
     assert strength == 2.0 and {0.0, *STRENGTHS} < {point.strength for point in curve}
-    assert "-4.000" in why
+    assert "0.900" in why and f"unsteered {0.9 * math.exp(-1):.3f}" in why and "at most 0.1 nats" in why
     # 0.05 s^2 stays within 0.1 up to s = sqrt(2), and 1 * 1.5 is the last gap to be halved twice.
-    assert choose("auto", Curves(lambda s: -((s - 2.0) ** 2), lambda s: 0.05 * s**2))[0] == pytest.approx(
-        1.5**0.75, rel=1e-3
-    )
+    steep = Curves(peak(2.0), lambda s: 0.05 * s**2, criterion)
+    assert choose("auto", steep)[0] == pytest.approx(1.5**0.75, rel=1e-3)
+    # What garbles general prompts ends the curve, and nothing is asked twice.
+    assert max(steep.asked) == 1.5 and len(steep.asked) == len(set(steep.asked)) and steep.shares == {1.0}
+    steep.limits = Limits(general_kl=0.2)
+    assert choose("auto", steep)[0] == 2.0
 
 
-def test_auto_looks_closer_where_the_range_that_helps_is_narrow() -> None:
-    data = Curves(lambda s: math.exp(-((math.log(s / 3.6) / 0.2) ** 2)) if s else 0.0, lambda s: 0.0)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_looks_closer_where_the_range_that_helps_is_narrow(criterion: Any) -> None:
+    data = Curves(lambda s: math.exp(-((math.log(s / 3.6) / 0.2) ** 2)) if s else 0.0, lambda s: 0.0, criterion)
     strength, curve, _ = choose("auto", data)
     assert strength == pytest.approx(3.6, rel=0.05)
     assert [p.strength for p in curve] == sorted(p.strength for p in curve) and len(curve) == 1 + len(STRENGTHS) + 4
 
 
-def test_auto_takes_the_smallest_within_one_standard_error_of_the_difference() -> None:
-    data = Curves(lambda s: -((s - 2.0) ** 2), lambda s: 0.0, gap=0.3)
-    assert choose("auto", data)[0] == 1.5
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_takes_the_best_though_a_smaller_one_is_level_within_the_error(criterion: Any) -> None:
+    data = Curves(peak(2.0), lambda s: 0.0, criterion, error=0.2)
+    strength, curve, _ = choose("auto", data)
+    best = max(curve, key=lambda point: data.value(point.strength))
+    smaller = next(point for point in curve if point.strength == 1.5)
+    assert strength == best.strength == 2.0
+    assert data.value(2.0) - data.value(smaller.strength) < data.error
 
 
-def test_auto_goes_down_to_meet_the_budget_and_up_while_it_helps() -> None:
-    strong = Curves(lambda s: s, lambda s: 100 * s**2)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_goes_down_to_meet_the_limits_and_up_while_it_helps(criterion: Any) -> None:
+    strong = Curves(lambda s: 0.2 + s / 100, lambda s: 100 * s**2, criterion)
     strength, curve, _ = choose("auto", strong)
-    assert strength == max(p.strength for p in curve if p.kl <= KL_BUDGET) <= 1000**-0.5
-    assert curve[1].strength == 0.25 / 2**6
-    weak = Curves(lambda s: min(s, 10.0), lambda s: 0.0)
+    assert strength == max(p.strength for p in curve if p.kl <= Limits().general_kl) <= 1000**-0.5
+    # Halved until a limit is met and no further, and nothing above the first strength that broke it.
+    assert curve[1].strength == strength == 0.25 / 2**3 and curve[-1].strength == 0.25
+    weak = Curves(lambda s: 0.2 + min(s, 10.0) / 20, lambda s: 0.0, criterion)
     strength, curve, _ = choose("auto", weak)
     assert 10.0 <= strength <= 6.0 * 1.5**2 and curve[-1].strength == 6.0 * 1.5**3
 
 
-def test_auto_says_when_nothing_helps_or_everything_harms() -> None:
-    strength, _, why = choose("auto", Curves(lambda s: -s, lambda s: 0.0))
-    assert strength == 0.25 and why.startswith("no strength makes")
-    strength, curve, why = choose("auto", Curves(lambda s: s, lambda s: 5.0 if s else 0.0))
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_says_when_nothing_helps_or_everything_harms(criterion: Any) -> None:
+    strength, _, why = choose("auto", Curves(lambda s: 0.5 - s / 100, lambda s: 0.0, criterion))
+    assert strength == 0.25 and why.startswith("no strength helps")
+    strength, curve, why = choose("auto", Curves(lambda s: s / 10, lambda s: 5.0 if s else 0.0, criterion))
     assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength keeps within")
 
 
-def test_auto_keeps_changed_answers_within_their_budget_where_they_are_counted() -> None:
-    class Counted(Curves):
-        def dose_response(self, build: Any, strengths: Sequence[float]) -> list[DosePoint]:
-            points = super().dose_response(build, strengths)
-            return [dataclasses.replace(p, changed=0.02 * p.strength) for p in points]
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_auto_keeps_changed_answers_within_their_limit_where_they_are_counted(criterion: Any) -> None:
+    def rising(s: float) -> float:
+        return 0.2 + s / 20
 
-    strength, curve, why = choose("auto", Counted(lambda s: s, lambda s: 0.0))
-    assert strength == max(p.strength for p in curve if 0.02 * p.strength <= CHANGED_BUDGET)
+    counted = Curves(rising, lambda s: 0.0, criterion, changed=lambda s: 0.02 * s)
+    strength, curve, why = choose("auto", counted)
+    assert strength == max(p.strength for p in curve if 0.02 * p.strength <= Limits().general_changed)
     assert 2.0 < strength <= 2.5 and "at most 5% of their answers changed" in why
-    assert "answers changed" not in choose("auto", Curves(lambda s: s, lambda s: 0.0))[2]
+    assert "answers changed" not in choose("auto", Curves(rising, lambda s: 0.0, criterion))[2]
+
+
+@pytest.mark.parametrize("name", ["own_words", "likelihood"])
+def test_a_preference_must_not_pay_with_what_the_model_says(name: str) -> None:
+    limit = getattr(Limits(), name)
+    data = Curves(lambda s: 0.5 + s / 20, lambda s: 0.0, "preference", **{name: lambda s: -1.0 - 0.25 * limit * s**2})
+    strength, curve, why = choose("auto", data)
+    assert strength == 2.0 and f"at most {limit:g} nats a token less likely" in why
+    assert curve[-1].strength == 3.0, "above the first strength that breaks it there is nothing to find"
+    data.limits = dataclasses.replace(data.limits, **{name: 4 * limit})
+    assert choose("auto", data)[0] == 4.0
+
+
+def test_answers_on_their_way_to_being_said_may_be_unlikely_until_they_are() -> None:
+    def said(s: float) -> float:
+        return min(0.01 * s**2, 0.4)
+
+    data = Curves(said, lambda s: 0.0, likelihood=lambda s: -s)
+    strength, _, why = choose("auto", data)
+    assert data.asked[: 1 + len(STRENGTHS)] == [0.0, *STRENGTHS]
+    assert said(strength) == 0.4 and "least likely token" in why and "chosen answers" not in why
+    # The same figures, but answers that never come.
+    never = Curves(lambda s: said(s) / 10, lambda s: 0.0, likelihood=lambda s: -s)
+    strength, _, why = choose("auto", never)
+    assert strength <= Limits().likelihood and why.startswith("no strength helps") and "chosen answers" in why
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_a_curve_ends_where_a_higher_dose_only_breaks_more(share: float) -> None:
+    data = Curves(lambda s: 0.5 + s / 100, lambda s: 0.04 * s, "preference")
+    points = ascend(data, None, (1.0, 2.0, 3.0, 4.0, 5.0), share)  # type: ignore[arg-type]
+    assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0] and data.shares == {share}
+    repeating = Curves(peak(2.0), lambda s: 0.0, repeated=lambda s: 0.2 + 0.02 * s)
+    points = ascend(repeating, None, (1.0, 2.0, 3.0, 4.0))  # type: ignore[arg-type]
+    assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_a_divergence_is_met_by_interpolation() -> None:
@@ -114,7 +196,7 @@ def test_a_divergence_is_met_by_interpolation() -> None:
         strength, curve, _ = choose(f"kl:{target}", data)
         assert data.kl(strength) == pytest.approx(target, rel=0.05)
         assert strength in [point.strength for point in curve]
-        assert len(data.asked) <= 1 + len(STRENGTHS) + 7
+        assert len(set(data.asked)) <= 1 + len(STRENGTHS) + 7
 
 
 def test_a_gate_that_opens_late_is_bisected_and_a_closed_one_said() -> None:
