@@ -30,7 +30,12 @@ class Training:
 
 
 def train(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], how: Literal["dpo", "sft"], folder: Path, settings: Training
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    how: Literal["dpo", "sft"],
+    folder: Path,
+    settings: Training,
 ) -> tuple[Any, dict[str, Any]]:
     """Train LoRA, or load it if the folder has it.
 

@@ -231,15 +231,14 @@ def measured_truthful(study: Study, row: Row, condition: Condition, clock: Clock
         found["fit_score"] = float(np.mean(scores["mc2"]))
     if row.kind == "adapter":
         some = test[:CURVE_QUESTIONS]
+
+        def at_scale(scale: float) -> dict[str, Any]:
+            weaker = condition.at(scale)
+            scores = choices(weaker, some, clock.progress, packed=row.packed)
+            return {"choices": scores, "answers": own_words(weaker, [q.question for q in some])}
+
         found["curve"] = {
-            str(scale): clock.run(
-                f"scale {scale}",
-                lambda at=condition.at(scale): {
-                    "choices": choices(at, some, clock.progress, packed=row.packed),
-                    "answers": own_words(at, [q.question for q in some]),
-                },
-            )
-            for scale in TRUTHFUL_SCALES
+            str(scale): clock.run(f"scale {scale}", functools.partial(at_scale, scale)) for scale in TRUTHFUL_SCALES
         }
     return found
 
@@ -258,7 +257,7 @@ def measured_refusal(study: Study, row: Row, condition: Condition, clock: Clock)
         found["fit_score"] = float(share["unsafe"] - share["safe"])
     if row.kind == "adapter":
         found["curve"] = {
-            str(scale): clock.run(f"scale {scale}", lambda at=condition.at(scale): refusals(at, study.sets))
+            str(scale): clock.run(f"scale {scale}", functools.partial(refusals, condition.at(scale), study.sets))
             for scale in REFUSAL_SCALES
         }
     return found
