@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--split", default="question", choices=("question", "category"), help="of TruthfulQA")
     parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a task after so long")
+    parser.add_argument("--only-page", action="store_true", help="measure nothing")
     parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -356,13 +357,14 @@ def main() -> None:
     if args.model is None and not is_prepared(source):
         raise SystemExit(f"No model in {source}: `make real` prepares it, or name another with --model.")
     out = args.out / "quick" if args.quick else args.out
-    for task in args.tasks:
+    for task in () if args.only_page else args.tasks:
         by = args.split if task == "truthful" else "question"
         study = Study(task, out, source, args.data, QUICK if args.quick else Sizes(), by)
         run(study, rows_of(task, args.rows), args.seconds)
     if args.page is not None:
         args.page.parent.mkdir(parents=True, exist_ok=True)
         args.page.write_text(page(out))
+        print(f"wrote {args.page}")
 
 
 if __name__ == "__main__":
