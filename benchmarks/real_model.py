@@ -156,7 +156,7 @@ def fitted(study: Study, row: Row) -> SteeringAdapter:
         general_dataset=general_rows,
         progress=False,
         seed=0,
-        store_dir=study.out / "store",
+        store_dir=study.out / "store" / study.folder.name,
     )
     if is_prepared(study.source):
         adapter.config.fit["base_weights"] = WEIGHTS
