@@ -19,12 +19,13 @@ demo: $(STAMP)
 #   make real QUICK=1                          a few of everything: tries the machinery
 #   make real TASKS=truthful ROWS="caa iti"    some tasks, some rows
 #   make real MODEL=org/name                   another causal LM, by id or folder; its results go to a folder of its own
+#   make real TASKS=truthful SPLIT=category    whole categories of TruthfulQA held out
 REAL := out/real$(if $(MODEL),-$(notdir $(patsubst %/,%,$(MODEL))))
 REAL_PAGE := $(if $(MODEL)$(QUICK),$(REAL)/page.md,benchmarks/results/real_model.md)
 REAL_FLAGS := --out $(REAL) $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick)
 
 real: $(if $(MODEL),$(VENV)/.train,real-model)
-	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(ROWS),--rows $(ROWS)) \
+	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
 		--page $(REAL_PAGE)
 ifeq ($(ROWS),)
 	$(BIN)/python benchmarks/real_time.py $(REAL_FLAGS)

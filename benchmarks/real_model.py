@@ -45,7 +45,7 @@ from real_lora import Training, train
 from real_measures import Clock, choices, general, own_words, refusals
 from real_page import page
 from real_rows import TASKS, UNSTEERED, Row, Task, rows_of
-from real_setup import WEIGHTS, is_prepared, load_model
+from real_setup import BASE, WEIGHTS, is_prepared, load_model
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, fit_steering
 from finesteer_hf.evaluation.safety import is_refusal
@@ -284,7 +284,13 @@ def keep_questions(study: Study) -> None:
         if json.loads(file.read_text())["settings"] != settings:
             raise SystemExit(f"{study.folder} holds results of other settings. Give another --out, or delete it.")
         return
-    found: dict[str, Any] = {"settings": settings, "general": study.general.held_out, "sources": study.general.sources}
+    name = model_name(study.source)
+    found: dict[str, Any] = {
+        "settings": settings,
+        "model": name,
+        "general": study.general.held_out,
+        "sources": study.general.sources,
+    }
     if study.task == "truthful":
         test = study.halves[1]
         found["questions"] = [question.question for question in test]
@@ -294,6 +300,13 @@ def keep_questions(study: Study) -> None:
         found["sets"] = study.sets
         found["rows"] = len(refusal_rows(study.data, study.sizes))
     write(file, found)
+
+
+def model_name(source: str) -> str:
+    """What the page calls the model: of a folder only the last part, for where it lies is nobody's business."""
+    if is_prepared(source):
+        return f"{BASE}, {WEIGHTS}"
+    return Path(source).name if Path(source).exists() else source
 
 
 def run(study: Study, rows: list[Row], seconds: float = float("inf")) -> None:

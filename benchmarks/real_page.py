@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from real_rows import REFERENCE, ROWS, UNSTEERED
+from real_setup import BASE, WEIGHTS
 from real_tables import (
     curve_table,
     dose_table,
@@ -22,7 +23,7 @@ from real_tables import (
 REMARKS = Path(__file__).with_name("real_model_remarks.md")
 SIDE_BY_SIDE = 30
 SHOWN = (REFERENCE, "CAA, gradient", "CAA")
-HEAD = """Written by `make real`. SmolLM2-135M-Instruct, its weights dequantised from GGUF Q4_1, float32, on a CPU.
+HEAD = """Written by `make real`. The model: {model}; float32, on one CPU thread.
 
 Two tasks, each with a fit of its own on one half of the data. Every method chooses its layer and its strength in its
 own fit, on rows that it holds out itself; nothing is chosen on what is reported here. Intervals are at 95%: Wilson's
@@ -131,6 +132,9 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split()) or "(nothing)"
 
 
+SECTIONS = {"truthful": truthful_section, "truthful-by-category": truthful_section, "refusal": refusal_section}
+
+
 def page(out: Path, remarks: Path | None = REMARKS) -> str:
     """The page of all results in a folder.
 
@@ -138,18 +142,16 @@ def page(out: Path, remarks: Path | None = REMARKS) -> str:
         out: folder of the results.
         remarks: what is to be said of the tables, in markdown, put before them; left out if there is no such file.
     """
-    text = ["# Steering a real model", "", HEAD, ""]
+    studies = [out / name / "study.json" for name in SECTIONS if (out / name / "study.json").exists()]
+    names = [json.loads(file.read_text()).get("model") for file in studies]
+    model = next((name for name in names if name), f"{BASE}, {WEIGHTS}")
+    text = ["# Steering a real model", "", HEAD.format(model=model), ""]
     if out.name == "quick":
         text += [QUICK_HEAD, ""]
     if remarks is not None and remarks.exists() and out.name != "quick":
         text += [remarks.read_text()]
-    for name, section in (
-        ("truthful", truthful_section),
-        ("truthful-by-category", truthful_section),
-        ("refusal", refusal_section),
-    ):
-        if (out / name / "study.json").exists():
-            text += section(out / name)
+    for file in studies:
+        text += SECTIONS[file.parent.name](file.parent)
     if (out / "time.json").exists():
         text += ["## Time of the default fit", "", *time_table(json.loads((out / "time.json").read_text())), ""]
     return "\n".join(text).rstrip() + "\n"
