@@ -61,7 +61,6 @@ class AnswerScores:
         return found
 
 
-@torch.inference_mode()
 def score_items(
     condition: Condition,
     items: Sequence[ChoiceItem],
@@ -109,6 +108,7 @@ def in_own_rows(condition: Condition, prompt: list[int], answers: list[list[int]
     return token_log_probs(condition.model, [prompt] * len(answers), answers)
 
 
+@torch.inference_mode()
 def in_one_row(condition: Condition, prompt: list[int], answers: list[list[int]]) -> np.ndarray:
     """Log-probabilities of answers that share the row of their prompt."""
     model, device = condition.model, model_device(condition.model)
