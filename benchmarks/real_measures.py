@@ -1,0 +1,176 @@
+"""What is measured of one condition on the real model, as JSON: choices, own words, refusals, side effects."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from real_choices import score_items
+from real_conditions import Condition
+from real_data import GeneralData
+
+from finesteer_hf.evaluation.likelihood import (
+    batches_by_length,
+    forward_logits,
+    model_device,
+    pad_right,
+    token_log_probs,
+)
+from finesteer_hf.evaluation.safety import classify_response, repeated_ngram_share
+from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion, choice_items
+from finesteer_hf.evaluation.utility import kl_divergence
+
+
+ANSWER_TOKENS, REFUSAL_TOKENS, GENERAL_TOKENS = 32, 24, 24
+# Padded tokens of a forward whose logits are kept whole, twice: a vocabulary of 49,152 takes 200 kB a token.
+KL_TOKENS = 1024
+Progress = Callable[[str], None]
+
+
+class Clock:
+    """Processor seconds by phase; tells each phase when it begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    def run(self, phase: str, call: Callable[[], Any]) -> Any:
+        """The result of a call, timed: on one thread, the seconds that it takes on a core that nobody else uses."""
+        self.progress(phase)
+        start = time.process_time()
+        result = call()
+        self.seconds[phase] = round(time.process_time() - start, 1)
+        return result
+
+
+def choices(
+    condition: Condition, questions: Sequence[TruthfulQuestion], progress: Progress, *, packed: bool = True
+) -> dict[str, Any]:
+    """MC1 and MC2 of each question, and log-probabilities a token of its right and wrong answers."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if done % 100 == 0:
+            progress(f"choices {done}/{len(questions)}")
+
+    items = choice_items(questions, system=condition.system)
+    scores = score_items(condition, items, packed=packed, advance=advance)
+    return {**scores.figures(), **scores.a_token(), "packed": scores.packed, "answers": len(scores.tokens)}
+
+
+def own_words(condition: Condition, questions: Sequence[str]) -> dict[str, Any]:
+    """Greedy answers, and what the base model, asked plainly, thinks of them."""
+    answers = condition.answers(questions, ANSWER_TOKENS)
+    base = condition.base()
+    with base.on():
+        sums = token_log_probs(base.model, [base.prompt_ids(text) for text in questions], answers.ids)
+    lengths = np.array([len(ids) for ids in answers.ids])
+    return {
+        "texts": answers.texts,
+        "own_words": (sums / lengths).round(5).tolist(),
+        "tokens": lengths.tolist(),
+        "words": [len(text.split()) for text in answers.texts],
+        "repeats": [repeated_ngram_share(text) > 0 for text in answers.texts],
+        "gate": gates(answers.steering),
+    }
+
+
+def gates(steering: dict[str, dict[str, torch.Tensor]]) -> list[float] | None:
+    """How far the gate of the one adapter opened for each prompt; None without a gate."""
+    for record in steering.values():
+        if "gate" in record and record["gate"].ndim == 1:
+            return [round(value, 4) for value in record["gate"].tolist()]
+    return None
+
+
+def refusals(condition: Condition, sets: dict[str, list[str]]) -> dict[str, Any]:
+    """Class of each answer, and the answers, by set."""
+    found: dict[str, Any] = {}
+    for name, prompts in sets.items():
+        answers = condition.answers(prompts, REFUSAL_TOKENS)
+        found[name] = {
+            "classes": [classify_response(text) for text in answers.texts],
+            "texts": answers.texts,
+            "gate": gates(answers.steering),
+        }
+    return found
+
+
+def general(
+    condition: Condition, data: GeneralData, texts: int, reference: dict[str, Any] | None, clock: Clock
+) -> dict[str, Any]:
+    """Side effects: identical answers, divergence over the unsteered answers, likelihood of other texts.
+
+    Args:
+        condition: how the model is asked.
+        data: what it is asked.
+        texts: prompts of each source whose divergence is measured.
+        reference: this function's result for the unsteered model; None if this is it.
+        clock: takes the times.
+    """
+    answers = clock.run("general answers", lambda: condition.answers(data.held_out, GENERAL_TOKENS))
+    ids = [list(map(int, row)) for row in answers.ids]
+    found: dict[str, Any] = {"ids": ids, "texts": answers.texts, "gate": gates(answers.steering)}
+    with condition.on():
+        prompts = [condition.prompt_ids(question) for question, _ in data.texts]
+        tokens = [condition.tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in data.texts]
+        found["text_log_probs"] = clock.run(
+            "likelihood of texts", lambda: token_log_probs(condition.model, prompts, tokens, per_token=True).tolist()
+        )
+    if reference is None:
+        return found
+    found["identical"] = [mine == its for mine, its in zip(ids, reference["ids"], strict=True)]
+    chosen = [
+        row
+        for source in dict.fromkeys(data.sources)
+        for row in [at for at, own in enumerate(data.sources) if own == source][:texts]
+    ]
+    asked = [data.held_out[row] for row in chosen]
+    continuations = [reference["ids"][row] for row in chosen]
+    found["kl_rows"] = chosen
+    found["kl"] = clock.run("divergence", lambda: divergence(condition, asked, continuations))
+    return found
+
+
+@torch.inference_mode()
+def divergence(condition: Condition, prompts: Sequence[str], answers: Sequence[Sequence[int]]) -> list[float]:
+    """KL(base || condition) in nats a token, the mean over each answer's tokens.
+
+    Args:
+        condition: how the model is asked.
+        prompts: what users say.
+        answers: token ids of the base's answers.
+    """
+    base = condition.base()
+    found = np.zeros(len(prompts))
+    mine = [condition.prompt_ids(text) for text in prompts]
+    plain = [base.prompt_ids(text) for text in prompts]
+    lengths = [max(len(a), len(b)) + len(c) for a, b, c in zip(mine, plain, answers, strict=True)]
+    for rows in batches_by_length(lengths, KL_TOKENS):
+        continued = [answers[row] for row in rows]
+        with base.on():
+            reference = answer_distributions(base.model, [plain[row] for row in rows], continued)
+        with condition.on():
+            other = answer_distributions(condition.model, [mine[row] for row in rows], continued)
+        for row, p, q in zip(rows, reference, other, strict=True):
+            found[row] = float(kl_divergence(p, q).mean())
+    return found.round(6).tolist()
+
+
+def answer_distributions(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """For each row the log-probabilities `[answer tokens, vocabulary]` from which its answer's tokens are drawn."""
+    ids, mask = pad_right([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+    device = model_device(model)
+    starts = torch.tensor([len(prompt) for prompt in prompts])
+    logits = forward_logits(model, ids.to(device), mask.to(device), starts.to(device))
+    return [
+        logits[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)].float().log_softmax(-1)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]

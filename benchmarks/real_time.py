@@ -1,0 +1,113 @@
+"""Time of the whole default fit on the real model against one plain pass over its texts, on one thread.
+
+A plain pass puts each text (prompt with chosen, prompt with rejected, general prompt) through the model by itself. It is
+measured before and after the fit, so that a machine that becomes busier shows, and each in a process of its own.
+
+    python benchmarks/real_time.py --out out/real
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from own_process import in_its_own_process, measured
+from real_data import QUICK, Sizes, general_data, truthful_halves, truthful_rows
+from real_rows import REFERENCE, ROWS
+from real_setup import load_model
+
+from finesteer_hf import fit_steering
+from finesteer_hf.evaluation.prompts import encode_pairs, encode_prompt
+
+
+def fit_texts(tokenizer: Any, rows: list[dict[str, Any]], general: list[dict[str, Any]]) -> list[list[int]]:
+    """Token ids of everything that a fit reads."""
+    prompts = [row["prompt"] for row in rows for _ in range(2)]
+    answers = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+    pairs = zip(*encode_pairs(tokenizer, prompts, answers), strict=True)
+    return [[*prompt, *answer] for prompt, answer in pairs] + [
+        encode_prompt(tokenizer, row["prompt"]) for row in general
+    ]
+
+
+def fit_data(data: Path, sizes: Sizes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and general rows of the truthful task."""
+    return truthful_rows(truthful_halves(data, sizes)[0]), general_data(data, sizes).fit_rows()
+
+
+def quiet() -> None:
+    """One thread, no bars; for each process."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+
+
+def plain_pass(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
+    """What one pass takes, one text at a time."""
+    quiet()
+    model, tokenizer = load_model(source)
+    texts = fit_texts(tokenizer, *fit_data(data, sizes))
+
+    @torch.inference_mode()
+    def read(some: list[list[int]]) -> None:
+        for ids in some:
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+
+    read(texts[:4])
+    _, seconds, peak = measured(functools.partial(read, texts))
+    return {"seconds": seconds, "peak_mb": peak, "texts": len(texts), "tokens": sum(map(len, texts))}
+
+
+def whole_fit(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
+    """What the default fit takes, with no store."""
+    quiet()
+    model, tokenizer = load_model(source)
+    rows, general = fit_data(data, sizes)
+    config = next(row for row in ROWS if row.label == REFERENCE).config
+    assert config is not None
+
+    def fit() -> Any:
+        return fit_steering(model, tokenizer, rows, config(), general_dataset=general, progress=False, seed=0)
+
+    adapter, seconds, peak = measured(fit)
+    return {"seconds": seconds, "peak_mb": peak, "phases": adapter.config.fit["seconds"]}
+
+
+def compare(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
+    """A pass, the fit, and a pass again."""
+    before = in_its_own_process(plain_pass, source, data, sizes)
+    print(f"one plain pass: {before['seconds']:.0f} s", flush=True)
+    fit = in_its_own_process(whole_fit, source, data, sizes)
+    print(f"default fit: {fit['seconds']:.0f} s, {fit['seconds'] / before['seconds']:.1f} passes", flush=True)
+    after = in_its_own_process(plain_pass, source, data, sizes)
+    rows, general = fit_data(data, sizes)
+    return {"passes": [before, after], "fit": fit, "rows": len(rows), "general": len(general)}
+
+
+def main() -> None:
+    """Measure, unless it was measured before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--model", default=None, help="any causal LM's folder or id; by default --out's own `model`")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--quick", action="store_true", help="a few rows")
+    args = parser.parse_args()
+    folder = args.out / "quick" if args.quick else args.out
+    file = folder / "time.json"
+    if file.exists():
+        print(f"{file}: measured before")
+        return
+    source = args.model or str(args.out / "model")
+    found = compare(source, args.data, QUICK if args.quick else Sizes())
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
