@@ -155,7 +155,7 @@ class PlantedData:
     def _steering(processor: SteeringProcessor, of_side: Callable[[Site, Part], np.ndarray]) -> np.ndarray:
         """The sum of all write sites' vectors for the validation queries of a side, `[rows, width]` float64."""
         reads = {site: torch.from_numpy(of_side(site, "validation")) for site in processor.reads}
-        rows = next(iter(reads.values()))
+        rows = torch.from_numpy(of_side(processor.writes[0], "validation"))
         decision = processor.decide(QueryStates(reads, len(rows), rows.device))
         gate = torch.ones(len(rows)) if decision.gate is None else decision.gate
         together = torch.stack([decision.vectors[site] for site in processor.writes]).sum(0)

@@ -113,8 +113,8 @@ def test_everything_left_open_is_filled_in(automatic: tuple[PlantedData, FitResu
     assert result.config.unfitted() == [] and isinstance(result.config.strength, float)
     assert result.config.requires == [
         "gate:conformal",
-        f"score:{result.config.gate_score}",
         f"experts:{result.config.experts}",
+        f"score:{result.config.gate_score}",
     ]
     assert set(result.tensors) == set(FineSteer.tensor_shapes(result.config))
 
