@@ -18,8 +18,9 @@ from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores
 from finesteer_hf.evaluation.prompts import encode_pairs
 
 
-# Questions scored both ways before the packed way is trusted, and how far apart (nats) the two may be.
-CHECKED, TOLERANCE = 2, 0.01
+# Questions scored both ways before the packed way is trusted, and how far apart (nats) the two may be: a mask that does not
+# hold is off by nats, half precision by tenths.
+CHECKED, TOLERANCE, HALF_TOLERANCE = 2, 0.01, 0.5
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def encoded(condition: Condition, item: ChoiceItem) -> tuple[list[int], list[lis
 def agrees(condition: Condition, prompt: list[int], answers: list[list[int]]) -> bool:
     """Whether one row for all answers gives what a row for each gives."""
     shared, own = in_one_row(condition, prompt, answers), in_own_rows(condition, prompt, answers)
-    return bool(np.abs(shared - own).max() < TOLERANCE)
+    half = next(condition.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return bool(np.abs(shared - own).max() < (HALF_TOLERANCE if half else TOLERANCE))
 
 
 def in_own_rows(condition: Condition, prompt: list[int], answers: list[list[int]]) -> np.ndarray:

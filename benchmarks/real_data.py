@@ -63,6 +63,7 @@ class Sizes:
     Attributes:
         fit: rows to fit on.
         questions: held-out TruthfulQA questions.
+        spoken: those of them to which the model's own answers are read.
         requests: held-out AdvBench requests, and JailbreakBench's.
         xstest: held-out XSTest prompts of each side.
         general: held-out packaged general prompts, and as many GSM8K questions.
@@ -72,14 +73,15 @@ class Sizes:
 
     fit: int = 408
     questions: int = 409
+    spoken: int = 200
     requests: int = 100
     xstest: int = 125
     general: int = 100
-    texts: int = 60
+    texts: int = 40
     chosen_on: int = 100
 
 
-QUICK = Sizes(fit=48, questions=12, requests=8, xstest=8, general=8, texts=6, chosen_on=8)
+QUICK = Sizes(fit=48, questions=12, spoken=12, requests=8, xstest=8, general=8, texts=6, chosen_on=8)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from finesteer_hf.evaluation.utility import kl_divergence
 ANSWER_TOKENS, REFUSAL_TOKENS, GENERAL_TOKENS = 32, 24, 24
 # Padded tokens of a forward whose logits are kept whole, twice: a vocabulary of 49,152 takes 200 kB a token.
 KL_TOKENS = 1024
+# Prompts with a shut gate that are asked all the same.
+CHECKED_SHUT = 8
 Progress = Callable[[str], None]
 
 
@@ -113,15 +115,22 @@ def general(
         reference: this function's result for the unsteered model; None if this is it.
         clock: takes the times.
     """
-    answers = clock.run("general answers", lambda: condition.answers(data.held_out, GENERAL_TOKENS))
-    ids = [list(map(int, row)) for row in answers.ids]
-    found: dict[str, Any] = {"ids": ids, "texts": answers.texts, "gate": gates(answers.steering)}
-    with condition.on():
-        prompts = [condition.prompt_ids(question) for question, _ in data.texts]
-        tokens = [condition.tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in data.texts]
-        found["text_log_probs"] = clock.run(
-            "likelihood of texts", lambda: token_log_probs(condition.model, prompts, tokens, per_token=True).tolist()
-        )
+    closed = clock.run("gates", lambda: shut(condition, data.held_out)) if reference else [False] * len(data.held_out)
+    asked = [at for at, is_shut in enumerate(closed) if not is_shut]
+    # A shut gate leaves the base's own answer, bit for bit; some are asked all the same, to see it.
+    looked = [at for at, is_shut in enumerate(closed) if is_shut][:CHECKED_SHUT]
+    answers = clock.run(
+        "general answers", lambda: condition.answers([data.held_out[at] for at in asked + looked], GENERAL_TOKENS)
+    )
+    ids, said = (list(reference[name]) if reference else [None] * len(closed) for name in ("ids", "texts"))
+    for at, row, text in zip(asked + looked, answers.ids, answers.texts, strict=True):
+        if at in looked and list(map(int, row)) != ids[at]:
+            raise AssertionError(f"The gate is shut, and yet the answer to {data.held_out[at]!r} is another one.")
+        ids[at], said[at] = list(map(int, row)), text
+    found: dict[str, Any] = {"ids": ids, "texts": said, "shut": closed}
+    found["text_log_probs"] = clock.run(
+        "likelihood of texts", lambda: text_log_probs(condition, data.texts, reference)
+    )
     if reference is None:
         return found
     found["identical"] = [mine == its for mine, its in zip(ids, reference["ids"], strict=True)]
@@ -130,10 +139,41 @@ def general(
         for source in dict.fromkeys(data.sources)
         for row in [at for at, own in enumerate(data.sources) if own == source][:texts]
     ]
-    asked = [data.held_out[row] for row in chosen]
-    continuations = [reference["ids"][row] for row in chosen]
-    found["kl_rows"] = chosen
-    found["kl"] = clock.run("divergence", lambda: divergence(condition, asked, continuations))
+    found["kl_rows"], open_rows = chosen, [row for row in chosen if not closed[row]]
+    diverged = clock.run(
+        "divergence",
+        lambda: divergence(
+            condition, [data.held_out[row] for row in open_rows], [reference["ids"][row] for row in open_rows]
+        ),
+    )
+    by_row = dict(zip(open_rows, diverged, strict=True))
+    found["kl"] = [by_row.get(row, 0.0) for row in chosen]
+    return found
+
+
+def shut(condition: Condition, prompts: Sequence[str]) -> list[bool]:
+    """Whether the gate is exactly 0 for each prompt, so that the base answers."""
+    if condition.adapter is None:
+        return [False] * len(prompts)
+    for record in condition.answers(prompts, 1).steering.values():
+        if "gate" in record and record["gate"].ndim == 1:
+            return (record["gate"] == 0).tolist()
+    return [False] * len(prompts)
+
+
+def text_log_probs(
+    condition: Condition, texts: Sequence[tuple[str, str]], reference: dict[str, Any] | None
+) -> list[float]:
+    """Log-probability a token of texts after their questions; the base's own where the gate is shut."""
+    closed = shut(condition, [question for question, _ in texts]) if reference else [False] * len(texts)
+    found = list(reference["text_log_probs"]) if reference else [0.0] * len(texts)
+    asked = [at for at, is_shut in enumerate(closed) if not is_shut]
+    with condition.on():
+        prompts = [condition.prompt_ids(texts[at][0]) for at in asked]
+        tokens = [condition.tokenizer(texts[at][1], add_special_tokens=False)["input_ids"] for at in asked]
+        scores = token_log_probs(condition.model, prompts, tokens, per_token=True).tolist() if asked else []
+    for at, score in zip(asked, scores, strict=True):
+        found[at] = score
     return found
 
 

@@ -44,10 +44,11 @@ from real_data import (
 from real_lora import Training, train
 from real_measures import Clock, choices, general, own_words, refusals
 from real_page import page
-from real_rows import TASKS, UNSTEERED, Row, Task, rows_of
+from real_rows import REFERENCE, TASKS, UNSTEERED, Row, Task, rows_of, slug_of
 from real_setup import BASE, WEIGHTS, is_prepared, load_model
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, fit_steering
+from finesteer_hf.config import CONFIG_NAME, SteeringConfig
 from finesteer_hf.evaluation.safety import is_refusal
 from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion
 
@@ -69,6 +70,7 @@ class Study:
         data: folder of the data sets.
         sizes: how much of them.
         by: what TruthfulQA is split by.
+        dtype: of the model's weights.
     """
 
     task: Task
@@ -77,6 +79,7 @@ class Study:
     data: Path
     sizes: Sizes
     by: str = "question"
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def folder(self) -> Path:
@@ -86,12 +89,12 @@ class Study:
     @functools.cached_property
     def base(self) -> tuple[Any, Any]:
         """Model and tokenizer that fits are made on."""
-        return load_model(self.source)
+        return load_model(self.source, self.dtype)
 
     @functools.cached_property
     def steered(self) -> Any:
         """The model that is asked."""
-        return SteeredModelForCausalLM.from_model(load_model(self.source)[0])
+        return SteeredModelForCausalLM.from_model(load_model(self.source, self.dtype)[0])
 
     @functools.cached_property
     def general(self) -> GeneralData:
@@ -142,10 +145,9 @@ def write(file: Path, found: Any) -> None:
 def fitted(study: Study, row: Row) -> SteeringAdapter:
     """The row's adapter: from its folder, or fitted and saved there."""
     folder = study.folder / row.slug
-    if (folder / "steering_config.json").exists():
+    if (folder / CONFIG_NAME).exists():
         return SteeringAdapter.from_pretrained(folder)
-    assert row.config is not None
-    config = row.config()
+    config = row.config() if row.config is not None else like_reference(study, row.changes or {})
     model, tokenizer = study.base
     rows, general_rows = study.fit_data(row.data)
     adapter = fit_steering(
@@ -164,6 +166,17 @@ def fitted(study: Study, row: Row) -> SteeringAdapter:
     return SteeringAdapter.from_pretrained(folder)
 
 
+def like_reference(study: Study, changes: dict[str, Any]) -> SteeringConfig:
+    """The settings that the reference row's fit has chosen, with some of them changed."""
+    folder = study.folder / slug_of(REFERENCE)
+    if not (folder / CONFIG_NAME).exists():
+        raise RuntimeError(f"The row {REFERENCE} comes first: this one changes what its fit has chosen.")
+    chosen = SteeringConfig.from_pretrained(folder)
+    names = {field.name for field in dataclasses.fields(chosen)} - {"fit", "requires", "lora"}
+    names -= {name for name in names if name.startswith(("base_model", "hidden", "num_hidden"))}
+    return type(chosen)(**{name: getattr(chosen, name) for name in names} | changes)
+
+
 @contextlib.contextmanager
 def condition_of(study: Study, row: Row, clock: Clock) -> Iterator[tuple[Condition, dict[str, Any]]]:
     """The row as a way to ask, and what is told of how it was made."""
@@ -171,7 +184,17 @@ def condition_of(study: Study, row: Row, clock: Clock) -> Iterator[tuple[Conditi
     if row.kind == "adapter":
         adapter = clock.run("fit", lambda: fitted(study, row))
         config = adapter.config.to_dict()
-        shown = ("strength", "layer", "layers", "experts", "num_experts", "residual_rank", "gate", "target", "refine")
+        shown = (
+            "strength",
+            "layer",
+            "write_site",
+            "positions",
+            "experts",
+            "residual_rank",
+            "gate",
+            "target",
+            "refine",
+        )
         facts = {
             "settings": {name: config[name] for name in shown if config.get(name) is not None},
             "fit_seconds": adapter.config.fit["seconds"],
@@ -187,7 +210,7 @@ def condition_of(study: Study, row: Row, clock: Clock) -> Iterator[tuple[Conditi
         assert row.lora is not None
         rows, _ = study.fit_data(row.data)
         # LoRA goes into the layers of the model that it is trained on, so this one is not used again.
-        model, tokenizer = load_model(study.source)
+        model, tokenizer = load_model(study.source, study.dtype)
         folder = study.folder / row.slug
         how, settings = row.lora, Training()
         trained, facts = clock.run("fit", lambda: train(model, tokenizer, rows, how, folder, settings))
@@ -223,13 +246,15 @@ def measured_truthful(study: Study, row: Row, condition: Condition, clock: Clock
     fit, test = study.halves
     found: dict[str, Any] = {
         "choices": clock.run("choices", lambda: choices(condition, test, clock.progress, packed=row.packed)),
-        "answers": clock.run("own words", lambda: own_words(condition, [q.question for q in test])),
+        "answers": clock.run(
+            "own words", lambda: own_words(condition, [q.question for q in test[: study.sizes.spoken]])
+        ),
     }
     if row.kind == "system":
         some = fit[: study.sizes.chosen_on]
         scores = clock.run("fit half", lambda: choices(condition, some, clock.progress))
         found["fit_score"] = float(np.mean(scores["mc2"]))
-    if row.kind == "adapter":
+    if row.label == REFERENCE:
         some = test[:CURVE_QUESTIONS]
 
         def at_scale(scale: float) -> dict[str, Any]:
@@ -279,7 +304,12 @@ def keep_questions(study: Study) -> None:
         SystemExit: if the folder holds results of another study.
     """
     file = study.folder / "study.json"
-    settings = {"sizes": dataclasses.asdict(study.sizes), "by": study.by, "prepared": is_prepared(study.source)}
+    settings = {
+        "sizes": dataclasses.asdict(study.sizes),
+        "by": study.by,
+        "prepared": is_prepared(study.source),
+        "dtype": str(study.dtype).removeprefix("torch."),
+    }
     if file.exists():
         if json.loads(file.read_text())["settings"] != settings:
             raise SystemExit(f"{study.folder} holds results of other settings. Give another --out, or delete it.")
@@ -357,6 +387,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="rows by name, such as finesteer")
     parser.add_argument("--split", default="question", choices=("question", "category"), help="of TruthfulQA")
     parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a task after so long")
     parser.add_argument("--only-page", action="store_true", help="measure nothing")
     parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
@@ -372,7 +403,7 @@ def main() -> None:
     out = args.out / "quick" if args.quick else args.out
     for task in () if args.only_page else args.tasks:
         by = args.split if task == "truthful" else "question"
-        study = Study(task, out, source, args.data, QUICK if args.quick else Sizes(), by)
+        study = Study(task, out, source, args.data, QUICK if args.quick else Sizes(), by, getattr(torch, args.dtype))
         run(study, rows_of(task, args.rows), args.seconds)
     if args.page is not None:
         args.page.parent.mkdir(parents=True, exist_ok=True)

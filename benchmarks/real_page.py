@@ -122,7 +122,8 @@ def side_by_side(rows: dict[str, Any], questions: Sequence[str]) -> list[str]:
         "",
     ]
     text += [f"| question | unsteered | {shown['label']} |", "| --- | --- | --- |"]
-    pairs = zip(questions, rows[UNSTEERED]["answers"]["texts"], shown["answers"]["texts"], strict=True)
+    base, steered = rows[UNSTEERED]["answers"]["texts"], shown["answers"]["texts"]
+    pairs = zip(questions[: len(base)], base, steered, strict=True)
     text += [f"| {' | '.join(cell(part) for part in three)} |" for three in list(pairs)[:SIDE_BY_SIDE]]
     return [*text, ""]
 

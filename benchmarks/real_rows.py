@@ -26,6 +26,7 @@ class Row:
     Attributes:
         label: its name.
         config: makes the settings to fit with; None for rows that fit nothing.
+        changes: what differs from the settings that the reference row's fit has chosen, for ablations at its place.
         system: system message, for rows that only prompt.
         lora: how LoRA is trained, for rows that train it.
         data: `plain`; `few` (four pairs a question); or `look-alikes` (XSTest's fit families beside AdvBench: unsafe
@@ -38,6 +39,7 @@ class Row:
 
     label: str
     config: Callable[[], SteeringConfig] | None = None
+    changes: dict[str, Any] | None = None
     system: str | None = None
     lora: Literal["dpo", "sft"] | None = None
     data: Literal["plain", "few", "look-alikes"] = "plain"
@@ -49,14 +51,19 @@ class Row:
     @property
     def slug(self) -> str:
         """The label as a file name, and as `--rows` takes it."""
-        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+        return slug_of(self.label)
 
     @property
     def kind(self) -> str:
         """`unsteered`, `system`, `lora` or `adapter`."""
-        if self.config is not None:
+        if self.config is not None or self.changes is not None:
             return "adapter"
         return "lora" if self.lora else "system" if self.system else "unsteered"
+
+
+def slug_of(label: str) -> str:
+    """A label as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
 
 
 def of(method: str, **fields: Any) -> Callable[[], SteeringConfig]:
@@ -100,23 +107,35 @@ ROWS: tuple[Row, ...] = (
     Row("system prompt, sorry", system=SORRY, tasks=("refusal",)),
     Row("system prompt, policy", system=POLICY, tasks=("refusal",)),
     Row("CAA", of("CAA"), note="constant difference of states"),
-    Row("CAA, gradient", of("CAA", target="gradient"), note="constant gradient of the preference"),
+    Row("CAA, gradient", of("CAA", vector="gradient"), note="constant gradient of the preference"),
     Row("FINESTEER, paper", paper),
     Row(REFERENCE, of("FINESTEER")),
-    Row("FINESTEER, no gate", of("FINESTEER", gate="always"), note='gate="always"'),
-    Row("FINESTEER, constant", of("FINESTEER", experts="reduced_rank", residual_rank=0), note="gate with a constant"),
-    Row("FINESTEER, no map", of("FINESTEER", experts="mixture", residual_rank=0), note="prototypes, no low-rank map"),
-    Row("FINESTEER, no refinement", of("FINESTEER", refine=0), note="refine=0"),
-    Row("FINESTEER, difference", of("FINESTEER", target="difference"), note='target="difference"'),
-    Row("FINESTEER, gradient", of("FINESTEER", target="gradient"), note='target="gradient"'),
-    Row("FINESTEER, few pairs", of("FINESTEER"), data="few", tasks=("truthful",), note="four pairs a question"),
+    Row("FINESTEER, no gate", changes={"gate": "always"}, note="the same place and strength"),
+    Row("FINESTEER, closed form", changes={"refine": 0, "strength": "auto"}, note="no refinement, the same place"),
+    Row(
+        "FINESTEER, constant",
+        changes={"refine": 0, "experts": "reduced_rank", "num_experts": 1, "residual_rank": 0, "strength": "auto"},
+        note="gate with a constant vector, the same place",
+    ),
+    Row("FINESTEER, refined", of("FINESTEER", target="gradient", refine=2), note="refine=2", extra=True),
+    Row("FINESTEER, difference", of("FINESTEER", target="difference"), note='target="difference"', extra=True),
+    Row(
+        "FINESTEER, few pairs",
+        of("FINESTEER"),
+        data="few",
+        tasks=("truthful",),
+        note="four pairs a question",
+        extra=True,
+    ),
     Row("FINESTEER, look-alikes", of("FINESTEER"), data="look-alikes", tasks=("refusal",), note="XSTest in the fit"),
-    Row("CAA, gradient, look-alikes", of("CAA", target="gradient"), data="look-alikes", tasks=("refusal",)),
+    Row(
+        "CAA, gradient, look-alikes", of("CAA", vector="gradient"), data="look-alikes", tasks=("refusal",), extra=True
+    ),
     Row("REPS", of("REPS")),
     Row("BIPO", of("BIPO")),
-    Row("ITI", of("ITI")),
+    Row("ITI", of("ITI"), extra=True),
     Row("LoRA, DPO", lora="dpo", note="rank 8, TRL"),
-    Row("LoRA, SFT", lora="sft", note="rank 8, TRL"),
+    Row("LoRA, SFT", lora="sft", note="rank 8, TRL", extra=True),
     Row("FASB", of("FASB"), packed=False, extra=True, note="takes tokens back"),
 )
 

@@ -73,14 +73,15 @@ def wheel_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def load_model(source: str | Path) -> tuple[Any, Any]:
-    """A causal LM for the benchmarks, float32, in evaluation mode, and its tokenizer.
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal LM for the benchmarks, in evaluation mode, and its tokenizer.
 
     Args:
         source: the folder of `ensure_model`, or any other model's folder or Hub id.
+        dtype: of its weights.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     if is_prepared(source):
         # The folder is this machine's; what adapters name is the model.
         model.config._name_or_path = BASE
