@@ -2,54 +2,72 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fitting_toys import random_rows, small_model
+from scipy.special import expit
+from teacher_forcing import SITE, VECTOR, SignedAnswers, SignedVector, by_hand, of_answer
 from transformers import LogitsProcessor
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, SteeringProcessor
-from finesteer_hf.fitting.dose import CONTINUATION, DoseRunner, clustered_se
+from finesteer_hf.fitting.dose import (
+    CONTINUATION,
+    SPOKEN_TOKENS,
+    DoseRunner,
+    clustered_se,
+    mean_over_units,
+    shuffle_units,
+)
+from finesteer_hf.fitting.own_words import repeated_share
 from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.processors import Decision, QueryStates
-from finesteer_hf.sites import Site
-
-
-SITE = Site("resid_post", 1)
-VECTOR = torch.linspace(-1, 1, 32)
-
-
-class SignedVector(SteeringProcessor):
-    """The vector, with a sign that each query decides."""
-
-    reads = writes = (SITE,)
-
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-
-    def decide(self, queries: QueryStates) -> Decision:
-        return Decision({SITE: queries[SITE][:, :1].sign() * VECTOR})
-
-
-def by_hand(model: Any, passage: Passage, strength: float) -> torch.Tensor:
-    """Log-probabilities after each token of one text, steered with a hook: `[tokens, vocabulary]`."""
-
-    def steer(module: Any, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        moved = hidden + strength * hidden[:, passage.answer_start - 1, :1, None].sign() * VECTOR
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-    handle = model.model.layers[1].register_forward_hook(steer)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([passage.ids])).logits[0]
-    handle.remove()
-    return logits.log_softmax(-1)
+from finesteer_hf.methods.base import DosePoint
 
 
 def least_probability(log_probs: torch.Tensor, passage: Passage) -> float:
-    return float(min(log_probs[i - 1, passage.ids[i]].exp() for i in range(passage.answer_start, len(passage.ids))))
+    return float(of_answer(log_probs, passage).min().exp())
+
+
+def said(model: Any, prompt: Passage, strength: float, positions: Any, tokens: int = SPOKEN_TOKENS) -> Passage:
+    """What the model says greedily, one whole text a token."""
+    ids, ends = list(prompt.ids), model.generation_config.eos_token_id
+    for _ in range(tokens):
+        text = Passage(tuple(ids), len(prompt.ids))
+        ids.append(int(by_hand(model, text, strength, positions)[-1].argmax()))
+        if ids[-1] == ends:
+            break
+    return Passage(tuple(ids), len(prompt.ids))
+
+
+def check_point(model: Any, point: DosePoint, rows: list[EncodedRow], positions: Any) -> None:
+    """A point's figures of rows of distinct prompts against one text at a time."""
+
+    def rates(strength: float, side: str) -> list[torch.Tensor]:
+        return [
+            of_answer(by_hand(model, passage, strength, positions), passage).double()
+            for passage in (getattr(row, side) for row in rows)
+        ]
+
+    def preferences(strength: float, of: Any) -> np.ndarray:
+        sides = [np.array([float(of(values)) for values in rates(strength, side)]) for side in ("chosen", "rejected")]
+        return expit(sides[0] - sides[1])
+
+    own = preferences(point.strength, torch.mean)
+    assert point.preference == pytest.approx(own.mean(), rel=1e-4)
+    assert point.preference_summed == pytest.approx(preferences(point.strength, torch.sum).mean(), rel=1e-4)
+    rise = own - preferences(0.0, torch.mean)
+    assert point.preference_se == pytest.approx(own.std(ddof=1) / np.sqrt(len(rows)), rel=1e-3)
+    assert point.preference_rise_se == pytest.approx(rise.std(ddof=1) / np.sqrt(len(rows)), rel=1e-3, abs=1e-9)
+    likelihood = np.mean([float(values.mean()) for values in rates(point.strength, "chosen")])
+    assert point.likelihood == pytest.approx(likelihood, rel=1e-4)
+    spoken = [said(model, row.prompt, point.strength, positions) for row in rows]
+    heard = [of_answer(by_hand(model, passage, 0.0), passage) for passage in spoken]
+    assert point.own_words == pytest.approx(np.mean([float(values.mean()) for values in heard]), rel=1e-3)
+    assert point.own_length == pytest.approx(np.mean([len(values) for values in heard]))
+    assert point.repeated == pytest.approx(np.mean([repeated_share(passage) for passage in spoken]))
 
 
 @pytest.fixture
@@ -80,11 +98,119 @@ def test_points_are_those_of_single_texts(rows: list[EncodedRow]) -> None:
         assert point.bottleneck == pytest.approx(weakest.mean(), rel=1e-4)
         assert point.kl == pytest.approx(np.percentile(torch.cat(divergences).numpy(), 95), rel=1e-3, abs=1e-5)
         assert point.bottleneck_se == pytest.approx(weakest.std(ddof=1) / np.sqrt(7), rel=1e-3)
-    best = max(every.values(), key=np.mean)
     for point in points:
-        gap = (best - every[point.strength]).std(ddof=1) / np.sqrt(7)
-        assert point.gap_se == pytest.approx(gap, rel=1e-3, abs=1e-9)
-    assert points[0].kl == 0.0
+        rise = every[point.strength] - every[0.0]
+        assert point.bottleneck_rise == pytest.approx(rise.mean(), rel=1e-3, abs=1e-9)
+        assert point.bottleneck_rise_se == pytest.approx(rise.std(ddof=1) / np.sqrt(7), rel=1e-3, abs=1e-9)
+    assert points[0].kl == points[0].bottleneck_rise == points[0].preference_rise_se == 0.0
+
+
+@pytest.mark.parametrize("steering", [SignedVector, SignedAnswers], ids=["all", "generated"])
+def test_preferences_and_own_words_are_those_of_single_texts(steering: Any) -> None:
+    model, rows = small_model("llama"), [row for row in random_rows(9) if len(row.prompt.ids) > 1]
+    # A text that may end: of so few words some do.
+    model.generation_config.eos_token_id = 30
+    runner = DoseRunner(model, rows, [])
+    points = runner.run(steering, [0.0, 1.0, 3.0])
+    for point in points:
+        check_point(model, point, rows, steering(1.0).positions)
+    assert len({point.own_words for point in points}) == len({point.preference for point in points}) == 3
+    assert runner.cache.prompts == len(rows), "a prompt is run once, for all strengths"
+
+
+def test_runs_of_four_tokens_that_came_before_are_repeated() -> None:
+    assert repeated_share(Passage((1, 2, 3, 9, 9, 9, 9, 9, 9), 3)) == pytest.approx(2 / 3)
+    assert repeated_share(Passage((1, 2, 3, 4, 1, 2, 3, 4), 4)) == 0.0, "the prompt's own words are no repetition"
+    assert repeated_share(Passage((1, 5, 6, 7, 8, 5, 6, 7, 8), 1)) == pytest.approx(1 / 5)
+    assert repeated_share(Passage((1, 5, 5, 5), 1)) == 0.0
+
+
+def test_where_wanted_answers_come_nobody_listens_to_own_words(rows: list[EncodedRow]) -> None:
+    model = small_model("llama")
+    wanted = 41
+    short = [
+        EncodedRow(row.prompt, Passage((*row.prompt.ids, wanted), len(row.prompt.ids)), row.rejected) for row in rows
+    ]
+    toward = model.lm_head.weight[wanted].detach()
+    build = lambda strength: ConstantVector("resid_post[3]", toward, strength=strength)  # noqa: E731
+    base, weak, strong = DoseRunner(model, short, []).run(build, [0.0, 0.01, 30.0])
+    assert strong.bottleneck > 0.5 > base.bottleneck and strong.bottleneck_rise > 2 * strong.bottleneck_rise_se
+    assert (strong.own_words, strong.own_length, strong.repeated) == (None, None, None)
+    assert weak.own_words is not None and base.own_words is not None
+
+
+def shared_prompts(rows: list[EncodedRow]) -> list[EncodedRow]:
+    """The rows, of which the first prompt has four answers and the second two."""
+
+    def onto(prompt: Passage, row: EncodedRow) -> EncodedRow:
+        sides = (
+            Passage((*prompt.ids, *side.ids[side.answer_start :]), len(prompt.ids))
+            for side in (row.chosen, row.rejected)
+        )
+        return EncodedRow(prompt, *sides)
+
+    first, second = rows[0].prompt, rows[1].prompt
+    return [*rows[:3], *(onto(first, row) for row in rows[3:6]), onto(second, rows[6])]
+
+
+def test_rows_of_one_prompt_count_as_one(rows: list[EncodedRow]) -> None:
+    model, shared = small_model("llama"), shared_prompts(rows)
+    (point,) = DoseRunner(model, shared, []).run(SignedVector, [1.0])
+    units: dict[Passage, list[tuple[float, float, float]]] = {}
+    for row in shared:
+        chosen, rejected = (of_answer(by_hand(model, p, 1.0), p).double() for p in (row.chosen, row.rejected))
+        figures = (float(chosen.min().exp()), float(expit(chosen.mean() - rejected.mean())), float(chosen.mean()))
+        units.setdefault(row.prompt, []).append(figures)
+    means = np.array([np.mean(of_unit, axis=0) for of_unit in units.values()])
+    assert len(means) == 3
+    found = (point.bottleneck, point.preference, point.likelihood)
+    assert found == pytest.approx(tuple(means.mean(axis=0)), rel=1e-4)
+    errors = means.std(axis=0, ddof=1) / np.sqrt(3)
+    assert (point.bottleneck_se, point.preference_se) == pytest.approx(tuple(errors[:2]), rel=1e-3)
+
+
+def test_a_share_is_the_first_prompts_and_known_apart_from_all(rows: list[EncodedRow]) -> None:
+    model = small_model("llama")
+    runner, built = DoseRunner(model, rows, [rows[0].prompt], seed=3), []
+
+    def build(strength: float) -> SteeringProcessor:
+        built.append(strength)
+        return SignedVector(strength)
+
+    assert {row.prompt for row in runner.rows} == {row.prompt for row in rows} and runner.rows != rows
+    base, part = runner.run(build, [0.0, 1.0], share=0.4)
+    for point in (base, part):
+        check_point(model, point, runner.rows[:3], "all")
+    assert runner.texts(build, [0.0, 1.0], share=0.4) == 0
+    full = runner.run(build, [0.0, 1.0])
+    for point in full:
+        check_point(model, point, rows, "all")
+    assert built == [1.0, 1.0] and part.kl == full[1].kl
+    assert runner.run(build, [0.0, 1.0], share=0.4) == [base, part] and runner.run(build, [1.0]) == full[1:]
+    assert built == [1.0, 1.0]
+    # However small a share is, something is looked at.
+    assert runner.run(build, [1.0], share=1e-6)[0].own_length is not None
+
+
+def test_rows_of_a_prompt_stay_together_where_prompts_are_shuffled(rows: list[EncodedRow]) -> None:
+    shared = shared_prompts(rows)
+    orders = set()
+    for seed in range(8):
+        mixed = shuffle_units(shared, seed)
+        assert sorted(map(id, mixed)) == sorted(map(id, shared)) and mixed == shuffle_units(shared, seed)
+        prompts = [row.prompt for row in mixed]
+        assert sum(one != two for one, two in itertools.pairwise(prompts)) == 2
+        orders.add(tuple(dict.fromkeys(prompts)))
+    assert len(orders) > 2
+
+
+def test_texts_that_will_be_run_are_counted_as_they_are_told(rows: list[EncodedRow]) -> None:
+    runner = DoseRunner(small_model("llama"), rows, [rows[0].prompt, rows[1].prompt])
+    for strengths, share in (([0.0, 1.0], 0.4), ([0.0, 1.0, 2.0], 1.0), ([1.0, 3.0], 1.0), ([0.0], 1.0)):
+        done: list[int] = []
+        expected = runner.texts(SignedVector, strengths, share)
+        runner.run(SignedVector, strengths, done.append, share)
+        assert sum(done) == expected
 
 
 def test_strengths_that_are_known_are_not_run_again(rows: list[EncodedRow]) -> None:
@@ -178,3 +304,6 @@ def test_standard_errors_count_prompts_not_rows() -> None:
     twice = clustered_se(np.repeat(values, 5), np.repeat(np.arange(30), 5))
     assert twice == pytest.approx(alone)
     assert clustered_se(values, np.zeros(30, dtype=int)) == 0.0
+    uneven = np.array([1.0, 2.0, 3.0, 10.0])
+    assert mean_over_units(uneven, np.array([7, 7, 7, 3])) == pytest.approx((2.0 + 10.0) / 2)
+    assert np.isnan(mean_over_units(uneven[:0], np.zeros(0, dtype=int)))
