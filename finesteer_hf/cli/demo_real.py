@@ -54,9 +54,8 @@ def show_real(model: Path, adapters: Path) -> bool:
     tokenizer = AutoTokenizer.from_pretrained(model)
     steering: Any = {name: str(adapters / name) for name, _ in ASKED}
     steered = SteeredModelForCausalLM.from_pretrained(str(model), steering=steering)
-    console.print(
-        f"[bold]{escape(str(steered.config._name_or_path))}[/], greedy, {NEW_TOKENS} tokens", highlight=False
-    )
+    base = next(iter(steered.steering_adapters.values())).config.base_model_name_or_path
+    console.print(f"[bold]{escape(str(base))}[/], greedy, {NEW_TOKENS} tokens", highlight=False)
     for name, prompts in ASKED:
         plain, _ = answers(steered, tokenizer, prompts, None)
         changed, gates = answers(steered, tokenizer, prompts, name)
