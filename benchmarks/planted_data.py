@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from finesteer_hf.methods.base import ModelInfo
+from finesteer_hf.methods.objective import Limits
 from finesteer_hf.sites import Site
 
 
@@ -15,6 +16,7 @@ class PlantedData:
 
     def __init__(self, width: int, rows: int, seed: int = 0) -> None:
         self.info, self.seed = ModelInfo(32, width, 32, width // 32, 128_256), seed
+        self.limits = Limits()
         rng = np.random.default_rng(seed)
         directions, maps = rng.standard_normal((24, width)), rng.standard_normal((24, width))
         mean, away = rng.standard_normal(width), rng.standard_normal(width)

@@ -226,7 +226,7 @@ def choices(rows: Rows, split: Splitter, layer: int, items: int) -> list[str]:
         site = str(Site("resid_post", layer))
         config = FineSteerConfig(
             layer=layer, gate="always", read_site=site, write_site=site, experts=kind, strength=1.0,
-            num_experts=getattr(estimator, "num_experts_", 1), residual_rank=rank, hidden_size=width,
+            positions="all", num_experts=getattr(estimator, "num_experts_", 1), residual_rank=rank, hidden_size=width,
         )  # fmt: skip
         adapter = SteeringAdapter(config, to_file(EXPERT_TENSORS[kind], estimator.state()))
         model.load_steering(adapter, adapter_name=f"a{len(found)}")
