@@ -11,14 +11,25 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 CONFIGS = {
     "finesteer": FineSteerConfig(
-        layer=1, gate_score="state", experts="mixture", num_experts=2, residual_rank=2, strength=4.0
+        layer=1, gate_score="state", experts="mixture", num_experts=2, residual_rank=2, strength=4.0, positions="all"
+    ),
+    "finesteer-several": FineSteerConfig(
+        layer=0,
+        write_site=["resid_post[0]", "resid_pre[2]", "resid_post[2]"],
+        target="gradient",
+        gate_score="state",
+        experts="reduced_rank",
+        residual_rank=2,
+        refine=0,
+        strength=12.0,
+        positions="generated",
     ),
     "finesteer-paper": FineSteerConfig.paper(
         layer=1, subspace_rank=4, num_experts=4, residual_rank=3, compat="official"
     ),
     "caa": CAAConfig(layer=1, strength=4.0),
 }
-# The paper's form differs from the default in its tensors and its read site, not in what the run time does with it.
+# The others differ from the default in their tensors, read and write sites, little in what the run time does with them.
 QUICK = {"left_padding", "chunked_prefill", "beams", "compiled_static_cache"}
 
 

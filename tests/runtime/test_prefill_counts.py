@@ -24,7 +24,7 @@ def finesteer_adapter(seed: int = 0, **settings) -> SteeringAdapter:
     config = FineSteerConfig(
         layer=1, read_site="resid_post[1]", write_site="resid_post[1]", hidden_size=WIDTH, num_hidden_layers=LAYERS,
         base_model_type="llama", strength=1.0, gate_score="state", experts="mixture", subspace_rank=4, num_experts=4,
-        residual_rank=4, **settings,
+        residual_rank=4, **{"positions": "all", **settings},
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     shapes = SteeringAdapter(config, {}).tensor_shapes()

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ FITTED = FineSteerConfig(
     residual_rank=2,
     subspace_rank=2,
     strength=1.0,
+    positions="generated",
 )
 CONFIGS = [
     small_adapter().config.to_dict(),
     CAAConfig(layer=1, hidden_size=8, strength=1.0).to_dict(),
     FITTED.to_dict(),
+    replace(FITTED, write_site=["resid_post[1]", "resid_post[3]"], requires=["several_write_sites"]).to_dict(),
 ]
 KEYS = sorted({key for config in CONFIGS for key in config} | {"weights_sha256"})
 
