@@ -74,7 +74,9 @@ class FineSteer(SteeringMethod):
         if "router.weight" in tensors:
             record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
             arguments["weights"] = record["experts"]
-        vectors = self._vector(h, **arguments).chunk(len(self.writes), dim=-1)
+        together = self._vector(h, **arguments)
+        # A single site's vector is not cut: that would be one more kernel a prompt.
+        vectors = (together,) if len(self.writes) == 1 else together.chunk(len(self.writes), dim=-1)
         return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
 
     @classmethod
