@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,11 +106,11 @@ class DoseRunner:
     ) -> None:
         self.model = model
         self.rows = shuffle_units(draw(rows, MAX_ROWS, seed), seed)
-        self.prompts = draw(prompts, MAX_PROMPTS, seed)
+        self.prompts = shuffle(draw(prompts, MAX_PROMPTS, seed), seed)
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
         self.cache = PromptCache(model) if cache is None else cache
-        self._general: dict[int, list[Passage]] = {}
+        self._general: dict[tuple[int, int], list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
         self._build: Callable[[float], SteeringProcessor] | None = None
         self._known: dict[tuple[float, int], Measured] = {}
@@ -130,7 +131,7 @@ class DoseRunner:
             build: makes the processor of a strength.
             strengths: lambdas to try.
             advance: told of each forward's number of texts.
-            share: of the held-out prompts that are looked at, the first ones.
+            share: of the held-out prompts, and of the general ones, that are looked at.
 
         Returns:
             Rows of one prompt are taken together in means and standard errors; divergences are in nats, at the next
@@ -144,7 +145,7 @@ class DoseRunner:
         if new or count not in self._unsteered:
             with steered(self.model):
                 processors = {strength: build(strength) for strength in new}
-                self._measure(processors, count, advance)
+                self._measure(processors, count, share, advance)
         curve = {strength: self._of(strength, count) for strength in map(float, strengths)}
         return [self._point(strength, found, count) for strength, found in curve.items()]
 
@@ -156,20 +157,23 @@ class DoseRunner:
         known = self._known if build is self._build else {}
         new = sum(1 for strength in map(float, strengths) if strength and (strength, count) not in known)
         answers = len(self._passages(count))
-        return new * (answers + len(self.prompts)) + (count not in self._unsteered) * answers
+        return new * (answers + len(self._prompts(share))) + (count not in self._unsteered) * answers
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
-    def _measure(self, processors: dict[float, SteeringProcessor], count: int, advance: Callable[[int], None]) -> None:
+    def _measure(
+        self, processors: dict[float, SteeringProcessor], count: int, share: float, advance: Callable[[int], None]
+    ) -> None:
         takes_back = any(processor.lookback for processor in processors.values())
         scores = self._answers(processors, count, advance)
-        effects = self._side_effects(processors, takes_back, advance)
+        effects = self._side_effects(processors, takes_back, share, advance)
         if count not in self._unsteered:
-            self._unsteered[count] = Measured(scores[0.0], self._speak([], count), SideEffects(0.0, None))
+            spoken = self._speak([], count, share)
+            self._unsteered[count] = Measured(scores[0.0], spoken, SideEffects(0.0, None))
         for strength, processor in processors.items():
             # Where whole wanted answers come, they are what the model says, and need not be listened to.
             comes = is_sayable(self._point(strength, Measured(scores[strength], None, effects[strength]), count))
-            spoken = None if comes else self._speak([processor], count)
+            spoken = None if comes else self._speak([processor], count, share)
             self._known[strength, count] = Measured(scores[strength], spoken, effects[strength])
 
     def _of(self, strength: float, count: int) -> Measured:
@@ -244,9 +248,9 @@ class DoseRunner:
         heard = Heard(self.model, [self._said[passage] for passage in batch], sites)
         return {strength: heard.judged_by(processor) for strength, processor in processors.items()}
 
-    def _speak(self, processors: Sequence[SteeringProcessor], count: int) -> Spoken | None:
+    def _speak(self, processors: Sequence[SteeringProcessor], count: int, share: float) -> Spoken | None:
         """What the model says to the first held-out prompts, and how likely the base finds that."""
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows[:count]))[:SPOKEN_PROMPTS]
+        prompts = list(dict.fromkeys(row.prompt for row in self.rows[:count]))[: round(share * SPOKEN_PROMPTS)]
         if not prompts:
             return None
         said = own_words(self.model, prompts, SPOKEN_TOKENS, processors, self.cache)
@@ -258,17 +262,22 @@ class DoseRunner:
         )
 
     def _side_effects(
-        self, processors: dict[float, SteeringProcessor], takes_back: bool, advance: Callable[[int], None]
+        self,
+        processors: dict[float, SteeringProcessor],
+        takes_back: bool,
+        share: float,
+        advance: Callable[[int], None],
     ) -> dict[float, SideEffects]:
         """What each strength does to general prompts."""
         if not processors:
             return {}
-        length = OWN_TOKENS if takes_back else CONTINUATION
-        if length not in self._general:
-            self._general[length] = own_words(self.model, self.prompts, length, cache=self.cache)
+        length, prompts = OWN_TOKENS if takes_back else CONTINUATION, self._prompts(share)
+        key = (length, len(prompts))
+        if key not in self._general:
+            self._general[key] = own_words(self.model, prompts, length, cache=self.cache)
         divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
         changed: dict[float, list[bool]] = {strength: [] for strength in processors}
-        for batch in self._batches(self._general[length]):
+        for batch in self._batches(self._general[key]):
             base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
             for strength, processor in processors.items():
                 for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
@@ -290,6 +299,10 @@ class DoseRunner:
 
     def _rows_of(self, share: float) -> int:
         return min(len(self.rows), max(1, round(share * len(self.rows)))) if self.rows else 0
+
+    def _prompts(self, share: float) -> list[Passage]:
+        """General prompts of a look at a share of the rows."""
+        return self.prompts[: math.ceil(share * len(self.prompts))]
 
     def _passages(self, count: int) -> list[Passage]:
         return list(dict.fromkeys(answer for row in self.rows[:count] for answer in (row.chosen, row.rejected)))
@@ -341,6 +354,11 @@ def shuffle_units(rows: Sequence[EncodedRow], seed: int) -> list[EncodedRow]:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     rank = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)), strict=True))
     return sorted(rows, key=lambda row: rank[row.prompt])
+
+
+def shuffle(items: Sequence[Any], seed: int) -> list[Any]:
+    """Items in random order, so that the first are like the others."""
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
 def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:

@@ -25,7 +25,7 @@ EVERY_BLOCK_UP_TO = 32
 SHORT_LIST = 4
 # Norms of the vector in units of the state's: the same strength means another dose at each layer. What helps may span
 # less than a factor of two.
-RELATIVE_DOSES = (0.05, 0.1, 0.2, 0.28, 0.4, 0.57, 0.8)
+RELATIVE_DOSES = (0.1, 0.2, 0.28, 0.4, 0.57, 0.8)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ MIN_ROWS_TO_TRAIN = 60
 NEAR_DOSES = (0.75, 1.0, 1.33)
 # Multiples of it from which the strength is chosen.
 CURVE = (0.5, 0.75, 1.0, 1.33)
-# Differences of states are steered at so many layers where gradients have been ranked beside them.
-SCREENED = 2
+# A candidate is steered if its first-order gain is at least this share of the best; of differences of states, so many are.
+SCREENED_GAIN, SCREENED = 0.25, 2
 # A first look at candidates takes this share of the held-out prompts, if that leaves so many.
 FIRST_LOOK, ENOUGH_PROMPTS = 0.5, 40
 
@@ -122,7 +122,9 @@ def _choose_place(
             (name for name, fit in found.items() if fit.place.target == "difference"),
             key=lambda name: -(gains[name] or 0.0),
         )
-        found = {name: fit for name, fit in found.items() if name not in differences[SCREENED:]}
+        least = SCREENED_GAIN * max(gain or 0.0 for gain in gains.values())
+        promising = [name for name in found if name not in differences[SCREENED:] and (gains[name] or 0.0) >= least]
+        found = {name: found[name] for name in promising or found}
     trials = {name: fits.trial(fit) for name, fit in found.items()}
     name, tried = try_each(data, trials, config.strength, what="place", share=_first_look(data))
     agreement = None
@@ -131,6 +133,7 @@ def _choose_place(
         row["gain"] = gains[row["place"]]
     if tried and all(row["gain"] is not None for row in tried):
         agreement = rank_agreement([row["gain"] for row in tried], [row["preference"] for row in tried])
+        tried += [{"place": name, "gain": gain} for name, gain in gains.items() if name not in found]
     place = found[name].place
     doses = _doses_near(tried, "place", name, trials[name])
     simple = place.target == "gradient" and (config.experts, config.residual_rank) == ("auto", "auto")
@@ -206,7 +209,7 @@ def _choose_positions(
     found, points = {}, []
     for name, fit in (("generated", chosen), ("all", others)):
         trial = fits.trial(fit)
-        strengths = [trial.strength_of(dose) for dose in doses]
+        strengths = [trial.strength_of(dose) for dose in (doses[1:2] if fit is chosen else doses[:2])]
         found[name] = (fit, trial, ascend(data, trial.build, strengths, _first_look(data)))
         points += found[name][2]
     objective = Objective.of(points, data.limits)
@@ -220,7 +223,7 @@ def _choose_positions(
 
 
 def _baselines(fits: CandidateFits, chosen: CandidateFit, dose: float) -> dict[str, dict[str, Any]]:
-    """What simpler vectors reach on held-out rows at their best of some doses, to hold the curve against."""
+    """What simpler vectors reach on held-out rows at the same dose, to hold the curve against."""
     constant = fits.fit(chosen.place, of_rank(fits.config, 0), chosen.positions)
     others: dict[str, Trial] = {
         "constant": fits.trial(constant),
@@ -228,10 +231,8 @@ def _baselines(fits: CandidateFits, chosen: CandidateFit, dose: float) -> dict[s
     }
     found = {}
     for name, trial in others.items():
-        strengths = [trial.strength_of(near * dose) for near in NEAR_DOSES]
-        points = fits.data.dose_response(trial.build, (0.0, *strengths), _first_look(fits.data))
-        objective = Objective.of(points, fits.data.limits)
-        found[name] = point_row(max(points[1:], key=objective.merit), objective)
+        points = fits.data.dose_response(trial.build, (0.0, trial.strength_of(dose)), _first_look(fits.data))
+        found[name] = point_row(points[1], Objective.of(points, fits.data.limits))
     return found
 
 
