@@ -13,7 +13,7 @@ from fitting_toys import random_rows, small_model
 from teacher_forcing import VECTOR, added, log_probs, of_answer
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
-from finesteer_hf.errors import DatasetError
+from finesteer_hf.errors import DatasetError, UnsupportedModelError
 from finesteer_hf.fitting import gradients
 from finesteer_hf.fitting.capture import StateReader
 from finesteer_hf.fitting.fit import capture_gradients, capture_missing
@@ -154,6 +154,21 @@ def test_rows_whose_gradients_are_not_finite_are_named(bad: float) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     # The other answers can be read still.
     assert np.isfinite(np.stack(list(read(model, [answers[0], answers[2]]).values()))).all()
+
+
+def test_a_model_that_lets_no_gradient_through_is_said(answers: list[Passage]) -> None:
+    model = small_model("llama")
+    model.model.layers[3].register_forward_hook(lambda module, args, output: output.detach())
+    with pytest.raises(UnsupportedModelError, match="target='difference'"):
+        read(model, answers, SITES[:2])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_half_precision_points_the_same_way(answers: list[Passage]) -> None:
+    exact, half = read(small_model("llama"), answers), read(small_model("llama").to(torch.bfloat16), answers)
+    for key, values in exact.items():
+        cosine = float(values @ half[key] / np.linalg.norm(values) / np.linalg.norm(half[key]))
+        assert cosine > 0.97, key
 
 
 class Counted(GradientReader):

@@ -26,8 +26,8 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 model, tokenizer = playground.load()
 rows = playground.preference_rows("truthful", "fit")[::20]
-folder, out = sys.argv[1:]
-config = CAAConfig(layer=2, strength=1.0)
+folder, out, vector = sys.argv[1:]
+config = CAAConfig(layer=2, strength=1.0, vector=vector)
 from finesteer_hf.fitting.processes import Processes
 me = Processes.current(cpu=True)
 assert me.count == 2, me
@@ -79,12 +79,20 @@ LAUNCHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "on_disk"), [("accelerate", True), ("torchrun", False)])
-def test_two_processes_write_the_store_of_one(tmp_path: Path, launcher: str, on_disk: bool) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "on_disk", "vector"),
+    [("accelerate", True, "answers"), ("torchrun", False, "answers"), ("torchrun", True, "gradient")],
+)
+def test_two_processes_write_the_store_of_one(tmp_path: Path, launcher: str, on_disk: bool, vector: str) -> None:
     (tmp_path / "fit.py").write_text(SCRIPT)
     folder = tmp_path / "two" if on_disk else ""
     result = subprocess.run(
-        [sys.executable, "-m", *LAUNCHERS[launcher], str(tmp_path / "fit.py"), str(folder), str(tmp_path / "adapter")],
+        [
+            sys.executable,
+            "-m",
+            *LAUNCHERS[launcher],
+            *map(str, (tmp_path / "fit.py", folder, tmp_path / "adapter", vector)),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -93,9 +101,8 @@ def test_two_processes_write_the_store_of_one(tmp_path: Path, launcher: str, on_
     assert result.returncode == 0, result.stderr[-3000:]
     model, tokenizer = playground.load()
     rows = playground.preference_rows("truthful", "fit")[::20]
-    alone = fit_steering(
-        model, tokenizer, rows, CAAConfig(layer=2, strength=1.0), progress=False, store_dir=tmp_path / "one"
-    )
+    config = CAAConfig(layer=2, strength=1.0, vector=vector)
+    alone = fit_steering(model, tokenizer, rows, config, progress=False, store_dir=tmp_path / "one")
     if on_disk:
         two, one = stored(tmp_path / "two"), stored(tmp_path / "one")
         assert two.keys() == one.keys()

@@ -106,3 +106,37 @@ def test_saving_and_loading_changes_nothing(tmp_path) -> None:
     SteeringAdapter(result.config, result.tensors).save_pretrained(tmp_path)
     again = SteeringAdapter.from_pretrained(tmp_path)
     assert again.config == result.config and tensors_equal(again.tensors, result.tensors)
+
+
+# -- the mean gradient ------------------------------------------------------------------------------------------------
+
+
+def test_a_vector_of_gradients_points_along_their_mean_a_tenth_of_the_state_far() -> None:
+    data = PlantedData()
+    vector = CAA.fit(data, CAAConfig(layer=2, strength=1.0, vector="gradient")).tensors["vector"].numpy()
+    rows = [data.chosen(SITE, part, "gradient") - data.rejected(SITE, part, "gradient") for part in PARTS]
+    mean = np.concatenate(rows).astype(np.float64).mean(axis=0)
+    length = 0.1 * np.median(np.linalg.norm(data.query(SITE, "fit").astype(np.float64), axis=1))
+    np.testing.assert_allclose(vector, mean / np.linalg.norm(mean) * length, rtol=1e-4, atol=1e-6)
+    assert vector.dtype == np.float32
+
+
+def test_layers_are_ranked_by_what_their_gradients_gain() -> None:
+    data = PlantedData(clarity=(1.0, 1.0, 1.0, 1.0))
+    # The same gradients everywhere, and states of different length: a share of the longest goes furthest.
+    for layer, factor in enumerate((0.1, 0.2, 3.0, 0.3)):
+        data._query[layer] *= factor
+    result = CAA.fit(data, CAAConfig(strength=1.0, vector="gradient"))
+    effects = {row["layer"]: row["effect"] for row in result.report["layers"]}
+    assert max(effects, key=effects.__getitem__) == 2
+    lengths = [np.median(np.linalg.norm(data.query(Site("resid_post", i), "fit"), axis=1)) for i in range(4)]
+    for layer, effect in effects.items():
+        assert effect == pytest.approx(effects[0] * lengths[layer] / lengths[0], rel=1e-3) and effect > 0
+    assert CAA.needs(CAAConfig(vector="gradient", layer=1), data.info).pools == ("query", "gradient")
+
+
+def test_too_few_gradients_are_refused() -> None:
+    data = PlantedData(rows=5)
+    data._parts = {part: rows[:0] for part, rows in data._parts.items()}
+    with pytest.raises(DatasetError, match="gradients of 0 rows"):
+        CAA.fit(data, CAAConfig(layer=2, strength=1.0, vector="gradient"))
