@@ -42,6 +42,16 @@ def said(model: Any, prompt: Passage, strength: float, positions: Any, tokens: i
     return Passage(tuple(ids), len(prompt.ids))
 
 
+def divergence(model: Any, prompts: list[Passage], strength: float) -> float:
+    """The 95th percentile over general prompts' next tokens and those of what the model says itself."""
+    found = []
+    for prompt in prompts:
+        passage = said(model, prompt, 0.0, "all", CONTINUATION)
+        base, steered = (by_hand(model, passage, s)[passage.answer_start - 1 :] for s in (0.0, strength))
+        found.append((base.exp() * (base - steered)).sum(-1).clamp(min=0))
+    return float(np.percentile(torch.cat(found).numpy(), 95))
+
+
 def check_point(model: Any, point: DosePoint, rows: list[EncodedRow], positions: Any) -> None:
     """A point's figures of rows of distinct prompts against one text at a time."""
 
@@ -80,23 +90,12 @@ def test_points_are_those_of_single_texts(rows: list[EncodedRow]) -> None:
     prompts = [row.prompt for row in random_rows(5, seed=3)]
     points = DoseRunner(model, rows, prompts).run(SignedVector, [0.0, 0.5, 2.0])
     assert type(model).__mro__[0].__name__ == "LlamaForCausalLM" and not hasattr(model, "set_steering")
-    continued = []
-    for prompt in prompts:
-        ids = list(prompt.ids)
-        for _ in range(CONTINUATION):
-            with torch.no_grad():
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        continued.append(Passage(tuple(ids), len(prompt.ids)))
     every = {}
     for point in points:
-        divergences = []
-        for passage in continued:
-            base, steered = (by_hand(model, passage, s)[passage.answer_start - 1 :] for s in (0.0, point.strength))
-            divergences.append((base.exp() * (base - steered)).sum(-1).clamp(min=0))
         weakest = np.array([least_probability(by_hand(model, row.chosen, point.strength), row.chosen) for row in rows])
         every[point.strength] = weakest
         assert point.bottleneck == pytest.approx(weakest.mean(), rel=1e-4)
-        assert point.kl == pytest.approx(np.percentile(torch.cat(divergences).numpy(), 95), rel=1e-3, abs=1e-5)
+        assert point.kl == pytest.approx(divergence(model, prompts, point.strength), rel=1e-3, abs=1e-5)
         assert point.bottleneck_se == pytest.approx(weakest.std(ddof=1) / np.sqrt(7), rel=1e-3)
     for point in points:
         rise = every[point.strength] - every[0.0]
@@ -171,7 +170,8 @@ def test_rows_of_one_prompt_count_as_one(rows: list[EncodedRow]) -> None:
 
 def test_a_share_is_the_first_prompts_and_known_apart_from_all(rows: list[EncodedRow]) -> None:
     model = small_model("llama")
-    runner, built = DoseRunner(model, rows, [rows[0].prompt], seed=3), []
+    general = [row.prompt for row in random_rows(5, seed=3)]
+    runner, built = DoseRunner(model, rows, general, seed=3), []
 
     def build(strength: float) -> SteeringProcessor:
         built.append(strength)
@@ -185,11 +185,16 @@ def test_a_share_is_the_first_prompts_and_known_apart_from_all(rows: list[Encode
     full = runner.run(build, [0.0, 1.0])
     for point in full:
         check_point(model, point, rows, "all")
-    assert built == [1.0, 1.0] and part.kl == full[1].kl
+    # Of the general prompts, too, as many are looked at, and they are no others each time.
+    assert sorted(map(id, runner.prompts)) == sorted(map(id, general)) and runner.prompts != general
+    for point, prompts in ((part, runner.prompts[:2]), (full[1], general)):
+        assert point.kl == pytest.approx(divergence(model, prompts, 1.0), rel=1e-3, abs=1e-5)
+    assert built == [1.0, 1.0] and part.kl != full[1].kl
     assert runner.run(build, [0.0, 1.0], share=0.4) == [base, part] and runner.run(build, [1.0]) == full[1:]
     assert built == [1.0, 1.0]
     # However small a share is, something is looked at.
-    assert runner.run(build, [1.0], share=1e-6)[0].own_length is not None
+    (least,) = runner.run(build, [1.0], share=1e-6)
+    assert least.own_words is not None and least.kl > 0
 
 
 def test_rows_of_a_prompt_stay_together_where_prompts_are_shuffled(rows: list[EncodedRow]) -> None:
@@ -286,7 +291,7 @@ def test_the_continuation_ends_with_the_text(rows: list[EncodedRow]) -> None:
     model.generation_config.eos_token_id = said
     runner = DoseRunner(model, rows, [prompt])
     runner.run(SignedVector, [1.0])
-    assert runner._general[CONTINUATION] == [Passage((*prompt.ids, said), len(prompt.ids))]
+    assert list(runner._general.values()) == [[Passage((*prompt.ids, said), len(prompt.ids))]]
 
 
 def test_more_rows_than_needed_are_drawn_across_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.methods.base import FitResult, Part
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank, small_width
+from finesteer_hf.methods.finesteer.fit import SCREENED, SCREENED_GAIN
 from finesteer_hf.methods.rows import contrast_rows, query_rows
 from finesteer_hf.methods.trials import SHORT_LIST
 from finesteer_hf.sites import Site
@@ -55,8 +56,24 @@ def test_the_clearest_layer_is_found(automatic: tuple[PlantedData, FitResult]) -
     assert (result.config.read_site, result.config.write_site) == ("resid_post[2]", "resid_post[2]")
     by_layer = {row["layer"]: row["r2"] for row in result.report["layers"]}
     assert max(by_layer, key=by_layer.__getitem__) == 2 and set(by_layer) == {0, 1, 2, 3}
-    assert {row["layer"] for row in result.report["layers_tried"]} <= set(by_layer)
-    assert len(result.report["layers_tried"]) <= SHORT_LIST
+    tried = [row for row in result.report["layers_tried"] if "strength" in row]
+    assert {row["layer"] for row in tried} <= set(by_layer) and len(tried) <= SHORT_LIST
+
+
+def test_only_places_that_gain_something_to_first_order_are_steered(automatic: tuple[PlantedData, FitResult]) -> None:
+    _, result = automatic
+    table = result.report["layers_tried"]
+    assert len({row["place"] for row in table}) == len(table)
+    tried = [row for row in table if "strength" in row]
+    left, best = [row for row in table if row not in tried], max(row["gain"] for row in table)
+    differences = [row["gain"] for row in tried if row["place"].startswith("difference")]
+    assert 0 < len(differences) <= SCREENED and left
+    assert min(row["gain"] for row in tried) >= SCREENED_GAIN * best
+    for row in left:
+        assert row["gain"] < SCREENED_GAIN * best or row["gain"] <= min(differences)
+    assert [row["place"] for row in tried] == sorted(
+        (row["place"] for row in tried), key=lambda place: place.startswith("difference")
+    )
 
 
 def test_simpler_vectors_are_measured_beside_it(automatic: tuple[PlantedData, FitResult]) -> None:
