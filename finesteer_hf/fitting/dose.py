@@ -250,7 +250,7 @@ class DoseRunner:
 
     def _speak(self, processors: Sequence[SteeringProcessor], count: int, share: float) -> Spoken | None:
         """What the model says to the first held-out prompts, and how likely the base finds that."""
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows[:count]))[: round(share * SPOKEN_PROMPTS)]
+        prompts = list(dict.fromkeys(row.prompt for row in self.rows[:count]))[: math.ceil(share * SPOKEN_PROMPTS)]
         if not prompts:
             return None
         said = own_words(self.model, prompts, SPOKEN_TOKENS, processors, self.cache)
