@@ -11,6 +11,8 @@ from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, fit_steering
 from finesteer_hf.evaluation.multiple_choice import score_choices
 from finesteer_hf.fitting.data import read_preferences
 from finesteer_hf.fitting.inputs import prepare_inputs
+from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.methods.objective import Limits, Objective
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
@@ -40,7 +42,14 @@ def test_the_published_questions_are_fitted_saved_loaded_and_scored(tmp_path: Pa
     adapter = fit_steering(model, tokenizer, preference_rows(train), FineSteerConfig(), progress=False)
     report = adapter.config.fit["report"]
     assert adapter.config.fit["rows"]["fit"] > 60 and report["gate"]["calibration_queries"] > 20
-    assert report["vector"]["rows"] > 20 and len(report["dose_response"]) > 8
+    assert report["vector"]["rows"] > 20
+    points = [DosePoint.from_report(row) for row in report["dose_response"]]
+    objective = Objective.of(points, Limits.of(adapter.config.limits))
+    # The best of those within the limits, looked at closely.
+    best = max(objective.allowed(points), key=objective.value)
+    strengths = [point.strength for point in points]
+    assert adapter.config.strength == best.strength and strengths == sorted(set(strengths))
+    assert strengths[0] == 0.0 < strengths[1] <= best.strength and len(points) >= 5
 
     adapter.save_pretrained(tmp_path)
     steered = SteeredModelForCausalLM.from_model(toy_model(), steering=str(tmp_path))
