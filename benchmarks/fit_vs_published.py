@@ -158,7 +158,7 @@ def run_published(setting: Setting) -> tuple[Outcome, np.ndarray, np.ndarray, np
 
 def run_ours(setting: Setting, test_queries: np.ndarray, general: str | None) -> Outcome:
     model, tokenizer, fit, _ = prepared(setting)
-    config = FineSteerConfig(layer=setting.layer, strength=2.5, experts="mixture")
+    config = FineSteerConfig(layer=setting.layer, strength=2.5, experts="mixture", target="difference")
 
     def fitted(rows: list[dict[str, Any]]) -> SteeringAdapter:
         return fit_steering(model, tokenizer, rows, config, general_dataset=general, progress=False)
@@ -258,7 +258,10 @@ def wide_published(width: int, rows: int, threads: int) -> Outcome:
 
 def wide_ours(width: int, rows: int, threads: int) -> Outcome:
     torch.set_num_threads(threads)
-    data, config = PlantedData(width, rows), FineSteerConfig(layer=12, strength=2.5, experts="mixture")
+    data, config = (
+        PlantedData(width, rows),
+        FineSteerConfig(layer=12, strength=2.5, experts="mixture", target="difference"),
+    )
     result, seconds, peak = measured(lambda: FineSteer.fit(data, config))  # type: ignore[arg-type]
     adapter = SteeringAdapter(result.config, result.tensors)
     site = Site("resid_post", 12)

@@ -60,8 +60,8 @@ def random_finesteer(model: Any, seed: int) -> SteeringAdapter:
     site = f"resid_post[{layers // 2}]"
     config = FineSteerConfig(
         layer=layers // 2, read_site=site, write_site=site, hidden_size=width, num_hidden_layers=layers,
-        base_model_type="llama", strength=1.0, gate_score="state", experts="mixture", subspace_rank=8, num_experts=4,
-        residual_rank=32,
+        base_model_type="llama", strength=1.0, positions="all", gate_score="state", experts="mixture", subspace_rank=8,
+        num_experts=4, residual_rank=32,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     shapes = SteeringAdapter(config, {}).tensor_shapes()

@@ -32,7 +32,9 @@ from finesteer_hf.fitting import DatasetWarning
 
 METHODS: dict[str, SteeringConfig] = {
     "CAA": CAAConfig(layer=2, strength=1.0),
-    "FineSteer": FineSteerConfig(layer=2, strength=1.0, experts="reduced_rank", residual_rank=8, gate_score="state"),
+    "FineSteer": FineSteerConfig(
+        layer=2, strength=1.0, experts="reduced_rank", residual_rank=8, gate_score="state", target="difference"
+    ),
 }
 SIZES = (10_000, 100_000, 1_000_000)
 WARM_UP_ROWS = 200

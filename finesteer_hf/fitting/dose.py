@@ -85,6 +85,15 @@ class Measured:
     effects: SideEffects
 
 
+@dataclass(frozen=True)
+class Look:
+    """How much of the held-out data is looked at: rows, general prompts, and prompts that the model answers."""
+
+    rows: int
+    prompts: int
+    spoken: int
+
+
 class DoseRunner:
     """Runs a model steered at several strengths on fixed rows; it is steered for the length of a run only.
 
@@ -113,8 +122,8 @@ class DoseRunner:
         self._general: dict[tuple[int, int], list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
         self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[tuple[float, int], Measured] = {}
-        self._unsteered: dict[int, Measured] = {}
+        self._known: dict[tuple[float, Look], Measured] = {}
+        self._unsteered: dict[Look, Measured] = {}
 
     def run(
         self,
@@ -140,51 +149,49 @@ class DoseRunner:
         """
         if build is not self._build:
             self._build, self._known = build, {}
-        count = self._rows_of(share)
-        new = [strength for strength in map(float, strengths) if strength and (strength, count) not in self._known]
-        if new or count not in self._unsteered:
+        look = self._look(share)
+        new = [strength for strength in map(float, strengths) if strength and (strength, look) not in self._known]
+        if new or look not in self._unsteered:
             with steered(self.model):
                 processors = {strength: build(strength) for strength in new}
-                self._measure(processors, count, share, advance)
-        curve = {strength: self._of(strength, count) for strength in map(float, strengths)}
-        return [self._point(strength, found, count) for strength, found in curve.items()]
+                self._measure(processors, look, advance)
+        curve = {strength: self._of(strength, look) for strength in map(float, strengths)}
+        return [self._point(strength, found, look) for strength, found in curve.items()]
 
     def texts(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> int:
         """Number of texts that `run` would put through the model, what is generated left out."""
-        count = self._rows_of(share)
+        look = self._look(share)
         known = self._known if build is self._build else {}
-        new = sum(1 for strength in map(float, strengths) if strength and (strength, count) not in known)
-        answers = len(self._passages(count))
-        return new * (answers + len(self._prompts(share))) + (count not in self._unsteered) * answers
+        new = sum(1 for strength in map(float, strengths) if strength and (strength, look) not in known)
+        answers = len(self._passages(look))
+        return new * (answers + look.prompts) + (look not in self._unsteered) * answers
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
-    def _measure(
-        self, processors: dict[float, SteeringProcessor], count: int, share: float, advance: Callable[[int], None]
-    ) -> None:
+    def _measure(self, processors: dict[float, SteeringProcessor], look: Look, advance: Callable[[int], None]) -> None:
         takes_back = any(processor.lookback for processor in processors.values())
-        scores = self._answers(processors, count, advance)
-        effects = self._side_effects(processors, takes_back, share, advance)
-        if count not in self._unsteered:
-            spoken = self._speak([], count, share)
-            self._unsteered[count] = Measured(scores[0.0], spoken, SideEffects(0.0, None))
+        scores = self._answers(processors, look, advance)
+        effects = self._side_effects(processors, takes_back, look, advance)
+        if look not in self._unsteered:
+            spoken = self._speak([], look)
+            self._unsteered[look] = Measured(scores[0.0], spoken, SideEffects(0.0, None))
         for strength, processor in processors.items():
             # Where whole wanted answers come, they are what the model says, and need not be listened to.
-            comes = is_sayable(self._point(strength, Measured(scores[strength], None, effects[strength]), count))
-            spoken = None if comes else self._speak([processor], count, share)
-            self._known[strength, count] = Measured(scores[strength], spoken, effects[strength])
+            comes = is_sayable(self._point(strength, Measured(scores[strength], None, effects[strength]), look))
+            spoken = None if comes else self._speak([processor], look)
+            self._known[strength, look] = Measured(scores[strength], spoken, effects[strength])
 
-    def _of(self, strength: float, count: int) -> Measured:
+    def _of(self, strength: float, look: Look) -> Measured:
         if strength:
-            return self._known[strength, count]
+            return self._known[strength, look]
         counted = any(found.effects.changed is not None for found in self._known.values())
-        unsteered = self._unsteered[count]
+        unsteered = self._unsteered[look]
         return Measured(unsteered.rows, unsteered.spoken, SideEffects(0.0, 0.0 if counted else None))
 
-    def _point(self, strength: float, found: Measured, count: int) -> DosePoint:
-        units, base = self.units[:count], self._unsteered[count].rows
+    def _point(self, strength: float, found: Measured, look: Look) -> DosePoint:
+        units, base = self.units[: look.rows], self._unsteered[look].rows
         mean, error = partial(mean_over_units, units=units), partial(clustered_se, units=units)
         rows, spoken = found.rows, found.spoken
         return DosePoint(
@@ -206,23 +213,23 @@ class DoseRunner:
         )
 
     def _answers(
-        self, processors: dict[float, SteeringProcessor], count: int, advance: Callable[[int], None]
+        self, processors: dict[float, SteeringProcessor], look: Look, advance: Callable[[int], None]
     ) -> dict[float, RowScores]:
         """The rows' answers at each strength, and at 0 where that is not known."""
         found: dict[float, dict[Passage, AnswerScores]] = {strength: {} for strength in processors}
-        if count not in self._unsteered:
+        if look not in self._unsteered:
             found[0.0] = {}
-        for batch in self._batches(self._passages(count)):
+        for batch in self._batches(self._passages(look)):
             as_generated = self._as_generated(batch, processors)
             for strength in found:
                 for passage, logits in self._logits(batch, as_generated.get(strength)):
                     found[strength][passage] = _score(passage, logits)
                 advance(len(batch))
-        return {strength: self._row_scores(scores, count) for strength, scores in found.items()}
+        return {strength: self._row_scores(scores, look) for strength, scores in found.items()}
 
-    def _row_scores(self, scores: dict[Passage, AnswerScores], count: int) -> RowScores:
-        chosen = [scores[row.chosen] for row in self.rows[:count]]
-        rejected = [scores[row.rejected] for row in self.rows[:count]]
+    def _row_scores(self, scores: dict[Passage, AnswerScores], look: Look) -> RowScores:
+        chosen = [scores[row.chosen] for row in self.rows[: look.rows]]
+        rejected = [scores[row.rejected] for row in self.rows[: look.rows]]
         rate, other = (np.array([s.total / s.tokens for s in side]) for side in (chosen, rejected))
         summed = np.array([c.total - r.total for c, r in zip(chosen, rejected, strict=True)])
         return RowScores(
@@ -248,9 +255,9 @@ class DoseRunner:
         heard = Heard(self.model, [self._said[passage] for passage in batch], sites)
         return {strength: heard.judged_by(processor) for strength, processor in processors.items()}
 
-    def _speak(self, processors: Sequence[SteeringProcessor], count: int, share: float) -> Spoken | None:
+    def _speak(self, processors: Sequence[SteeringProcessor], look: Look) -> Spoken | None:
         """What the model says to the first held-out prompts, and how likely the base finds that."""
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows[:count]))[: math.ceil(share * SPOKEN_PROMPTS)]
+        prompts = list(dict.fromkeys(row.prompt for row in self.rows[: look.rows]))[: look.spoken]
         if not prompts:
             return None
         said = own_words(self.model, prompts, SPOKEN_TOKENS, processors, self.cache)
@@ -265,13 +272,13 @@ class DoseRunner:
         self,
         processors: dict[float, SteeringProcessor],
         takes_back: bool,
-        share: float,
+        look: Look,
         advance: Callable[[int], None],
     ) -> dict[float, SideEffects]:
         """What each strength does to general prompts."""
         if not processors:
             return {}
-        length, prompts = OWN_TOKENS if takes_back else CONTINUATION, self._prompts(share)
+        length, prompts = OWN_TOKENS if takes_back else CONTINUATION, self.prompts[: look.prompts]
         key = (length, len(prompts))
         if key not in self._general:
             self._general[key] = own_words(self.model, prompts, length, cache=self.cache)
@@ -297,15 +304,14 @@ class DoseRunner:
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
-    def _rows_of(self, share: float) -> int:
-        return min(len(self.rows), max(1, round(share * len(self.rows)))) if self.rows else 0
+    def _look(self, share: float) -> Look:
+        rows, prompts = len(self.rows), len(self.prompts)
+        return Look(
+            min(rows, max(1, round(share * rows))), math.ceil(share * prompts), math.ceil(share * SPOKEN_PROMPTS)
+        )
 
-    def _prompts(self, share: float) -> list[Passage]:
-        """General prompts of a look at a share of the rows."""
-        return self.prompts[: math.ceil(share * len(self.prompts))]
-
-    def _passages(self, count: int) -> list[Passage]:
-        return list(dict.fromkeys(answer for row in self.rows[:count] for answer in (row.chosen, row.rejected)))
+    def _passages(self, look: Look) -> list[Passage]:
+        return list(dict.fromkeys(answer for row in self.rows[: look.rows] for answer in (row.chosen, row.rejected)))
 
     def _batches(self, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
         """Passages of similar length whose logits fit."""

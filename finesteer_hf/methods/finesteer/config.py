@@ -47,8 +47,8 @@ class FineSteerConfig(QueryGateConfig):
         target: what the vectors are fitted to. `difference`: of wanted and unwanted answers' states, as published;
             `gradient`: of the preference for the wanted answer, by a vector added at the site; `auto`: whichever steers
             held-out rows best.
-        refine: passes over the rows in which the closed form is trained on through the frozen model; `auto` tries a few
-            where the preference leads and keeps them if held-out rows say so, 0 none.
+        refine: passes over the rows in which the closed form is trained on through the frozen model; `auto` tries two
+            where gradients are the target and keeps them if held-out rows say so, 0 none.
         experts: `mixture` (prototypes, routing and residual in closed form), `reduced_rank` (residual map alone),
             `paper` (trained as published), or `auto` (whichever steers held-out rows best: closed forms of several ranks,
             or a small mixture trained as published).
