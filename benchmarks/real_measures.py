@@ -127,7 +127,8 @@ def general(
         if at in looked and list(map(int, row)) != ids[at]:
             raise AssertionError(f"The gate is shut, and yet the answer to {data.held_out[at]!r} is another one.")
         ids[at], said[at] = list(map(int, row)), text
-    found: dict[str, Any] = {"ids": ids, "texts": said, "shut": closed}
+    opened = None if not any(closed) else [float(not is_shut) for is_shut in closed]
+    found: dict[str, Any] = {"ids": ids, "texts": said, "gate": opened}
     found["text_log_probs"] = clock.run(
         "likelihood of texts", lambda: text_log_probs(condition, data.texts, reference)
     )

@@ -23,7 +23,7 @@ from real_tables import (
 REMARKS = Path(__file__).with_name("real_model_remarks.md")
 SIDE_BY_SIDE = 30
 SHOWN = (REFERENCE, "CAA, gradient", "CAA")
-HEAD = """Written by `make real`. The model: {model}; float32, on one CPU thread.
+HEAD = """Written by `make real`. The model: {model}; {dtype}, on one CPU thread.
 
 Two tasks, each with a fit of its own on one half of the data. Every method chooses its layer and its strength in its
 own fit, on rows that it holds out itself; nothing is chosen on what is reported here. Intervals are at 95%: Wilson's
@@ -144,9 +144,10 @@ def page(out: Path, remarks: Path | None = REMARKS) -> str:
         remarks: what is to be said of the tables, in markdown, put before them; left out if there is no such file.
     """
     studies = [out / name / "study.json" for name in SECTIONS if (out / name / "study.json").exists()]
-    names = [json.loads(file.read_text()).get("model") for file in studies]
-    model = next((name for name in names if name), f"{BASE}, {WEIGHTS}")
-    text = ["# Steering a real model", "", HEAD.format(model=model), ""]
+    found = [json.loads(file.read_text()) for file in studies]
+    model = next((study["model"] for study in found if study.get("model")), f"{BASE}, {WEIGHTS}")
+    dtype = next((study["settings"]["dtype"] for study in found if "dtype" in study["settings"]), "float32")
+    text = ["# Steering a real model", "", HEAD.format(model=model, dtype=dtype), ""]
     if out.name == "quick":
         text += [QUICK_HEAD, ""]
     if remarks is not None and remarks.exists() and out.name != "quick":
