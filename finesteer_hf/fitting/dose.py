@@ -87,10 +87,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Look:
-    """How much of the held-out data is looked at: rows, general prompts, and prompts that the model answers."""
+    """How much of the held-out data is looked at: rows, and prompts that the model answers."""
 
     rows: int
-    prompts: int
     spoken: int
 
 
@@ -115,11 +114,11 @@ class DoseRunner:
     ) -> None:
         self.model = model
         self.rows = shuffle_units(draw(rows, MAX_ROWS, seed), seed)
-        self.prompts = shuffle(draw(prompts, MAX_PROMPTS, seed), seed)
+        self.prompts = draw(prompts, MAX_PROMPTS, seed)
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
         self.cache = PromptCache(model) if cache is None else cache
-        self._general: dict[tuple[int, int], list[Passage]] = {}
+        self._general: dict[int, list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
         self._build: Callable[[float], SteeringProcessor] | None = None
         self._known: dict[tuple[float, Look], Measured] = {}
@@ -140,7 +139,7 @@ class DoseRunner:
             build: makes the processor of a strength.
             strengths: lambdas to try.
             advance: told of each forward's number of texts.
-            share: of the held-out prompts, and of the general ones, that are looked at.
+            share: of the held-out prompts that are looked at.
 
         Returns:
             Rows of one prompt are taken together in means and standard errors; divergences are in nats, at the next
@@ -166,14 +165,14 @@ class DoseRunner:
         known = self._known if build is self._build else {}
         new = sum(1 for strength in map(float, strengths) if strength and (strength, look) not in known)
         answers = len(self._passages(look))
-        return new * (answers + look.prompts) + (look not in self._unsteered) * answers
+        return new * (answers + len(self.prompts)) + (look not in self._unsteered) * answers
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
     def _measure(self, processors: dict[float, SteeringProcessor], look: Look, advance: Callable[[int], None]) -> None:
         takes_back = any(processor.lookback for processor in processors.values())
         scores = self._answers(processors, look, advance)
-        effects = self._side_effects(processors, takes_back, look, advance)
+        effects = self._side_effects(processors, takes_back, advance)
         if look not in self._unsteered:
             spoken = self._speak([], look)
             self._unsteered[look] = Measured(scores[0.0], spoken, SideEffects(0.0, None))
@@ -269,22 +268,17 @@ class DoseRunner:
         )
 
     def _side_effects(
-        self,
-        processors: dict[float, SteeringProcessor],
-        takes_back: bool,
-        look: Look,
-        advance: Callable[[int], None],
+        self, processors: dict[float, SteeringProcessor], takes_back: bool, advance: Callable[[int], None]
     ) -> dict[float, SideEffects]:
         """What each strength does to general prompts."""
         if not processors:
             return {}
-        length, prompts = OWN_TOKENS if takes_back else CONTINUATION, self.prompts[: look.prompts]
-        key = (length, len(prompts))
-        if key not in self._general:
-            self._general[key] = own_words(self.model, prompts, length, cache=self.cache)
+        length = OWN_TOKENS if takes_back else CONTINUATION
+        if length not in self._general:
+            self._general[length] = own_words(self.model, self.prompts, length, cache=self.cache)
         divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
         changed: dict[float, list[bool]] = {strength: [] for strength in processors}
-        for batch in self._batches(self._general[key]):
+        for batch in self._batches(self._general[length]):
             base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
             for strength, processor in processors.items():
                 for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
@@ -305,10 +299,9 @@ class DoseRunner:
     # -- forwards -----------------------------------------------------------------------------------------------------
 
     def _look(self, share: float) -> Look:
-        rows, prompts = len(self.rows), len(self.prompts)
-        return Look(
-            min(rows, max(1, round(share * rows))), math.ceil(share * prompts), math.ceil(share * SPOKEN_PROMPTS)
-        )
+        rows = len(self.rows)
+        # But all general prompts: a percentile of few is that of the one on which a gate errs.
+        return Look(min(rows, max(1, round(share * rows))), math.ceil(share * SPOKEN_PROMPTS))
 
     def _passages(self, look: Look) -> list[Passage]:
         return list(dict.fromkeys(answer for row in self.rows[: look.rows] for answer in (row.chosen, row.rejected)))
@@ -360,11 +353,6 @@ def shuffle_units(rows: Sequence[EncodedRow], seed: int) -> list[EncodedRow]:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     rank = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)), strict=True))
     return sorted(rows, key=lambda row: rank[row.prompt])
-
-
-def shuffle(items: Sequence[Any], seed: int) -> list[Any]:
-    """Items in random order, so that the first are like the others."""
-    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
 def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:

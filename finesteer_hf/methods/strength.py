@@ -65,26 +65,43 @@ def choose_strength(
     return _best_within_limits(data, build, strengths)
 
 
-def ascend(
+def explore(
     data: FitData, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
 ) -> list[DosePoint]:
     """The curve from 0 up to the first strength that cannot be the best, with it.
 
     Beyond a strength that breaks a limit and helps less than a weaker one, or that garbles general prompts, there is
-    nothing to find, and each strength costs a pass over the held-out answers.
+    nothing to find, and each strength costs a pass over the held-out answers. Where no strength keeps within the limits,
+    half the least is tried, and half of that; where the last one does and is the best, a higher one.
 
     Args:
         data: runs the model on its validation part.
         build: makes the processor of a strength.
         strengths: positive, ascending.
         share: of the held-out prompts.
+
+    Returns:
+        By ascending strength.
     """
     points = list(data.dose_response(build, (0.0,), share))
     for strength in strengths:
         points += data.dose_response(build, (strength,), share)
         if _is_past(points, data):
             break
+    for _ in range(MAX_HALVINGS):
+        if _allowed(points, data):
+            break
+        points[1:1] = data.dose_response(build, (points[1].strength / 2,), share)
+    for _ in range(MAX_GROWTHS):
+        objective, last = Objective.of(points, data.limits), points[-1]
+        if objective.broken(last) or objective.value(last) < max(map(objective.value, points)):
+            break
+        points += data.dose_response(build, (last.strength * GROWTH,), share)
     return points
+
+
+def _allowed(points: Sequence[DosePoint], data: FitData) -> list[DosePoint]:
+    return Objective.of(points, data.limits).allowed(points)
 
 
 def _is_past(points: Sequence[DosePoint], data: FitData) -> bool:
@@ -100,38 +117,19 @@ def _is_past(points: Sequence[DosePoint], data: FitData) -> bool:
 def _best_within_limits(
     data: FitData, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
 ) -> tuple[float, list[DosePoint], str]:
-    curve = ascend(data, build, strengths)
-
-    def run(more: Sequence[float]) -> list[DosePoint]:
-        known = {point.strength: point for point in curve}
-        new = [strength for strength in more if strength not in known]
-        known |= {point.strength: point for point in data.dose_response(build, new)} if new else {}
-        return [known[strength] for strength in sorted(known)]
-
-    def judge() -> tuple[Objective, list[DosePoint]]:
-        objective = Objective.of(curve, data.limits)
-        return objective, objective.allowed(curve)
-
-    objective, allowed = judge()
-    least = curve[1].strength
-    for power in range(1, MAX_HALVINGS + 1):
-        if allowed:
-            break
-        curve = run([least / 2**power])
-        objective, allowed = judge()
-    for _ in range(MAX_GROWTHS):
-        last = curve[-1]
-        if last not in allowed or objective.value(last) < max(map(objective.value, curve)):
-            break
-        curve = run([last.strength * GROWTH])
-        objective, allowed = judge()
-    if not allowed:
-        why = f"no strength keeps within the limits ({objective.describe_limits()}); the smallest tried is taken"
+    curve = explore(data, build, strengths)
+    if not _allowed(curve, data):
+        limits = Objective.of(curve, data.limits).describe_limits()
+        why = f"no strength keeps within the limits ({limits}); the smallest tried is taken"
         return curve[1].strength, curve, why
     for _ in range(HALVED_GAPS):
-        curve = run(_beside_best(curve, max(allowed, key=objective.value)))
-        objective, allowed = judge()
-    best = max(allowed, key=objective.value)
+        known = {point.strength: point for point in curve}
+        best = max(_allowed(curve, data), key=Objective.of(curve, data.limits).value)
+        new = [strength for strength in _beside_best(curve, best) if strength not in known]
+        known |= {point.strength: point for point in data.dose_response(build, new)} if new else {}
+        curve = [known[strength] for strength in sorted(known)]
+    objective = Objective.of(curve, data.limits)
+    best = max(objective.allowed(curve), key=objective.value)
     why = f"best within the limits: {objective.describe(best)}; {objective.describe_limits()}"
     if objective.value(best) <= objective.value(curve[0]):
         why = f"no strength helps the held-out answers; {why}"

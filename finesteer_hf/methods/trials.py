@@ -11,7 +11,7 @@ import numpy as np
 
 from finesteer_hf.methods.base import DosePoint, FitData
 from finesteer_hf.methods.objective import Objective
-from finesteer_hf.methods.strength import STRENGTHS, ascend, choose_strength
+from finesteer_hf.methods.strength import STRENGTHS, choose_strength, explore
 from finesteer_hf.processors import SteeringProcessor
 
 
@@ -103,7 +103,7 @@ def try_each(
         strength: the config's; a number is tried as it is, for a rule the ways are compared over the same doses.
         what: what the keys of `trials` are.
         doses: norms of the vector, in units of the state's, ascending; higher ones are left out where they only break
-            more (see `ascend`).
+            more (see `explore`).
         share: of the held-out prompts.
 
     Returns:
@@ -114,7 +114,7 @@ def try_each(
     for key, trial in trials.items():
         data.note(f"trying {what} {key} on held-out rows")
         strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in doses]
-        points = ascend(data, trial.build, strengths, share)
+        points = explore(data, trial.build, strengths, share)
         curves[key] = [point for point in points if math.isfinite(point.bottleneck)]
     points = [point for curve in curves.values() for point in curve]
     if not any(point.strength for point in points):

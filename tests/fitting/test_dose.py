@@ -185,11 +185,10 @@ def test_a_share_is_the_first_prompts_and_known_apart_from_all(rows: list[Encode
     full = runner.run(build, [0.0, 1.0])
     for point in full:
         check_point(model, point, rows, "all")
-    # Of the general prompts, too, as many are looked at, and they are no others each time.
-    assert sorted(map(id, runner.prompts)) == sorted(map(id, general)) and runner.prompts != general
-    for point, prompts in ((part, runner.prompts[:2]), (full[1], general)):
-        assert point.kl == pytest.approx(divergence(model, prompts, 1.0), rel=1e-3, abs=1e-5)
-    assert built == [1.0, 1.0] and part.kl != full[1].kl
+    # General prompts are looked at all: a percentile of few is that of the one on which a gate errs.
+    for point in (part, full[1]):
+        assert point.kl == pytest.approx(divergence(model, general, 1.0), rel=1e-3, abs=1e-5)
+    assert built == [1.0, 1.0]
     assert runner.run(build, [0.0, 1.0], share=0.4) == [base, part] and runner.run(build, [1.0]) == full[1:]
     assert built == [1.0, 1.0]
     # However small a share is, something is looked at.

@@ -14,7 +14,7 @@ import torch
 from finesteer_hf import ConstantVector
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.methods.objective import Limits
-from finesteer_hf.methods.strength import STRENGTHS, ascend, choose_strength, median_norm, strength_at_kl
+from finesteer_hf.methods.strength import STRENGTHS, explore, choose_strength, median_norm, strength_at_kl
 
 
 CRITERIA = ("sayable", "preference")
@@ -183,10 +183,10 @@ def test_answers_on_their_way_to_being_said_may_be_unlikely_until_they_are() -> 
 @pytest.mark.parametrize("share", [1.0, 0.25])
 def test_a_curve_ends_where_a_higher_dose_only_breaks_more(share: float) -> None:
     data = Curves(lambda s: 0.5 + s / 100, lambda s: 0.04 * s, "preference")
-    points = ascend(data, None, (1.0, 2.0, 3.0, 4.0, 5.0), share)  # type: ignore[arg-type]
+    points = explore(data, None, (1.0, 2.0, 3.0, 4.0, 5.0), share)  # type: ignore[arg-type]
     assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0] and data.shares == {share}
     repeating = Curves(peak(2.0), lambda s: 0.0, repeated=lambda s: 0.2 + 0.02 * s)
-    points = ascend(repeating, None, (1.0, 2.0, 3.0, 4.0))  # type: ignore[arg-type]
+    points = explore(repeating, None, (1.0, 2.0, 3.0, 4.0))  # type: ignore[arg-type]
     assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0]
 
 

@@ -19,7 +19,7 @@ from finesteer_hf.methods.finesteer.refine import AUTO_EPOCHS, refine
 from finesteer_hf.methods.objective import Objective
 from finesteer_hf.methods.rows import json_ready
 from finesteer_hf.methods.screening import SCREEN_DOSE, rank_agreement
-from finesteer_hf.methods.strength import ascend
+from finesteer_hf.methods.strength import explore
 from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
 from finesteer_hf.processors import Positions
 
@@ -210,7 +210,7 @@ def _choose_positions(
     for name, fit in (("generated", chosen), ("all", others)):
         trial = fits.trial(fit)
         strengths = [trial.strength_of(dose) for dose in (doses[1:2] if fit is chosen else doses[:2])]
-        found[name] = (fit, trial, ascend(data, trial.build, strengths, _first_look(data)))
+        found[name] = (fit, trial, explore(data, trial.build, strengths, _first_look(data)))
         points += found[name][2]
     objective = Objective.of(points, data.limits)
     best = {name: max(curve[1:], key=objective.merit) for name, (_, _, curve) in found.items()}
