@@ -111,13 +111,16 @@ ROWS: tuple[Row, ...] = (
     Row("FINESTEER, paper", paper),
     Row(REFERENCE, of("FINESTEER")),
     Row("FINESTEER, no gate", changes={"gate": "always"}, note="the same place and strength"),
-    Row("FINESTEER, closed form", changes={"refine": 0, "strength": "auto"}, note="no refinement, the same place"),
+    Row(
+        "FINESTEER, refined",
+        changes={"refine": 2, "strength": "auto"},
+        note="trained on for two passes, the same place",
+    ),
     Row(
         "FINESTEER, constant",
-        changes={"refine": 0, "experts": "reduced_rank", "num_experts": 1, "residual_rank": 0, "strength": "auto"},
+        changes={"experts": "reduced_rank", "num_experts": 1, "residual_rank": 0, "strength": "auto"},
         note="gate with a constant vector, the same place",
     ),
-    Row("FINESTEER, refined", of("FINESTEER", target="gradient", refine=2), note="refine=2", extra=True),
     Row("FINESTEER, difference", of("FINESTEER", target="difference"), note='target="difference"', extra=True),
     Row(
         "FINESTEER, few pairs",
