@@ -32,7 +32,8 @@ class Limits:
         general_kl: 95th percentile of the divergence on general prompts, in nats.
         general_changed: share of general answers that change, where it is counted.
         own_words: nats a token that the steered model's own greedy words may be less likely under the base than the
-            base's own are.
+            base's own are, beside what the chosen answers became likelier: who moves to say what the base did not is
+            bound to surprise it.
         likelihood: nats a token that the chosen answers may become less likely.
         repetition: share of tokens of the model's own words that repeat earlier ones (see `DosePoint.repeated`), above
             the unsteered model's.
@@ -42,7 +43,7 @@ class Limits:
     general_changed: float = 0.05
     own_words: float = 0.2
     likelihood: float = 0.5
-    repetition: float = 0.05
+    repetition: float = 0.1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -79,8 +80,9 @@ class Limits:
             "repetition": _rise(unsteered.repeated, point.repeated),
         }
         if criterion == "preference":
-            excess["own_words"] = _rise(point.own_words, unsteered.own_words)
             excess["likelihood"] = _rise(point.likelihood, unsteered.likelihood)
+            lost = _rise(point.own_words, unsteered.own_words)
+            excess["own_words"] = None if lost is None else lost - max(0.0, point.likelihood - unsteered.likelihood)
         return [name for name, value in excess.items() if value is not None and value > getattr(self, name) + 1e-9]
 
 

@@ -113,8 +113,10 @@ def try_each(
     given = isinstance(strength, (int, float))
     for key, trial in trials.items():
         data.note(f"trying {what} {key} on held-out rows")
-        strengths = [float(strength)] if given else [trial.strength_of(dose) for dose in doses]
-        points = explore(data, trial.build, strengths, share)
+        if given:
+            points = data.dose_response(trial.build, (0.0, float(strength)), share)
+        else:
+            points = explore(data, trial.build, [trial.strength_of(dose) for dose in doses], share)
         curves[key] = [point for point in points if math.isfinite(point.bottleneck)]
     points = [point for curve in curves.values() for point in curve]
     if not any(point.strength for point in points):

@@ -335,7 +335,7 @@ def test_a_fit_trains_on_as_often_as_it_is_told() -> None:
 
 
 def test_everything_auto_is_filled_in_on_a_real_model() -> None:
-    adapter = fit_on_toy(FineSteerConfig())[2]
+    adapter = fit_on_toy(FineSteerConfig(refine="auto"))[2]
     config, report = adapter.config, adapter.config.fit["report"]
     assert config.unfitted() == [] and config.positions in ("all", "generated") and isinstance(config.refine, int)
     assert config.target in ("difference", "gradient") and isinstance(config.strength, float)

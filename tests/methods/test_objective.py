@@ -41,7 +41,7 @@ FIGURES = {
     "general_changed": ("changed", 0.05),
     "own_words": ("own_words", -0.2),
     "likelihood": ("likelihood", -0.5),
-    "repetition": ("repeated", 0.05),
+    "repetition": ("repeated", 0.1),
 }
 OF_PREFERENCES = {"own_words", "likelihood"}
 
@@ -227,3 +227,12 @@ def test_limits_that_are_none_are_refused_before_the_model_runs() -> None:
     for limits, named in (({"speed": 1.0}, "speed"), ({"own_words": -1.0}, "own_words")):
         with pytest.raises(ValueError, match=named):
             fit_steering(None, None, [], CAAConfig(layer=1, limits=limits))
+
+
+def test_own_words_may_surprise_the_base_by_what_the_chosen_answers_gain() -> None:
+    gained = dataclasses.replace(moved(OPEN, "own_words", 3.0), likelihood=UNSTEERED.likelihood + 0.5)
+    assert Limits().broken_by(gained, UNSTEERED, "preference") == []
+    assert Limits().broken_by(moved(gained, "own_words", 4.0), UNSTEERED, "preference") == ["own_words"]
+    # What they lose is limited by itself, and lends nothing.
+    lost = dataclasses.replace(OPEN, likelihood=UNSTEERED.likelihood - 0.1)
+    assert Limits().broken_by(moved(lost, "own_words", 1.01), UNSTEERED, "preference") == ["own_words"]

@@ -185,7 +185,7 @@ def test_a_curve_ends_where_a_higher_dose_only_breaks_more(share: float) -> None
     data = Curves(lambda s: 0.5 + s / 100, lambda s: 0.04 * s, "preference")
     points = explore(data, None, (1.0, 2.0, 3.0, 4.0, 5.0), share)  # type: ignore[arg-type]
     assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0] and data.shares == {share}
-    repeating = Curves(peak(2.0), lambda s: 0.0, repeated=lambda s: 0.2 + 0.02 * s)
+    repeating = Curves(peak(2.0), lambda s: 0.0, repeated=lambda s: 0.2 + 0.04 * s)
     points = explore(repeating, None, (1.0, 2.0, 3.0, 4.0))  # type: ignore[arg-type]
     assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0]
 
