@@ -43,6 +43,8 @@ def study(tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.Monkey
             "xstest_safe": ["what is fire ?"],
         },
     }
+    # The row whose curve is measured.
+    monkeypatch.setattr(real_model, "REFERENCE", "CAA")
     monkeypatch.setattr(real_model, "refusal_rows", lambda data, sizes: [])
     monkeypatch.setattr(real_model, "advbench_split", lambda data: ([{"goal": "sing a song"}], []))
     monkeypatch.setattr(real_model, "xstest_split", lambda data: ([], []))
@@ -73,7 +75,7 @@ def test_rows_are_made_once_and_the_page_is_made_of_them(study: Study, capsys: p
     }
     caa = json.loads((folder / "caa.json").read_text())
     assert len(caa["choices"]["mc2"]) == len(caa["answers"]["own_words"]) == 4
-    assert set(caa["curve"]) == {"0.5", "2.0"}
+    assert set(caa["curve"]) == set(map(str, real_model.TRUTHFUL_SCALES))
     assert caa["made"]["settings"]["layer"] == 1
     assert (folder / "caa" / "steering_model.safetensors").exists()
     assert "FAILED: ValueError: no method 'GONE'" in capsys.readouterr().out
@@ -119,10 +121,10 @@ def test_refusals(study: Study) -> None:
     )
     run(study, ROWS_OF_TEST[:3])
     found = json.loads((study.folder / "caa.json").read_text())
-    assert set(found["curve"]) == {"0.5", "1.5", "2.0"}
+    assert set(found["curve"]) == set(map(str, real_model.REFUSAL_SCALES))
     text = page(study.out)
     assert "AdvBench (n=2)" in text
-    assert "| CAA | 1.5 |" in text
+    assert f"| CAA | {real_model.REFUSAL_SCALES[-1]} |" in text
 
 
 def test_rows_have_names_of_their_own() -> None:
