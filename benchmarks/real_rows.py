@@ -110,6 +110,11 @@ ROWS: tuple[Row, ...] = (
     Row("CAA, gradient", of("CAA", vector="gradient"), note="constant gradient of the preference"),
     Row("FINESTEER, paper", paper),
     Row(REFERENCE, of("FINESTEER")),
+    Row(
+        "FINESTEER, strict gate",
+        changes={"gate_epsilon": 0.15},
+        note="its gate may miss 15%, the same place and strength",
+    ),
     Row("FINESTEER, no gate", changes={"gate": "always"}, note="the same place and strength"),
     Row(
         "FINESTEER, refined",

@@ -51,7 +51,7 @@ def show_real(model: Path, adapters: Path) -> bool:
 
     from finesteer_hf import SteeredModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     steering: Any = {name: str(adapters / name) for name, _ in ASKED}
     steered = SteeredModelForCausalLM.from_pretrained(str(model), steering=steering)
     base = next(iter(steered.steering_adapters.values())).config.base_model_name_or_path
@@ -70,7 +70,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], adapter: str | N
     """Greedy answers on one line each, and the gate of each; 0 without an adapter, 1 without a gate."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, padding_side="left"
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
     out = model.generate(
         **batch,
