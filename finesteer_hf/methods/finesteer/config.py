@@ -79,7 +79,7 @@ class FineSteerConfig(QueryGateConfig):
         default=None, metadata=_help("Where the vector is added, once or often.")
     )
     target: Target = field(default="auto", metadata=_help("auto, difference or gradient."))
-    refine: int | str = field(default=0, metadata=_help("Epochs of training through the model, or auto."))
+    refine: int | str = field(default="auto", metadata=_help("Epochs of training through the model, or auto."))
     experts: Experts = field(default="auto", metadata=_help("auto, mixture, reduced_rank or paper."))
     residual: Residual = field(default="pca", metadata=_help("Residual basis of the paper's experts."))
     num_experts: int | str = field(default="auto", metadata=_help("Number of prototypes, or auto."))
