@@ -55,7 +55,7 @@ from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion
 
 DATA = Path("../shared/data")
 # Run-time scales of the curves, beside 1; and the held-out questions that they are measured on.
-TRUTHFUL_SCALES, REFUSAL_SCALES, CURVE_QUESTIONS = (0.5, 1.5), (0.5, 0.75, 1.25), 100
+TRUTHFUL_SCALES, REFUSAL_SCALES, CURVE_QUESTIONS = (0.5, 1.5), (0.5, 1.5), 100
 ADAPTER = "row"
 
 

@@ -22,6 +22,9 @@ Criterion = Literal["sayable", "preference"]
 # Wanted answers count as sayable where their least likely token reaches this probability on the mean, and is lifted
 # there: by twice the standard error of the difference.
 SAYABLE = 0.1
+# Share of what the chosen answers gain by which own words may be less likely. At all of it a map for refusals was taken
+# far beyond the dose at which the refusals themselves were likeliest.
+SURPRISE = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Limits:
         general_kl: 95th percentile of the divergence on general prompts, in nats.
         general_changed: share of general answers that change, where it is counted.
         own_words: nats a token that the steered model's own greedy words may be less likely under the base than the
-            base's own are, beside what the chosen answers became likelier: who moves to say what the base did not is
-            bound to surprise it.
+            base's own are, beside half of what the chosen answers became likelier: who moves to say what the base did
+            not is bound to surprise it, but no more than that.
         likelihood: nats a token that the chosen answers may become less likely.
         repetition: share of tokens of the model's own words that repeat earlier ones (see `DosePoint.repeated`), above
             the unsteered model's.
@@ -82,7 +85,8 @@ class Limits:
         if criterion == "preference":
             excess["likelihood"] = _rise(point.likelihood, unsteered.likelihood)
             lost = _rise(point.own_words, unsteered.own_words)
-            excess["own_words"] = None if lost is None else lost - max(0.0, point.likelihood - unsteered.likelihood)
+            gained = max(0.0, point.likelihood - unsteered.likelihood)
+            excess["own_words"] = None if lost is None else lost - SURPRISE * gained
         return [name for name, value in excess.items() if value is not None and value > getattr(self, name) + 1e-9]
 
 

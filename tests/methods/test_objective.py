@@ -230,7 +230,7 @@ def test_limits_that_are_none_are_refused_before_the_model_runs() -> None:
 
 
 def test_own_words_may_surprise_the_base_by_what_the_chosen_answers_gain() -> None:
-    gained = dataclasses.replace(moved(OPEN, "own_words", 3.0), likelihood=UNSTEERED.likelihood + 0.5)
+    gained = dataclasses.replace(moved(OPEN, "own_words", 3.0), likelihood=UNSTEERED.likelihood + 1.0)
     assert Limits().broken_by(gained, UNSTEERED, "preference") == []
     assert Limits().broken_by(moved(gained, "own_words", 4.0), UNSTEERED, "preference") == ["own_words"]
     # What they lose is limited by itself, and lends nothing.
