@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -197,8 +197,3 @@ def of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
     if rank:
         return dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank=rank)
     return dataclasses.replace(config, experts="auto", num_experts=1, residual_rank=0)
-
-
-def json_points(points: Any) -> list[dict[str, Any]]:
-    """Dose points as a report holds them."""
-    return [dataclasses.asdict(point) for point in points]

@@ -11,7 +11,7 @@ import torch
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import expert_weights
 from finesteer_hf.methods.base import FitData, FitResult
-from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, json_points, of_rank
+from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
 from finesteer_hf.methods.finesteer.layers import Sweep, sweep_layers, wants_gradients
@@ -91,7 +91,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "strength": why,
         "objective": Objective.of(curve, data.limits).to_dict() if curve else None,
         "baselines": _baselines(fits, chosen, strength / steering.strength_of(1.0)) if curve else None,
-        "dose_response": json_points(curve),
+        "dose_response": [dataclasses.asdict(point) for point in curve],
     }
     tensors = {**chosen.gate.tensors, **chosen.experts.tensors}
     return FitResult(chosen.config(data.info, strength), tensors, json_ready(report))
@@ -219,7 +219,7 @@ def _choose_positions(
     better = objective.value(best["all"]) - objective.value(best["generated"]) > margin
     name = "all" if better and not objective.broken(best["all"]) else "generated"
     fit, trial, _ = found[name]
-    return fit, [near * best[name].strength / trial.strength_of(1.0) for near in NEAR_DOSES], table
+    return fit, _doses_near(table, "positions", name, trial), table
 
 
 def _baselines(fits: CandidateFits, chosen: CandidateFit, dose: float) -> dict[str, dict[str, Any]]:
