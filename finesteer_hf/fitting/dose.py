@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import expit
 
-from finesteer_hf.fitting.answers import answer_logits, logit_budget, steered
+from finesteer_hf.fitting.answers import QueryRecorder, answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture import input_device
 from finesteer_hf.fitting.jobs import batches
 from finesteer_hf.fitting.own_words import Heard, own_words, repeated_share
@@ -279,9 +281,14 @@ class DoseRunner:
         divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
         changed: dict[float, list[bool]] = {strength: [] for strength in processors}
         for batch in self._batches(self._general[length]):
-            base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
+            queries = QueryRecorder(batch, {site for processor in processors.values() for site in processor.reads})
+            base = [logits.log_softmax(-1) for _, logits in self._logits(batch, queries)]
             for strength, processor in processors.items():
-                for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
+                # What a gate is shut on stays as it is, and costs no forward.
+                steers = [True] * len(batch) if takes_back else queries.steered_by(processor)
+                divergences[strength].append(torch.zeros(sum(map(len, compress(base, map(not_, steers))))))
+                moved = self._logits(list(compress(batch, steers)), processor)
+                for reference, (_, logits) in zip(compress(base, steers), moved, strict=True):
                     kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
                     divergences[strength].append(kl.clamp(min=0).cpu())
                     # Greedy, a text stays as it is if each of its tokens is still the likeliest after those before it.
@@ -316,6 +323,8 @@ class DoseRunner:
         self, batch: Sequence[Passage], processor: SteeringProcessor | None
     ) -> Iterator[tuple[Passage, torch.Tensor]]:
         """For each passage the logits that predict its answer's tokens and the one after, `[answer + 1, vocabulary]`."""
+        if not batch:
+            return
         processors = [] if processor is None else [processor]
         yield from zip(batch, answer_logits(self.model, batch, processors, self.cache), strict=True)
 

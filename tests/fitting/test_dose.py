@@ -14,6 +14,7 @@ from teacher_forcing import SITE, VECTOR, SignedAnswers, SignedVector, by_hand, 
 from transformers import LogitsProcessor
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, SteeringProcessor
+from finesteer_hf.fitting.answers import QueryRecorder
 from finesteer_hf.fitting.dose import (
     CONTINUATION,
     SPOKEN_TOKENS,
@@ -25,6 +26,11 @@ from finesteer_hf.fitting.dose import (
 from finesteer_hf.fitting.own_words import repeated_share
 from finesteer_hf.fitting.templating import EncodedRow, Passage
 from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.sites import Site
+
+
+CPU = torch.device("cpu")
 
 
 def least_probability(log_probs: torch.Tensor, passage: Passage) -> float:
@@ -311,3 +317,44 @@ def test_standard_errors_count_prompts_not_rows() -> None:
     uneven = np.array([1.0, 2.0, 3.0, 10.0])
     assert mean_over_units(uneven, np.array([7, 7, 7, 3])) == pytest.approx((2.0 + 10.0) / 2)
     assert np.isnan(mean_over_units(uneven[:0], np.zeros(0, dtype=int)))
+
+
+class GatedVector(SteeringProcessor):
+    """The vector for queries of one sign, and nothing for the others."""
+
+    reads = writes = (SITE,)
+
+    def __init__(self, strength: float, positions: Any = "all") -> None:
+        self.strength, self.positions = strength, positions
+
+    def decide(self, queries: QueryStates) -> Decision:
+        return Decision({SITE: VECTOR.expand(queries.rows, -1)}, gate=(queries[SITE][:, 0] > 0).float())
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_prompts_on_which_a_gate_is_shut_cost_no_forward(
+    rows: list[EncodedRow], positions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("llama")
+    prompts = list({row.prompt: row for row in random_rows(12, seed=3) if len(row.prompt.ids) > 1})
+    shut = [p for p in prompts if not GatedVector(1.0).decide(QueryStates(states_of(model, p), 1, CPU)).gate.item()]
+    assert 2 < len(shut) < len(prompts) - 2
+    build = lambda strength: GatedVector(strength, positions)  # noqa: E731
+    run: list[int] = []
+    logits = DoseRunner._logits
+
+    def counted(self: DoseRunner, batch: Any, processor: Any) -> Any:
+        run.extend([len(batch)] if isinstance(processor, GatedVector) else [])
+        return logits(self, batch, processor)
+
+    monkeypatch.setattr(DoseRunner, "_logits", counted)
+    point = DoseRunner(model, [], prompts).run(build, [4.0])[0]
+    assert sum(run) == len(prompts) - len(shut)
+    monkeypatch.setattr(QueryRecorder, "steered_by", lambda self, processor: [True] * len(self.batch))
+    assert point.kl == pytest.approx(DoseRunner(model, [], prompts).run(build, [4.0])[0].kl, rel=1e-4)
+    assert point.kl > 0
+
+
+def states_of(model: Any, prompt: Passage) -> dict[Site, torch.Tensor]:
+    hidden = model(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[SITE.layer + 1]
+    return {SITE: hidden[:, -1]}
