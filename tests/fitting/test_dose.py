@@ -19,12 +19,10 @@ from finesteer_hf.fitting.dose import (
     CONTINUATION,
     SPOKEN_TOKENS,
     DoseRunner,
-    clustered_se,
-    mean_over_units,
-    shuffle_units,
 )
 from finesteer_hf.fitting.own_words import repeated_share
 from finesteer_hf.fitting.templating import EncodedRow, Passage
+from finesteer_hf.fitting.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
@@ -236,8 +234,21 @@ def test_strengths_that_are_known_are_not_run_again(rows: list[EncodedRow]) -> N
     again = runner.run(build, [0.0, 1.0, 3.0])
     assert built == [1.0, 3.0]
     assert [(p.bottleneck, p.kl) for p in again[:2]] == [(p.bottleneck, p.kl) for p in first]
-    runner.run(lambda s: SignedVector(-s), [0.0, 1.0])
-    assert runner.run(build, [1.0])[0].bottleneck == first[1].bottleneck and built == [1.0, 3.0, 1.0]
+    other = lambda s: SignedVector(-s)  # noqa: E731
+    runner.run(other, [0.0, 1.0])
+    assert runner.run(build, [1.0])[0].bottleneck == first[1].bottleneck and built == [1.0, 3.0]
+    assert len(runner._known) == 2
+    del other
+    assert len(runner._known) == 1, "what is known of a way to steer goes with it"
+
+
+def test_a_longer_look_runs_what_a_shorter_one_has_not(rows: list[EncodedRow]) -> None:
+    runner = DoseRunner(small_model("llama"), rows, [rows[0].prompt])
+    done: list[int] = []
+    runner.run(SignedVector, [0.0, 1.0], done.append, 0.4)
+    for point in runner.run(SignedVector, [0.0, 1.0], done.append):
+        check_point(runner.model, point, rows, "all")
+    assert sum(done) == 2 * len({answer for row in rows for answer in (row.chosen, row.rejected)}) + 1
 
 
 def test_active_adapters_play_no_part_and_are_back_afterwards(rows: list[EncodedRow]) -> None:
