@@ -220,8 +220,8 @@ def time_table(found: dict[str, Any]) -> list[str]:
     ]
     text = (
         f"{found['rows']} rows and {found['general']} general prompts: {passes[0]['texts']} texts, "
-        f"{passes[0]['tokens']} tokens, in bfloat16 on one thread, each in a process of its own; seconds are the processor's. "
-        "A plain pass reads one text at a time; it was measured before, between and after the fits "
+        f"{passes[0]['tokens']} tokens, in bfloat16 on one thread, each in a process of its own; seconds are the "
+        "processor's. A plain pass reads one text at a time; it was measured before, between and after the fits "
         f"({', '.join(format(one['seconds'], '.0f') for one in passes)} s), and each fit is held against those beside it."
     )
     return [text, "", *table(("", "seconds", "peak memory, MB", "in passes"), cells)]
