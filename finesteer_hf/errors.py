@@ -68,3 +68,7 @@ class PushError(SteeringError, RuntimeError):
 
 class PushConflictError(PushError):
     """Somebody else changed the same files on the Hub meanwhile; nothing was pushed."""
+
+
+class PromptEndWarning(UserWarning):
+    """A plain forward whose steering depends on where the prompt ends, which nothing says."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from finesteer_hf.generation import SteeredGeneration
 from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
-from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
+from finesteer_hf.prompt_ends import PROMPT_ENDS, noting, told, without_noting
+from finesteer_hf.runtime import SteeringRuntime
 from finesteer_hf.status import SteeringStatus, steering_status
 
 
@@ -136,6 +138,8 @@ class SteeringMixin(SteeredGeneration):
                 "Switch steering off with `model.set_steering(None)`, or steer after sharding."
             )
         self._steering.remove_hooks()
+        if "forward" in self.__dict__:
+            self.__dict__["forward"] = without_noting(self.__dict__["forward"])
         del self.__dict__["_steering"]
         self.__class__ = self._steering_base_class  # type: ignore[assignment]
         return self
@@ -182,6 +186,13 @@ class SteeringMixin(SteeredGeneration):
             adapter_name = next(iter(self._steering.adapters))
         return self._steering.get(adapter_name).adapter.push_to_hub(repo_id, **kwargs)
 
+    # -- a forward of another's ---------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
+            value = noting(value)
+        super().__setattr__(name, value)
+
     # -- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -218,6 +229,9 @@ def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _forward_of(base_class: type[PreTrainedModel]) -> Any:
+    parameters = list(inspect.signature(base_class.forward).parameters)[1:]
+    labels_place = parameters.index("labels") if "labels" in parameters else len(parameters)
+
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
@@ -227,13 +241,17 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "
                 "`model.steering_with(processors)` or `model.set_steering(...)`."
             )
-        if prompt_lengths is None:
+        labels = kwargs.get("labels", args[labels_place] if labels_place < len(args) else None)
+        if prompt_lengths is None and labels is None:
             return steer_forward(base_class.forward, self, args, kwargs)
-        token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))
-        try:
+        if torch.compiler.is_compiling():
+            # What the call has noted stays.
+            compiled = self._steering.compiled
+            compiled.note(compiled.lengths if prompt_lengths is None else prompt_lengths, labels)
             return steer_forward(base_class.forward, self, args, kwargs)
-        finally:
-            PROMPT_LENGTHS.reset(token)
+        lengths = PROMPT_ENDS.get().lengths if prompt_lengths is None else prompt_lengths
+        with told(lengths, labels):
+            return steer_forward(base_class.forward, self, args, kwargs)
 
     # `generate` asks for it several times a call; given here, it is not put together anew each time.
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
@@ -255,6 +273,8 @@ def steer(model: PreTrainedModel) -> None:
     runtime = SteeringRuntime(model)
     model.__class__ = steered_class(type(model))
     model.__dict__["_steering"] = runtime
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]
 
 
 __all__ = ["SteeringMixin", "steer", "steered_class"]
