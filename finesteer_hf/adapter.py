@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any
 
 import torch
 
+from finesteer_hf.base_models import base_of, public_name, without_paths
 from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME, SteeringConfig, get_steering_method, read_config_file
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
+from finesteer_hf.fingerprint import compare
 from finesteer_hf.methods.base import SteeringMethod
 from finesteer_hf.sites import TextTower
 from finesteer_hf.tensor_files import DTYPES, check_finite, check_layout, read_tensors, write_tensors
@@ -81,6 +84,9 @@ class SteeringAdapter:
     def check_base(self, model: torch.nn.Module, tower: TextTower) -> tuple[str, ...]:
         """Compare the adapter with a model.
 
+        Where the adapter holds a fingerprint of its base, the weights decide, whatever the model is called; otherwise, and
+        where none of them can be compared, the names do.
+
         Returns:
             Warnings: another base of the same shape, another LoRA than at fit.
 
@@ -88,8 +94,8 @@ class SteeringAdapter:
             AdapterMismatchError: if the widths or the numbers of layers differ.
         """
         config = self.config
-        here: Any = model.config
-        name = getattr(here, "_name_or_path", "") or type(model).__name__
+        loaded, commit = base_of(model)
+        name = loaded or type(model).__name__
         for what, want, got in (
             ("hidden size", config.hidden_size, tower.hidden_size),
             ("number of layers", config.num_hidden_layers, tower.num_layers),
@@ -102,12 +108,29 @@ class SteeringAdapter:
         notes = []
         if config.base_model_type is not None and config.base_model_type != tower.config.model_type:
             notes.append(f"fitted on model_type {config.base_model_type!r}, loaded on {tower.config.model_type!r}")
-        elif config.base_model_name_or_path and config.base_model_name_or_path != name:
-            notes.append(f"fitted on {config.base_model_name_or_path!r}, loaded on {name!r}")
+        else:
+            notes += self._other_base(model, name, commit)
         active = active_lora_names(model)
         if active != config.lora:
             notes.append(f"fitted with LoRA {config.lora}, now active: {active}")
         return tuple(notes)
+
+    def _other_base(self, model: torch.nn.Module, name: str, commit: str | None) -> list[str]:
+        config = self.config
+        fitted_on = f"fitted on {config.base_model_name_or_path or 'a base without a name'!r}"
+        weights = compare(model, config.base_model_fingerprint)
+        if weights.same:
+            return []
+        if weights.differing:
+            commits = (config.base_model_revision, commit)
+            at, of = (f" at {commit[:12]}" if commit and commits[0] != commits[1] else "" for commit in commits)
+            return [
+                f"{fitted_on}{at}, loaded on {name!r}{of}, which has other weights: of {len(weights.compared)} hashes "
+                f"{len(weights.differing)} differ ({', '.join(weights.differing[:3])})"
+            ]
+        if config.base_model_name_or_path and public_name(config.base_model_name_or_path) != name:
+            return [f"{fitted_on}, loaded on {name!r}"]
+        return []
 
     def save_pretrained(
         self,
@@ -136,8 +159,12 @@ class SteeringAdapter:
         """
         from finesteer_hf.cards import write_card
 
+        if push_to_hub:
+            from finesteer_hf.hub import with_public_base
+
+            with_public_base(self, push_kwargs.get("base_model"))
         directory = self.write_files(save_directory)
-        write_card(self, directory)
+        write_card(self.published(), directory)
         if custom_generate:
             from finesteer_hf.custom_generate import write_custom_generate
 
@@ -162,8 +189,14 @@ class SteeringAdapter:
             raise FileExistsError(f"{directory} is a file; give a folder to save the adapter in.")
         directory.mkdir(parents=True, exist_ok=True)
         digest = write_tensors(directory / WEIGHTS_NAME, self.tensors)
-        self.config.save_pretrained(directory, weights_sha256=digest)
+        self.published().config.save_pretrained(directory, weights_sha256=digest)
         return directory
+
+    def published(self) -> SteeringAdapter:
+        """This adapter without paths of this machine in what it says of its base and its data."""
+        base = public_name(self.config.base_model_name_or_path)
+        config = dataclasses.replace(self.config, base_model_name_or_path=base, fit=without_paths(self.config.fit))
+        return dataclasses.replace(self, config=config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapter in one commit; see `finesteer_hf.hub.push_adapter`."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from finesteer_hf.base_models import LOCAL, is_public, last_part
 from finesteer_hf.config import SteeringConfig
 
 
@@ -77,16 +74,7 @@ def _settings(adapter: SteeringAdapter) -> list[Row]:
 def base_name(adapter: SteeringAdapter) -> str | None:
     """The base model's Hub id; of a local path only the last part, for a card may be published."""
     name = adapter.config.base_model_name_or_path
-    return name if not name or is_hub_id(name) else Path(name).name
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be a Hub id and is no path of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+    return name if not name or is_public(name) else last_part(name.removeprefix(LOCAL))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:

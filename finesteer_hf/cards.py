@@ -22,7 +22,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined
 
-from finesteer_hf.card_facts import adapter_facts, base_name, is_hub_id
+from finesteer_hf.base_models import is_hub_id
+from finesteer_hf.card_facts import adapter_facts, base_name
 
 
 if TYPE_CHECKING:

@@ -46,8 +46,10 @@ class SteeringConfig:
     """Fields that every steering adapter has.
 
     Attributes:
-        base_model_name_or_path: Hub id or path of the model that the adapter was fitted on.
+        base_model_name_or_path: what the adapter was fitted on: a Hub id, the id of a packaged model (`playground`), or
+            `local:` and the name of a folder.
         base_model_revision: commit of that model, if it is known.
+        base_model_fingerprint: hashes of its sizes and of a few weights; see `finesteer_hf.fingerprint`.
         base_model_type: its `config.model_type`.
         hidden_size: width of its residual stream.
         num_hidden_layers: number of its decoder blocks.
@@ -63,8 +65,11 @@ class SteeringConfig:
     steering_type: ClassVar[str] = ""
     understands: ClassVar[frozenset[str]] = frozenset()
 
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or path of the base model."})
+    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id of the base model."})
     base_model_revision: str | None = field(default=None, metadata={"help": "Commit of the base model."})
+    base_model_fingerprint: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Hashes of the base model's sizes and of a few weights."}
+    )
     base_model_type: str | None = field(default=None, metadata={"help": "config.model_type of the base model."})
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder blocks."})

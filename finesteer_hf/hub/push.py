@@ -7,6 +7,7 @@ made on top, once; if the adapter's own files changed, the push stops and says s
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
+from finesteer_hf.base_models import PACKAGED, is_public, names_a_repo, public_name
 from finesteer_hf.cards import CARD_NAME, write_card
 from finesteer_hf.errors import PushConflictError, PushError
 from finesteer_hf.hub.integrity import FAILURES, download, git_blob_sha1
@@ -47,6 +49,7 @@ def push_adapter(
     token: str | bool | None = None,
     subfolder: str | None = None,
     custom_generate: bool = False,
+    base_model: str | None = None,
 ) -> CommitInfo:
     """Upload an adapter in one commit, with its card merged into the repo's README.
 
@@ -63,6 +66,7 @@ def push_adapter(
         subfolder: folder of the repo for the adapter, so that one repo can hold several.
         custom_generate: whether to add `custom_generate/generate.py`, with which plain transformers steers by
             `model.generate(**inputs, custom_generate=repo_id, trust_remote_code=True)`.
+        base_model: Hub id of the base model, where the adapter was fitted on a folder.
 
     Returns:
         The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. Where every file was there already, the commit
@@ -70,10 +74,12 @@ def push_adapter(
 
     Raises:
         AdapterFileError: if the tensors do not match the config.
-        ValueError: if the tag exists, `tag` and `create_pr` are both given, or a name is none.
+        ValueError: if the tag exists, `tag` and `create_pr` are both given, a name is none, or the adapter names no base
+            that others can load.
         PushConflictError: if somebody else changed the adapter's files meanwhile; nothing was pushed.
         PushError: if the Hub did not take it; the message says what is there.
     """
+    adapter = with_public_base(adapter, base_model).published()
     adapter.check_tensors()
     if tag is not None and create_pr:
         raise ValueError("A tag names a commit of a branch: merge the pull request first, then tag it.")
@@ -95,6 +101,31 @@ def push_adapter(
     if tag is not None:
         _tag(api, repo_id, tag, commit.oid)
     return commit
+
+
+def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> SteeringAdapter:
+    """The adapter with a base that others can load, which is what the Hub finds adapters by.
+
+    Args:
+        adapter: a fitted adapter.
+        base_model: Hub id to name in place of the one that the adapter names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = adapter.config.base_model_name_or_path
+    if base_model is None:
+        if not is_public(name):
+            raise ValueError(
+                f"The adapter was fitted on {public_name(name) or 'a base without a name'!r}, which nobody else can load "
+                "and the Hub cannot find. Say which model of the Hub it is: base_model='org/name'."
+            )
+        return adapter
+    if not names_a_repo(base_model) and base_model not in PACKAGED:
+        raise ValueError(f"base_model={base_model!r} is no Hub id of the form org/name.")
+    commit = adapter.config.base_model_revision if base_model == name else None
+    config = dataclasses.replace(adapter.config, base_model_name_or_path=base_model, base_model_revision=commit)
+    return dataclasses.replace(adapter, config=config)
 
 
 @dataclass(frozen=True)
