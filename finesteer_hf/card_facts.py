@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finesteer_hf.base_models import LOCAL, is_public, last_part
 from finesteer_hf.config import SteeringConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Row = tuple[str, str]
+Figures = TypeVar("Figures", dict[str, Any], list[Any])
 _LONGEST_TEXT = 200
 
 
@@ -37,16 +38,23 @@ class AdapterFacts:
 
 
 def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
-    """Collect what an adapter says of itself."""
-    fit = adapter.config.fit
-    report = fit.get("report", {})
-    rest = {name: value for name, value in fit.items() if name not in ("report", "evaluation")}
+    """Collect what an adapter says of itself; figures of a kind that no fit writes are told as plain text."""
+    report, evaluation = figures_of(adapter, "report", dict), figures_of(adapter, "evaluation", list)
+    rest = {
+        name: value for name, value in adapter.config.fit.items() if value is not report and value is not evaluation
+    }
     return AdapterFacts(
         settings=_settings(adapter),
         data=flatten(rest),
-        held_out=flatten(report) if isinstance(report, dict) else [],
-        evaluation=[_evaluation_row(row) for row in fit.get("evaluation", []) if isinstance(row, dict)],
+        held_out=flatten(report),
+        evaluation=[_evaluation_row(row) for row in evaluation if isinstance(row, dict)],
     )
+
+
+def figures_of(adapter: SteeringAdapter, name: str, kind: type[Figures]) -> Figures:
+    """A part of an adapter's provenance, empty if it is of another kind than a fit writes."""
+    found = adapter.config.fit.get(name)
+    return found if isinstance(found, kind) else kind()
 
 
 def _settings(adapter: SteeringAdapter) -> list[Row]:
@@ -99,18 +107,22 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:
 
 def is_share(value: Any) -> bool:
     """Whether a value is a `Proportion` as JSON."""
-    return isinstance(value, dict) and {"k", "n", "value", "low", "high"} <= set(value)
+    return is_estimate(value) and all(isinstance(value.get(name), int) for name in ("k", "n"))
 
 
 def is_estimate(value: Any) -> bool:
     """Whether a value is a `Mean` as JSON."""
-    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
+    if not isinstance(value, dict) or not {"value", "low", "high"} <= set(value):
+        return False
+    return value["value"] is None or all(isinstance(value[name], (int, float)) for name in ("value", "low", "high"))
 
 
-def share_text(value: dict[str, Any] | None) -> str:
-    """A share or mean of JSON as text, with n and interval."""
+def share_text(value: Any) -> str:
+    """A share or mean of JSON as text, with n and interval; anything else as it is."""
     if value is None:
         return "-"
+    if not is_estimate(value):
+        return as_text(value)[:_LONGEST_TEXT]
     if value["value"] is None:
         return "no items"
     if is_share(value):
@@ -136,5 +148,5 @@ def _evaluation_row(row: dict[str, Any]) -> dict[str, str]:
         "metric": str(row.get("metric", "")),
         "unsteered": share_text(row.get("unsteered")),
         "steered": share_text(row.get("steered")),
-        "p_value": "-" if p_value is None else f"{p_value:.2g}",
+        "p_value": "-" if p_value is None else f"{p_value:.2g}" if isinstance(p_value, (int, float)) else str(p_value),
     }

@@ -8,9 +8,7 @@ the adapter, and a value that somebody changed stays.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import warnings
 from dataclasses import dataclass
 from importlib import resources
@@ -23,7 +21,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined
 
 from finesteer_hf.base_models import is_hub_id
-from finesteer_hf.card_facts import adapter_facts, base_name
+from finesteer_hf.card_facts import adapter_facts, base_name, figures_of, is_estimate
+from finesteer_hf.staging import replacing
 
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 CARD_NAME = "README.md"
 TEMPLATE_NAME = "adapter_card.md"
+# Far above any README, far below what takes a parser long.
+MOST_README_BYTES = 1 << 20
 PLACEHOLDER = "this-folder-or-its-repo"
 DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
 PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
@@ -62,34 +63,32 @@ def write_card(
         Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
     """
     directory = Path(directory)
-    path = directory / CARD_NAME
+    for name, content in render_card(adapter, directory, repo_id, subfolder).items():
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            with replacing(directory / name) as path:
+                path.write_bytes(content)
+    return directory / CARD_NAME
+
+
+def render_card(
+    adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
+) -> dict[str, bytes | None]:
+    """The files of a card by name, as `write_card` writes them; None for a plot that the card no longer shows.
+
+    Nothing is written. Empty where the README that is there cannot be merged, with a warning.
+    """
     plots = draw_plots(adapter)
     body = render_section(adapter, repo_id or PLACEHOLDER, subfolder, plots)
+    path = directory / CARD_NAME
     try:
         text = merge_card(_read(path), body, card_metadata(adapter))
     except (yaml.YAMLError, ValueError) as error:
         warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
-        return path
-    for name in PLOT_NAMES:
-        if name in plots:
-            _replace(directory / name, plots[name].png)
-        else:
-            # One of an adapter that was saved here before, and that the card no longer shows.
-            (directory / name).unlink(missing_ok=True)
-    _replace(path, text.encode("utf-8"))
-    return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in place once it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".card-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        return {}
+    pictures = {name: plots[name].png if name in plots else None for name in PLOT_NAMES}
+    return {CARD_NAME: text.encode("utf-8"), **pictures}
 
 
 def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
     config = adapter.config
     base = config.base_model_name_or_path
     on_hub = base is not None and is_hub_id(base)
-    results = eval_results(config.fit.get("evaluation", []))
+    results = eval_results(figures_of(adapter, "evaluation", list))
     data = ModelCardData(
         library_name="finesteer_hf",
         base_model=base if on_hub else None,
@@ -111,19 +110,20 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
     return data
 
 
-def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
+def eval_results(rows: list[Any]) -> list[EvalResult]:
     """The steered figures of an evaluation, as the Hub's metadata wants them."""
+    known = [row for row in rows if isinstance(row, dict) and is_estimate(row.get("steered"))]
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_slug(row["dataset"]),
-            dataset_name=row["dataset"],
-            metric_type=_slug(row["metric"]),
-            metric_name=row["metric"],
+            dataset_type=_slug(str(row.get("dataset"))),
+            dataset_name=str(row.get("dataset")),
+            metric_type=_slug(str(row.get("metric"))),
+            metric_name=str(row.get("metric")),
             metric_value=round(row["steered"]["value"], 4),
         )
-        for row in rows
-        if row.get("steered") and row["steered"]["value"] is not None
+        for row in known
+        if row["steered"]["value"] is not None
     ]
 
 
@@ -142,26 +142,43 @@ class CardPlot:
 
 def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
     """Plots of what the fit kept: the dose-response curve, the gate's scores; by file name."""
-    report = adapter.config.fit.get("report", {})
-    if not any(report.get(name) for name in ("dose_response", "gate_scores")):
-        return {}
-    from finesteer_hf.evaluation.plots import plot_dose_response, plot_gate_scores, png
+    report = figures_of(adapter, "report", dict)
+    plots = {}
+    for name, key, draw in ((DOSE_PLOT, "dose_response", _draw_dose), (GATE_PLOT, "gate_scores", _draw_gate)):
+        if not report.get(key):
+            continue
+        try:
+            plot = draw(name, report, adapter)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            warnings.warn(
+                f"The card has no {name}: `fit.report.{key}` holds no figures of a fit ({error}).", stacklevel=2
+            )
+            continue
+        if plot is not None:
+            plots[name] = plot
+    return plots
+
+
+def _draw_dose(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot:
+    from finesteer_hf.evaluation.plots import plot_dose_response, png
     from finesteer_hf.methods.base import DosePoint
 
-    plots = {}
-    curve = report.get("dose_response")
-    if curve:
-        points = [DosePoint.from_report(point) for point in curve]
-        leads = (report.get("objective") or {}).get("criterion", "sayable")
-        figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
-        caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
-        plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
-    scores = report.get("gate_scores")
-    if scores and (scores["ir"] or scores["general"]):
-        figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
-        caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
-        plots[GATE_PLOT] = CardPlot(GATE_PLOT, png(figure, dpi=110), caption)
-    return plots
+    points = [DosePoint.from_report(point) for point in report["dose_response"]]
+    leads = (report.get("objective") or {}).get("criterion", "sayable")
+    figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
+    caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
+    return CardPlot(name, png(figure, dpi=110), caption)
+
+
+def _draw_gate(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot | None:
+    from finesteer_hf.evaluation.plots import plot_gate_scores, png
+
+    scores = report["gate_scores"]
+    if not scores["ir"] and not scores["general"]:
+        return None
+    figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
+    caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
+    return CardPlot(name, png(figure, dpi=110), caption)
 
 
 def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:
@@ -236,7 +253,8 @@ def merge_repo_card(adapter: SteeringAdapter, folder: Path, subfolder: str) -> P
     named = dict.fromkeys(name for base in bases if base for name in ([base] if isinstance(base, str) else base))
     if len(named) > 1:
         merged["base_model"] = list(named)
-    _replace(path, readme.write(merged, _put(readme.text, section, listing)).encode("utf-8"))
+    with replacing(path) as made:
+        made.write_bytes(readme.write(merged, _put(readme.text, section, listing)).encode("utf-8"))
     return path
 
 

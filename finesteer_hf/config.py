@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_ar
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
 from finesteer_hf.json_files import read_json_object
 from finesteer_hf.processors import POSITIONS, Positions
-from finesteer_hf.tensor_files import replacing
+from finesteer_hf.staging import replacing
 
 
 if TYPE_CHECKING:
@@ -156,15 +156,30 @@ class SteeringConfig:
             Path of the file.
         """
         path = Path(save_directory) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.to_dict()
-        if weights_sha256 is not None:
-            data["weights_sha256"] = weights_sha256
-        # NaN is no JSON: a config that cannot be read back by every JSON reader must fail here.
-        text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = self.to_json(weights_sha256)
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
+
+    def to_json(self, weights_sha256: str | None = None) -> str:
+        """The text of `steering_config.json`; argument as for `save_pretrained`.
+
+        Raises:
+            AdapterFileError: if a figure is something that no JSON file can say, such as NaN or an array.
+        """
+        data = self.to_dict()
+        if weights_sha256 is not None:
+            data["weights_sha256"] = weights_sha256
+        try:
+            text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            _check_json(data)
+        except (TypeError, ValueError, RecursionError) as error:
+            odd = [name for name, value in data.items() if not _is_json(value)]
+            raise AdapterFileError(
+                f"{odd} of the {self.steering_type} config cannot be written as JSON ({error}). Use texts, finite numbers, "
+                "lists and dicts with texts as keys."
+            ) from error
+        return text
 
     @classmethod
     def from_pretrained(cls: type[ConfigT], name_or_path: str | Path, **hub_kwargs: Any) -> ConfigT:
@@ -176,7 +191,7 @@ class SteeringConfig:
         """
         from finesteer_hf.hub import resolve_adapter_files
 
-        return cls.from_json_file(resolve_adapter_files(name_or_path, weights=False, **hub_kwargs).config)
+        return cls.from_json_file(resolve_adapter_files(name_or_path, **hub_kwargs).config)
 
     @classmethod
     def from_json_file(cls: type[ConfigT], path: str | Path) -> ConfigT:
@@ -186,6 +201,19 @@ class SteeringConfig:
             AdapterFileError: if it is too large, no JSON, or no config.
         """
         return cls.from_dict(read_config_file(path))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        _check_json(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_json(value: Any) -> None:
+    # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+    json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode("utf-8")
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
 from finesteer_hf.base_models import PACKAGED, is_public, names_a_repo, public_name
-from finesteer_hf.cards import CARD_NAME, write_card
+from finesteer_hf.cards import CARD_NAME, MOST_README_BYTES, write_card
 from finesteer_hf.errors import PushConflictError, PushError
 from finesteer_hf.hub.integrity import FAILURES, download, git_blob_sha1
 from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
@@ -311,7 +311,9 @@ class _Push:
     def fetch(self, path: str, commit: str) -> bytes | None:
         """Copy a file of the repo into the folder, if there is one; returns its content."""
         try:
-            source = download(self.branch.repo_id, path, revision=commit, token=self.api.token)
+            source = download(
+                self.branch.repo_id, path, revision=commit, token=self.api.token, most_bytes=MOST_README_BYTES
+            )
         except EntryNotFoundError:
             return None
         content = source.read_bytes()

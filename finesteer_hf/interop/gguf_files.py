@@ -16,7 +16,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.algebra import constant_vectors
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector
-from finesteer_hf.tensor_files import replacing
+from finesteer_hf.staging import replacing
 
 
 ARCHITECTURE = "controlvector"

@@ -16,8 +16,8 @@ from hub_server import HubServer
 from safetensors.torch import save_file
 from small_adapters import WIDTH, small_adapter
 
-from finesteer_hf import SteeringAdapter, SteeringConfig
-from finesteer_hf.errors import AdapterFileError, NoAdapterError, SteeringError
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
+from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, NoAdapterError, SteeringError
 from finesteer_hf.interop import load_vectors
 
 
@@ -196,6 +196,39 @@ def test_a_file_that_was_replaced_is_seen(folder: Path, tmp_path: Path) -> None:
     os.replace(tmp_path / "other" / WEIGHTS, folder / WEIGHTS)
     with pytest.raises(AdapterFileError, match="is not the file that its config was saved with"):
         load(folder)
+
+
+def test_a_download_is_no_larger_than_its_config_says(hub_client: HubServer, tmp_path: Path) -> None:
+    small_adapter().push_to_hub("org/a")
+    for place, name in ((WEIGHTS, "org/weights"), (CONFIG, "org/config")):
+        files = {path: hub_client.files("org/a")[path] for path in (CONFIG, WEIGHTS)}
+        padded = files[place] + b" " * (20 << 20)
+        hub_client.commit(name, {**files, place: padded})
+        hub_client.requests.clear()
+        with pytest.raises(AdapterFileError, match=r"has 209\d+ bytes or more; at most \d+ are called for"):
+            SteeringAdapter.from_pretrained(name)
+        # Config first, and of what is too large only the head was read: nothing of it stays in the cache.
+        assert hub_client.requests.lines[0].rpartition("/")[2] == CONFIG
+        assert not any(path.stat().st_size > 1 << 20 for path in (tmp_path / "hf_home").rglob("*") if path.is_file())
+    # A config that is refused costs no tensors at all.
+    hub_client.commit("org/odd", {CONFIG: json.dumps({"steering_type": "CONSTANT", "layers": [0]}), WEIGHTS: b"x"})
+    hub_client.requests.clear()
+    with pytest.raises(AdapterFileError, match="no hidden_size"):
+        SteeringAdapter.from_pretrained("org/odd")
+    assert not any(WEIGHTS in line for line in hub_client.requests.lines)
+
+
+def test_a_base_of_another_width_is_seen_before_the_tensors_are_fetched(hub_client: HubServer) -> None:
+    from small_adapters import tiny_llama
+
+    small_adapter().push_to_hub("org/a")
+    config = {**json.loads(hub_client.files("org/a")[CONFIG]), "hidden_size": 1 << 20}
+    hub_client.commit("org/wide", {CONFIG: json.dumps(config), WEIGHTS: hub_client.files("org/a")[WEIGHTS]})
+    hub_client.requests.clear()
+    model = SteeredModelForCausalLM.from_model(tiny_llama())
+    with pytest.raises(AdapterMismatchError, match="hidden size 1048576"):
+        model.load_steering("org/wide")
+    assert not any(WEIGHTS in line for line in hub_client.requests.lines)
 
 
 # Files and code
