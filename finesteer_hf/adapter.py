@@ -17,10 +17,12 @@ from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME, SteeringConfig, get_s
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.fingerprint import compare
 from finesteer_hf.methods.base import SteeringMethod
-from finesteer_hf.sites import TextTower
+from finesteer_hf.processors import QueryStates
+from finesteer_hf.sites import Site, TextTower
 from finesteer_hf.staging import Staging
 from finesteer_hf.tensor_files import (
     DTYPES,
+    HEAD_SIZE,
     Shape,
     check_finite,
     check_layout,
@@ -310,6 +312,32 @@ def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower
                 f"The adapter was fitted for {config.base_model_name_or_path!r} ({what} {want}), but the model "
                 f"{base_of(model)[0] or type(model).__name__!r} has {what} {got}. Load the base that the adapter names, or "
                 "fit one for this model."
+            )
+
+
+def check_heads(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:
+    """Raise `AdapterMismatchError` if what an adapter writes at attention heads is not as wide as they are.
+
+    Their sizes are in no config: blocks may have heads of other sizes than the first.
+    """
+    heads = getattr(adapter.config, "attention_heads", None)
+    own = {
+        size * heads
+        for name, shape in adapter.tensor_shapes().items()
+        for axis, size in zip(shape, adapter.tensors[name].shape, strict=True)
+        if axis == HEAD_SIZE and heads is not None
+    }
+    written: Mapping[Site, torch.Tensor] = {}
+    if processor.writes and not processor.reads:
+        written = processor.decide(QueryStates({}, 1, torch.device("cpu"))).vectors
+    for site in processor.sites:
+        if site.kind != "head_out":
+            continue
+        got = own if site not in written else {written[site].shape[-1]}
+        if any(width != tower.width(site) for width in got):
+            raise AdapterMismatchError(
+                f"The adapter was fitted for {adapter.config.base_model_name_or_path!r}, whose heads are together "
+                f"{sorted(got)} wide at {site}; those of this model are {tower.width(site)}. Load the base that it names."
             )
 
 

@@ -35,6 +35,10 @@ FORMAT_VERSION = 1
 ENTRY_POINT_GROUP = "finesteer_hf.methods"
 # A config is a page of settings and figures; anything larger is not one.
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+# Far above any model, and below what takes memory or time before the model is looked at.
+MOST_WIDTH = 1 << 20
+MOST_LAYERS = 10_000
+MOST_HEADS = 4096
 # Keys of the file that are no settings of the method.
 FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 
@@ -71,8 +75,12 @@ class SteeringConfig:
         default_factory=dict, metadata={"help": "Hashes of the base model's sizes and of a few weights."}
     )
     base_model_type: str | None = field(default=None, metadata={"help": "config.model_type of the base model."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder blocks."})
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the residual stream.", "least": 1, "most": MOST_WIDTH}
+    )
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Number of decoder blocks.", "least": 1, "most": MOST_LAYERS}
+    )
     lora: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters active at fit."})
     positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
     strength: float | str = field(default=1.0, metadata={"help": "Lambda of the update."})
@@ -84,6 +92,7 @@ class SteeringConfig:
     allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.positions not in self.allowed_positions:
             raise ValueError(f"positions must be one of {list(self.allowed_positions)}, got {self.positions!r}.")
         if isinstance(self.strength, (int, float)) and not math.isfinite(self.strength):
@@ -214,6 +223,20 @@ def _is_json(value: Any) -> bool:
 def _check_json(value: Any) -> None:
     # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
     json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode("utf-8")
+
+
+def check_bounds(config: SteeringConfig) -> None:
+    """Hold a config's numbers to the `least` and `most` of their fields' metadata; of a list, each of its numbers.
+
+    Raises:
+        ValueError: naming the field, its bounds and its value.
+    """
+    for entry in dataclasses.fields(config):
+        least, most = entry.metadata.get("least", -math.inf), entry.metadata.get("most", math.inf)
+        value = getattr(config, entry.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not least <= number <= most:
+                raise ValueError(f"{entry.name} must be from {least} to {most}, got {reprlib.repr(number)}.")
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
