@@ -223,9 +223,10 @@ class SteeringAdapter:
                 left.unlink(missing_ok=True)
 
     def published(self) -> SteeringAdapter:
-        """This adapter without paths of this machine in what it says of its base and its data."""
-        base = public_name(self.config.base_model_name_or_path)
-        config = dataclasses.replace(self.config, base_model_name_or_path=base, fit=without_paths(self.config.fit))
+        """This adapter without paths of this machine in what it says of its base, of its data and of other adapters."""
+        names = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata.get("may_be_path")]
+        public: dict[str, Any] = {name: public_name(getattr(self.config, name)) for name in names}
+        config = dataclasses.replace(self.config, fit=without_paths(self.config.fit), **public)
         return dataclasses.replace(self, config=config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:

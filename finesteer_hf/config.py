@@ -69,7 +69,9 @@ class SteeringConfig:
     steering_type: ClassVar[str] = ""
     understands: ClassVar[frozenset[str]] = frozenset()
 
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id of the base model."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id of the base model.", "may_be_path": True}
+    )
     base_model_revision: str | None = field(default=None, metadata={"help": "Commit of the base model."})
     base_model_fingerprint: dict[str, str] = field(
         default_factory=dict, metadata={"help": "Hashes of the base model's sizes and of a few weights."}

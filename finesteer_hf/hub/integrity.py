@@ -27,6 +27,10 @@ PAUSE = 0.5
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
+class TooLarge(AdapterFileError):
+    """A file that is larger than what it is downloaded for can be."""
+
+
 def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None = None, **kwargs: Any) -> Path:
     """Download a file into the cache, or find it there, and check it against its announced hash.
 
@@ -43,8 +47,8 @@ def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None =
         Path in the cache.
 
     Raises:
-        AdapterFileError: if it is too large, or the content is not what the Hub announced; it is not left in the cache
-            then.
+        TooLarge: (an `AdapterFileError`) if it has more bytes.
+        AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
     """
     kwargs["tqdm_class"] = _bar_up_to(most_bytes, f"{path} of {repo_id}")
     try:
@@ -92,7 +96,7 @@ def _bar_up_to(most_bytes: int, what: str) -> type[tqdm]:
         def check(self, size: float) -> None:
             if size > most_bytes:
                 self.close()
-                raise AdapterFileError(
+                raise TooLarge(
                     f"{what} has {int(size)} bytes or more; at most {most_bytes} are called for. It is not downloaded."
                 )
 

@@ -21,11 +21,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
 from finesteer_hf.base_models import PACKAGED, is_public, names_a_repo, public_name
-from finesteer_hf.cards import CARD_NAME, MOST_README_BYTES, write_card
+from finesteer_hf.cards import warn_unmerged, write_card
 from finesteer_hf.errors import PushConflictError, PushError
-from finesteer_hf.hub.integrity import FAILURES, download, git_blob_sha1
+from finesteer_hf.hub.integrity import FAILURES, TooLarge, download, git_blob_sha1
 from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
 from finesteer_hf.hub.repo_card import write_repo_card
+from finesteer_hf.readme import CARD_NAME, MOST_README_BYTES, ReadmeError
 
 
 if TYPE_CHECKING:
@@ -289,7 +290,13 @@ class _Push:
         directory = self.folder / (self.subfolder or "")
         directory.mkdir(parents=True)
         self.adapter.write_files(directory)
-        cards = {path: self.fetch(path, parent) for path in self.cards}
+        cards, unread = {}, set()
+        for path in self.cards:
+            try:
+                cards[path] = self.fetch(path, parent)
+            except TooLarge as error:
+                warn_unmerged(Path(path), ReadmeError(str(error)))
+                unread.add(path)
         name = f"{self.branch.repo_id}/{self.subfolder}" if self.subfolder else self.branch.repo_id
         write_card(self.adapter, directory, name)
         if self.subfolder:
@@ -301,7 +308,11 @@ class _Push:
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = {path.relative_to(self.folder).as_posix(): path for path in found}
         # A card that could not be merged is not sent: the Hub would check what is none of ours.
-        return {path: source for path, source in files.items() if cards.get(path) != source.read_bytes()}
+        return {
+            path: source
+            for path, source in files.items()
+            if path not in unread and cards.get(path) != source.read_bytes()
+        }
 
     @property
     def cards(self) -> list[str]:

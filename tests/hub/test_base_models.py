@@ -23,6 +23,7 @@ from finesteer_hf.adapter import tensors_equal
 from finesteer_hf.base_models import base_of, located, public_name
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.fingerprint import CONFIG_KEY, compare, fingerprint
+from finesteer_hf.methods.inferaligner import InferAlignerConfig
 
 
 SHIPPED = Path(__file__).resolve().parents[2] / "hub_cards" / "playground-truthful"
@@ -151,6 +152,21 @@ def test_nothing_that_is_written_names_a_path(tmp_path: Path) -> None:
     assert loaded.config.fit == {"data": {**data, "id": "rows.jsonl"}, "general_data": {"id": "org/rows"}}
     with pytest.raises(ValueError, match=r"folder called 'my-model'.*Give model_id"):
         SteeredModelForCausalLM.from_pretrained(None, steering=loaded)
+
+
+def test_other_names_that_may_be_paths_are_published_without_them(tmp_path: Path) -> None:
+    config = InferAlignerConfig(
+        layers=[1],
+        vector="sibling",
+        sibling=str(tmp_path / "aligned"),
+        hidden_size=16,
+        num_hidden_layers=2,
+        strength=1.0,
+    )
+    tensors = {"srv": torch.ones(1, 16), "bias": torch.ones(1), "ssv": torch.ones(1, 16)}
+    folder = SteeringAdapter(config, tensors).save_pretrained(tmp_path / "a")
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in folder.iterdir())
+    assert SteeringAdapter.from_pretrained(folder).config.sibling == "local:aligned"
 
 
 def test_a_push_asks_for_a_base_that_others_can_load(hub_client: HubServer, tmp_path: Path) -> None:
