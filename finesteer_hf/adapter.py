@@ -216,10 +216,8 @@ class SteeringAdapter:
             stage.publish(hashed, WEIGHTS_NAME)
             stage.publish(CONFIG_NAME)
             os.replace(directory / hashed, directory / WEIGHTS_NAME)
-            for left in [
-                *directory.glob(hashed_name("?" * 64)),
-                *(directory / n for n, c in others.items() if c is None),
-            ]:
+            gone = [directory / name for name, content in others.items() if content is None]
+            for left in [*gone, *(directory.glob(hashed_name("?" * 64)) if stage.alone else ())]:
                 left.unlink(missing_ok=True)
 
     def published(self) -> SteeringAdapter:

@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+# Seconds to wait for another save, which takes milliseconds, and between two looks.
+PATIENCE, PAUSE = 30.0, 0.02
 _PREFIX = ".saving-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -27,8 +30,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class Staging:
     """A folder inside the one that is written to; what is staged there is moved file by file, each at once.
 
-    One staging at a time works on a folder: a second one waits. What one that was killed left behind is deleted by the
-    next. A block that raises leaves the folder as it was, apart from what it had published.
+    One staging at a time works on a folder: a second one waits, half a minute at most. What one that was killed left behind
+    is deleted by the next. A block that raises leaves the folder as it was, apart from what it had published.
 
     Args:
         directory: where the files go; made if it is not there.
@@ -73,7 +76,14 @@ class Staging:
                 with contextlib.suppress(OSError):
                     path.rmdir()
         if self._lock is not None:
+            # Closing alone would not do: a process that was forked meanwhile has a copy.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other save works on the folder, so that what is left of others may be deleted."""
+        return self._lock is not None
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
@@ -136,16 +146,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _locked(directory: Path) -> int | None:
-    """A handle that keeps others out of a folder until it is closed; None where the system has no such thing."""
+    """A handle that keeps others out of a folder; None where the system has no such thing, or one stays in it."""
     if fcntl is None:
         return None
     handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError:  # some network file systems
-        os.close(handle)
-        return None
-    return handle
+    for _ in range(round(PATIENCE / PAUSE)):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(PAUSE)
+        except OSError:  # some network file systems
+            break
+        else:
+            return handle
+    os.close(handle)
+    return None
 
 
 def _flush(path: Path) -> None:

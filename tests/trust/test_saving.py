@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,29 @@ def test_saves_of_several_threads_do_not_mix(tmp_path: Path) -> None:
         "steering_config.json",
         "steering_model.safetensors",
     }
+
+
+def test_a_save_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finesteer_hf import staging
+
+    folder = small_adapter().save_pretrained(tmp_path / "a")
+    with staging.Staging(folder) as other:
+        # As a process would that was forked while a save was under way, and outlives it.
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        monkeypatch.setattr(staging, "PATIENCE", 0.1)
+        small_adapter(1).save_pretrained(folder)
+        assert other.folder.is_dir()
+    try:
+        monkeypatch.setattr(staging, "PATIENCE", 30.0)
+        small_adapter(2).save_pretrained(folder)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert tensors_equal(SteeringAdapter.from_pretrained(folder).tensors, small_adapter(2).tensors)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_a_config_alone_is_saved_at_once_too(tmp_path: Path) -> None:
