@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
+from finesteer_hf.adapter import LoadReport, SteeringAdapter, check_sizes, warn_about
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.generation import SteeredGeneration
 from finesteer_hf.logits import steer_forward
@@ -21,6 +23,10 @@ from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.prompt_ends import PROMPT_ENDS, noting, told, without_noting
 from finesteer_hf.runtime import SteeringRuntime
 from finesteer_hf.status import SteeringStatus, steering_status
+
+
+# A name that is one part of a path on every system.
+_FOLDER_NAME = re.compile(r"[\w.+@ -]+")
 
 
 class SteeringMixin(SteeredGeneration):
@@ -63,7 +69,13 @@ class SteeringMixin(SteeredGeneration):
             AdapterFileError: if its files are damaged.
         """
         if not isinstance(steering, SteeringAdapter):
-            steering = SteeringAdapter.from_pretrained(steering, revision=revision, strict=strict, **hub_kwargs)
+            steering = SteeringAdapter.from_pretrained(
+                steering,
+                revision=revision,
+                strict=strict,
+                accept=lambda config: check_sizes(config, self, self._steering.tower),  # type: ignore[arg-type]
+                **hub_kwargs,
+            )
         elif revision is not None or hub_kwargs:
             raise ValueError(
                 f"{sorted({'revision', *hub_kwargs})} apply to a repo or folder, not to a SteeringAdapter object."
@@ -158,19 +170,28 @@ class SteeringMixin(SteeredGeneration):
         """What is loaded, what is active, and where it reads and writes."""
         return steering_status(self._steering)
 
-    def save_steering(self, save_directory: str, adapter_name: str | None = None) -> None:
+    def save_steering(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
         """Save loaded adapters as PEFT does: `default` into the folder itself, any other into a folder of its name.
 
         Args:
             save_directory: the folder.
             adapter_name: the adapter to save, into the folder itself; None for all.
+
+        Raises:
+            ValueError: if an adapter's name cannot be that of a folder inside; nothing is written then.
         """
         if adapter_name is not None:
             self._steering.get(adapter_name).adapter.save_pretrained(save_directory)
             return
-        for name, loaded in self._steering.adapters.items():
-            folder = save_directory if name == "default" else f"{save_directory}/{name}"
-            loaded.adapter.save_pretrained(folder)
+        adapters = self.steering_adapters
+        for name in adapters:
+            if not _FOLDER_NAME.fullmatch(name) or not name.strip(". "):
+                raise ValueError(
+                    f"{name!r} cannot be the name of a folder in {save_directory}. Save it by itself: "
+                    f"save_steering(folder, {name!r})."
+                )
+        for name, adapter in adapters.items():
+            adapter.save_pretrained(save_directory if name == "default" else Path(save_directory) / name)
 
     def push_steering_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> Any:
         """Upload an adapter; arguments as for `SteeringAdapter.push_to_hub`.
