@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
 from finesteer_hf.estimators.probes import fit_head_probes
@@ -86,7 +86,7 @@ class FlorainConfig(SteeringConfig):
     epochs: int = field(default=200, metadata=_help("Passes over the answers."))
     batch_size: int = field(default=100, metadata=_help("Answers a step."))
     learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of Adam."))
-    attention_heads: int | None = field(default=None, metadata=_help("Heads of the block."))
+    attention_heads: int | None = field(default=None, metadata=written_by_fit("Heads of the block."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
