@@ -1,9 +1,12 @@
-"""The `finesteer` command; one file a command."""
+"""The commands; each is a file of its own, which imports what it needs once it runs."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from finesteer_hf import __version__
 from finesteer_hf.cli.common import friendly
 from finesteer_hf.cli.demo import demo
 from finesteer_hf.cli.evaluate import evaluate
@@ -13,12 +16,8 @@ from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.show import show
 
 
-app = typer.Typer(
-    name="finesteer",
-    help="Fit, use, evaluate and look at steering adapters for Hugging Face models.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
+# Plain help: boxes leave the texts too narrow a column on 80 characters.
+app = typer.Typer(name="finesteer", no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 for name, command in (
     ("demo", demo),
     ("fit", fit),
@@ -29,4 +28,18 @@ for name, command in (
 ):
     app.command(name)(friendly(command))
 
-__all__ = ["app"]
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if it is asked for."""
+    if wanted:
+        typer.echo(f"finesteer-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fit, use, evaluate and look at steering adapters for Hugging Face models."""

@@ -23,7 +23,10 @@ def demo(
     adapters: Annotated[Path, typer.Option("--adapters", help="Folder of its adapters.")] = Path("hub_cards"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
 ) -> None:
-    """Ask a real model with the adapters that ship for it; then fit, save, load and evaluate two on the playground."""
+    """The whole way on models that are at hand.
+
+    Asks a real model with the adapters that ship for it; then fits, saves, loads and evaluates two on the playground.
+    """
     # Imported here: the other commands should not wait for what only this one needs.
     from finesteer_hf.cli.demo_real import show_real
     from finesteer_hf.cli.demo_report import build_report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import warnings
@@ -175,14 +176,18 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
     trials: dict[tuple[Task, Split], Trial] = {}
     # A new process each: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
-        futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
         try:
+            # What is ignored here is ignored by the processes that start now: ctrl-C ends them without a traceback each.
+            watched = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
+            signal.signal(signal.SIGINT, watched)
             for future in as_completed(futures):
                 trial = trials[futures[future]] = future.result()
                 took = f"{trial.seconds:.0f} s, {trial.fit_seconds:.0f} s of them to fit"
                 say(f"done: {trial.task}, split by {trial.split} ({took})")
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return DemoResult(settings, [trials[job] for job in jobs], time.perf_counter() - start)
 

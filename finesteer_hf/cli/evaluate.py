@@ -6,11 +6,12 @@ import dataclasses
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load_model, load_tokenizer, say, table
+from finesteer_hf.cli.common import console, load, say, table
+from finesteer_hf.cli.options import LOAD, takes
 
 
 class Half(str, Enum):
@@ -20,6 +21,7 @@ class Half(str, Enum):
     all = "all"
 
 
+@takes(loading=dataclasses.replace(LOAD, without=("steering",)))
 def evaluate(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     steering: Annotated[str, typer.Option("--steering", "-s", help="Adapter: folder or Hub id.")],
@@ -32,11 +34,14 @@ def evaluate(
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures and answers here as JSON.")] = None,
     update_card: Annotated[bool, typer.Option(help="Put the figures on the card of a local adapter.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    seed: Annotated[int, typer.Option(help="Of the halves and of the draw.")] = 0,
+    *,
+    loading: dict[str, Any],
 ) -> None:
-    """Evaluate an adapter: every figure with its n and interval, unsteered and steered on the same prompts."""
+    """Ask a benchmark, unsteered and steered.
+
+    Every figure comes with its n and interval; both conditions answer the same prompts.
+    """
     from finesteer_hf.evaluation.behaviour import evaluate as ask
     from finesteer_hf.evaluation.benchmarks import load_benchmark
     from finesteer_hf.evaluation.comparison import COLUMNS, compare
@@ -46,8 +51,7 @@ def evaluate(
     if update_card and scale != 1.0:
         raise ValueError("--update-card needs --scale 1: the card is about the adapter's own strength.")
     sets = load_benchmark(benchmark, data, half=half.value, limit=limit, seed=seed)
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, steering=steering, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, steering=steering, **loading)
     adapter = next(iter(loaded.steering_adapters))
     rows, answers = [], []
     for found in sets:

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.card_facts import adapter_facts
 from finesteer_hf.cli.common import console, table
 
 
@@ -16,7 +14,10 @@ def show(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id (org/name, org/name@revision).")],
     as_json: Annotated[bool, typer.Option("--json", help="The whole steering_config.json instead.")] = False,
 ) -> None:
-    """Show an adapter's config, sizes and held-out figures."""
+    """Show an adapter's settings and figures."""
+    from finesteer_hf.adapter import SteeringAdapter
+    from finesteer_hf.card_facts import adapter_facts
+
     loaded = SteeringAdapter.from_pretrained(adapter)
     if as_json:
         typer.echo(json.dumps(loaded.config.to_dict(), indent=2, sort_keys=True))
