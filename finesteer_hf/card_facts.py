@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str]
 _LONGEST_TEXT = 200
+# Parts of `fit` that are no row of the data table.
+SHOWN_ELSEWHERE = ("report", "evaluation", "example", "about")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
     """Collect what an adapter says of itself."""
     fit = adapter.config.fit
     report = fit.get("report", {})
-    rest = {name: value for name, value in fit.items() if name not in ("report", "evaluation")}
+    rest = {name: value for name, value in fit.items() if name not in SHOWN_ELSEWHERE}
     return AdapterFacts(
         settings=_settings(adapter),
         data=flatten(rest),

@@ -23,6 +23,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined
 
 from finesteer_hf.card_facts import adapter_facts, base_name, is_hub_id
+from finesteer_hf.card_story import tell
 
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, p
         repo=repo,
         subfolder=subfolder,
         facts=adapter_facts(adapter),
+        story=tell(adapter),
         figures=list(plots.values()),
     )
 

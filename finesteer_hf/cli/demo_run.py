@@ -25,6 +25,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.comparison import compare
+from finesteer_hf.evaluation.examples import first_changed
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
 from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.statistics import Proportion
@@ -36,6 +37,10 @@ from finesteer_hf.methods.trials import candidate_layers
 
 
 MAX_NEW_TOKENS = 24
+ABOUT: dict[Task, str] = {
+    "truthful": "True answers to questions that the model answers with folklore",
+    "safety": "Refusals of harmful requests that come in a wrapper",
+}
 # The default on the score that the data choose and on the paper's, the paper's three gates, and none.
 COMPARED_GATES: tuple[tuple[Gate, GateScore], ...] = (
     ("conformal", "auto"),
@@ -236,6 +241,10 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
         *compare("playground general prompts, held out", "right answers", base.general, finesteer.general),
     ]
     adapter.config.fit["evaluation"] = [figure.to_dict() for figure in figures]
+    adapter.config.fit["about"] = ABOUT[task]
+    example = first_changed("the held-out prompts", base.target, finesteer.target)
+    if example is not None:
+        adapter.config.fit["example"] = example
     adapter.save_pretrained(folder)
     sweep = []
     for at, caa in constants.items():

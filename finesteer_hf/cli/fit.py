@@ -43,12 +43,20 @@ def fit(
     data_format: Annotated[
         DataFormat, typer.Option("--format", help="What the data set holds.")
     ] = DataFormat.preference,
+    about: Annotated[
+        str | None, typer.Option(help="What the adapter does, in a sentence; the first words of its card.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(help="A prompt that the card shows with both answers; it is published with it.")
+    ] = None,
     half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
     *,
     fitting: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
     """Fit a steering adapter and save it."""
+    from finesteer_hf.evaluation.examples import ask_example
+    from finesteer_hf.evaluation.prompts import as_chat
     from finesteer_hf.fitting import fit_steering
 
     config = make_config(method, settings or [])
@@ -61,6 +69,12 @@ def fit(
         say(f"{len(rows)} rows from {len(questions)} questions")
     loaded, tokenizer = load(model, **loading)
     adapter = fit_steering(loaded, tokenizer, rows, config, **fitting)
+    if about is not None:
+        adapter.config.fit["about"] = about
+    if example is not None:
+        loaded.load_steering(adapter, "fitted")
+        asked = as_chat(example) if tokenizer.chat_template else example
+        adapter.config.fit["example"] = ask_example(loaded, tokenizer, asked, "fitted")
     adapter.save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     facts = [("strength", f"{adapter.config.strength:g}"), ("files", f"{size:,} bytes")]

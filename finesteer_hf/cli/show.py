@@ -30,7 +30,7 @@ def show(
     if facts.evaluation:
         columns = ("dataset", "metric", "unsteered", "steered", "p_value")
         figures = [tuple(row[name] for name in columns) for row in facts.evaluation]
-        console.print(table(("data", "figure", "unsteered", "steered", "McNemar p"), figures, title="Evaluation"))
+        console.print(table(("data", "figure", "unsteered", "steered", "paired p"), figures, title="Evaluation"))
     sizes = [
         (name, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.numel() * tensor.element_size():,} bytes")
         for name, tensor in sorted(loaded.tensors.items())

@@ -175,3 +175,17 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
         assert name in block and f"from {home} import" in block
     with pytest.raises(AttributeError, match="no attribute 'NoSuchConfig'"):
         finesteer_hf.NoSuchConfig  # noqa: B018
+
+
+def test_a_fit_puts_words_and_an_example_on_its_card(base: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in toy_preferences()))
+    arguments = ["fit", base, str(rows), "-o", str(tmp_path / "a"), "--method", "caa", "--set", "layer=1"]
+    arguments += ["--set", "strength=3.0", "--about", "Says oaks.", "--example", "sun1 sun2", "--general", "none"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    fit = SteeringAdapter.from_pretrained(tmp_path / "a").config.fit
+    assert fit["about"] == "Says oaks." and fit["example"]["prompt"] == "sun1 sun2"
+    assert fit["example"]["unsteered"] != fit["example"]["steered"]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "Says oaks. It moves" in card and f"| **steered** | {fit['example']['steered'][:20]}" in card

@@ -13,9 +13,11 @@ from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.evaluation.comparison import compare
+from finesteer_hf.evaluation.examples import first_changed
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
 from finesteer_hf.evaluation.prompts import as_chat, encode_prompt
+from finesteer_hf.evaluation.statistics import mcnemar, paired_p_value
 
 
 TEXTS = ["what is the sky made of ?", "tell me about cats", "sing a song", "tell me about dogs", "is it red or blue ?"]
@@ -76,7 +78,19 @@ def test_comparisons_are_paired(outcomes: tuple[Any, Outcome, Outcome]) -> None:
     rows = compare("set", "even", base, after)
     assert [row.metric for row in rows] == ["even", "MC1", "MC2", "gate fires", "identical output"]
     assert rows[0].p_value == test.p_value and rows[3].cells()[2] == "-"
+    assert rows[1].p_value == mcnemar(base.choices.mc1, after.choices.mc1).p_value
+    assert rows[2].p_value == paired_p_value(base.choices.mc2, after.choices.mc2)
     assert rows[0].to_dict()["steered"] == after.share.to_dict()
+
+
+def test_the_example_of_a_card_is_the_first_answer_that_changes(outcomes: tuple[Any, Outcome, Outcome]) -> None:
+    gates, base, after = outcomes
+    changed = [a != b for a, b in zip(base.answers.ids, after.answers.ids, strict=True)].index(True)
+    found = first_changed("the toys", base, after)
+    assert found is not None and found["prompt"] == base.prompts[changed].text
+    assert (found["unsteered"], found["steered"]) == (base.answers.texts[changed], after.answers.texts[changed])
+    assert found["gate"] == gates[changed] and "the toys" in found["source"]
+    assert first_changed("the toys", base, base) is None
 
 
 def test_the_playgrounds_halves_are_disjoint_and_its_judges_know_the_answers() -> None:
