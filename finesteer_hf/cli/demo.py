@@ -31,6 +31,7 @@ def demo(
     from finesteer_hf.cli.demo_real import show_real
     from finesteer_hf.cli.demo_report import build_report
     from finesteer_hf.cli.demo_run import QUICK, DemoSettings, run_demo
+    from finesteer_hf.cli.demo_standing import STANDING_COLUMNS, standings
     from finesteer_hf.cli.demo_tables import (
         CAA_NOTE,
         GATE_COLUMNS,
@@ -54,6 +55,7 @@ def demo(
         warnings.filterwarnings("ignore", message="Steering adapter")
         show_real(model, adapters)
         result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)
+    console.print(table(STANDING_COLUMNS, [standing.cells() for standing in standings(result)], title="won and lost"))
     for trial in result.trials:
         title = f"{TASK_NAMES[trial.task]}, split {SPLIT_NAMES[trial.task, trial.split]}"
         console.print()
