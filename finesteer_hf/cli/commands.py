@@ -8,6 +8,7 @@ import typer
 
 from finesteer_hf import __version__
 from finesteer_hf.cli.common import friendly
+from finesteer_hf.cli.compare import compare
 from finesteer_hf.cli.demo import demo
 from finesteer_hf.cli.evaluate import evaluate
 from finesteer_hf.cli.fit import fit
@@ -22,6 +23,7 @@ for name, command in (
     ("demo", demo),
     ("fit", fit),
     ("eval", evaluate),
+    ("compare", compare),
     ("generate", generate),
     ("show", show),
     ("methods", methods),

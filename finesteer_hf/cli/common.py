@@ -32,7 +32,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            warnings.showwarning = show_warning  # type: ignore[assignment]
+            warnings.showwarning = functools.partial(show_warning, set())
             try:
                 command(*args, **kwargs)
             except (KeyboardInterrupt, SteeringError, ValueError, OSError) as error:
@@ -45,8 +45,11 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def show_warning(message: Warning | str, *_: Any) -> None:
-    """A warning as one message: which line of the package it comes from is nothing that its user can mend."""
+def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
+    """A warning as a message, once: which line of the package it comes from is nothing that its user can mend."""
+    if str(message) in shown:
+        return
+    shown.add(str(message))
     errors.print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import roc_curve
 
 from finesteer_hf.evaluation.gates import auroc
-from finesteer_hf.evaluation.statistics import Proportion
+from finesteer_hf.evaluation.statistics import Mean, Proportion
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.methods.objective import Criterion
 
@@ -169,11 +169,49 @@ def plot_expert_use(weights: ArrayLike, groups: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_shares(shares: Mapping[str, Mapping[str, Proportion]]) -> Figure:
+def plot_effect_and_cost(
+    points: Mapping[str, tuple[Mean, Proportion]],
+    *,
+    effect: str = "change of MC2",
+    cost: str = "general answers changed",
+) -> Figure:
+    """What each method gains against what it changes elsewhere; the best place is at the top left.
+
+    Args:
+        points: for each method the change of its effect, and the share of general prompts whose answer stays.
+        effect: name of the effect, for the axis.
+        cost: name of the cost, for the axis.
+    """
+    figure, (axis,) = _axes(6.8, 4.4)
+    looks = zip(cycle(PALETTE), cycle("osD^vP"), strict=False)
+    for (name, (gain, same)), (colour, marker) in zip(points.items(), looks, strict=False):
+        up_down = np.clip([[gain.value - gain.low], [gain.high - gain.value]], 0, None)
+        sideways = np.clip([[same.high - same.value], [same.value - same.low]], 0, None)
+        axis.errorbar(
+            1 - same.value,
+            gain.value,
+            up_down,
+            sideways,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=7,
+            label=name,
+        )
+    axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_xlabel(cost)
+    axis.set_ylabel(effect)
+    axis.set_xlim(-0.02, 1.02)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(loc="outside upper center", ncols=min(max(len(points), 1), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, Proportion | Mean]]) -> Figure:
     """Shares with their intervals, conditions side by side.
 
     Args:
-        shares: figure name -> condition name -> share.
+        shares: figure name -> condition name -> share, or a mean between 0 and 1.
     """
     conditions = list(dict.fromkeys(name for row in shares.values() for name in row))
     figure, (axis,) = _axes(6.8, 0.9 + 0.62 * len(shares))

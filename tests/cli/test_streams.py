@@ -17,7 +17,7 @@ from finesteer_hf.testing.toy import toy_model, toy_preferences, toy_tokenizer
 
 
 HEAVY = ("torch", "transformers", "datasets", "sklearn", "scipy", "matplotlib", "peft", "numpy", "huggingface_hub")
-COMMANDS = ("demo", "fit", "eval", "generate", "show", "methods")
+COMMANDS = tuple(str(command.name) for command in app.registered_commands)
 
 # Presses ctrl-C when the module of a name is first looked for; ends as a shell would see it.
 INTERRUPTED_IMPORT = """
