@@ -43,13 +43,13 @@ def fit(
     data_format: Annotated[
         DataFormat, typer.Option("--format", help="What the data set holds.")
     ] = DataFormat.preference,
+    half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
     about: Annotated[
         str | None, typer.Option(help="What the adapter does, in a sentence; the first words of its card.")
     ] = None,
     example: Annotated[
         str | None, typer.Option(help="A prompt that the card shows with both answers; it is published with it.")
     ] = None,
-    half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
     *,
     fitting: dict[str, Any],
     loading: dict[str, Any],

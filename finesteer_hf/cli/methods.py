@@ -32,8 +32,9 @@ def methods(
 
 
 def first_line(thing: type) -> str:
-    """First line of a class's docstring."""
-    return (thing.__doc__ or "").strip().split("\n")[0]
+    """First line of a config's docstring, without the words that all begin with."""
+    line = (thing.__doc__ or "").strip().split("\n")[0].removeprefix("Settings of ")
+    return line[:1].upper() + line[1:]
 
 
 def default_of(field: dataclasses.Field) -> str:
