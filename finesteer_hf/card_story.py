@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finesteer_hf.card_facts import base_name, share_text
+from finesteer_hf.config import get_steering_method
 
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def _what(adapter: SteeringAdapter, gate: Mapping[str, Any]) -> str:
     start = f"{about.strip().rstrip('.')}. " if isinstance(about, str) and about.strip() else ""
     base = base_name(adapter) or "its base model"
     whose = "on prompts that its gate takes for such, and leaves others as they are" if gate else "on every prompt"
-    return f"{start}It moves the answers of {base} towards those that its training data prefer, {whose}."
+    method = get_steering_method(adapter.config.steering_type)
+    return (
+        f"{start}It moves the answers of {base} towards those that its training data prefer, {whose}. "
+        f"{method.name}: {method.summary}"
+    )
 
 
 def _effect(evaluation: list[dict[str, Any]]) -> str:

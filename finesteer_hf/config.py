@@ -12,11 +12,12 @@ import importlib
 import json
 import math
 import reprlib
+import sys
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
@@ -262,6 +263,16 @@ class MethodSpec:
     name: str
     config_cls: type[SteeringConfig]
     method_cls: type[SteeringMethod]
+
+    @property
+    def summary(self) -> str:
+        """What the method is: the first line of its file's docstring, or of its folder's, without its name."""
+        module: ModuleType | None = sys.modules[self.method_cls.__module__]
+        folder = sys.modules.get(self.method_cls.__module__.rpartition(".")[0])
+        if getattr(folder, self.method_cls.__name__, None) is self.method_cls:
+            module = folder
+        line = (getattr(module, "__doc__", None) or "").strip().split("\n")[0].removeprefix(f"{self.name}: ")
+        return line[:1].upper() + line[1:]
 
 
 _REGISTRY: dict[str, MethodSpec] = {}

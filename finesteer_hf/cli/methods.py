@@ -19,22 +19,17 @@ def methods(
     if name is None:
         rows = []
         for method in steering_methods():
-            config = get_steering_method(method).config_cls
-            rows.append((method, config.__name__, first_line(config)))
+            spec = get_steering_method(method)
+            rows.append((method, spec.config_cls.__name__, spec.summary))
         console.print(table(("method", "config", "what it is"), rows))
         return
-    config = get_steering_method(name.upper()).config_cls
+    spec = get_steering_method(name.upper())
+    config = spec.config_cls
     settings = [
         (field.name, default_of(field), str(field.metadata.get("help", "")))
         for field in config.setting_fields().values()
     ]
-    console.print(table(("setting", "default", "meaning"), settings, title=f"{name.upper()}: {first_line(config)}"))
-
-
-def first_line(thing: type) -> str:
-    """First line of a config's docstring, without the words that all begin with."""
-    line = (thing.__doc__ or "").strip().split("\n")[0].removeprefix("Settings of ")
-    return line[:1].upper() + line[1:]
+    console.print(table(("setting", "default", "meaning"), settings, title=f"{spec.name}: {spec.summary}"))
 
 
 def default_of(field: dataclasses.Field) -> str:
