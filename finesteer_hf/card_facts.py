@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Row = tuple[str, str]
 _LONGEST_TEXT = 200
 # Parts of `fit` that are no row of the data table.
-SHOWN_ELSEWHERE = ("report", "evaluation", "example", "about")
+SHOWN_ELSEWHERE = ("report", "evaluation", "examples", "about")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from finesteer_hf.adapter import SteeringAdapter
 
 
-_LONGEST_ANSWER = 400
+_LONGEST_ANSWER, _MOST_EXAMPLES = 400, 3
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Story:
     Attributes:
         what: what the adapter does, in a sentence or two.
         effect: the first figure that has both conditions; empty if none was measured.
-        example: a prompt and both answers, if one was recorded.
+        examples: prompts with both answers, if any were recorded.
         costs: what steering takes and what it changes that it should not.
         untested: what the figures say nothing about.
     """
 
     what: str
     effect: str
-    example: Example | None
+    examples: list[Example]
     costs: list[str]
     untested: list[str]
 
@@ -57,12 +57,11 @@ def tell(adapter: SteeringAdapter) -> Story:
     """Put into words what an adapter's config and tensors say; figures of another kind than a fit writes are left out."""
     fit = adapter.config.fit
     report = _mapping(fit.get("report"))
-    rows = fit.get("evaluation")
-    evaluation = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    evaluation = [row for row in _list(fit.get("evaluation")) if isinstance(row, dict)]
     return Story(
         what=_what(adapter, _mapping(report.get("gate"))),
         effect=_effect(evaluation),
-        example=_example(_mapping(fit.get("example"))),
+        examples=[found for found in map(_example, _list(fit.get("examples"))[:_MOST_EXAMPLES]) if found],
         costs=_costs(adapter, report, evaluation),
         untested=_untested(fit, report, evaluation),
     )
@@ -70,6 +69,10 @@ def tell(adapter: SteeringAdapter) -> Story:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _number(value: Any) -> float | None:
@@ -103,7 +106,8 @@ def _effect(evaluation: list[dict[str, Any]]) -> str:
     return ""
 
 
-def _example(found: Mapping[str, Any]) -> Example | None:
+def _example(value: Any) -> Example | None:
+    found = _mapping(value)
     texts = [found.get(name) for name in ("prompt", "unsteered", "steered")]
     if not all(isinstance(text, str) for text in texts):
         return None
@@ -139,13 +143,9 @@ def _costs(adapter: SteeringAdapter, report: Mapping[str, Any], evaluation: list
         costs.append(f"The gate stays closed on prompts that it should steer: {misses}.")
     if report and not gate:
         costs.append("It has no gate: every prompt is steered, general ones too.")
-    curve = report.get("dose_response")
-    chosen = (
-        [point for point in curve if _mapping(point).get("strength") == adapter.config.strength]
-        if isinstance(curve, list)
-        else []
-    )
-    divergence = _number(_mapping(chosen[0]).get("kl")) if chosen else None
+    curve = [_mapping(point) for point in _list(report.get("dose_response"))]
+    chosen = [point for point in curve if point.get("strength") == adapter.config.strength]
+    divergence = _number(chosen[0].get("kl")) if chosen else None
     if divergence is not None:
         costs.append(f"Divergence of general prompts' next tokens, 95th percentile: {divergence:.3g} nats.")
     return costs

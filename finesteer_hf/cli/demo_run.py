@@ -25,7 +25,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.comparison import compare
-from finesteer_hf.evaluation.examples import first_changed
+from finesteer_hf.evaluation.examples import examples_of
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
 from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.statistics import Proportion
@@ -242,9 +242,9 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
     ]
     adapter.config.fit["evaluation"] = [figure.to_dict() for figure in figures]
     adapter.config.fit["about"] = ABOUT[task]
-    example = first_changed("the held-out prompts", base.target, finesteer.target)
-    if example is not None:
-        adapter.config.fit["example"] = example
+    adapter.config.fit["examples"] = examples_of(
+        f"the {task} task, held out by {split}", base.target, finesteer.target
+    )
     adapter.save_pretrained(folder)
     sweep = []
     for at, caa in constants.items():

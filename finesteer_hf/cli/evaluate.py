@@ -47,7 +47,7 @@ def evaluate(
     from finesteer_hf.evaluation.behaviour import evaluate as ask
     from finesteer_hf.evaluation.benchmarks import load_benchmark
     from finesteer_hf.evaluation.comparison import COLUMNS, compare
-    from finesteer_hf.evaluation.examples import first_changed
+    from finesteer_hf.evaluation.examples import examples_of
 
     if update_card and not Path(steering).is_dir():
         raise ValueError("--update-card needs a local adapter folder; save the adapter first.")
@@ -56,7 +56,8 @@ def evaluate(
     sets = load_benchmark(benchmark, data, half=half.value, limit=limit, seed=seed)
     loaded, tokenizer = load(model, steering=steering, **loading)
     adapter = next(iter(loaded.steering_adapters))
-    rows, answers, example = [], [], None
+    rows, answers = [], []
+    examples: list[dict[str, Any]] = []
     for found in sets:
         say(f"{found.name}: {len(found.prompts)} prompts, at most {found.max_new_tokens} new tokens")
         base = ask(loaded, tokenizer, found.prompts, max_new_tokens=found.max_new_tokens)
@@ -64,7 +65,7 @@ def evaluate(
             loaded, tokenizer, found.prompts, adapter=adapter, scale=scale, max_new_tokens=found.max_new_tokens
         )
         rows += compare(found.name, found.metric, base, steered)
-        example = example or first_changed(found.name, base, steered)
+        examples = examples or examples_of(found.name, base, steered)
         answers += [
             {"set": found.name, "id": item.id, "unsteered": before, "steered": after}
             for item, before, after in zip(found.prompts, base.answers.texts, steered.answers.texts, strict=True)
@@ -81,7 +82,7 @@ def evaluate(
             row for row in kept.config.fit.get("evaluation", []) if row["dataset"] not in {r.dataset for r in rows}
         ]
         fit = {**kept.config.fit, "evaluation": [*others, *figures]}
-        if example is not None:
-            fit["example"] = example
+        if examples:
+            fit["examples"] = examples
         dataclasses.replace(kept, config=dataclasses.replace(kept.config, fit=fit)).save_pretrained(steering)
         say(f"updated the card of {steering}")

@@ -74,7 +74,7 @@ def fit(
     if example is not None:
         loaded.load_steering(adapter, "fitted")
         asked = as_chat(example) if tokenizer.chat_template else example
-        adapter.config.fit["example"] = ask_example(loaded, tokenizer, asked, "fitted")
+        adapter.config.fit["examples"] = [ask_example(loaded, tokenizer, asked, "fitted")]
     adapter.save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     facts = [("strength", f"{adapter.config.strength:g}"), ("files", f"{size:,} bytes")]

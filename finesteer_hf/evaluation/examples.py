@@ -1,4 +1,4 @@
-"""One prompt with both answers, for an adapter's card."""
+"""Prompts with both answers, for an adapter's card."""
 
 from __future__ import annotations
 
@@ -12,34 +12,45 @@ from finesteer_hf.evaluation.prompts import Prompt
 from finesteer_hf.evaluation.scoring import steered_as
 
 
-def first_changed(dataset: str, base: Outcome, steered: Outcome) -> dict[str, Any] | None:
-    """The first prompt whose answer steering changes, as `config.fit["example"]` holds it; None if none changes.
+def examples_of(dataset: str, base: Outcome, steered: Outcome) -> list[dict[str, Any]]:
+    """A prompt that steering brings to the wanted answer and one that it changes in vain; for `config.fit["examples"]`.
 
-    The first, and not the best: a card should not show the luckiest answer.
+    The first of each kind, and not the best: a card should show neither the luckiest answer alone nor wins alone. Where
+    nothing is judged, the first answer that changes.
 
     Args:
         dataset: name of what was asked.
         base: answers of the base model.
         steered: answers under an adapter, to the same prompts.
     """
-    pairs = zip(base.answers.ids, steered.answers.ids, strict=True)
-    changed = next((row for row, (before, after) in enumerate(pairs) if before != after), None)
-    if changed is None:
-        return None
-    gate = steered.recorded("gate")
-    return {
-        "prompt": base.prompts[changed].text,
-        "unsteered": base.answers.texts[changed],
-        "steered": steered.answers.texts[changed],
-        "gate": None if gate is None else round(float(gate[changed]), 4),
-        "source": f"the first of {len(base.prompts)} of {dataset} whose answer changes",
+    changed = [a != b for a, b in zip(base.answers.ids, steered.answers.ids, strict=True)]
+    wanted = list(zip(base.hits, steered.hits, strict=True))
+    kinds = {
+        "becomes the wanted one": [row for row, (before, after) in enumerate(wanted) if after and not before],
+        "changes and is not the wanted one": [
+            row for row, (_, after) in enumerate(wanted) if changed[row] and not after
+        ],
     }
+    if all(verdict is None for verdict in (*base.verdicts, *steered.verdicts)):
+        kinds = {"changes": [row for row, differs in enumerate(changed) if differs]}
+    gates = steered.recorded("gate")
+    return [
+        {
+            "prompt": base.prompts[rows[0]].text,
+            "unsteered": base.answers.texts[rows[0]],
+            "steered": steered.answers.texts[rows[0]],
+            "gate": None if gates is None else round(float(gates[rows[0]]), 4),
+            "source": f"of {len(changed)} prompts of {dataset}, the first whose answer {kind} ({len(rows)} such)",
+        }
+        for kind, rows in kinds.items()
+        if rows
+    ]
 
 
 def ask_example(
     model: nn.Module, tokenizer: Any, prompt: Prompt, adapter: str, *, max_new_tokens: int = 48
 ) -> dict[str, Any]:
-    """Ask one prompt with and without an adapter; for `config.fit["example"]`.
+    """Ask one prompt with and without an adapter; an entry of `config.fit["examples"]`.
 
     Args:
         model: a steered model.

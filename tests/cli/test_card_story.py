@@ -60,7 +60,7 @@ def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
     curve = [asdict(DosePoint(2.0, 0.1, 0.1, 0.03))]
     made = adapter(
         about="True answers",
-        example=EXAMPLE,
+        examples=[EXAMPLE],
         evaluation=EVALUATION,
         split="prompt",
         report={"gate": GATE, "dose_response": curve},
@@ -99,7 +99,7 @@ def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
 
 def test_a_card_does_not_claim_what_was_not_measured() -> None:
     story = tell(adapter(split="group", held_out=True, report={"layer": 1}))
-    assert story.effect == "" and story.example is None and "on every prompt" in story.what
+    assert story.effect == "" and story.examples == [] and "on every prompt" in story.what
     assert any("no gate" in cost for cost in story.costs)
     assert story.untested[0].startswith("Any benchmark") and not any("New kinds" in item for item in story.untested)
     assert any("in-sample" in item for item in tell(adapter(held_out=False)).untested)
@@ -107,10 +107,10 @@ def test_a_card_does_not_claim_what_was_not_measured() -> None:
 
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [1], [None], {"a": 1}, {"value": "x", "low": None, "high": 2}])
-@pytest.mark.parametrize("name", ["about", "example", "evaluation", "report", "split", "held_out"])
+@pytest.mark.parametrize("name", ["about", "examples", "evaluation", "report", "split", "held_out"])
 def test_figures_of_another_kind_are_left_out(name: str, odd: Any) -> None:
     tell(adapter(**{name: odd}))
     for inner in ("gate", "dose_response"):
         tell(adapter(report={inner: odd}))
     tell(adapter(report={"gate": {"misses": odd}}, evaluation=[{"dataset": odd, "metric": odd, "steered": odd}]))
-    tell(adapter(example={"prompt": "a", "unsteered": "b", "steered": odd, "gate": odd}))
+    tell(adapter(examples=[odd, {"prompt": "a", "unsteered": "b", "steered": odd, "gate": odd}]))

@@ -185,7 +185,8 @@ def test_a_fit_puts_words_and_an_example_on_its_card(base: str, tmp_path: Path) 
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     fit = SteeringAdapter.from_pretrained(tmp_path / "a").config.fit
-    assert fit["about"] == "Says oaks." and fit["example"]["prompt"] == "sun1 sun2"
-    assert fit["example"]["unsteered"] != fit["example"]["steered"]
+    (example,) = fit["examples"]
+    assert fit["about"] == "Says oaks." and example["prompt"] == "sun1 sun2"
+    assert example["unsteered"] != example["steered"]
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "Says oaks. It moves" in card and f"| **steered** | {fit['example']['steered'][:20]}" in card
+    assert "Says oaks. It moves" in card and f"| **steered** | {example['steered'][:20]}" in card
