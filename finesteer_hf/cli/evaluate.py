@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finesteer_hf.cli.common import console, load, say, table
-from finesteer_hf.cli.options import LOAD, takes
+from finesteer_hf.cli.options import BENCHMARK, LOAD, takes
 
 
-class Half(str, Enum):
-    """Which questions of TruthfulQA are asked."""
-
-    test = "test"
-    all = "all"
-
-
-@takes(loading=dataclasses.replace(LOAD, without=("steering",)))
+@takes(choosing=BENCHMARK, loading=dataclasses.replace(LOAD, without=("steering",)))
 def evaluate(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     steering: Annotated[str, typer.Option("--steering", "-s", help="Adapter: folder or Hub id.")],
@@ -29,15 +21,13 @@ def evaluate(
         str, typer.Option("--benchmark", "-b", help="truthfulqa, xstest, advbench, jailbreakbench, gsm8k, playground.")
     ],
     data: Annotated[str | None, typer.Option(help="A local file, or another Hub id.")] = None,
-    half: Annotated[Half, typer.Option(help="Of TruthfulQA: the half not fitted on, or all.")] = Half.test,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each kind.")] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures and answers here as JSON.")] = None,
     update_card: Annotated[
         bool, typer.Option(help="Put figures and an example on the card of a local adapter.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the halves and of the draw.")] = 0,
     *,
+    choosing: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
     """Ask a benchmark, unsteered and steered.
@@ -53,7 +43,7 @@ def evaluate(
         raise ValueError("--update-card needs a local adapter folder; save the adapter first.")
     if update_card and scale != 1.0:
         raise ValueError("--update-card needs --scale 1: the card is about the adapter's own strength.")
-    sets = load_benchmark(benchmark, data, half=half.value, limit=limit, seed=seed)
+    sets = load_benchmark(benchmark, data, **choosing)
     loaded, tokenizer = load(model, steering=steering, **loading)
     adapter = next(iter(loaded.steering_adapters))
     rows, answers = [], []

@@ -18,8 +18,9 @@ from finesteer_hf import CAAConfig, SteeringAdapter, fit_steering
 from finesteer_hf.cli.commands import app
 from finesteer_hf.cli.common import load
 from finesteer_hf.cli.fit import make_config
-from finesteer_hf.cli.options import FIT, LOAD, OptionsOf
+from finesteer_hf.cli.options import BENCHMARK, FIT, LOAD, OptionsOf
 from finesteer_hf.config import get_steering_method, steering_methods
+from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.testing.toy import toy_model, toy_preferences, toy_tokenizer
 
 
@@ -31,7 +32,7 @@ def written_fields(method: str) -> list[str]:
     return [f.name for f in dataclasses.fields(config_cls) if f.name not in config_cls.setting_fields()]
 
 
-@pytest.mark.parametrize(("options", "function"), [(FIT, fit_steering), (LOAD, load)])
+@pytest.mark.parametrize(("options", "function"), [(FIT, fit_steering), (LOAD, load), (BENCHMARK, load_benchmark)])
 def test_options_are_the_keyword_parameters_of_the_function(options: OptionsOf, function: Any) -> None:
     real = {
         name: parameter
@@ -63,6 +64,13 @@ def test_every_option_is_shown() -> None:
     for option in ("--device-map", "--dtype", "--quantization", "--revision", "--model-arg"):
         for command in ("fit", "eval", "generate"):
             assert option in runner.invoke(app, [command, "--help"]).output
+
+
+def test_the_help_of_eval_names_the_benchmarks_that_there_are() -> None:
+    # Said twice, for the help does not wait for what loads them.
+    assert f"{', '.join(BENCHMARKS)}." in " ".join(runner.invoke(app, ["eval", "--help"]).output.split())
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_benchmark("playground", limit=0)
 
 
 @pytest.fixture
