@@ -125,10 +125,13 @@ def _shortened(text: str) -> str:
 def _costs(adapter: SteeringAdapter, report: Mapping[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
     costs = [f"Memory: {size:,} bytes beside the model."]
-    for row in evaluation:
-        same = _figure(row.get("steered")) if row.get("metric") == "identical output" else None
-        if same:
-            costs.append(f"Output token for token as the base's on {row.get('dataset')}: {same}.")
+    same = [
+        f"{row.get('dataset')}: {_figure(row.get('steered'))}"
+        for row in evaluation
+        if row.get("metric") == "identical output" and _figure(row.get("steered"))
+    ]
+    if same:
+        costs.append(f"Answers that stay the base's, token for token. {'; '.join(same)}.")
     for row in evaluation:
         before, after = (_number(_mapping(row.get(side)).get("value")) for side in ("unsteered", "steered"))
         if str(row.get("metric", "")).startswith("own words") and before is not None and after is not None:

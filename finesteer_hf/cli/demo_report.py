@@ -81,12 +81,14 @@ def _headline(result: DemoResult) -> list[Headline]:
 def _standing_section(result: DemoResult) -> Section:
     found = standings(result)
     lost = [standing.what for standing in found if standing.mark == "bad"]
+    untried = all(trial.split != "kind" for trial in result.trials)
     return Section(
         title="Won and lost",
         text=[
             "FineSteer beside a constant vector (CAA) that was given the layer and strength that are best on these very "
             f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, not corrected for the number of rows.",
             f"Behind on: {'; '.join(lost)}." if lost else "Behind on none of these.",
+            *(["Whole kinds unseen, the harder half, were not tried in this run (--quick)."] if untried else []),
         ],
         tables=[
             Table(

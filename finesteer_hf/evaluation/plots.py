@@ -23,6 +23,8 @@ from finesteer_hf.methods.objective import Criterion
 # Okabe and Ito's palette, without its yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 INK, GREY = "#222222", "#8a8a8a"
+# Nats that the axis of a divergence shows at least.
+LEAST_KL = 0.01
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 # Line styles as well as colours, so that a plot survives a black-and-white print.
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -122,6 +124,8 @@ def plot_dose_response(
         leads: the figure that it was chosen by.
     """
     spoken = [point for point in points if point.own_words is not None]
+    # One point, the unsteered model's, is no curve.
+    spoken = spoken if len(spoken) > 1 else []
     figure, axes = _axes(6.4, 4.6 + 1.8 * bool(spoken), 2 + bool(spoken), sharex=True)
     strength = np.array([point.strength for point in points])
     sayable = leads == "sayable"
@@ -130,10 +134,11 @@ def plot_dose_response(
     axes[0].fill_between(strength, value - error, value + error, color=BLUE, alpha=0.2, linewidth=0)
     axes[0].plot(strength, value, color=BLUE, marker="o", markersize=4, linewidth=2)
     name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\na token"
-    axes[0].set_ylabel(f"{name} (band: 1 SE)", fontsize=9)
+    axes[0].set_ylabel(f"{name}\n(band: 1 SE)", fontsize=9)
     axes[1].plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
     axes[1].set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
-    axes[1].set_ylim(bottom=0)
+    # Rounding alone, of some 1e-8 nats, must not fill the panel.
+    axes[1].set_ylim(0, max(1.1 * max((point.kl for point in points), default=0.0), LEAST_KL))
     if sayable:
         axes[0].set_ylim(bottom=0)
     if spoken:

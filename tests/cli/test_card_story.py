@@ -76,7 +76,7 @@ def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
         "## How to use",
         "## What it costs",
         "32 bytes beside the model",
-        "on G: 80.0%",
+        "Answers that stay the base's, token for token. G: 80.0%",
         "0.25 nats a token less likely",
         "The gate opens on general prompts that the fit held out: 5.0%",
         "stays closed on prompts that it should steer: 5.0%",
