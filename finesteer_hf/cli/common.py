@@ -6,6 +6,7 @@ import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
@@ -124,6 +125,16 @@ def load(
     if device_map is None and quantization is None:
         loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded.eval(), tokenizer
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file where a folder is to be written, before what is to be written has taken its hours.
+
+    Raises:
+        FileExistsError: if it is one.
+    """
+    if path.is_file():
+        raise FileExistsError(f"--out {path} is a file; give a folder.")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load, say, table
+from finesteer_hf.cli.common import check_folder, console, load, say, table
 from finesteer_hf.cli.fit import make_config
 from finesteer_hf.cli.options import FIT, LOAD, takes
 
@@ -41,6 +41,7 @@ def compare(
     strength on the rest, and answers the held-out prompts once. Figures are paired: McNemar's test for shares, sign flips
     for MC2. With several answers a prompt, MC2 takes all of them, MC1 the first chosen one.
     """
+    check_folder(out)
     configs = make_configs(methods, settings or [])
     from finesteer_hf.cli.compare_report import (
         COST_COLUMNS,
@@ -58,6 +59,8 @@ def compare(
     parts = part(data, general, **{name: fitting[name] for name in ("split", "seed", "max_rows")})
     loaded, tokenizer = load(model, **loading)
     result = compare_methods(loaded, tokenizer, parts, configs, max_new_tokens=max_new_tokens, note=say, **fitting)
+    if not result.trials:
+        raise ValueError("None of the methods could be fitted on these rows; the reasons are above.")
     for trial in result.trials:
         figures = [row.to_dict() for row in trial.against_base(result)]
         trial.adapter.config.fit["evaluation"] = figures

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load, say, table
+from finesteer_hf.cli.common import check_folder, console, load, say, table
 from finesteer_hf.cli.options import FIT, LOAD, assignments, takes
 
 
@@ -59,6 +59,7 @@ def fit(
     from finesteer_hf.evaluation.prompts import as_chat
     from finesteer_hf.fitting import fit_steering
 
+    check_folder(out)
     config = make_config(method, settings or [])
     rows: Any = dataset
     if data_format is DataFormat.truthfulqa:

@@ -115,6 +115,16 @@ def test_a_method_that_cannot_be_fitted_is_named_and_the_others_go_on(rows: list
     assert change.value == pytest.approx(float(np.mean(after.mc2 - before.mc2)))
 
 
+def test_nothing_is_written_where_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:
+    arguments = ["compare", "playground", "--data", data[0], "--methods", "CAA", "--set", "CAA.layer=99"]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--max-new-tokens", "2"])
+    assert done.exit_code == 1 and "out of range" in done.stderr and "None of the methods" in done.stderr
+    assert not (tmp_path / "out").exists()
+    for command in (arguments, ["fit", "nowhere", data[0]]):
+        done = CliRunner().invoke(app, [*command, "-o", data[0]])
+        assert done.exit_code == 1 and "is a file; give a folder" in " ".join(done.stderr.split())
+
+
 def test_what_cannot_be_compared_is_refused_before_any_work(rows: list[dict[str, Any]]) -> None:
     with pytest.raises(DatasetError, match="at least 6 different prompts"):
         part(rows[:4], GENERAL)
