@@ -42,12 +42,13 @@ FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
 
 
-def written_by_fit(text: str) -> dict[str, Any]:
-    """Metadata of a config's field that a fit writes and nobody chooses; `text` says what it holds.
+def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a fit writes and nobody chooses; `text` says what it holds, `more` is
+    kept with it.
 
     All other fields are settings: `finesteer fit --set` takes them, and `fit_steering` honours them.
     """
-    return {"help": text, "written_by_fit": True}
+    return {"help": text, "written_by_fit": True, **more}
 
 
 @dataclass(kw_only=True)
