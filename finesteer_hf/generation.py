@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from finesteer_hf.arguments import as_lengths, as_scale, check_rows
 from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
+from finesteer_hf.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
 from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
+from finesteer_hf.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
 from finesteer_hf.session import CallSession, current_session
-from finesteer_hf.streams import Prompt, cache_length
+from finesteer_hf.streams import Prompt, cache_length, forward_inputs
 
 
 class _Unset:
@@ -57,18 +59,22 @@ class SteeredGeneration:
 
         Raises:
             AdapterNotFoundError: for a name that is not loaded, before any computation.
-            ValueError: if rows and lists do not fit, or `output_steering` has no output object to go to.
+            ValueError: if rows and lists do not fit, a scale is not finite, what is added is not finite in the model's
+                dtype, or `output_steering` has no output object to go to.
+            TypeError: if `steering` or `steering_scale` is of another kind.
         """
         processors = tuple(SteeringProcessorList(steering_processor or ()))
-        plan = self._call_plan(steering, steering_scale, processors)
+        plan, rows = self._call_plan(steering, steering_scale, processors)
         if output_steering and not self._returns_dict(kwargs):
             raise ValueError(
                 "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
             )
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = OutsideStreamer(kwargs["streamer"])
         self._steering.follow_modules()
         self._steering.hook(site for processor in processors for site in processor.sites)
         try:
-            with CallSession(self._steering, plan, record=output_steering) as session:
+            with CallSession(self._steering, plan, rows=rows, record=output_steering) as session:
                 output = super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._steering.unhook(site for processor in processors for site in processor.sites)
@@ -76,22 +82,27 @@ class SteeredGeneration:
             output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
         return output
 
-    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> Plan:
+    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> tuple[Plan, int | None]:
+        """What a call steers with, and the number of rows that it was given for, if it was."""
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
         factor = as_scale(scale)
+        rows = len(factor) if isinstance(factor, tuple) else None
         if isinstance(steering, _Unset):
             outer = current_session(self._steering)
-            if outer is not None and not outer.of_forward:
-                # A model that drafts for itself generates inside its own call: it drafts with the same steering.
-                return outer.plan
+            if outer is not None and not outer.of_forward and factor == 1.0 and not chain:
+                # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
+                # the call calls back, and what stands in a block of its own, is outside of it.
+                return outer.plan, outer.rows
             selection, own = self._steering.active()
-            return self._steering.plan(selection, (*own, *chain), factor)
-        if steering is None or isinstance(steering, (str, Mapping)):
-            return self._steering.plan(as_selection(steering), chain, factor)
-        rows: list[Selection] = [as_selection(row) for row in steering]
-        return self._steering.mixed_plan(rows, chain, factor)
+            return self._steering.plan(selection, (*own, *chain), factor), rows
+        if not isinstance(steering, Sequence) or isinstance(steering, str):
+            return self._steering.plan(as_selection(steering), chain, factor), rows
+        if not steering:
+            raise ValueError("steering=[] has no entries. Give one entry for each row of the batch, or None.")
+        selections: list[Selection] = [as_selection(row) for row in steering]
+        return self._steering.mixed_plan(selections, chain, factor), len(selections)
 
     def _returns_dict(self, kwargs: dict[str, Any]) -> bool:
         configs = (kwargs.get("generation_config"), self.generation_config)  # type: ignore[attr-defined]
@@ -134,7 +145,12 @@ class SteeredGeneration:
         own = session.logits_processors() if session is not None and session.plan else []
         if own:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *own])
-        return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+        processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+        return processors if session is None else OutsideProcessors(processors)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        return criteria if current_session(self._steering) is None else OutsideCriteria(criteria)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching; refused while steering is active.
@@ -164,7 +180,7 @@ class SteeredGeneration:
             self._steering.compiled.lengths = prompt_lengths
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         if prompt_lengths is not None:
-            prompt_lengths = torch.as_tensor(prompt_lengths, dtype=torch.long)
+            prompt_lengths = as_lengths(prompt_lengths)
         token = PROMPT_LENGTHS.set(prompt_lengths)
         try:
             if not forward_is_compiled(self):  # type: ignore[arg-type]
@@ -176,6 +192,8 @@ class SteeredGeneration:
     def _call_compiled(self, call: Any, prompt_lengths: Any, *args: Any, **kwargs: Any) -> Any:
         runtime, session = self._steering, current_session(self._steering)
         if session is None:
+            if prompt_lengths is not None:
+                check_rows("prompt_lengths", len(prompt_lengths), int(forward_inputs(args, kwargs).shape[0]))
             with runtime.compiled.lock:
                 runtime.sync_compiled()
                 runtime.compiled.lengths = prompt_lengths
@@ -214,12 +232,3 @@ def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
         length += cache_length(cache)
     usable = isinstance(mask, torch.Tensor) and mask.ndim == 2
     return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
-
-
-def as_scale(value: float | Sequence[float] | torch.Tensor) -> Scale:
-    """Normalise `steering_scale`: a number, or a tuple with one number a row."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, (int, float)):
-        return float(value)
-    return tuple(float(v) for v in value)

@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
+from finesteer_hf.arguments import as_lengths, as_number
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.generation import SteeredGeneration
 from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
+from finesteer_hf.session import end_interrupted_forward
 from finesteer_hf.status import SteeringStatus, steering_status
 
 
@@ -96,12 +98,13 @@ class SteeringMixin(SteeredGeneration):
             steering: as for `set_steering`.
             scale: multiplies the scales of the block.
         """
-        selection = tuple((name, own * scale) for name, own in as_selection(steering))
-        token = self._steering.enter_block(selection)
+        factor = as_number(scale, "scale")
+        selection = tuple((name, own * factor) for name, own in as_selection(steering))
+        block = self._steering.enter_block(selection)
         try:
             yield
         finally:
-            self._steering.leave_block(token)
+            self._steering.leave_block(block)
 
     @contextlib.contextmanager
     def steering_with(self, processors: Sequence[SteeringProcessor]) -> Iterator[None]:
@@ -110,11 +113,11 @@ class SteeringMixin(SteeredGeneration):
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
-        token = self._steering.enter_block((), chain)
+        block = self._steering.enter_block((), chain)
         try:
             yield
         finally:
-            self._steering.leave_block(token, chain)
+            self._steering.leave_block(block)
 
     def disable_steering(self) -> contextlib.AbstractContextManager[None]:
         """Steer with nothing inside a block, in this thread."""
@@ -227,13 +230,17 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "
                 "`model.steering_with(processors)` or `model.set_steering(...)`."
             )
-        if prompt_lengths is None:
+        if prompt_lengths is None and torch.compiler.is_compiling():
             return steer_forward(base_class.forward, self, args, kwargs)
-        token = PROMPT_LENGTHS.set(torch.as_tensor(prompt_lengths, dtype=torch.long))
+        token = None if prompt_lengths is None else PROMPT_LENGTHS.set(as_lengths(prompt_lengths))
         try:
             return steer_forward(base_class.forward, self, args, kwargs)
+        except BaseException:
+            end_interrupted_forward(self._steering)
+            raise
         finally:
-            PROMPT_LENGTHS.reset(token)
+            if token is not None:
+                PROMPT_LENGTHS.reset(token)
 
     # `generate` asks for it several times a call; given here, it is not put together anew each time.
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]

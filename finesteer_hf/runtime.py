@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.arguments import Scale, check_rows
 from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
 from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
-from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
+from finesteer_hf.plan import Plan, PlanEntry, Selection
 from finesteer_hf.processors import SteeringProcessor
-from finesteer_hf.session import CallSession
+from finesteer_hf.session import CallSession, current_session
 from finesteer_hf.sites import Site, TextTower
 from finesteer_hf.streams import Prompt, cache_length, forward_cache, forward_inputs
 
@@ -36,14 +37,31 @@ class LoadedAdapter:
     processor: SteeringProcessor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BlockSteering:
-    """What a `with model.steering(...)` block puts in place of what is set on the model."""
+    """What a `with model.steering(...)` block puts in place of what is set on the model.
+
+    Attributes:
+        runtime_id: `id` of the run time that it is for.
+        selection, processors: what it steers with.
+        outer: the block around it.
+        thread: identity of the thread that entered it.
+        session: the call of this model in which it was entered, if any.
+        closed: whether it was left where it could not be taken away: out of turn, or from another context, as a
+            generator that is closed by another thread does. It is passed over then.
+        warned: whether a call of another thread was told about it.
+        token: takes it away again.
+    """
 
     runtime_id: int
     selection: Selection
     processors: tuple[SteeringProcessor, ...]
     outer: BlockSteering | None
+    thread: int
+    session: CallSession | None = None
+    closed: bool = False
+    warned: bool = False
+    token: Token[BlockSteering | None] | None = None
 
 
 _BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", default=None)
@@ -190,27 +208,40 @@ class SteeringRuntime:
 
     def active(self) -> tuple[Selection, tuple[SteeringProcessor, ...]]:
         """What a call that names nothing steers with: the innermost block's choice, else what is set."""
-        block = _BLOCK.get()
-        while block is not None:
-            if block.runtime_id == id(self):
-                return block.selection, block.processors
-            block = block.outer
-        return self.selection, ()
+        block = self.innermost_block()
+        return (self.selection, ()) if block is None else (block.selection, block.processors)
 
-    def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> Any:
+    def innermost_block(self) -> BlockSteering | None:
+        """The block of this model that this thread stands in."""
+        block = _BLOCK.get()
+        while block is not None and (block.closed or block.runtime_id != id(self)):
+            block = block.outer
+        return block
+
+    def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> BlockSteering:
         """Put a choice in place for this thread until `leave_block`."""
         for name, _ in selection:
             self.get(name)
         self.hook(site for processor in processors for site in processor.sites)
-        token = _BLOCK.set(BlockSteering(id(self), selection, processors, _BLOCK.get()))
+        session = current_session(self)
+        if session is not None and session.of_forward:
+            session = None
+        block = BlockSteering(id(self), selection, processors, _BLOCK.get(), threading.get_ident(), session)
+        if session is not None:
+            session.blocks += 1
+        block.token = _BLOCK.set(block)
         self.sync_compiled()
-        return token
+        return block
 
-    def leave_block(self, token: Any, processors: tuple[SteeringProcessor, ...] = ()) -> None:
-        """Restore what was in place before `enter_block`."""
-        _BLOCK.reset(token)
+    def leave_block(self, block: BlockSteering) -> None:
+        """Restore what was in place before `enter_block`; in any order, and from any thread."""
+        if block.session is not None:
+            block.session.blocks -= 1
+        block.closed = not _taken_away(block)
+        while (innermost := _BLOCK.get()) is not None and innermost.closed:
+            _BLOCK.set(innermost.outer)
         self.sync_compiled()
-        self.unhook(site for processor in processors for site in processor.sites)
+        self.unhook(site for processor in block.processors for site in processor.sites)
 
     def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:
         """Lay out a call in which all rows have the same adapters.
@@ -276,6 +307,7 @@ class SteeringRuntime:
         prompt = None
         if lengths is not None:
             inputs = forward_inputs(args, kwargs)
+            check_rows("prompt_lengths", len(lengths), int(inputs.shape[0]))
             past = 0 if cache is None else cache_length(cache)
             mask = kwargs.get("attention_mask")
             end = past + int(inputs.shape[1])
@@ -294,6 +326,18 @@ class SteeringRuntime:
             # The dictionary's value must not keep its key alive.
             session.forget_forward()
             self._plain[cache] = session
+
+
+def _taken_away(block: BlockSteering) -> bool:
+    """Take a block away if it is this context's innermost; contexts that were copied inside it keep it."""
+    if _BLOCK.get() is not block or block.token is None:
+        return False
+    try:
+        _BLOCK.reset(block.token)
+    except ValueError:
+        # A copy of the context that it was entered in: there it stays.
+        return False
+    return True
 
 
 def times(scale: Scale, factor: float) -> Scale:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finesteer_hf.arguments import check_rows
 from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
@@ -41,22 +42,33 @@ class CallSession(StreamReader):
         runtime: the model's run time.
         plan: what the call steers with.
         prompt: known before the first forward inside `generate`; None for a plain forward.
+        rows: number of rows that steering was given for, one by one; None if it is for all alike.
         record: whether relative norms are kept for `output_steering`.
 
     Attributes:
         of_forward: whether the session ends with the forward that made it.
         takes_back: whether the decoding loop can take tokens back.
+        blocks: number of open `with model.steering(...)` blocks that were entered inside the call; what they ask of the
+            model is no part of it.
     """
 
     def __init__(
-        self, runtime: SteeringRuntime, plan: Plan, prompt: Prompt | None = None, *, record: bool = False
+        self,
+        runtime: SteeringRuntime,
+        plan: Plan,
+        prompt: Prompt | None = None,
+        *,
+        rows: int | None = None,
+        record: bool = False,
     ) -> None:
         self.runtime = runtime
         self.plan = plan
         self.prompt = prompt
+        self.rows = rows
         self.record = record
         self.of_forward = False
         self.takes_back = False
+        self.blocks = 0
         self.outer: CallSession | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in plan.entries]
         self.streams: list[Stream] = []
@@ -185,9 +197,8 @@ class CallSession(StreamReader):
 
     def check_rows(self, prompt: Prompt) -> None:
         """Raise `ValueError` if a list given for the rows does not fit the batch."""
-        rows = int(next(iter(prompt.inputs.values())).shape[0])
-        for entry in self.plan.entries:
-            row_scales(entry.scale, rows, prompt.expand, torch.device("cpu"))
+        if self.rows is not None:
+            check_rows("Steering", self.rows, int(next(iter(prompt.inputs.values())).shape[0]) // prompt.expand)
 
     def rows_moved(self, shift: torch.Tensor, mask: torch.Tensor, seen: int) -> None:
         """Take note that tokens were taken back between two forwards.
@@ -271,11 +282,30 @@ class CallSession(StreamReader):
 
 
 def current_session(runtime: SteeringRuntime) -> CallSession | None:
-    """The innermost session of this thread that belongs to a model; an assistant model has its own."""
+    """The innermost session of this thread that belongs to a model; an assistant model has its own.
+
+    None also inside a block that was entered since: the block's calls are calls of their own.
+    """
     session = _CURRENT.get()
     while session is not None and session.runtime is not runtime:
         session = session.outer
-    return session
+    return None if session is not None and session.blocks else session
+
+
+def end_interrupted_forward(runtime: SteeringRuntime) -> None:
+    """End the session of a plain forward that an interrupt has ended: torch runs hooks after errors, not after those."""
+    session = _CURRENT.get()
+    if session is not None and session.of_forward and session.runtime is runtime:
+        session.__exit__()
+
+
+def outside_sessions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is not part of the running call: what it asks of the model are calls of their own."""
+    token = _CURRENT.set(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _CURRENT.reset(token)
 
 
 def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
