@@ -68,3 +68,7 @@ class PushError(SteeringError, RuntimeError):
 
 class PushConflictError(PushError):
     """Somebody else changed the same files on the Hub meanwhile; nothing was pushed."""
+
+
+class BlockElsewhereWarning(UserWarning):
+    """A call steers with what is set on the model while a `with model.steering(...)` block is open in another thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,15 @@ class _Unset:
 
 
 UNSET = _Unset()
+
+# Arguments that `generate` takes; what would swallow them refuses them.
+OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
+
+NOT_BATCHED = (
+    "Continuous batching packs requests into one row, in a thread of its own that stands in no block, and is not steered. "
+    "Use `generate`, or take steering off the model with `model.set_steering(None)`, outside of any block, for an "
+    "unsteered batch."
+)
 
 
 class SteeredGeneration:
@@ -72,12 +82,13 @@ class SteeredGeneration:
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = OutsideStreamer(kwargs["streamer"])
         self._steering.follow_modules()
-        self._steering.hook(site for processor in processors for site in processor.sites)
+        # Held for the call: an adapter may be deleted or replaced while it steers.
+        self._steering.hook(plan.sites)
         try:
             with CallSession(self._steering, plan, rows=rows, record=output_steering) as session:
                 output = super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self._steering.unhook(site for processor in processors for site in processor.sites)
+            self._steering.unhook(plan.sites)
         if output_steering and isinstance(output, ModelOutput):
             output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
         return output
@@ -95,8 +106,10 @@ class SteeredGeneration:
                 # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
                 # the call calls back, and what stands in a block of its own, is outside of it.
                 return outer.plan, outer.rows
-            selection, own = self._steering.active()
-            return self._steering.plan(selection, (*own, *chain), factor), rows
+            self._steering.warn_of_blocks_elsewhere()
+            with self._steering.lock:
+                selection, own = self._steering.active()
+                return self._steering.plan(selection, (*own, *chain), factor), rows
         if not isinstance(steering, Sequence) or isinstance(steering, str):
             return self._steering.plan(as_selection(steering), chain, factor), rows
         if not steering:
@@ -123,7 +136,7 @@ class SteeredGeneration:
         )
         session = current_session(self._steering)
         if session is not None and session.prompt is None:
-            session.prompt = prompt_of(ids, kwargs, expand_size)
+            session.prompt = prompt_of(ids, kwargs, expand_size, masked=bool(session.plan))
             session.check_rows(session.prompt)
         return ids, kwargs
 
@@ -153,19 +166,37 @@ class SteeredGeneration:
         return criteria if current_session(self._steering) is None else OutsideCriteria(criteria)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching; refused while steering is active.
+        """transformers' continuous batching, which is not steered.
 
         Raises:
-            UnsupportedModelError: if anything is active: requests are packed into one row there, in another thread.
+            UnsupportedModelError: if steering is asked for, or anything is active.
         """
-        session = current_session(self._steering)
-        selection, processors = self._steering.active()
-        if (session is not None and session.plan) or (session is None and (selection or processors)):
-            raise UnsupportedModelError(
-                "Continuous batching packs requests into one row and shares cached blocks between them, so it cannot be "
-                "steered by row. Use `generate`, or `with model.disable_steering()` for an unsteered batch."
-            )
+        asked = sorted(OF_GENERATE & kwargs.keys())
+        if asked:
+            raise UnsupportedModelError(f"generate_batch takes no {asked}. {NOT_BATCHED}")
+        refuse_continuous_batching(self._steering)
         return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' manager of continuous batching, which is not steered: it and its requests are refused.
+
+        Raises:
+            UnsupportedModelError: if anything is active, now or when a request is added.
+        """
+        runtime = self._steering
+        refuse_continuous_batching(runtime)
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        if "add_request" not in vars(manager):
+            # Its own thread stands in no block, and would not see that of the thread that adds a request.
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def add_unsteered_request(*args: Any, **kwargs: Any) -> Any:
+                refuse_continuous_batching(runtime)
+                return add_request(*args, **kwargs)
+
+            manager.add_request = add_unsteered_request
+        return manager
 
     def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
         """A plain forward, steered with what is active.
@@ -218,8 +249,8 @@ class SteeredGeneration:
         return call
 
 
-def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
-    """What `generate` knows of the prompts once its inputs are prepared."""
+def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True) -> Prompt:
+    """What `generate` knows of the prompts once its inputs are prepared; without their mask if nothing asks for it."""
     embeds = kwargs.get("inputs_embeds")
     inputs = {"inputs_embeds": embeds} if embeds is not None else {"input_ids": ids}
     mask = kwargs.get("attention_mask")
@@ -230,5 +261,13 @@ def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
     elif cache is not None and cache_length(cache) >= length:
         # Only the new turn's tokens were given, beside the cache of the earlier ones.
         length += cache_length(cache)
-    usable = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    usable = masked and isinstance(mask, torch.Tensor) and mask.ndim == 2
     return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
+
+
+def refuse_continuous_batching(runtime: SteeringRuntime) -> None:
+    """Raise `UnsupportedModelError` if anything is active, in this call or block, or for the manager's own thread."""
+    session = current_session(runtime)
+    steers = any(runtime.active()) if session is None else bool(session.plan)
+    if steers or runtime.selection:
+        raise UnsupportedModelError(NOT_BATCHED)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
 from finesteer_hf.arguments import as_lengths, as_number
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.generation import SteeredGeneration
+from finesteer_hf.generation import OF_GENERATE, SteeredGeneration
 from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
@@ -199,8 +199,6 @@ def _restore(base_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 _STEERED_CLASSES: dict[type, type] = {}
-# Arguments that `generate` takes and a forward, which would swallow them, does not.
-_OF_GENERATE = ("steering", "steering_scale", "steering_processor", "output_steering")
 
 
 def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -224,7 +222,7 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
-        misplaced = [name for name in _OF_GENERATE if name in kwargs]
+        misplaced = sorted(OF_GENERATE & kwargs.keys())
         if misplaced:
             raise TypeError(
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "

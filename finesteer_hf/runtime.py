@@ -5,7 +5,9 @@ All of it lives outside the module tree, so that `state_dict`, `save_pretrained`
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar, Token
@@ -19,7 +21,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.arguments import Scale, check_rows
 from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
-from finesteer_hf.errors import AdapterNotFoundError, UnsupportedModelError
+from finesteer_hf.errors import AdapterNotFoundError, BlockElsewhereWarning, UnsupportedModelError
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
 from finesteer_hf.plan import Plan, PlanEntry, Selection
@@ -69,11 +71,22 @@ _BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", defa
 PROMPT_LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("finesteer_hf_prompt_lengths", default=None)
 
 
+# For what a fork leaves locked.
+_RUNTIMES: weakref.WeakSet[SteeringRuntime] = weakref.WeakSet()
+
+
 class SteeringRuntime:
     """The steering of one model.
 
+    What is loaded and hooked is replaced, never changed: other threads may be looking at it.
+
     Args:
         model: the causal LM.
+
+    Attributes:
+        adapters: what is loaded, by name.
+        site_hooks: the hooked sites, each with its hook and the handle that takes it away.
+        open_blocks: the `with model.steering(...)` blocks of all threads.
 
     Raises:
         UnsupportedModelError: if its decoder blocks cannot be told.
@@ -88,19 +101,24 @@ class SteeringRuntime:
         self.site_hooks: dict[Site, tuple[SiteHook, Any]] = {}
         self.decoder_handles: list[Any] = DecoderHook(self).register(self.tower.decoder)
         forget_compiled_graphs(model)
+        self.open_blocks: list[BlockSteering] = []
         self.lock = threading.RLock()
+        _RUNTIMES.add(self)
         # The plan of the last call, with the entries that it was asked for: other adapters, another processor under
         # their name or another scale are other entries, and lay out a new one.
         self._last_plan: tuple[tuple[PlanEntry, ...], Plan] | None = None
         self._plain: weakref.WeakKeyDictionary[Any, CallSession] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model gets hooks of its own; locks and running caches stay with the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "_plain", "_last_plan")}
+        # A copy of the model gets hooks of its own; locks, open blocks and running caches stay with the original.
+        own = ("lock", "open_blocks", "_plain", "_last_plan")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.open_blocks = []
         self.lock = threading.RLock()
+        _RUNTIMES.add(self)
         self._last_plan = None
         self._plain = weakref.WeakKeyDictionary()
 
@@ -132,7 +150,7 @@ class SteeringRuntime:
         with self.lock:
             old = self.adapters.get(name)
             self.hook(processor.sites)
-            self.adapters[name] = LoadedAdapter(adapter, processor)
+            self.adapters = {**self.adapters, name: LoadedAdapter(adapter, processor)}
             if old is not None:
                 self.unhook(old.processor.sites)
             self.sync_compiled()
@@ -141,10 +159,11 @@ class SteeringRuntime:
         """Forget an adapter and drop it from what is active."""
         with self.lock:
             loaded = self.get(name)
-            del self.adapters[name]
+            self._selection = tuple(pair for pair in self.selection if pair[0] != name)
+            self.adapters = {other: value for other, value in self.adapters.items() if other != name}
             # So that its tensors can go.
             self._last_plan = None
-            self.selection = tuple(pair for pair in self.selection if pair[0] != name)
+            self.sync_compiled()
             self.unhook(loaded.processor.sites)
 
     def get(self, name: str) -> LoadedAdapter:
@@ -163,7 +182,7 @@ class SteeringRuntime:
                     forget_compiled_graphs(self.model)
                     module = self.tower.module(site)
                     hook = SiteHook(self, site, module)
-                    self.site_hooks[site] = (hook, hook.register(module))
+                    self.site_hooks = {**self.site_hooks, site: (hook, hook.register(module))}
                 self.site_hooks[site][0].references += 1
 
     def follow_modules(self) -> None:
@@ -177,7 +196,7 @@ class SteeringRuntime:
                 if module is not hook.module:
                     handle.remove()
                     hook.module = module
-                    self.site_hooks[site] = (hook, hook.register(module))
+                    self.site_hooks = {**self.site_hooks, site: (hook, hook.register(module))}
 
     def unhook(self, sites: Iterable[Site]) -> None:
         """Take the hooks of sites away that nobody needs any more."""
@@ -187,20 +206,21 @@ class SteeringRuntime:
                 hook.references -= 1
                 if not hook.references:
                     handle.remove()
-                    del self.site_hooks[site]
+                    self.site_hooks = {other: value for other, value in self.site_hooks.items() if other != site}
 
     def hooked_widths(self) -> dict[Site, int]:
         """The hooked sites and the widths of their streams."""
         return {site: hook.width for site, (hook, _) in self.site_hooks.items()}
 
     def remove_hooks(self) -> None:
-        """Take all hooks away."""
+        """Take all hooks away, and steer with nothing."""
         with self.lock:
+            self._selection = ()
             for _, handle in self.site_hooks.values():
                 handle.remove()
             for handle in self.decoder_handles:
                 handle.remove()
-            self.site_hooks.clear()
+            self.site_hooks = {}
             self.decoder_handles.clear()
             restore_checkpoints((self.tower.decoder, *self.tower.layers))
 
@@ -230,6 +250,8 @@ class SteeringRuntime:
         if session is not None:
             session.blocks += 1
         block.token = _BLOCK.set(block)
+        with self.lock:
+            self.open_blocks.append(block)
         self.sync_compiled()
         return block
 
@@ -237,11 +259,44 @@ class SteeringRuntime:
         """Restore what was in place before `enter_block`; in any order, and from any thread."""
         if block.session is not None:
             block.session.blocks -= 1
+        with self.lock:
+            self.open_blocks.remove(block)
         block.closed = not _taken_away(block)
         while (innermost := _BLOCK.get()) is not None and innermost.closed:
             _BLOCK.set(innermost.outer)
         self.sync_compiled()
         self.unhook(site for processor in block.processors for site in processor.sites)
+
+    def warn_of_blocks_elsewhere(self) -> None:
+        """Warn, once a block, if this thread stands in none and one of another thread steers with something else.
+
+        A new thread does not inherit the blocks of the thread that starts it, nor can it be told which thread that was.
+        """
+        if not self.open_blocks or self.innermost_block() is not None:
+            return
+        with self.lock:
+            others = [
+                block
+                for block in self.open_blocks
+                if block.thread != threading.get_ident()
+                and not block.warned
+                and (block.selection, block.processors) != (self.selection, ())
+            ]
+            for block in others:
+                block.warned = True
+        if others:
+            says = [
+                dict(block.selection) or [type(p).__name__ for p in block.processors] or "nothing" for block in others
+            ]
+            warnings.warn(
+                f"This thread stands in no `with model.steering(...)` block and steers with what is set on the model "
+                f"({dict(self.selection) or 'nothing'}), while a block of another thread steers with "
+                f"{', '.join(map(str, says))}. A thread does not inherit the block that it was started in: give "
+                "`steering=` to the call, use `model.set_steering(...)`, or start the thread with "
+                "`contextvars.copy_context().run`.",
+                BlockElsewhereWarning,
+                stacklevel=4,
+            )
 
     def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:
         """Lay out a call in which all rows have the same adapters.
@@ -277,6 +332,13 @@ class SteeringRuntime:
         entries += [PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors)]
         return Plan.of(entries)
 
+    def renew_after_fork(self) -> None:
+        """Forget what threads that a child process does not have were about."""
+        self.lock = threading.RLock()
+        self.compiled.lock = threading.RLock()
+        self.compiled.bound = False
+        self.open_blocks = [block for block in self.open_blocks if block.thread == threading.get_ident()]
+
     # -- plain forwards -----------------------------------------------------------------------------------------------
 
     def plain_session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSession | None:
@@ -286,6 +348,7 @@ class SteeringRuntime:
         decoding loop steers as `generate` does; with `prompt_lengths` it decides anew.
         """
         lengths = PROMPT_LENGTHS.get()
+        self.warn_of_blocks_elsewhere()
         selection, processors = self.active()
         if not selection and not processors:
             return None
@@ -343,3 +406,12 @@ def _taken_away(block: BlockSteering) -> bool:
 def times(scale: Scale, factor: float) -> Scale:
     """Multiply a scale, or each row's."""
     return tuple(value * factor for value in scale) if isinstance(scale, tuple) else scale * factor
+
+
+def _renew_after_fork() -> None:
+    for runtime in list(_RUNTIMES):
+        runtime.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
