@@ -81,6 +81,7 @@ class CallSession(StreamReader):
         self.text_states: dict[Site, torch.Tensor] | None = None
         self.passage = Passage(0, 0)
         self.relative_norms: dict[str, torch.Tensor] = {}
+        self.unchecked: list[tuple[Site, torch.Tensor]] = []
         self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -129,7 +130,14 @@ class CallSession(StreamReader):
             self._review(stream)
 
     def end_forward(self, output: Any, training: bool) -> None:
-        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error."""
+        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error.
+
+        Raises:
+            UnsupportedModelError: if a site was not passed.
+            ValueError: if what was added is not finite.
+        """
+        if output is not None and self.unchecked:
+            self._check_finite()
         # Layer drop leaves blocks out in training.
         if output is None or self.decoding or training:
             self.passage.end((), 0)
@@ -153,14 +161,14 @@ class CallSession(StreamReader):
         past = 0 if cache is None else cache_length(cache)
         prompt = self.prompt if self.prompt is not None and not self.streams else None
         if prompt is not None:
-            window = Window.of(prompt.length, prompt.mask, prompt.lengths)
+            window = self._window(prompt.length, prompt.mask, prompt.lengths)
             # A cache of states does not count its columns; then those are carried that the inputs lack.
             past = past or prompt.length - prompt.columns
         else:
             mask = kwargs.get("attention_mask")
             end = past + self.tokens
             usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == (rows, end)
-            window = Window.of(end, mask.bool() if usable else None, None)  # type: ignore[union-attr]
+            window = self._window(end, mask if usable else None, None)
         makes_cache = cache is None and bool(kwargs.get("use_cache"))
         stream = Stream(window, cache, past, rows, makes_cache)
         if self.streams:
@@ -168,6 +176,12 @@ class CallSession(StreamReader):
             stream.decisions = self.streams[0].decisions
         self.streams.append(stream)
         return stream
+
+    def _window(self, end: int, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> Window:
+        if not self.plan:
+            # Nothing is steered, so nothing is looked at, a mask that has no query least of all.
+            return Window.of(end, None, None)
+        return Window.of(end, None if mask is None else mask.bool(), lengths)
 
     # -- a site is passed ---------------------------------------------------------------------------------------------
 
@@ -177,7 +191,7 @@ class CallSession(StreamReader):
             delta = self.stream.decode[site]
             return None if delta is None else hidden + delta
         stream = self.stream
-        if stream is None:
+        if stream is None or not self.plan:
             return None
         if self.probing is not None:
             self._note(self.probing, site, hidden, stream)

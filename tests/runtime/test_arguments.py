@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from finesteer_hf import ConstantVector, SteeringAdapter
 from finesteer_hf.methods.constant import ConstantConfig
@@ -33,7 +34,7 @@ def inputs():
 
 
 def said(model, inputs, **kwargs):
-    return model.generate(**inputs, max_new_tokens=4, do_sample=False, **kwargs).tolist()
+    return model.generate(**inputs, **{"max_new_tokens": 4, "do_sample": False, **kwargs}).tolist()
 
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, ["1", "2"], [1.0, None], (1.0, True)], ids=repr)
@@ -127,3 +128,33 @@ def test_prompt_lengths_of_any_whole_kind(steered, inputs):
     for value in ([3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4], dtype=torch.int32)):
         assert torch.equal(steered(**inputs, prompt_lengths=value).logits, want)
         assert torch.equal(steered.forward(**inputs, prompt_lengths=value).logits, want)
+
+
+HALVES = {torch.float16: 1e5, torch.bfloat16: 1e39, torch.float32: 1e39}
+
+
+@pytest.mark.parametrize(("dtype", "strength"), HALVES.items(), ids=str)
+def test_a_strength_that_the_dtype_cannot_hold_is_refused(model, inputs, dtype, strength):
+    model.to(dtype)
+    vector = torch.linspace(-2, 2, 32)
+    many = [ConstantVector(f"resid_post[{layer}]", vector, strength=1.0) for layer in range(3)]
+    many[1].strength = strength
+    for processors in ([many[1]], many):
+        with pytest.raises(ValueError, match=rf"resid_post\[1\] is not finite in {dtype}.*strength.*steering_scale"):
+            said(model, inputs, steering_processor=processors)
+        with pytest.raises(ValueError, match="not finite"), model.steering_with(processors):
+            model(**inputs)
+    assert torch.isfinite(model(**inputs).logits).all()
+    with pytest.raises(ValueError, match="not finite"):
+        said(model, inputs, steering_processor=[ConstantVector(SITE, vector)], steering_scale=[0.0, strength])
+    with pytest.raises(ValueError, match="not finite"):
+        said(model, inputs, steering_processor=[ConstantVector(SITE, vector * math.nan)], do_sample=True)
+    assert said(model, inputs, steering_processor=many, steering_scale=0.0) == said(model, inputs)
+
+
+def test_a_forward_that_was_refused_leaves_no_decision_with_its_cache(model, inputs):
+    cache = DynamicCache(config=model.config)
+    with model.steering_with([ConstantVector(SITE, torch.full((32,), math.nan))]):
+        with pytest.raises(ValueError, match="not finite"):
+            model(**inputs, past_key_values=cache)
+    assert cache not in model._steering._plain
