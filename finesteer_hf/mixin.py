@@ -94,9 +94,12 @@ class SteeringMixin(SteeredGeneration):
     def steering(self, steering: SelectionLike, *, scale: float = 1.0) -> Iterator[None]:
         """Steer with something else inside a block, in this thread; nests, and restores exactly.
 
+        A thread that is started inside does not inherit it, and is warned where it steers with something else
+        (`BlockElsewhereWarning`); give `steering=` to its call.
+
         Args:
             steering: as for `set_steering`.
-            scale: multiplies the scales of the block.
+            scale: multiplies the scales of the block, a finite number.
         """
         factor = as_number(scale, "scale")
         selection = tuple((name, own * factor) for name, own in as_selection(steering))
