@@ -225,6 +225,7 @@ class SteeredGeneration:
         if session is None:
             if prompt_lengths is not None:
                 check_rows("prompt_lengths", len(prompt_lengths), int(forward_inputs(args, kwargs).shape[0]))
+            runtime.warn_of_blocks_elsewhere()
             with runtime.compiled.lock:
                 runtime.sync_compiled()
                 runtime.compiled.lengths = prompt_lengths

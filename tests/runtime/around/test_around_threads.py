@@ -144,7 +144,13 @@ def plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("call", [greedy, plain])
+def compiled(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    if model._compiled_call_impl is None:
+        model.compile(backend="eager")
+    return plain(model, ids)
+
+
+@pytest.mark.parametrize("call", [greedy, plain, pytest.param(compiled, marks=pytest.mark.slow)])
 def test_a_thread_that_is_started_in_a_block_is_told_that_it_does_not_inherit_it(call: Any) -> None:
     ids = some_prompts()
     model = steer_tiny(tiny_llama(), query_shift(), query_shift("head_out[2]", seed=2))
@@ -360,7 +366,7 @@ def test_memory_stays_flat_over_two_thousand_calls_with_loads_and_deletes() -> N
     objects, tensors = count()
     work(2000)
     more_objects, more_tensors = count()
-    assert more_tensors == tensors
+    assert more_tensors <= tensors
     assert more_objects - objects < 200
 
 
