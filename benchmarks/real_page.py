@@ -155,5 +155,5 @@ def page(out: Path, remarks: Path | None = REMARKS) -> str:
     for file in studies:
         text += SECTIONS[file.parent.name](file.parent)
     if (out / "time.json").exists():
-        text += ["## Time of the default fit", "", *time_table(json.loads((out / "time.json").read_text())), ""]
+        text += ["## Time of a fit", "", *time_table(json.loads((out / "time.json").read_text())), ""]
     return "\n".join(text).rstrip() + "\n"

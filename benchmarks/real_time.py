@@ -1,7 +1,8 @@
-"""Time of the whole default fit on the real model against one plain pass over its texts, on one thread.
+"""Time of whole fits on the real model against one plain pass over their texts, on one thread, in bfloat16.
 
 A plain pass puts each text (prompt with chosen, prompt with rejected, general prompt) through the model by itself. It is
-measured before and after the fit, so that a machine that becomes busier shows, and each in a process of its own.
+measured before, between and after the fits, so that a machine that becomes busier shows, and each in a process of its
+own. Seconds are the processor's: what a thread takes on a core that nobody else uses.
 
     python benchmarks/real_time.py --out out/real
 """
@@ -19,11 +20,13 @@ import torch
 import transformers
 from own_process import in_its_own_process, measured
 from real_data import QUICK, Sizes, general_data, truthful_halves, truthful_rows
-from real_rows import REFERENCE, ROWS
 from real_setup import load_model
 
-from finesteer_hf import fit_steering
+from finesteer_hf import FineSteerConfig, fit_steering
 from finesteer_hf.evaluation.prompts import encode_pairs, encode_prompt
+
+
+FITS: dict[str, dict[str, Any]] = {"closed form": {"refine": 0}, "default": {}}
 
 
 def fit_texts(tokenizer: Any, rows: list[dict[str, Any]], general: list[dict[str, Any]]) -> list[list[int]]:
@@ -51,7 +54,7 @@ def quiet() -> None:
 def plain_pass(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
     """What one pass takes, one text at a time."""
     quiet()
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source, torch.bfloat16)
     texts = fit_texts(tokenizer, *fit_data(data, sizes))
 
     @torch.inference_mode()
@@ -64,30 +67,30 @@ def plain_pass(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
     return {"seconds": seconds, "peak_mb": peak, "texts": len(texts), "tokens": sum(map(len, texts))}
 
 
-def whole_fit(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
-    """What the default fit takes, with no store."""
+def whole_fit(source: str, data: Path, sizes: Sizes, changes: dict[str, Any]) -> dict[str, Any]:
+    """What a fit takes, with no store: the default one but for some settings."""
     quiet()
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source, torch.bfloat16)
     rows, general = fit_data(data, sizes)
-    config = next(row for row in ROWS if row.label == REFERENCE).config
-    assert config is not None
-
-    def fit() -> Any:
-        return fit_steering(model, tokenizer, rows, config(), general_dataset=general, progress=False, seed=0)
-
-    adapter, seconds, peak = measured(fit)
-    return {"seconds": seconds, "peak_mb": peak, "phases": adapter.config.fit["seconds"]}
+    config = FineSteerConfig(**changes)
+    _, seconds, peak = measured(
+        lambda: fit_steering(model, tokenizer, rows, config, general_dataset=general, progress=False, seed=0)
+    )
+    return {"seconds": seconds, "peak_mb": peak}
 
 
 def compare(source: str, data: Path, sizes: Sizes) -> dict[str, Any]:
-    """A pass, the fit, and a pass again."""
-    before = in_its_own_process(plain_pass, source, data, sizes)
-    print(f"one plain pass: {before['seconds']:.0f} s", flush=True)
-    fit = in_its_own_process(whole_fit, source, data, sizes)
-    print(f"default fit: {fit['seconds']:.0f} s, {fit['seconds'] / before['seconds']:.1f} passes", flush=True)
-    after = in_its_own_process(plain_pass, source, data, sizes)
+    """Passes with the fits between them."""
+    passes, fits = [in_its_own_process(plain_pass, source, data, sizes)], {}
+    print(f"one plain pass: {passes[0]['seconds']:.0f} s", flush=True)
+    for name, changes in FITS.items():
+        fits[name] = in_its_own_process(whole_fit, source, data, sizes, changes)
+        passes.append(in_its_own_process(plain_pass, source, data, sizes))
+        beside = (passes[-2]["seconds"] + passes[-1]["seconds"]) / 2
+        fits[name]["passes"] = fits[name]["seconds"] / beside
+        print(f"{name}: {fits[name]['seconds']:.0f} s, {fits[name]['passes']:.1f} passes", flush=True)
     rows, general = fit_data(data, sizes)
-    return {"passes": [before, after], "fit": fit, "rows": len(rows), "general": len(general)}
+    return {"passes": passes, "fits": fits, "rows": len(rows), "general": len(general)}
 
 
 def main() -> None:

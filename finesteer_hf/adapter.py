@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finesteer_hf.base_models import base_of, public_name, without_paths
 from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME, SteeringConfig, get_steering_method, read_config_file
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
+from finesteer_hf.fingerprint import compare
 from finesteer_hf.methods.base import SteeringMethod
-from finesteer_hf.sites import TextTower
-from finesteer_hf.tensor_files import DTYPES, check_finite, check_layout, read_tensors, write_tensors
+from finesteer_hf.processors import QueryStates
+from finesteer_hf.sites import Site, TextTower
+from finesteer_hf.staging import Staging
+from finesteer_hf.tensor_files import (
+    DTYPES,
+    HEAD_SIZE,
+    Shape,
+    check_finite,
+    check_layout,
+    hashed_name,
+    most_bytes,
+    read_tensors,
+    write_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,15 @@ class SteeringAdapter:
         check_finite(self.tensors)
         return (), tuple(sorted(set(found) - set(expected)))
 
-    def tensor_shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Names and shapes of the tensors that the config calls for; None for a free axis."""
+    def tensor_shapes(self) -> Mapping[str, Shape]:
+        """Names and shapes of the tensors that the config calls for."""
         return get_steering_method(self.config.steering_type).method_cls.tensor_shapes(self.config)
 
     def check_base(self, model: torch.nn.Module, tower: TextTower) -> tuple[str, ...]:
         """Compare the adapter with a model.
+
+        Where the adapter holds a fingerprint of its base, the weights decide, whatever the model is called; otherwise, and
+        where none of them can be compared, the names do.
 
         Returns:
             Warnings: another base of the same shape, another LoRA than at fit.
@@ -88,26 +107,35 @@ class SteeringAdapter:
             AdapterMismatchError: if the widths or the numbers of layers differ.
         """
         config = self.config
-        here: Any = model.config
-        name = getattr(here, "_name_or_path", "") or type(model).__name__
-        for what, want, got in (
-            ("hidden size", config.hidden_size, tower.hidden_size),
-            ("number of layers", config.num_hidden_layers, tower.num_layers),
-        ):
-            if want is not None and want != got:
-                raise AdapterMismatchError(
-                    f"The adapter was fitted for {config.base_model_name_or_path!r} ({what} {want}), but the model "
-                    f"{name!r} has {what} {got}. Load the base that the adapter names, or fit one for this model."
-                )
+        check_sizes(config, model, tower)
+        loaded, commit = base_of(model)
+        name = loaded or type(model).__name__
         notes = []
         if config.base_model_type is not None and config.base_model_type != tower.config.model_type:
             notes.append(f"fitted on model_type {config.base_model_type!r}, loaded on {tower.config.model_type!r}")
-        elif config.base_model_name_or_path and config.base_model_name_or_path != name:
-            notes.append(f"fitted on {config.base_model_name_or_path!r}, loaded on {name!r}")
+        else:
+            notes += self._other_base(model, name, commit)
         active = active_lora_names(model)
         if active != config.lora:
             notes.append(f"fitted with LoRA {config.lora}, now active: {active}")
         return tuple(notes)
+
+    def _other_base(self, model: torch.nn.Module, name: str, commit: str | None) -> list[str]:
+        config = self.config
+        fitted_on = f"fitted on {config.base_model_name_or_path or 'a base without a name'!r}"
+        weights = compare(model, config.base_model_fingerprint)
+        if weights.same:
+            return []
+        if weights.differing:
+            commits = (config.base_model_revision, commit)
+            at, of = (f" at {commit[:12]}" if commit and commits[0] != commits[1] else "" for commit in commits)
+            return [
+                f"{fitted_on}{at}, loaded on {name!r}{of}, which has other weights: of {len(weights.compared)} hashes "
+                f"{len(weights.differing)} differ ({', '.join(weights.differing[:3])})"
+            ]
+        if config.base_model_name_or_path and public_name(config.base_model_name_or_path) != name:
+            return [f"{fitted_on}, loaded on {name!r}"]
+        return []
 
     def save_pretrained(
         self,
@@ -117,9 +145,9 @@ class SteeringAdapter:
         custom_generate: bool = False,
         **push_kwargs: Any,
     ) -> Path:
-        """Write config, tensors and card into a folder.
+        """Write config, tensors and card into a folder, all of them or none.
 
-        The tensors are written to a temporary file and moved into place, so a full disk leaves no half adapter.
+        Whenever it is cut short, by a full disk or a kill, the folder holds the adapter that was there or the new one.
 
         Args:
             save_directory: the folder; made if it is not there.
@@ -131,17 +159,25 @@ class SteeringAdapter:
             The folder.
 
         Raises:
-            AdapterFileError: if the tensors do not match the config.
+            AdapterFileError: if the tensors do not match the config, or a figure of it is no JSON.
             FileExistsError: if the path is a file.
+            OSError: if the disk is full or cannot be written.
+            ValueError: if it is to be pushed and names no base that others can load; nothing is written then.
         """
-        from finesteer_hf.cards import write_card
+        from finesteer_hf.cards import render_card
 
-        directory = self.write_files(save_directory)
-        write_card(self, directory)
+        if push_to_hub:
+            from finesteer_hf.hub import with_public_base
+
+            with_public_base(self, push_kwargs.get("base_model"))
+        directory, published = Path(save_directory), self.published()
+        published.config.to_json()
+        card = render_card(published, directory)
         if custom_generate:
-            from finesteer_hf.custom_generate import write_custom_generate
+            from finesteer_hf.custom_generate import FILE_NAME, generate_code
 
-            write_custom_generate(directory, None)
+            card[FILE_NAME] = generate_code(None)
+        self._write(directory, card)
         if push_to_hub:
             repo_id = push_kwargs.pop("repo_id", directory.name)
             self.push_to_hub(repo_id, custom_generate=custom_generate, **push_kwargs)
@@ -150,20 +186,46 @@ class SteeringAdapter:
     def write_files(self, directory: str | Path) -> Path:
         """Write config and tensors, without a card, into a folder that is made if it is not there.
 
-        The config holds the hash of the tensors' file: where a save is cut short between the two, loading tells.
+        Errors are those of `save_pretrained`.
+        """
+        self._write(Path(directory), {})
+        return Path(directory)
 
-        Raises:
-            AdapterFileError: if the tensors do not match the config.
-            FileExistsError: if the path is a file.
+    def _write(self, directory: Path, others: Mapping[str, bytes | None]) -> None:
+        """Write everything, or nothing: from the moment that the config is in its place the new adapter counts, and until
+        then the old one. The tensors lie under the name of their hash until both agree, where loading finds them.
+
+        Args:
+            directory: the folder.
+            others: more files by name; None for one that is to go.
         """
         self.check_tensors()
-        directory = Path(directory)
-        if directory.is_file():
-            raise FileExistsError(f"{directory} is a file; give a folder to save the adapter in.")
-        directory.mkdir(parents=True, exist_ok=True)
-        digest = write_tensors(directory / WEIGHTS_NAME, self.tensors)
-        self.config.save_pretrained(directory, weights_sha256=digest)
-        return directory
+        config = self.published().config
+        config.to_json()
+        with Staging(directory) as stage:
+            with stage.writing(WEIGHTS_NAME) as path:
+                digest = write_tensors(path, self.tensors)
+            stage.write(CONFIG_NAME, config.to_json(digest).encode())
+            for name, content in others.items():
+                if content is not None:
+                    stage.write(name, content)
+            for name, content in others.items():
+                if content is not None:
+                    stage.publish(name)
+            hashed = hashed_name(digest)
+            stage.publish(hashed, WEIGHTS_NAME)
+            stage.publish(CONFIG_NAME)
+            os.replace(directory / hashed, directory / WEIGHTS_NAME)
+            gone = [directory / name for name, content in others.items() if content is None]
+            for left in [*gone, *(directory.glob(hashed_name("?" * 64)) if stage.alone else ())]:
+                left.unlink(missing_ok=True)
+
+    def published(self) -> SteeringAdapter:
+        """This adapter without paths of this machine in what it says of its base, of its data and of other adapters."""
+        names = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata.get("may_be_path")]
+        public: dict[str, Any] = {name: public_name(getattr(self.config, name)) for name in names}
+        config = dataclasses.replace(self.config, fit=without_paths(self.config.fit), **public)
+        return dataclasses.replace(self, config=config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload the adapter in one commit; see `finesteer_hf.hub.push_adapter`."""
@@ -197,7 +259,13 @@ class SteeringAdapter:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, revision: str | None = None, strict: bool = True, **hub_kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        strict: bool = True,
+        accept: Callable[[SteeringConfig], None] | None = None,
+        **hub_kwargs: Any,
     ) -> SteeringAdapter:
         """Load an adapter from a folder or the Hub.
 
@@ -205,6 +273,7 @@ class SteeringAdapter:
             name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder` names a folder of the repo.
             revision: branch, tag or commit of the adapter's repo.
             strict: whether tensors that the method does not use are an error.
+            accept: called with the config before the tensors are looked for; what it raises ends the load.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
@@ -221,9 +290,54 @@ class SteeringAdapter:
         if digest is not None and not isinstance(digest, str):
             raise AdapterFileError(f"`weights_sha256` in {CONFIG_NAME} must be a text, got {type(digest).__name__}.")
         adapter = cls(SteeringConfig.from_dict(data), {}, files.revision, files.name)
-        assert files.weights is not None
-        adapter.tensors = read_tensors(files.weights, adapter.tensor_shapes(), strict=strict, sha256=digest)
+        if accept is not None:
+            accept(adapter.config)
+        shapes = adapter.tensor_shapes()
+        weights = files.weights(digest, most_bytes(shapes))
+        adapter.tensors = read_tensors(weights, shapes, strict=strict, sha256=digest)
         return adapter
+
+
+def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower) -> None:
+    """Raise `AdapterMismatchError` if a config is for a model of other sizes; its tensors are not needed for that."""
+    heads = getattr(config, "attention_heads", None)
+    for what, want, got in (
+        ("hidden size", config.hidden_size, tower.hidden_size),
+        ("number of layers", config.num_hidden_layers, tower.num_layers),
+        ("number of attention heads", heads, tower.num_heads if heads is not None else None),
+    ):
+        if want is not None and want != got:
+            raise AdapterMismatchError(
+                f"The adapter was fitted for {config.base_model_name_or_path!r} ({what} {want}), but the model "
+                f"{base_of(model)[0] or type(model).__name__!r} has {what} {got}. Load the base that the adapter names, or "
+                "fit one for this model."
+            )
+
+
+def check_heads(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:
+    """Raise `AdapterMismatchError` if what an adapter writes at attention heads is not as wide as they are.
+
+    Their sizes are in no config: blocks may have heads of other sizes than the first.
+    """
+    heads = getattr(adapter.config, "attention_heads", None)
+    own = {
+        size * heads
+        for name, shape in adapter.tensor_shapes().items()
+        for axis, size in zip(shape, adapter.tensors[name].shape, strict=True)
+        if axis == HEAD_SIZE and heads is not None
+    }
+    written: Mapping[Site, torch.Tensor] = {}
+    if processor.writes and not processor.reads:
+        written = processor.decide(QueryStates({}, 1, torch.device("cpu"))).vectors
+    for site in processor.sites:
+        if site.kind != "head_out":
+            continue
+        got = own if site not in written else {written[site].shape[-1]}
+        if any(width != tower.width(site) for width in got):
+            raise AdapterMismatchError(
+                f"The adapter was fitted for {adapter.config.base_model_name_or_path!r}, whose heads are together "
+                f"{sorted(got)} wide at {site}; those of this model are {tower.width(site)}. Load the base that it names."
+            )
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

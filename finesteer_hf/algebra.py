@@ -114,6 +114,7 @@ def combine(adapters: Sequence[SteeringAdapter], weights: Sequence[float] | None
         for a, weight in zip(adapters, weights, strict=True)
     ]
     first = adapters[0].config
+    prints = [adapter.config.base_model_fingerprint for adapter in adapters]
     return constant_adapter(
         total,
         positions=first.positions,
@@ -121,6 +122,7 @@ def combine(adapters: Sequence[SteeringAdapter], weights: Sequence[float] | None
         lora=list(first.lora),
         base_model_name_or_path=bases[0] if len(bases) == 1 else None,
         base_model_revision=first.base_model_revision if len(bases) == 1 else None,
+        base_model_fingerprint=first.base_model_fingerprint if all(p == prints[0] for p in prints) else {},
         base_model_type=first.base_model_type,
         fit={"combined": parts},
     )

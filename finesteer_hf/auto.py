@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.base_models import LOCAL, PACKAGED, is_hub_id, last_part, located
+from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.mixin import SteeringMixin, steer
 
 
@@ -43,8 +45,8 @@ class SteeredModelForCausalLM:
         """Load a causal LM and its steering adapters.
 
         Args:
-            model_id: the base model; a LoRA repo works too. None: the base named in the adapter's config, at the commit
-                that it names.
+            model_id: the base model; a LoRA repo works too, and `playground` is the model that ships with the package.
+                None: the base named in the adapter's config, at the commit that it names.
             steering: `org/name`, `org/name@revision`, a folder, a `SteeringAdapter`, or a dict of adapter name to any
                 of these; the first becomes active.
             steering_revision: branch, tag or commit of the adapter's repo. `revision` is the base model's.
@@ -56,7 +58,9 @@ class SteeredModelForCausalLM:
             The model, steered.
 
         Raises:
-            ValueError: if `model_id` is None and no adapter names a base.
+            ValueError: if `model_id` is None and no adapter names a base that can be loaded, or the code of that base
+                would be run (`trust_remote_code=True`): whose code runs is not for an adapter to say.
+            AdapterFileError: if `model_id` is None and an adapter of the Hub names a base that is not of the Hub.
             AdapterMismatchError: if an adapter was fitted for a model of another shape.
         """
         shared: dict[str, Any] = {
@@ -64,10 +68,10 @@ class SteeredModelForCausalLM:
         }
         adapters = _load_adapters(steering, steering_revision, {**shared, **(steering_kwargs or {})})
         if model_id is None:
-            model_id, base_revision = _named_base(adapters)
+            model_id, base_revision = _named_base(adapters, automodel_kwargs.get("trust_remote_code", False))
             if base_revision is not None:
                 automodel_kwargs.setdefault("revision", base_revision)
-        model = AutoModelForCausalLM.from_pretrained(model_id, **automodel_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(located(str(model_id)), **automodel_kwargs)
         return cls.from_model(model, steering=adapters or None)
 
     @classmethod
@@ -113,7 +117,7 @@ def _load_adapters(
     }
 
 
-def _named_base(adapters: Mapping[str, SteeringAdapter]) -> tuple[str, str | None]:
+def _named_base(adapters: Mapping[str, SteeringAdapter], trust_remote_code: Any) -> tuple[str, str | None]:
     bases = {
         (adapter.config.base_model_name_or_path, adapter.config.base_model_revision) for adapter in adapters.values()
     }
@@ -126,6 +130,21 @@ def _named_base(adapters: Mapping[str, SteeringAdapter]) -> tuple[str, str | Non
         )
     name, commit = named.pop()
     assert name is not None
+    if trust_remote_code:
+        raise ValueError(
+            f"trust_remote_code=True runs code of the base model, and {name!r} is what the adapter names, not you. Give "
+            f"model_id={name!r} if you trust it."
+        )
+    if name.startswith(LOCAL):
+        raise ValueError(
+            f"The adapter was fitted on a folder called {last_part(name.removeprefix(LOCAL))!r}, which names no model "
+            "that can be found. Give model_id."
+        )
+    if any(adapter.revision is not None for adapter in adapters.values()) and not is_hub_id(name):
+        if name not in PACKAGED:
+            raise AdapterFileError(
+                f"An adapter of the Hub names {name!r} as its base, which is no Hub id, or a folder here. Give model_id."
+            )
     return name, commit
 
 

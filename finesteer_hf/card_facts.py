@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
+from finesteer_hf.base_models import LOCAL, is_public, last_part
 from finesteer_hf.config import SteeringConfig
 
 
@@ -19,7 +17,10 @@ if TYPE_CHECKING:
 
 
 Row = tuple[str, str]
+Figures = TypeVar("Figures", dict[str, Any], list[Any])
 _LONGEST_TEXT = 200
+# They show a text in another order than it has.
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,23 @@ class AdapterFacts:
 
 
 def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
-    """Collect what an adapter says of itself."""
-    fit = adapter.config.fit
-    report = fit.get("report", {})
-    rest = {name: value for name, value in fit.items() if name not in ("report", "evaluation")}
+    """Collect what an adapter says of itself; figures of a kind that no fit writes are told as plain text."""
+    report, evaluation = figures_of(adapter, "report", dict), figures_of(adapter, "evaluation", list)
+    rest = {
+        name: value for name, value in adapter.config.fit.items() if value is not report and value is not evaluation
+    }
     return AdapterFacts(
         settings=_settings(adapter),
         data=flatten(rest),
-        held_out=flatten(report) if isinstance(report, dict) else [],
-        evaluation=[_evaluation_row(row) for row in fit.get("evaluation", []) if isinstance(row, dict)],
+        held_out=flatten(report),
+        evaluation=[_evaluation_row(row) for row in evaluation if isinstance(row, dict)],
     )
+
+
+def figures_of(adapter: SteeringAdapter, name: str, kind: type[Figures]) -> Figures:
+    """A part of an adapter's provenance, empty if it is of another kind than a fit writes."""
+    found = adapter.config.fit.get(name)
+    return found if isinstance(found, kind) else kind()
 
 
 def _settings(adapter: SteeringAdapter) -> list[Row]:
@@ -71,29 +79,28 @@ def _settings(adapter: SteeringAdapter) -> list[Row]:
         if field.name not in shared and value is not None:
             rows.append((field.name.replace("_", " "), as_text(value)))
     rows.append(("parameters", f"{numbers:,} numbers, {size:,} bytes"))
-    return rows
+    return [(plain(name), plain(value)) for name, value in rows]
 
 
 def base_name(adapter: SteeringAdapter) -> str | None:
     """The base model's Hub id; of a local path only the last part, for a card may be published."""
     name = adapter.config.base_model_name_or_path
-    return name if not name or is_hub_id(name) else Path(name).name
+    return plain(name if is_public(name) else last_part(name.removeprefix(LOCAL))) if name else name
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be a Hub id and is no path of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
+def plain(text: str) -> str:
+    """A text on one line without control characters, which a terminal obeys, and without marks that turn it around."""
+    line = " ".join(text.split())
+    return "".join(
+        character for character in line if unicodedata.category(character) != "Cc" and character not in _BIDI
+    )
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:
     """Nested settings and figures as rows; curves and samples, which are no text, are left out."""
     rows: list[Row] = []
     for key, value in values.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        name = plain(f"{prefix}{key}".replace("_", " "))
         if isinstance(value, dict):
             if is_share(value) or is_estimate(value):
                 rows.append((name, share_text(value)))
@@ -101,9 +108,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:
                 rows += flatten(value, f"{name}: ")
         elif isinstance(value, list):
             if value and all(isinstance(item, str) for item in value) and len(", ".join(value)) <= _LONGEST_TEXT:
-                rows.append((name, ", ".join(value)))
+                rows.append((name, plain(", ".join(value))))
         elif value is not None:
-            text = as_text(value)
+            text = plain(as_text(value))
             if len(text) <= _LONGEST_TEXT:
                 rows.append((name, shorten_digest(text)))
     return rows
@@ -111,18 +118,27 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:
 
 def is_share(value: Any) -> bool:
     """Whether a value is a `Proportion` as JSON."""
-    return isinstance(value, dict) and {"k", "n", "value", "low", "high"} <= set(value)
+    return is_estimate(value) and all(isinstance(value.get(name), int) for name in ("k", "n"))
 
 
 def is_estimate(value: Any) -> bool:
     """Whether a value is a `Mean` as JSON."""
-    return isinstance(value, dict) and {"value", "low", "high"} <= set(value)
+    if not isinstance(value, dict) or not {"value", "low", "high"} <= set(value):
+        return False
+    return value["value"] is None or all(isinstance(value[name], (int, float)) for name in ("value", "low", "high"))
 
 
-def share_text(value: dict[str, Any] | None) -> str:
-    """A share or mean of JSON as text, with n and interval."""
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of JSON; true is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def share_text(value: Any) -> str:
+    """A share or mean of JSON as text, with n and interval; anything else as it is."""
     if value is None:
         return "-"
+    if not is_estimate(value):
+        return plain(as_text(value)[:_LONGEST_TEXT])
     if value["value"] is None:
         return "no items"
     if is_share(value):
@@ -144,9 +160,9 @@ def shorten_digest(text: str) -> str:
 def _evaluation_row(row: dict[str, Any]) -> dict[str, str]:
     p_value = row.get("p_value")
     return {
-        "dataset": str(row.get("dataset", "")),
-        "metric": str(row.get("metric", "")),
+        "dataset": plain(str(row.get("dataset", ""))),
+        "metric": plain(str(row.get("metric", ""))),
         "unsteered": share_text(row.get("unsteered")),
         "steered": share_text(row.get("steered")),
-        "p_value": "-" if p_value is None else f"{p_value:.2g}",
+        "p_value": "-" if p_value is None else plain(f"{p_value:.2g}" if is_number(p_value) else str(p_value)),
     }

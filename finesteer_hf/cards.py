@@ -8,41 +8,37 @@ the adapter, and a value that somebody changed stays.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import warnings
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined
 
-from finesteer_hf.card_facts import adapter_facts, base_name, is_hub_id
+from finesteer_hf.base_models import is_hub_id
+from finesteer_hf.card_facts import adapter_facts, base_name, figures_of, is_estimate, plain
+from finesteer_hf.readme import CARD_NAME, Readme, ReadmeError, Section, merge_metadata, put_section
+from finesteer_hf.staging import replacing
 
 
 if TYPE_CHECKING:
     from finesteer_hf.adapter import SteeringAdapter
 
 
-CARD_NAME = "README.md"
 TEMPLATE_NAME = "adapter_card.md"
 PLACEHOLDER = "this-folder-or-its-repo"
 DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
 PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
 _START = "<!-- finesteer_hf:start"
 _END = "<!-- finesteer_hf:end -->"
-_SECTION = re.compile(rf"{re.escape(_START)}(?P<written>.*?)-->.*?{re.escape(_END)}", re.DOTALL)
 _LISTING_START = "<!-- finesteer_hf:adapters:start -->"
 _LISTING_END = "<!-- finesteer_hf:adapters:end -->"
 _LISTING_HEAD = ("## Steering adapters in this repo", "", "| folder | method | base model |", "|---|---|---|")
-_LISTING = re.compile(
-    rf"{re.escape(_LISTING_START)}.*?\|---\|---\|---\|\n(?P<rows>.*?)\n?{re.escape(_LISTING_END)}", re.DOTALL
-)
+# What makes a line a heading, a quote, a fence or a list.
+_BLOCK_START = re.compile(r"[#>=~]|[-+*](?=\s)")
 
 
 def write_card(
@@ -58,37 +54,40 @@ def write_card(
         subfolder: folder of that repo which holds the adapter, for the example.
 
     Returns:
-        Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
+        Path of the README. One that cannot be merged is left as it is, with a warning.
     """
     directory = Path(directory)
-    path = directory / CARD_NAME
+    for name, content in render_card(adapter, directory, repo_id, subfolder).items():
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            with replacing(directory / name) as path:
+                path.write_bytes(content)
+    return directory / CARD_NAME
+
+
+def render_card(
+    adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
+) -> dict[str, bytes | None]:
+    """The files of a card by name, as `write_card` writes them; None for a plot that the card no longer shows.
+
+    Nothing is written. Empty where the README that is there cannot be merged, with a warning.
+    """
     plots = draw_plots(adapter)
     body = render_section(adapter, repo_id or PLACEHOLDER, subfolder, plots)
+    path = directory / CARD_NAME
     try:
-        text = merge_card(_read(path), body, card_metadata(adapter))
-    except (yaml.YAMLError, ValueError) as error:
-        warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
-        return path
-    for name in PLOT_NAMES:
-        if name in plots:
-            _replace(directory / name, plots[name].png)
-        else:
-            # One of an adapter that was saved here before, and that the card no longer shows.
-            (directory / name).unlink(missing_ok=True)
-    _replace(path, text.encode("utf-8"))
-    return path
+        text = merge_card(Readme.read(path), body, card_metadata(adapter))
+    except ReadmeError as error:
+        warn_unmerged(path, error)
+        return {}
+    pictures = {name: plots[name].png if name in plots else None for name in PLOT_NAMES}
+    return {CARD_NAME: text.encode("utf-8"), **pictures}
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in place once it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".card-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def warn_unmerged(path: Path, error: ReadmeError) -> None:
+    """Say that a README cannot be merged and stays what it is."""
+    warnings.warn(f"{path} cannot be merged and was left as it is: {error}.", stacklevel=3)
 
 
 def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
     config = adapter.config
     base = config.base_model_name_or_path
     on_hub = base is not None and is_hub_id(base)
-    results = eval_results(config.fit.get("evaluation", []))
+    results = eval_results(figures_of(adapter, "evaluation", list))
     data = ModelCardData(
         library_name="finesteer_hf",
         base_model=base if on_hub else None,
@@ -110,19 +109,20 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
     return data
 
 
-def eval_results(rows: list[dict[str, Any]]) -> list[EvalResult]:
+def eval_results(rows: list[Any]) -> list[EvalResult]:
     """The steered figures of an evaluation, as the Hub's metadata wants them."""
+    known = [row for row in rows if isinstance(row, dict) and is_estimate(row.get("steered"))]
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=_slug(row["dataset"]),
-            dataset_name=row["dataset"],
-            metric_type=_slug(row["metric"]),
-            metric_name=row["metric"],
+            dataset_type=_slug(str(row.get("dataset"))),
+            dataset_name=plain(str(row.get("dataset"))),
+            metric_type=_slug(str(row.get("metric"))),
+            metric_name=plain(str(row.get("metric"))),
             metric_value=round(row["steered"]["value"], 4),
         )
-        for row in rows
-        if row.get("steered") and row["steered"]["value"] is not None
+        for row in known
+        if row["steered"]["value"] is not None
     ]
 
 
@@ -141,26 +141,43 @@ class CardPlot:
 
 def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
     """Plots of what the fit kept: the dose-response curve, the gate's scores; by file name."""
-    report = adapter.config.fit.get("report", {})
-    if not any(report.get(name) for name in ("dose_response", "gate_scores")):
-        return {}
-    from finesteer_hf.evaluation.plots import plot_dose_response, plot_gate_scores, png
+    report = figures_of(adapter, "report", dict)
+    plots = {}
+    for name, key, draw in ((DOSE_PLOT, "dose_response", _draw_dose), (GATE_PLOT, "gate_scores", _draw_gate)):
+        if not report.get(key):
+            continue
+        try:
+            plot = draw(name, report, adapter)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            warnings.warn(
+                f"The card has no {name}: `fit.report.{key}` holds no figures of a fit ({error}).", stacklevel=2
+            )
+            continue
+        if plot is not None:
+            plots[name] = plot
+    return plots
+
+
+def _draw_dose(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot:
+    from finesteer_hf.evaluation.plots import plot_dose_response, png
     from finesteer_hf.methods.base import DosePoint
 
-    plots = {}
-    curve = report.get("dose_response")
-    if curve:
-        points = [DosePoint.from_report(point) for point in curve]
-        leads = (report.get("objective") or {}).get("criterion", "sayable")
-        figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
-        caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
-        plots[DOSE_PLOT] = CardPlot(DOSE_PLOT, png(figure, dpi=110), caption)
-    scores = report.get("gate_scores")
-    if scores and (scores["ir"] or scores["general"]):
-        figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
-        caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
-        plots[GATE_PLOT] = CardPlot(GATE_PLOT, png(figure, dpi=110), caption)
-    return plots
+    points = [DosePoint.from_report(point) for point in report["dose_response"]]
+    leads = (report.get("objective") or {}).get("criterion", "sayable")
+    figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
+    caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
+    return CardPlot(name, png(figure, dpi=110), caption)
+
+
+def _draw_gate(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot | None:
+    from finesteer_hf.evaluation.plots import plot_gate_scores, png
+
+    scores = report["gate_scores"]
+    if not scores["ir"] and not scores["general"]:
+        return None
+    figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
+    caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
+    return CardPlot(name, png(figure, dpi=110), caption)
 
 
 def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:
@@ -168,11 +185,13 @@ def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, p
     base = adapter.config.base_model_name_or_path
     name = base_name(adapter)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = escape_markdown
     return environment.from_string(template_text(TEMPLATE_NAME)).render(
         method=adapter.config.steering_type,
         base=name or "the-base-model",
-        base_link=f"[`{base}`](https://huggingface.co/{base})" if base and is_hub_id(base) else f"`{name}`",
+        base_link=f"[`{base}`](https://huggingface.co/{base})"
+        if base and is_hub_id(base)
+        else code(name or "a model"),
         repo=repo,
         subfolder=subfolder,
         facts=adapter_facts(adapter),
@@ -180,29 +199,44 @@ def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, p
     )
 
 
-def _cell(text: str) -> str:
-    """A text inside a Markdown table: on one line, and neither a column's end nor HTML."""
-    line = " ".join(text.split())
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+def escape_markdown(text: str) -> str:
+    """A value as Markdown that shows it and does nothing else: on one line, no HTML, no link, no image, no block.
+
+    Every value that goes into a card goes through this; `[13.3, 28.9]` alone is no link and stays readable.
+    """
+    line = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("|", "\\|")
+    for mark in "([:":
+        line = line.replace(f"]{mark}", f"]&#{ord(mark)};")
+    return f"\\{line}" if _BLOCK_START.match(line) else line
 
 
-def merge_card(existing: str, body: str, metadata: dict[str, Any]) -> str:
-    """Put our section and metadata into a README's text.
+def code(text: str) -> str:
+    """A value as a code span, without what would end the span or the cell, or be HTML outside of it."""
+    return f"`{re.sub(r'[`<>|]', '_', plain(text)) or '_'}`"
+
+
+def merge_card(readme: Readme, body: str, metadata: dict[str, Any]) -> str:
+    """Put our section and metadata into a README; gives its new text.
 
     Args:
-        existing: the README's text, empty if there is none.
+        readme: what is there.
         body: our section, without markers.
         metadata: our YAML metadata.
-
-    Raises:
-        ValueError: if the existing metadata block is no mapping.
-        yaml.YAMLError: if it cannot be parsed.
     """
-    readme = _Readme.parse(existing)
-    section = _SECTION.search(readme.text)
-    merged = _merge_metadata(readme.metadata, metadata, _written_before(section))
-    ours = f"{_START} {json.dumps(metadata, sort_keys=True)} -->\n{body.strip()}\n{_END}"
-    return readme.write(merged, _put(readme.text, section, ours))
+    section = Section.find(readme.text, _START, _END)
+    merged = merge_metadata(readme.metadata, metadata, _written_before(section))
+    # A comment ends with the first `-->`, whoever wrote it.
+    written = json.dumps(metadata, sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    ours = f"{_START} {written} -->\n{body.strip()}\n{_END}"
+    return readme.write(merged, put_section(readme.text, section, ours))
+
+
+def _written_before(section: Section | None) -> dict[str, Any]:
+    try:
+        written = json.loads(section.header) if section is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+    return written if isinstance(written, dict) else {}
 
 
 def merge_repo_card(adapter: SteeringAdapter, folder: Path, subfolder: str) -> Path:
@@ -214,101 +248,29 @@ def merge_repo_card(adapter: SteeringAdapter, folder: Path, subfolder: str) -> P
         subfolder: where in the repo the adapter is.
 
     Returns:
-        Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
+        Path of the README. One that cannot be merged is left as it is, with a warning.
     """
     path = Path(folder) / CARD_NAME
-    existing = _read(path)
     metadata = {name: value for name, value in card_metadata(adapter).items() if name != "model-index"}
     try:
-        readme = _Readme.parse(existing)
-    except (yaml.YAMLError, ValueError) as error:
-        warnings.warn(f"{path} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
+        readme = Readme.read(path)
+    except ReadmeError as error:
+        warn_unmerged(path, error)
         return path
-    section = _LISTING.search(readme.text)
-    ours = f"| [`{subfolder}`](./{subfolder}/{CARD_NAME}) |"
-    rows = [line for line in section["rows"].splitlines() if line.strip()] if section else []
-    rows = [row for row in rows if not row.startswith(ours)]
-    rows.append(f"{ours} {adapter.config.steering_type} | `{base_name(adapter) or 'not recorded'}` |")
+    section = Section.find(readme.text, _LISTING_START, _LISTING_END)
+    ours = f"| [{code(subfolder)}](./{subfolder}/{CARD_NAME}) |"
+    lines = section.body.splitlines() if section else []
+    rows = lines[lines.index(_LISTING_HEAD[-1]) + 1 :] if _LISTING_HEAD[-1] in lines else []
+    rows = [row for row in rows if row.strip() and not row.startswith(ours)]
+    rows.append(f"{ours} {adapter.config.steering_type} | {code(base_name(adapter) or 'not recorded')} |")
     listing = "\n".join([_LISTING_START, *_LISTING_HEAD, *sorted(rows), _LISTING_END])
-    merged = _merge_metadata(readme.metadata, metadata, {})
-    bases = [readme.metadata.get("base_model"), metadata.get("base_model")]
-    named = dict.fromkeys(name for base in bases if base for name in ([base] if isinstance(base, str) else base))
+    merged = merge_metadata(readme.metadata, metadata, {})
+    named = list(dict.fromkeys([*readme.texts("base_model"), *filter(None, [metadata.get("base_model")])]))
     if len(named) > 1:
-        merged["base_model"] = list(named)
-    _replace(path, readme.write(merged, _put(readme.text, section, listing)).encode("utf-8"))
+        merged["base_model"] = named
+    with replacing(path) as made:
+        made.write_bytes(readme.write(merged, put_section(readme.text, section, listing)).encode("utf-8"))
     return path
-
-
-@dataclass(frozen=True)
-class _Readme:
-    """A README in its two parts.
-
-    Attributes:
-        metadata: its YAML block, read.
-        block: the block as it was written, `---` lines included; empty if there is none.
-        text: what follows.
-        newline: the line ends that the file uses.
-    """
-
-    metadata: dict[str, Any]
-    block: str
-    text: str
-    newline: str
-
-    @classmethod
-    def parse(cls, raw: str) -> _Readme:
-        newline = "\r\n" if "\r\n" in raw else "\n"
-        raw = raw.replace("\r\n", "\n")
-        block = REGEX_YAML_BLOCK.search(raw)
-        if block is None:
-            return cls({}, "", raw, newline)
-        metadata = yaml.safe_load(block.group(2))
-        if metadata is not None and not isinstance(metadata, dict):
-            raise ValueError("it must be a mapping")
-        return cls(metadata or {}, block.group(0), raw[: block.start()] + raw[block.end() :], newline)
-
-    def write(self, metadata: dict[str, Any], text: str) -> str:
-        block = self.block
-        # Written anew only where it changes: a user's comments and order would be lost for nothing.
-        if not block or metadata != self.metadata:
-            block = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
-        return f"{block}{text if text.startswith(chr(10)) else chr(10) + text}".replace("\n", self.newline)
-
-
-def _read(path: Path) -> str:
-    """A README's text with the line ends that it has; empty if there is none."""
-    return path.read_bytes().decode("utf-8-sig") if path.exists() else ""
-
-
-def _put(text: str, section: re.Match[str] | None, ours: str) -> str:
-    """Put a section in the place of its former self, or at the end."""
-    if section is not None:
-        return text[: section.start()] + ours + text[section.end() :]
-    return f"{text.rstrip()}\n\n{ours}\n" if text.strip() else f"{ours}\n"
-
-
-def _written_before(section: re.Match[str] | None) -> dict[str, Any]:
-    if section is None:
-        return {}
-    try:
-        written = json.loads(section["written"])
-    except json.JSONDecodeError:
-        return {}
-    return written if isinstance(written, dict) else {}
-
-
-def _merge_metadata(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A user's value wins, unless it is the one that we wrote last time; tags are united."""
-    merged = {k: v for k, v in theirs.items() if k == "tags" or k not in before or before[k] != v or k in ours}
-    for key, value in ours.items():
-        if key == "tags":
-            present = theirs.get("tags") or []
-            present = [present] if isinstance(present, str) else list(present)
-            kept = [tag for tag in present if tag not in before.get("tags", [])]
-            merged["tags"] = list(dict.fromkeys([*kept, *value]))
-        elif key not in theirs or theirs[key] == before.get(key):
-            merged[key] = value
-    return merged
 
 
 def template_text(name: str) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.processors import QueryStates, SteeringProcessor
+from finesteer_hf.prompt_ends import leading_ignored
 from finesteer_hf.session import CallSession
 from finesteer_hf.sites import Site
 
@@ -35,6 +36,7 @@ class CompiledSteering:
         bound: whether a decode step is running, rather than a plain forward that decides for itself.
         mask: the plain forward's 2-D attention mask, or None.
         lengths: its `prompt_lengths`, or None.
+        labels: its `labels`, or None.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,7 @@ class CompiledSteering:
         self.bound = False
         self.mask: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
+        self.labels: torch.Tensor | None = None
         self.states: dict[Site, torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,6 +87,10 @@ class CompiledSteering:
                 return call(*args, **kwargs)
             finally:
                 self.bound = False
+
+    def note(self, lengths: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        """Take note of what says where the prompts of a plain forward end."""
+        self.lengths, self.labels = lengths, labels
 
     # -- inside the graph ---------------------------------------------------------------------------------------------
 
@@ -123,7 +130,13 @@ class CompiledSteering:
             real = self.mask[:, -tokens:].int()
             first = real.argmax(dim=1)
             last = tokens - 1 - real.flip(1).argmax(dim=1)
-        return last if self.lengths is None else first + self.lengths.to(hidden.device) - 1
+        if self.lengths is not None:
+            return first + self.lengths.to(hidden.device) - 1
+        if self.labels is None or self.labels.shape != hidden.shape[:2]:
+            return last
+        real = torch.ones_like(self.labels) if self.mask is None else self.mask[:, -tokens:]
+        lengths = leading_ignored(self.labels, real.bool())
+        return torch.where(lengths == 0, last, first + lengths - 1)
 
     def _delta(self, index: int, processor: SteeringProcessor, site: Site, hidden: torch.Tensor) -> torch.Tensor:
         missing = [read for read in processor.reads if read not in self.states]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_ar
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
 from finesteer_hf.json_files import read_json_object
 from finesteer_hf.processors import POSITIONS, Positions
-from finesteer_hf.tensor_files import replacing
+from finesteer_hf.staging import replacing
 
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ FORMAT_VERSION = 1
 ENTRY_POINT_GROUP = "finesteer_hf.methods"
 # A config is a page of settings and figures; anything larger is not one.
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+# Far above any model, and below what takes memory or time before the model is looked at.
+MOST_WIDTH = 1 << 20
+MOST_LAYERS = 10_000
+MOST_HEADS = 4096
 # Keys of the file that are no settings of the method.
 FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 
@@ -46,8 +50,10 @@ class SteeringConfig:
     """Fields that every steering adapter has.
 
     Attributes:
-        base_model_name_or_path: Hub id or path of the model that the adapter was fitted on.
+        base_model_name_or_path: what the adapter was fitted on: a Hub id, the id of a packaged model (`playground`), or
+            `local:` and the name of a folder.
         base_model_revision: commit of that model, if it is known.
+        base_model_fingerprint: hashes of its sizes and of a few weights; see `finesteer_hf.fingerprint`.
         base_model_type: its `config.model_type`.
         hidden_size: width of its residual stream.
         num_hidden_layers: number of its decoder blocks.
@@ -63,11 +69,20 @@ class SteeringConfig:
     steering_type: ClassVar[str] = ""
     understands: ClassVar[frozenset[str]] = frozenset()
 
-    base_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or path of the base model."})
+    base_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id of the base model.", "may_be_path": True}
+    )
     base_model_revision: str | None = field(default=None, metadata={"help": "Commit of the base model."})
+    base_model_fingerprint: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Hashes of the base model's sizes and of a few weights."}
+    )
     base_model_type: str | None = field(default=None, metadata={"help": "config.model_type of the base model."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of decoder blocks."})
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the residual stream.", "least": 1, "most": MOST_WIDTH}
+    )
+    num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "Number of decoder blocks.", "least": 1, "most": MOST_LAYERS}
+    )
     lora: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters active at fit."})
     positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
     strength: float | str = field(default=1.0, metadata={"help": "Lambda of the update."})
@@ -79,6 +94,7 @@ class SteeringConfig:
     allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.positions not in self.allowed_positions:
             raise ValueError(f"positions must be one of {list(self.allowed_positions)}, got {self.positions!r}.")
         if isinstance(self.strength, (int, float)) and not math.isfinite(self.strength):
@@ -151,15 +167,30 @@ class SteeringConfig:
             Path of the file.
         """
         path = Path(save_directory) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.to_dict()
-        if weights_sha256 is not None:
-            data["weights_sha256"] = weights_sha256
-        # NaN is no JSON: a config that cannot be read back by every JSON reader must fail here.
-        text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = self.to_json(weights_sha256)
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
+
+    def to_json(self, weights_sha256: str | None = None) -> str:
+        """The text of `steering_config.json`; argument as for `save_pretrained`.
+
+        Raises:
+            AdapterFileError: if a figure is something that no JSON file can say, such as NaN or an array.
+        """
+        data = self.to_dict()
+        if weights_sha256 is not None:
+            data["weights_sha256"] = weights_sha256
+        try:
+            text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            _check_json(data)
+        except (TypeError, ValueError, RecursionError) as error:
+            odd = [name for name, value in data.items() if not _is_json(value)]
+            raise AdapterFileError(
+                f"{odd} of the {self.steering_type} config cannot be written as JSON ({error}). Use texts, finite numbers, "
+                "lists and dicts with texts as keys."
+            ) from error
+        return text
 
     @classmethod
     def from_pretrained(cls: type[ConfigT], name_or_path: str | Path, **hub_kwargs: Any) -> ConfigT:
@@ -171,7 +202,7 @@ class SteeringConfig:
         """
         from finesteer_hf.hub import resolve_adapter_files
 
-        return cls.from_json_file(resolve_adapter_files(name_or_path, weights=False, **hub_kwargs).config)
+        return cls.from_json_file(resolve_adapter_files(name_or_path, **hub_kwargs).config)
 
     @classmethod
     def from_json_file(cls: type[ConfigT], path: str | Path) -> ConfigT:
@@ -181,6 +212,33 @@ class SteeringConfig:
             AdapterFileError: if it is too large, no JSON, or no config.
         """
         return cls.from_dict(read_config_file(path))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        _check_json(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_json(value: Any) -> None:
+    # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+    json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode("utf-8")
+
+
+def check_bounds(config: SteeringConfig) -> None:
+    """Hold a config's numbers to the `least` and `most` of their fields' metadata; of a list, each of its numbers.
+
+    Raises:
+        ValueError: naming the field, its bounds and its value.
+    """
+    for entry in dataclasses.fields(config):
+        least, most = entry.metadata.get("least", -math.inf), entry.metadata.get("most", math.inf)
+        value = getattr(config, entry.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not least <= number <= most:
+                raise ValueError(f"{entry.name} must be from {least} to {most}, got {reprlib.repr(number)}.")
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

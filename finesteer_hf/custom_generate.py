@@ -65,8 +65,13 @@ def write_custom_generate(directory: str | Path, repo: str | None) -> Path:
     """
     path = Path(directory) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_TEMPLATE.substitute(repo=repr(repo)), encoding="utf-8")
+    path.write_bytes(generate_code(repo))
     return path
+
+
+def generate_code(repo: str | None) -> bytes:
+    """Content of `custom_generate/generate.py`; argument as for `write_custom_generate`."""
+    return _TEMPLATE.substitute(repo=repr(repo)).encode()
 
 
 def generate_steered(model: Any, adapter: str | None, *, revision: str | None = None, **kwargs: Any) -> Any:

@@ -72,3 +72,7 @@ class PushConflictError(PushError):
 
 class BlockElsewhereWarning(UserWarning):
     """A call steers with what is set on the model while a `with model.steering(...)` block is open in another thread."""
+
+
+class PromptEndWarning(UserWarning):
+    """A plain forward whose steering depends on where the prompt ends, which nothing says."""

@@ -10,16 +10,17 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from finesteer_hf.arguments import as_lengths, as_scale, check_rows
+from finesteer_hf.arguments import as_scale
 from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
 from finesteer_hf.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
 from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
-from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
+from finesteer_hf.prompt_ends import PROMPT_ENDS, told
+from finesteer_hf.runtime import SteeringRuntime
 from finesteer_hf.session import CallSession, current_session
-from finesteer_hf.streams import Prompt, cache_length, forward_inputs
+from finesteer_hf.streams import Prompt, cache_length
 
 
 class _Unset:
@@ -204,31 +205,30 @@ class SteeredGeneration:
         Args:
             *args: as for the model's `forward`.
             prompt_lengths: `[rows]` numbers of real prompt tokens, if the rows hold prompt and answer: the query is
-                then token `prompt_lengths - 1` of the row's real tokens instead of the last one.
+                then token `prompt_lengths - 1` of the row's real tokens instead of the last one. Without it, `labels`
+                say the same where they begin with -100, as trainers' do.
             **kwargs: as for the model's `forward`.
+
+        Warns:
+            UserWarning: once, if the steering depends on the prompt's end and neither says where it is.
         """
+        labels = kwargs.get("labels")
         if torch.compiler.is_compiling():
-            self._steering.compiled.lengths = prompt_lengths
+            self._steering.compiled.note(prompt_lengths, labels)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if prompt_lengths is not None:
-            prompt_lengths = as_lengths(prompt_lengths)
-        token = PROMPT_LENGTHS.set(prompt_lengths)
-        try:
+        with told(prompt_lengths, labels):
             if not forward_is_compiled(self):  # type: ignore[arg-type]
                 return super().__call__(*args, **kwargs)  # type: ignore[misc]
-            return self._call_compiled(super().__call__, prompt_lengths, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            PROMPT_LENGTHS.reset(token)
+            return self._call_compiled(super().__call__, *args, **kwargs)  # type: ignore[misc]
 
-    def _call_compiled(self, call: Any, prompt_lengths: Any, *args: Any, **kwargs: Any) -> Any:
+    def _call_compiled(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         runtime, session = self._steering, current_session(self._steering)
         if session is None:
-            if prompt_lengths is not None:
-                check_rows("prompt_lengths", len(prompt_lengths), int(forward_inputs(args, kwargs).shape[0]))
             runtime.warn_of_blocks_elsewhere()
+            runtime.check_prompt_ends(args, kwargs)
             with runtime.compiled.lock:
                 runtime.sync_compiled()
-                runtime.compiled.lengths = prompt_lengths
+                runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
                 return call(*args, **kwargs)
         if session.can_decode_compiled:
             return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)

@@ -10,6 +10,10 @@ from typing import Any
 from finesteer_hf.errors import AdapterFileError
 
 
+# An empty list takes thirty times the memory of its two characters.
+MOST_BRACKETS = 200_000
+
+
 def read_json_object(path: str | Path, most_bytes: int) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
@@ -27,6 +31,8 @@ def read_json_object(path: str | Path, most_bytes: int) -> dict[str, Any]:
         raise AdapterFileError(f"{path.name} has {size} bytes; at most {most_bytes} are read.")
     try:
         text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > MOST_BRACKETS:
+            raise ValueError(f"it has more than {MOST_BRACKETS} lists and objects")
         data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
         # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
         json.dumps(data, ensure_ascii=False).encode("utf-8")

@@ -5,22 +5,30 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
+import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
-from finesteer_hf.arguments import as_lengths, as_number
+from finesteer_hf.adapter import LoadReport, SteeringAdapter, check_sizes, warn_about
+from finesteer_hf.arguments import as_number
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.generation import OF_GENERATE, SteeredGeneration
 from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
-from finesteer_hf.runtime import PROMPT_LENGTHS, SteeringRuntime
+from finesteer_hf.prompt_ends import PROMPT_ENDS, noting, told, without_noting
+from finesteer_hf.runtime import SteeringRuntime
 from finesteer_hf.session import end_interrupted_forward
 from finesteer_hf.status import SteeringStatus, steering_status
+
+
+# A name that is one part of a path on every system.
+_FOLDER_NAME = re.compile(r"[\w.+@ -]+")
 
 
 class SteeringMixin(SteeredGeneration):
@@ -63,7 +71,13 @@ class SteeringMixin(SteeredGeneration):
             AdapterFileError: if its files are damaged.
         """
         if not isinstance(steering, SteeringAdapter):
-            steering = SteeringAdapter.from_pretrained(steering, revision=revision, strict=strict, **hub_kwargs)
+            steering = SteeringAdapter.from_pretrained(
+                steering,
+                revision=revision,
+                strict=strict,
+                accept=lambda config: check_sizes(config, self, self._steering.tower),  # type: ignore[arg-type]
+                **hub_kwargs,
+            )
         elif revision is not None or hub_kwargs:
             raise ValueError(
                 f"{sorted({'revision', *hub_kwargs})} apply to a repo or folder, not to a SteeringAdapter object."
@@ -142,6 +156,8 @@ class SteeringMixin(SteeredGeneration):
                 "Switch steering off with `model.set_steering(None)`, or steer after sharding."
             )
         self._steering.remove_hooks()
+        if "forward" in self.__dict__:
+            self.__dict__["forward"] = without_noting(self.__dict__["forward"])
         del self.__dict__["_steering"]
         self.__class__ = self._steering_base_class  # type: ignore[assignment]
         return self
@@ -160,19 +176,28 @@ class SteeringMixin(SteeredGeneration):
         """What is loaded, what is active, and where it reads and writes."""
         return steering_status(self._steering)
 
-    def save_steering(self, save_directory: str, adapter_name: str | None = None) -> None:
+    def save_steering(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
         """Save loaded adapters as PEFT does: `default` into the folder itself, any other into a folder of its name.
 
         Args:
             save_directory: the folder.
             adapter_name: the adapter to save, into the folder itself; None for all.
+
+        Raises:
+            ValueError: if an adapter's name cannot be that of a folder inside; nothing is written then.
         """
         if adapter_name is not None:
             self._steering.get(adapter_name).adapter.save_pretrained(save_directory)
             return
-        for name, loaded in self._steering.adapters.items():
-            folder = save_directory if name == "default" else f"{save_directory}/{name}"
-            loaded.adapter.save_pretrained(folder)
+        adapters = self.steering_adapters
+        for name in adapters:
+            if not _FOLDER_NAME.fullmatch(name) or not name.strip(". "):
+                raise ValueError(
+                    f"{name!r} cannot be the name of a folder in {save_directory}. Save it by itself: "
+                    f"save_steering(folder, {name!r})."
+                )
+        for name, adapter in adapters.items():
+            adapter.save_pretrained(save_directory if name == "default" else Path(save_directory) / name)
 
     def push_steering_to_hub(self, repo_id: str, adapter_name: str | None = None, **kwargs: Any) -> Any:
         """Upload an adapter; arguments as for `SteeringAdapter.push_to_hub`.
@@ -187,6 +212,13 @@ class SteeringMixin(SteeredGeneration):
                 raise ValueError(f"Name the adapter to push; loaded: {sorted(self._steering.adapters)}.")
             adapter_name = next(iter(self._steering.adapters))
         return self._steering.get(adapter_name).adapter.push_to_hub(repo_id, **kwargs)
+
+    # -- a forward of another's ---------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
+            value = noting(value)
+        super().__setattr__(name, value)
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
@@ -222,6 +254,9 @@ def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _forward_of(base_class: type[PreTrainedModel]) -> Any:
+    parameters = list(inspect.signature(base_class.forward).parameters)[1:]
+    labels_place = parameters.index("labels") if "labels" in parameters else len(parameters)
+
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
@@ -231,17 +266,21 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "
                 "`model.steering_with(processors)` or `model.set_steering(...)`."
             )
-        if prompt_lengths is None and torch.compiler.is_compiling():
+        labels = kwargs.get("labels", args[labels_place] if labels_place < len(args) else None)
+        said = prompt_lengths is not None or labels is not None
+        if torch.compiler.is_compiling():
+            if said:
+                # What the call has noted stays.
+                compiled = self._steering.compiled
+                compiled.note(compiled.lengths if prompt_lengths is None else prompt_lengths, labels)
             return steer_forward(base_class.forward, self, args, kwargs)
-        token = None if prompt_lengths is None else PROMPT_LENGTHS.set(as_lengths(prompt_lengths))
+        lengths = PROMPT_ENDS.get().lengths if prompt_lengths is None else prompt_lengths
         try:
-            return steer_forward(base_class.forward, self, args, kwargs)
+            with told(lengths, labels) if said else contextlib.nullcontext():
+                return steer_forward(base_class.forward, self, args, kwargs)
         except BaseException:
             end_interrupted_forward(self._steering)
             raise
-        finally:
-            if token is not None:
-                PROMPT_LENGTHS.reset(token)
 
     # `generate` asks for it several times a call; given here, it is not put together anew each time.
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
@@ -263,6 +302,8 @@ def steer(model: PreTrainedModel) -> None:
     runtime = SteeringRuntime(model)
     model.__class__ = steered_class(type(model))
     model.__dict__["_steering"] = runtime
+    if "forward" in model.__dict__:
+        model.forward = model.__dict__["forward"]
 
 
 __all__ = ["SteeringMixin", "steer", "steered_class"]

@@ -121,6 +121,11 @@ class Plan:
         return max((entry.processor.lookback for entry in self.entries), default=0)
 
     @cached_property
+    def depends_on_query(self) -> bool:
+        """Whether what an entry does to a text depends on where its prompt ends."""
+        return any(entry.processor.depends_on_query for entry in self.entries)
+
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
         """All sites of the plan, in forward order."""
         return tuple(sorted({site for entry in self.entries for site in entry.processor.sites}))

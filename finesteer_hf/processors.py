@@ -198,6 +198,11 @@ class SteeringProcessor:
         )
 
     @property
+    def depends_on_query(self) -> bool:
+        """Whether what is done to a text depends on where its prompt ends."""
+        return bool(self.reads) or self.positions != "all" or self.lookback > 0 or self.acts_on_logits
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """All sites that need a hook, in the order in which a forward passes them."""
         return tuple(sorted({*self.reads, *self.writes, *self.maps}))

@@ -17,18 +17,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.adapter import SteeringAdapter, check_heads
 from finesteer_hf.arguments import Scale, check_rows
 from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
-from finesteer_hf.errors import AdapterNotFoundError, BlockElsewhereWarning, UnsupportedModelError
+from finesteer_hf.errors import (
+    AdapterNotFoundError,
+    BlockElsewhereWarning,
+    PromptEndWarning,
+    UnsupportedModelError,
+)
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
 from finesteer_hf.plan import Plan, PlanEntry, Selection
 from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.prompt_ends import PROMPT_ENDS, PromptEnds, prompt_lengths_of
 from finesteer_hf.session import CallSession, current_session
 from finesteer_hf.sites import Site, TextTower
-from finesteer_hf.streams import Prompt, cache_length, forward_cache, forward_inputs
+from finesteer_hf.streams import Prompt, cache_length, forward_cache, forward_inputs, packs_texts, shares_a_row
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,6 @@ class BlockSteering:
 
 
 _BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", default=None)
-# Number of real prompt tokens of each row, for the plain forward that is about to run in this thread.
-PROMPT_LENGTHS: ContextVar[torch.Tensor | None] = ContextVar("finesteer_hf_prompt_lengths", default=None)
 
 
 # For what a fork leaves locked.
@@ -104,6 +108,7 @@ class SteeringRuntime:
         self.open_blocks: list[BlockSteering] = []
         self.lock = threading.RLock()
         _RUNTIMES.add(self)
+        self.told_of_prompt_ends = False
         # The plan of the last call, with the entries that it was asked for: other adapters, another processor under
         # their name or another scale are other entries, and lay out a new one.
         self._last_plan: tuple[tuple[PlanEntry, ...], Plan] | None = None
@@ -147,6 +152,7 @@ class SteeringRuntime:
         processor = adapter.build()
         for site in processor.sites:
             self.tower.check(site)
+        check_heads(adapter, processor, self.tower)
         with self.lock:
             old = self.adapters.get(name)
             self.hook(processor.sites)
@@ -347,36 +353,66 @@ class SteeringRuntime:
         A forward that continues the cache of an earlier plain forward keeps that one's decisions, so that a hand-written
         decoding loop steers as `generate` does; with `prompt_lengths` it decides anew.
         """
-        lengths = PROMPT_LENGTHS.get()
+        ends = PROMPT_ENDS.get()
         self.warn_of_blocks_elsewhere()
         selection, processors = self.active()
         if not selection and not processors:
             return None
         self.follow_modules()
-        if "cu_seq_lens_q" in kwargs and "block_table" in kwargs:
-            raise UnsupportedModelError(
-                "Steering is active, but continuous batching packs requests into one row, where queries cannot be told "
-                "apart. Use `generate`, or switch steering off with `model.set_steering(None)`."
-            )
         plan = self.plan(selection, processors, 1.0)
+        if shares_a_row(kwargs) or (plan.depends_on_query and packs_texts(kwargs)):
+            raise UnsupportedModelError(
+                "Steering is active, but a row of this forward holds several texts (continuous batching, packing, "
+                "padding-free training), whose queries cannot be told apart. Use `generate`, or pad instead of packing, or "
+                "switch steering off with `model.set_steering(None)`."
+            )
         cache = forward_cache(kwargs)
-        if cache is not None and lengths is None:
+        if cache is not None and ends.lengths is None:
             earlier = self._plain.get(cache)
             if earlier is not None and earlier.plan == plan:
                 earlier.streams[0].cache = cache
                 return earlier
         if not plan:
             return None
-        prompt = None
+        return CallSession(self, plan, self._plain_prompt(plan, ends, args, kwargs))
+
+    def _plain_prompt(
+        self, plan: Plan, ends: PromptEnds, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Prompt | None:
+        """The prompts of a plain forward; None where nothing says that they end before its last token."""
+        lengths = ends.lengths
+        if lengths is None and not plan.depends_on_query:
+            return None
+        inputs, cache, mask = forward_inputs(args, kwargs), forward_cache(kwargs), kwargs.get("attention_mask")
+        past = 0 if cache is None else cache_length(cache)
+        rows, tokens = int(inputs.shape[0]), int(inputs.shape[1])
+        mask = mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         if lengths is not None:
-            inputs = forward_inputs(args, kwargs)
-            check_rows("prompt_lengths", len(lengths), int(inputs.shape[0]))
-            past = 0 if cache is None else cache_length(cache)
-            mask = kwargs.get("attention_mask")
-            end = past + int(inputs.shape[1])
-            two_axes = isinstance(mask, torch.Tensor) and mask.ndim == 2
-            prompt = Prompt(end, mask.bool() if two_axes else None, lengths)  # type: ignore[union-attr]
-        return CallSession(self, plan, prompt)
+            check_rows("prompt_lengths", len(lengths), rows)
+        else:
+            lengths, all_known = prompt_lengths_of(ends.labels, (rows, tokens), mask, past)
+            if not all_known and tokens > 1:
+                self._tell_of_prompt_ends()
+        return None if lengths is None else Prompt(past + tokens, mask, lengths)
+
+    def check_prompt_ends(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn of a compiled plain forward, which finds its queries inside the graph, as of any other."""
+        plan = self.plan(*self.active(), 1.0)
+        if plan:
+            self._plain_prompt(plan, PROMPT_ENDS.get(), args, kwargs)
+
+    def _tell_of_prompt_ends(self) -> None:
+        if self.told_of_prompt_ends:
+            return
+        self.told_of_prompt_ends = True
+        warnings.warn(
+            "Steering depends on where the prompt ends, and this forward does not say: the last token of each row is taken "
+            "for the query. If a row holds prompt and answer, give `prompt_lengths` (numbers of real prompt tokens) or "
+            "`labels` that begin with -100; if it holds a prompt alone, `prompt_lengths=attention_mask.sum(1)`. lm-eval "
+            "steers rightly through its model `finesteer`. This is said once a model.",
+            PromptEndWarning,
+            stacklevel=2,
+        )
 
     def end_plain_session(self, session: CallSession, output: Any) -> None:
         """Remember a plain forward's decisions with the cache that it filled."""

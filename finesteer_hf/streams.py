@@ -105,6 +105,21 @@ def holds_states(cache: Any) -> bool:
         return False
 
 
+def shares_a_row(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a decoder was called by continuous batching, which puts requests into one row."""
+    return "cu_seq_lens_q" in kwargs and "block_table" in kwargs
+
+
+def packs_texts(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a row of a decoder's inputs holds several texts one after another, as padding-free training packs them."""
+    limits, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if isinstance(limits, torch.Tensor):
+        return limits.numel() > 2
+    if kwargs.get("attention_mask") is not None or not isinstance(positions, torch.Tensor) or positions.ndim != 2:
+        return False
+    return bool((positions.diff(dim=1) < 0).any())
+
+
 def in_lockstep() -> bool:
     """Whether other processes may wait for this one's forwards."""
     dist = torch.distributed

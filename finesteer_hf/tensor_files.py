@@ -1,13 +1,13 @@
-"""Tensors in safetensors files: written at once or not at all, and checked before any is read into memory."""
+"""Tensors in safetensors files, checked before any is read into memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +18,52 @@ from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.json_files import unique_keys
 
 
-Shape = tuple[int | None, ...]
+@dataclass(frozen=True)
+class Free:
+    """An axis whose size the config does not say; axes of one name have one size.
+
+    Attributes:
+        name: of the axis.
+        most: its largest size.
+    """
+
+    name: str
+    most: int = 1 << 20
+
+    def __repr__(self) -> str:
+        return f"{self.name} (1 to {self.most})"
+
+
+#: Size of the outputs of one attention head, and of all heads of a block together; the model's own at the steered block.
+HEAD_SIZE = Free("head_size", 1 << 14)
+HEAD_WIDTH = Free("head_width", 1 << 20)
+
+Axis = int | Free | None
+Shape = tuple[Axis, ...]
+
+
+class Indices(tuple[Axis, ...]):
+    """The shape of a tensor of int64 indices; a plain tuple is one of float32."""
+
+
+def dtype_of(shape: Shape) -> str:
+    """The dtype that a shape stands for, as safetensors names it."""
+    return "I64" if isinstance(shape, Indices) else "F32"
+
+
+def most_bytes(shapes: Mapping[str, Shape]) -> int:
+    """Size of the largest file that holds tensors of these shapes."""
+    total = MAX_HEADER_BYTES
+    for shape in shapes.values():
+        free = Free("any")
+        sizes = [axis if isinstance(axis, int) else (axis or free).most for axis in shape]
+        total += math.prod(sizes) * (8 if isinstance(shape, Indices) else 4)
+    return total
+
 
 # The header names each tensor once: 100 bytes or so for each. Adapters have tens of them.
 MAX_HEADER_BYTES = 4 * 1024 * 1024
+SHA256 = re.compile(r"[0-9a-f]{64}")
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
@@ -32,7 +74,7 @@ def read_tensors(
 
     Args:
         path: the file.
-        shapes: name and shape of each tensor that is called for; None for an axis of any size.
+        shapes: name and shape of each tensor that is called for.
         strict: whether other tensors are an error.
         sha256: hash that the file must have, if it is known.
 
@@ -75,12 +117,27 @@ def check_layout(
             f"{sorted(shapes)[:50]}."
         )
     for name, (dtype, _) in found.items():
-        if dtype not in DTYPES:
-            raise AdapterFileError(f"Tensor {name!r} has dtype {dtype}; adapters hold {' or '.join(DTYPES)}.")
+        if dtype not in DTYPES or (name in shapes and dtype != dtype_of(shapes[name])):
+            wanted = dtype_of(shapes[name]) if name in shapes else " or ".join(DTYPES)
+            raise AdapterFileError(f"Tensor {name!r} has dtype {dtype}; the config calls for {wanted}.")
+    sizes: dict[str, int] = {}
     for name, want in shapes.items():
         shape = found[name][1]
-        if len(shape) != len(want) or any(w is not None and w != s for w, s in zip(want, shape, strict=True)):
-            raise AdapterFileError(f"Tensor {name!r} has shape {shape}, the config calls for {want} (None is free).")
+        fits = len(shape) == len(want) and all(_fits(w, s, sizes) for w, s in zip(want, shape, strict=True))
+        if not fits:
+            raise AdapterFileError(
+                f"Tensor {name!r} has shape {shape}, the config calls for {want}"
+                + (f", where others of the adapter have {sizes}." if sizes else ".")
+            )
+
+
+def _fits(want: Axis, size: int, sizes: dict[str, int]) -> bool:
+    """Whether an axis has its size; a free one that was not met yet takes the one that it has."""
+    if isinstance(want, int):
+        return size == want
+    if want is None:
+        return 1 <= size <= Free("any").most
+    return 1 <= size <= want.most and sizes.setdefault(want.name, size) == size
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -114,25 +171,14 @@ def check_header(path: Path) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write a safetensors file; returns its SHA-256, which is the same for the same tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        # One entry of metadata: of several, the order in the file is another each time, and so would be its hash.
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        return sha256_of(temporary)
+    # One entry of metadata: of several, the order in the file is another each time, and so would be its hash.
+    save_file(contiguous, path, metadata={"format": "pt"})
+    return sha256_of(Path(path))
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Write to a temporary file beside a path and move it there at the end, so that a full disk leaves no half file."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".steering-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def hashed_name(sha256: str) -> str:
+    """What the tensors' file is called while a save is under way that ends with `steering_model.safetensors`."""
+    return f"steering_model-{sha256}.safetensors"
 
 
 def sha256_of(path: Path) -> str:

@@ -42,12 +42,14 @@ def token_log_probs(
         lengths = torch.tensor([len(answer_ids[row]) for row in rows])
         ids, mask = pad_right([[*prompt_ids[row], *answer_ids[row]] for row in rows])
         logits = forward_logits(model, ids.to(device), mask.to(device), starts.to(device))
-        # Only the logits that predict an answer token are brought to float32: [rows, tokens, vocabulary] is large.
+        # Only the logits that predict an answer token are brought to float32 (float64 stays): [rows, tokens, vocabulary]
+        # is large.
         place = torch.arange(ids.shape[1] - 1)
         predicts = (place >= starts[:, None] - 1) & (place < (starts + lengths)[:, None] - 1)
         chosen = ids[:, 1:][predicts].to(logits.device)
+        precision = torch.promote_types(logits.dtype, torch.float32)
         log_probs = -nn.functional.cross_entropy(
-            logits[:, :-1][predicts.to(logits.device)].float(), chosen, reduction="none"
+            logits[:, :-1][predicts.to(logits.device)].to(precision), chosen, reduction="none"
         )
         owner = torch.arange(len(rows))[:, None].expand_as(predicts)[predicts]
         sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, owner, log_probs.double().cpu())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from finesteer_hf.fitting.prompt_cache import PromptCache
 from finesteer_hf.fitting.templating import Passage
 from finesteer_hf.methods.base import AnswerRun
 from finesteer_hf.mixin import SteeringMixin
-from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList, TokenView
+from finesteer_hf.processors import QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 
 
@@ -119,6 +119,32 @@ class StateRecorder(SteeringProcessor):
         self.states[site] = hidden
         self.behind = view.first_column > 0
         return hidden
+
+
+class QueryRecorder(StateRecorder):
+    """Keep what a gate would see of a batch: the unsteered states of its queries.
+
+    Args:
+        batch: the passages of the forward that it takes part in.
+        sites: where gates read.
+    """
+
+    def __init__(self, batch: Sequence[Passage], sites: Collection[Site]) -> None:
+        super().__init__(sorted(sites))
+        self.batch = batch
+
+    def steered_by(self, processor: SteeringProcessor) -> list[bool]:
+        """Of each passage, whether a processor would change anything in it: whether its gate is not exactly shut."""
+        states = {}
+        for site in processor.reads:
+            hidden = self.states[site]
+            columns = [0 if self.behind else int(passage.answer_start or 0) - 1 for passage in self.batch]
+            states[site] = hidden[torch.arange(len(columns), device=hidden.device), columns].float()
+        if not states:
+            return [True] * len(self.batch)
+        device = next(iter(states.values())).device
+        gate = processor.decide(QueryStates(states, len(self.batch), device)).gate
+        return [True] * len(self.batch) if gate is None else (gate != 0).tolist()
 
 
 @contextlib.contextmanager

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from scipy.special import expit
 
-from finesteer_hf.fitting.answers import answer_logits, logit_budget, steered
+from finesteer_hf.fitting.answers import QueryRecorder, answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture import input_device
 from finesteer_hf.fitting.jobs import batches
 from finesteer_hf.fitting.own_words import Heard, own_words, repeated_share
 from finesteer_hf.fitting.prompt_cache import PromptCache
 from finesteer_hf.fitting.templating import EncodedRow, Passage
+from finesteer_hf.fitting.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.methods.objective import is_sayable
 from finesteer_hf.processors import SteeringProcessor
@@ -43,11 +47,11 @@ class SideEffects:
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """What the model says itself, greedily; see `DosePoint`."""
+class Words:
+    """What the model says to a prompt itself, greedily: its tokens, what the base thinks of one, what it repeats."""
 
     log_prob: float
-    length: float
+    tokens: int
     repeated: float
 
 
@@ -76,13 +80,19 @@ class RowScores:
     likelihood: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """All that is measured of a strength."""
+    """All that is known of a strength, text by text, so that a longer look costs only what it adds.
 
-    rows: RowScores
-    spoken: Spoken | None
-    effects: SideEffects
+    Attributes:
+        answers: of rows' answers.
+        words: what was said to prompts; empty where nobody has listened.
+        effects: on general prompts; None where they have not been run.
+    """
+
+    answers: dict[Passage, AnswerScores] = field(default_factory=dict)
+    words: dict[Passage, Words] = field(default_factory=dict)
+    effects: SideEffects | None = None
 
 
 @dataclass(frozen=True)
@@ -120,9 +130,9 @@ class DoseRunner:
         self.cache = PromptCache(model) if cache is None else cache
         self._general: dict[int, list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
-        self._build: Callable[[float], SteeringProcessor] | None = None
-        self._known: dict[tuple[float, Look], Measured] = {}
-        self._unsteered: dict[Look, Measured] = {}
+        # What is known of a way to steer goes when nobody can ask for it again.
+        self._known: WeakKeyDictionary[Any, dict[float, Measured]] = WeakKeyDictionary()
+        self._unsteered = Measured(effects=SideEffects(0.0, None))
 
     def run(
         self,
@@ -133,7 +143,7 @@ class DoseRunner:
     ) -> list[DosePoint]:
         """The curve, in the order of the strengths; strength 0 is the model itself.
 
-        Strengths that were run for the same `build` before are not run again.
+        What was run for the same `build` before is not run again.
 
         Args:
             build: makes the processor of a strength.
@@ -146,89 +156,105 @@ class DoseRunner:
             token and along the unsteered greedy continuation. Methods that take tokens back steer what they would in
             generation (see `Heard`), and it is also counted how many of the continuations they change.
         """
-        if build is not self._build:
-            self._build, self._known = build, {}
-        look = self._look(share)
-        new = [strength for strength in map(float, strengths) if strength and (strength, look) not in self._known]
-        if new or look not in self._unsteered:
+        look, known = self._look(share), self._known_of(build, strengths)
+        new = {strength: found for strength, found in known.items() if strength and self._lacks(found, look)}
+        if new or self._lacks(self._unsteered, look):
             with steered(self.model):
-                processors = {strength: build(strength) for strength in new}
-                self._measure(processors, look, advance)
-        curve = {strength: self._of(strength, look) for strength in map(float, strengths)}
-        return [self._point(strength, found, look) for strength, found in curve.items()]
+                self._measure({strength: build(strength) for strength in new}, known, look, advance)
+        return [self._point(strength, known, look) for strength in map(float, strengths)]
 
     def texts(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> int:
         """Number of texts that `run` would put through the model, what is generated left out."""
         look = self._look(share)
-        known = self._known if build is self._build else {}
-        new = sum(1 for strength in map(float, strengths) if strength and (strength, look) not in known)
-        answers = len(self._passages(look))
-        return new * (answers + len(self.prompts)) + (look not in self._unsteered) * answers
+        known = {0.0: self._unsteered} | self._known_of(build, strengths)
+        unknown = {strength: found for strength, found in known.items() if self._lacks(found, look) or not strength}
+        answers = sum(len(self._unknown(found, look)) for found in unknown.values())
+        return answers + len(self.prompts) * sum(found.effects is None for found in unknown.values())
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
-    def _measure(self, processors: dict[float, SteeringProcessor], look: Look, advance: Callable[[int], None]) -> None:
+    def _known_of(
+        self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
+    ) -> dict[float, Measured]:
+        """What is known of some strengths, to be added to."""
+        known = self._known.setdefault(build, {0.0: self._unsteered})
+        return {strength: known.setdefault(strength, Measured()) for strength in map(float, strengths)}
+
+    def _unknown(self, found: Measured, look: Look) -> list[Passage]:
+        return [passage for passage in self._passages(look) if passage not in found.answers]
+
+    def _lacks(self, found: Measured, look: Look) -> bool:
+        return found.effects is None or bool(self._unknown(found, look)) or bool(self._unheard(found, look))
+
+    def _measure(
+        self,
+        processors: dict[float, SteeringProcessor],
+        known: dict[float, Measured],
+        look: Look,
+        advance: Callable[[int], None],
+    ) -> None:
         takes_back = any(processor.lookback for processor in processors.values())
-        scores = self._answers(processors, look, advance)
-        effects = self._side_effects(processors, takes_back, advance)
-        if look not in self._unsteered:
-            spoken = self._speak([], look)
-            self._unsteered[look] = Measured(scores[0.0], spoken, SideEffects(0.0, None))
+        self._answer(processors, known, look, advance)
+        self._affect({s: p for s, p in processors.items() if known[s].effects is None}, known, takes_back, advance)
+        self._speak(None, self._unsteered, look)
         for strength, processor in processors.items():
             # Where whole wanted answers come, they are what the model says, and need not be listened to.
-            comes = is_sayable(self._point(strength, Measured(scores[strength], None, effects[strength]), look))
-            spoken = None if comes else self._speak([processor], look)
-            self._known[strength, look] = Measured(scores[strength], spoken, effects[strength])
+            if not is_sayable(self._point(strength, known, look)):
+                self._speak(processor, known[strength], look)
 
-    def _of(self, strength: float, look: Look) -> Measured:
-        if strength:
-            return self._known[strength, look]
-        counted = any(found.effects.changed is not None for found in self._known.values())
-        unsteered = self._unsteered[look]
-        return Measured(unsteered.rows, unsteered.spoken, SideEffects(0.0, 0.0 if counted else None))
-
-    def _point(self, strength: float, found: Measured, look: Look) -> DosePoint:
-        units, base = self.units[: look.rows], self._unsteered[look].rows
+    def _point(self, strength: float, known: dict[float, Measured], look: Look) -> DosePoint:
+        found = known.get(strength, self._unsteered)
+        units, rows, base = (
+            self.units[: look.rows],
+            self._row_scores(found, look),
+            self._row_scores(self._unsteered, look),
+        )
         mean, error = partial(mean_over_units, units=units), partial(clustered_se, units=units)
-        rows, spoken = found.rows, found.spoken
+        said = [found.words[prompt] for prompt in self._asked(look) if prompt in found.words]
+        effects = found.effects or SideEffects(0.0, None)
+        counted = any(other.effects and other.effects.changed is not None for other in known.values())
         return DosePoint(
             strength=strength,
             bottleneck=mean(rows.bottleneck),
             bottleneck_se=error(rows.bottleneck),
             bottleneck_rise_se=error(rows.bottleneck - base.bottleneck),
-            kl=found.effects.kl,
-            changed=found.effects.changed,
+            kl=effects.kl,
+            changed=0.0 if counted and not strength else effects.changed,
             bottleneck_rise=mean(rows.bottleneck - base.bottleneck),
             preference=mean(rows.preference),
             preference_se=error(rows.preference),
             preference_rise_se=error(rows.preference - base.preference),
             preference_summed=mean(rows.preference_summed),
             likelihood=mean(rows.likelihood),
-            own_words=None if spoken is None else spoken.log_prob,
-            own_length=None if spoken is None else spoken.length,
-            repeated=None if spoken is None else spoken.repeated,
+            own_words=float(np.mean([words.log_prob for words in said])) if said else None,
+            own_length=float(np.mean([words.tokens for words in said])) if said else None,
+            repeated=float(np.mean([words.repeated for words in said])) if said else None,
         )
 
-    def _answers(
-        self, processors: dict[float, SteeringProcessor], look: Look, advance: Callable[[int], None]
-    ) -> dict[float, RowScores]:
-        """The rows' answers at each strength, and at 0 where that is not known."""
-        found: dict[float, dict[Passage, AnswerScores]] = {strength: {} for strength in processors}
-        if look not in self._unsteered:
-            found[0.0] = {}
-        for batch in self._batches(self._passages(look)):
-            as_generated = self._as_generated(batch, processors)
-            for strength in found:
-                for passage, logits in self._logits(batch, as_generated.get(strength)):
-                    found[strength][passage] = _score(passage, logits)
-                advance(len(batch))
-        return {strength: self._row_scores(scores, look) for strength, scores in found.items()}
+    def _answer(
+        self,
+        processors: dict[float, SteeringProcessor],
+        known: dict[float, Measured],
+        look: Look,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Run the rows' answers at each strength, and unsteered, as far as they are not known."""
+        together: dict[tuple[Passage, ...], list[tuple[float, Measured]]] = {}
+        for strength, found in (*((s, known[s]) for s in processors), (0.0, self._unsteered)):
+            together.setdefault(tuple(self._unknown(found, look)), []).append((strength, found))
+        for passages, lacking in together.items():
+            for batch in self._batches(passages):
+                as_generated = self._as_generated(batch, {s: processors[s] for s, _ in lacking if s})
+                for strength, found in lacking:
+                    for passage, logits in self._logits(batch, as_generated.get(strength)):
+                        found.answers[passage] = _score(passage, logits)
+                    advance(len(batch))
 
-    def _row_scores(self, scores: dict[Passage, AnswerScores], look: Look) -> RowScores:
-        chosen = [scores[row.chosen] for row in self.rows[: look.rows]]
-        rejected = [scores[row.rejected] for row in self.rows[: look.rows]]
+    def _row_scores(self, found: Measured, look: Look) -> RowScores:
+        chosen = [found.answers[row.chosen] for row in self.rows[: look.rows]]
+        rejected = [found.answers[row.rejected] for row in self.rows[: look.rows]]
         rate, other = (np.array([s.total / s.tokens for s in side]) for side in (chosen, rejected))
         summed = np.array([c.total - r.total for c, r in zip(chosen, rejected, strict=True)])
         return RowScores(
@@ -254,47 +280,58 @@ class DoseRunner:
         heard = Heard(self.model, [self._said[passage] for passage in batch], sites)
         return {strength: heard.judged_by(processor) for strength, processor in processors.items()}
 
-    def _speak(self, processors: Sequence[SteeringProcessor], look: Look) -> Spoken | None:
-        """What the model says to the first held-out prompts, and how likely the base finds that."""
-        prompts = list(dict.fromkeys(row.prompt for row in self.rows[: look.rows]))[: look.spoken]
-        if not prompts:
-            return None
-        said = own_words(self.model, prompts, SPOKEN_TOKENS, processors, self.cache)
-        scores = [_score(p, logits) for batch in self._batches(said) for p, logits in self._logits(batch, None)]
-        return Spoken(
-            log_prob=float(np.mean([score.total / score.tokens for score in scores])),
-            length=float(np.mean([score.tokens for score in scores])),
-            repeated=float(np.mean([repeated_share(passage) for passage in said])),
-        )
+    def _asked(self, look: Look) -> list[Passage]:
+        """The first held-out prompts, to which the model's own answers are listened to."""
+        return list(dict.fromkeys(row.prompt for row in self.rows[: look.rows]))[: look.spoken]
 
-    def _side_effects(
-        self, processors: dict[float, SteeringProcessor], takes_back: bool, advance: Callable[[int], None]
-    ) -> dict[float, SideEffects]:
-        """What each strength does to general prompts."""
+    def _unheard(self, found: Measured, look: Look) -> list[Passage]:
+        """Prompts whose answers are yet to be heard, where anybody listens."""
+        return [prompt for prompt in self._asked(look) if found.words and prompt not in found.words]
+
+    def _speak(self, processor: SteeringProcessor | None, found: Measured, look: Look) -> None:
+        """Listen to what the model says to prompts, and ask the base how likely it finds that."""
+        prompts = [prompt for prompt in self._asked(look) if prompt not in found.words]
+        said = own_words(self.model, prompts, SPOKEN_TOKENS, [processor] if processor else [], self.cache)
+        scores = {p: _score(p, logits) for batch in self._batches(said) for p, logits in self._logits(batch, None)}
+        for prompt, answer in zip(prompts, said, strict=True):
+            score = scores[answer]
+            found.words[prompt] = Words(score.total / score.tokens, score.tokens, repeated_share(answer))
+
+    def _affect(
+        self,
+        processors: dict[float, SteeringProcessor],
+        known: dict[float, Measured],
+        takes_back: bool,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Find what each strength does to general prompts."""
         if not processors:
-            return {}
+            return
         length = OWN_TOKENS if takes_back else CONTINUATION
         if length not in self._general:
             self._general[length] = own_words(self.model, self.prompts, length, cache=self.cache)
         divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
         changed: dict[float, list[bool]] = {strength: [] for strength in processors}
         for batch in self._batches(self._general[length]):
-            base = [logits.log_softmax(-1) for _, logits in self._logits(batch, None)]
+            queries = QueryRecorder(batch, {site for processor in processors.values() for site in processor.reads})
+            base = [logits.log_softmax(-1) for _, logits in self._logits(batch, queries)]
             for strength, processor in processors.items():
-                for reference, (_, logits) in zip(base, self._logits(batch, processor), strict=True):
+                # What a gate is shut on stays as it is, and costs no forward.
+                steers = [True] * len(batch) if takes_back else queries.steered_by(processor)
+                divergences[strength].append(torch.zeros(sum(map(len, compress(base, map(not_, steers))))))
+                moved = self._logits(list(compress(batch, steers)), processor)
+                for reference, (_, logits) in zip(compress(base, steers), moved, strict=True):
                     kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
                     divergences[strength].append(kl.clamp(min=0).cpu())
                     # Greedy, a text stays as it is if each of its tokens is still the likeliest after those before it.
                     differs = reference[:-1].argmax(-1) != logits[:-1].argmax(-1)
                     changed[strength].append(bool(differs.any()))
                 advance(len(batch))
-        return {
-            strength: SideEffects(
+        for strength, values in divergences.items():
+            known[strength].effects = SideEffects(
                 kl=float(np.percentile(torch.cat(values).double().numpy(), 95)) if values else 0.0,
                 changed=float(np.mean(changed[strength])) if takes_back and values else None,
             )
-            for strength, values in divergences.items()
-        }
 
     # -- forwards -----------------------------------------------------------------------------------------------------
 
@@ -316,6 +353,8 @@ class DoseRunner:
         self, batch: Sequence[Passage], processor: SteeringProcessor | None
     ) -> Iterator[tuple[Passage, torch.Tensor]]:
         """For each passage the logits that predict its answer's tokens and the one after, `[answer + 1, vocabulary]`."""
+        if not batch:
+            return
         processors = [] if processor is None else [processor]
         yield from zip(batch, answer_logits(self.model, batch, processors, self.cache), strict=True)
 
@@ -324,35 +363,6 @@ def _score(passage: Passage, logits: torch.Tensor) -> AnswerScores:
     answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
     log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])[:, 0]
     return AnswerScores(float(log_probs.double().sum()), len(answer), float(log_probs.min().exp()))
-
-
-def mean_over_units(values: np.ndarray, units: np.ndarray) -> float:
-    """Mean over units of the mean over each one's rows; NaN without rows.
-
-    Args:
-        values: `[rows]`.
-        units: `[rows]` numbers of the units.
-    """
-    if not len(values):
-        return float("nan")
-    _, numbers = np.unique(units, return_inverse=True)
-    return float((np.bincount(numbers, weights=values) / np.bincount(numbers)).mean())
-
-
-def clustered_se(values: np.ndarray, units: np.ndarray) -> float:
-    """Standard error of `mean_over_units`; 0 with fewer than two units."""
-    _, numbers = np.unique(units, return_inverse=True)
-    if not len(numbers) or numbers.max() < 1:
-        return 0.0
-    means = np.bincount(numbers, weights=values) / np.bincount(numbers)
-    return float(means.std(ddof=1) / np.sqrt(len(means)))
-
-
-def shuffle_units(rows: Sequence[EncodedRow], seed: int) -> list[EncodedRow]:
-    """Rows with their prompts in random order, so that the first ones are like the others."""
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    rank = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)), strict=True))
-    return sorted(rows, key=lambda row: rank[row.prompt])
 
 
 def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:

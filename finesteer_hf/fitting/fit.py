@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finesteer_hf.adapter import SteeringAdapter, active_lora_names
+from finesteer_hf.base_models import base_of
 from finesteer_hf.config import SteeringConfig, get_steering_method
+from finesteer_hf.fingerprint import fingerprint
 from finesteer_hf.fitting.capture import CaptureCount, Key, StateReader
 from finesteer_hf.fitting.captured import CapturedData, model_info
 from finesteer_hf.fitting.dose import DoseRunner
@@ -195,10 +197,12 @@ def fit_steering(
         },
         "report": result.report,
     }
+    base, commit = base_of(model)
     fitted = dataclasses.replace(
         result.config,
-        base_model_name_or_path=getattr(model.config, "_name_or_path", "") or None,
-        base_model_revision=getattr(model.config, "_commit_hash", None),
+        base_model_name_or_path=base,
+        base_model_revision=commit,
+        base_model_fingerprint=fingerprint(model),
         base_model_type=tower.config.model_type,
         hidden_size=info.hidden_size,
         num_hidden_layers=info.num_layers,

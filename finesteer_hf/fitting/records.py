@@ -62,7 +62,7 @@ class DataSource:
     """Where rows came from.
 
     Attributes:
-        name: Hub id or path; None for rows handed over in memory.
+        name: Hub id, or what a file or folder is called; None for rows handed over in memory.
         sha256: of the rows as they were read, in order.
         rows: their number.
         taken: how many of them were kept.
@@ -99,8 +99,13 @@ class RecordStream:
     def __init__(self, dataset: DatasetLike, what: str) -> None:
         self.what = what
         self.count = 0
-        self.name = str(dataset) if isinstance(dataset, (str, Path)) else None
-        self._rows = _open(dataset, what) if self.name is not None else dataset
+        self.name: str | None = None
+        self._rows: Any = dataset
+        if isinstance(dataset, (str, Path)):
+            path = Path(dataset).expanduser()
+            # An adapter is published with the name of its data, which a path of this machine is not.
+            self.name = path.resolve().name if path.exists() else str(dataset)
+            self._rows = _open(dataset, what)
         self._digest = hashlib.sha256()
         if isinstance(self._rows, Mapping):
             raise DatasetError(

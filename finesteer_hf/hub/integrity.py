@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import tqdm
 
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.tensor_files import sha256_of
@@ -26,7 +27,11 @@ PAUSE = 0.5
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: Any) -> Path:
+class TooLarge(AdapterFileError):
+    """A file that is larger than what it is downloaded for can be."""
+
+
+def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None = None, **kwargs: Any) -> Path:
     """Download a file into the cache, or find it there, and check it against its announced hash.
 
     A cached file that is damaged is downloaded once more, unless no request may be made.
@@ -34,6 +39,7 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
     Args:
         repo_id: `org/name`.
         path: path in the repo.
+        most_bytes: size above which nothing of it is downloaded.
         revision: branch, tag or commit.
         **kwargs: as for `hf_hub_download`.
 
@@ -41,8 +47,10 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
         Path in the cache.
 
     Raises:
+        TooLarge: (an `AdapterFileError`) if it has more bytes.
         AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
     """
+    kwargs["tqdm_class"] = _bar_up_to(most_bytes, f"{path} of {repo_id}")
     try:
         local = _fetch(repo_id, path, revision, kwargs)
     except FAILURES as error:
@@ -65,6 +73,34 @@ def download(repo_id: str, path: str, *, revision: str | None = None, **kwargs: 
             "again; if it stays so, the file is damaged on the Hub, or something on the way to it is."
         )
     return local
+
+
+def _bar_up_to(most_bytes: int, what: str) -> type[tqdm]:
+    """A progress bar that ends a download which is too large.
+
+    It is what huggingface_hub tells the announced size before the first byte arrives, and the size of each piece; to ask
+    for the size by hand would take one more request a file.
+    """
+
+    class BoundedBar(tqdm):
+        def __init__(self, *args: Any, total: float | None = None, initial: float = 0, **kwargs: Any) -> None:
+            self.received = initial
+            super().__init__(*args, total=total, initial=initial, **kwargs)
+            self.check(total or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += n or 0
+            self.check(self.received)
+            return super().update(n)
+
+        def check(self, size: float) -> None:
+            if size > most_bytes:
+                self.close()
+                raise TooLarge(
+                    f"{what} has {int(size)} bytes or more; at most {most_bytes} are called for. It is not downloaded."
+                )
+
+    return BoundedBar
 
 
 def _fetch(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]) -> Path:

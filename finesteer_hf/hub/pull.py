@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -16,10 +18,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from finesteer_hf.config import CONFIG_NAME, WEIGHTS_NAME
+from finesteer_hf.config import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
 from finesteer_hf.errors import AdapterFileError, HubUnreachableError, NoAdapterError
 from finesteer_hf.hub.integrity import commit_of, download
 from finesteer_hf.hub.names import check_subfolder, is_repo_name, listed, split_name
+from finesteer_hf.tensor_files import SHA256, hashed_name
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,15 @@ class AdapterFiles:
 
     Attributes:
         config: path of `steering_config.json`.
-        weights: path of `steering_model.safetensors`, None if it was not asked for.
         source: the folder, or the repo's id (with the folder in it).
+        find_weights: see `weights`.
         revision: commit that all files came from, None for a folder.
         requested: branch, tag or commit that was asked for, None for the default branch.
     """
 
     config: Path
-    weights: Path | None
     source: str
+    find_weights: Callable[[str | None, int], Path]
     revision: str | None = None
     requested: str | None = None
 
@@ -45,29 +48,40 @@ class AdapterFiles:
         """The source with the branch or tag that was asked for: `org/name@v1`."""
         return f"{self.source}@{self.requested}" if self.requested not in (None, self.revision) else self.source
 
+    def weights(self, sha256: str | None, most_bytes: int) -> Path:
+        """Path of the tensors' file, which is downloaded now if it is on the Hub.
+
+        Args:
+            sha256: hash that the config gives it, if it does.
+            most_bytes: what the config calls for; a larger file is not downloaded.
+
+        Raises:
+            NoAdapterError, HubUnreachableError, AdapterFileError: as for `resolve_adapter_files`.
+        """
+        return self.find_weights(sha256, most_bytes)
+
 
 def resolve_adapter_files(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
     subfolder: str | None = None,
-    weights: bool = True,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> AdapterFiles:
-    """Find an adapter's files, downloading them if they are on the Hub.
+    """Find an adapter's config, downloading it if it is on the Hub, and say where its tensors are.
 
-    The config is asked for by the revision's name, which also tells the commit; everything else by that commit, so one
-    load never mixes two. A load whose files are in the cache makes one request, and none if the revision is a full
-    commit hash, `local_files_only` is set, or the Hub is switched off (`HF_HUB_OFFLINE`).
+    The config comes first: what it declares bounds what is downloaded after it. It is asked for by the revision's name,
+    which also tells the commit; the tensors by that commit, so one load never mixes two. A load whose files are in the
+    cache makes one request, and none if the revision is a full commit hash, `local_files_only` is set, or the Hub is
+    switched off (`HF_HUB_OFFLINE`).
 
     Args:
         name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder@revision` names a folder of the repo.
         revision: branch, tag or commit of the adapter's repo.
         subfolder: folder inside the repo or folder.
-        weights: whether the tensors are wanted beside the config.
         token: token of the Hub, if not the one that is signed in.
         cache_dir: the cache, if not the usual one.
         local_files_only: whether to look in the cache alone, without any request.
@@ -84,32 +98,38 @@ def resolve_adapter_files(
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{folder} is a folder and has no revisions, so revision={revision!r} cannot be taken.")
-        return _folder_files(folder, subfolder, weights)
+        return _folder_files(folder, subfolder)
     if not isinstance(name_or_path, str) or not is_repo_name(name_or_path):
         raise NoAdapterError(
             f"There is no folder {str(name_or_path)!r}, and it is no Hub id of the form org/name or org/name@revision."
         )
     repo_id, subfolder, revision = split_name(name_or_path, subfolder, revision)
     where = _Place(repo_id, revision, subfolder, token)
-    options = {
+    options: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
     try:
-        config = download(repo_id, where.path(CONFIG_NAME), revision=revision, **options)
-        commit = commit_of(config, where.path(CONFIG_NAME))
-        tensors = download(repo_id, where.path(WEIGHTS_NAME), revision=commit, **options) if weights else None
+        config = download(repo_id, where.path(CONFIG_NAME), revision=revision, most_bytes=MAX_CONFIG_BYTES, **options)
     except (EntryNotFoundError, HfHubHTTPError, HTTPError) as error:
         raise where.explain(error, local_files_only) from error
-    return AdapterFiles(config, tensors, where.name, commit, revision)
+    commit = commit_of(config, where.path(CONFIG_NAME))
+
+    def find_weights(sha256: str | None, most_bytes: int) -> Path:
+        try:
+            return download(repo_id, where.path(WEIGHTS_NAME), revision=commit, most_bytes=most_bytes, **options)
+        except (EntryNotFoundError, HfHubHTTPError, HTTPError) as error:
+            raise where.explain(error, local_files_only) from error
+
+    return AdapterFiles(config, where.name, find_weights, commit, revision)
 
 
-def _folder_files(folder: Path, subfolder: str | None, weights: bool) -> AdapterFiles:
+def _folder_files(folder: Path, subfolder: str | None) -> AdapterFiles:
     inner = folder / subfolder if subfolder else folder
-    config, tensors = inner / CONFIG_NAME, inner / WEIGHTS_NAME
-    for path in (config, *((tensors,) if weights else ())):
+
+    def checked(path: Path) -> Path:
         if not path.is_file():
             found = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"*/{CONFIG_NAME}"))
             raise NoAdapterError(
@@ -117,7 +137,14 @@ def _folder_files(folder: Path, subfolder: str | None, weights: bool) -> Adapter
                 + (f" Folders in it that hold one: {listed(found)}." if found else "")
             )
         _check_inside(path, folder)
-    return AdapterFiles(config, tensors if weights else None, str(inner))
+        return path
+
+    def find_weights(sha256: str | None, most_bytes: int) -> Path:
+        # A save that was cut short, or is under way, has the tensors under their hash; see `SteeringAdapter._write`.
+        hashed = inner / hashed_name(sha256) if sha256 and SHA256.fullmatch(sha256) else None
+        return checked(hashed if hashed is not None and hashed.is_file() else inner / WEIGHTS_NAME)
+
+    return AdapterFiles(checked(inner / CONFIG_NAME), str(inner), find_weights)
 
 
 def _check_inside(path: Path, folder: Path) -> None:

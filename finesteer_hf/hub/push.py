@@ -7,6 +7,7 @@ made on top, once; if the adapter's own files changed, the push stops and says s
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -19,11 +20,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
-from finesteer_hf.cards import CARD_NAME, write_card
+from finesteer_hf.base_models import PACKAGED, is_public, names_a_repo, public_name
+from finesteer_hf.cards import warn_unmerged, write_card
 from finesteer_hf.errors import PushConflictError, PushError
-from finesteer_hf.hub.integrity import FAILURES, download, git_blob_sha1
+from finesteer_hf.hub.integrity import FAILURES, TooLarge, download, git_blob_sha1
 from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
 from finesteer_hf.hub.repo_card import write_repo_card
+from finesteer_hf.readme import CARD_NAME, MOST_README_BYTES, ReadmeError
 
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def push_adapter(
     token: str | bool | None = None,
     subfolder: str | None = None,
     custom_generate: bool = False,
+    base_model: str | None = None,
 ) -> CommitInfo:
     """Upload an adapter in one commit, with its card merged into the repo's README.
 
@@ -63,6 +67,7 @@ def push_adapter(
         subfolder: folder of the repo for the adapter, so that one repo can hold several.
         custom_generate: whether to add `custom_generate/generate.py`, with which plain transformers steers by
             `model.generate(**inputs, custom_generate=repo_id, trust_remote_code=True)`.
+        base_model: Hub id of the base model, where the adapter was fitted on a folder.
 
     Returns:
         The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. Where every file was there already, the commit
@@ -70,10 +75,12 @@ def push_adapter(
 
     Raises:
         AdapterFileError: if the tensors do not match the config.
-        ValueError: if the tag exists, `tag` and `create_pr` are both given, or a name is none.
+        ValueError: if the tag exists, `tag` and `create_pr` are both given, a name is none, or the adapter names no base
+            that others can load.
         PushConflictError: if somebody else changed the adapter's files meanwhile; nothing was pushed.
         PushError: if the Hub did not take it; the message says what is there.
     """
+    adapter = with_public_base(adapter, base_model).published()
     adapter.check_tensors()
     if tag is not None and create_pr:
         raise ValueError("A tag names a commit of a branch: merge the pull request first, then tag it.")
@@ -95,6 +102,31 @@ def push_adapter(
     if tag is not None:
         _tag(api, repo_id, tag, commit.oid)
     return commit
+
+
+def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> SteeringAdapter:
+    """The adapter with a base that others can load, which is what the Hub finds adapters by.
+
+    Args:
+        adapter: a fitted adapter.
+        base_model: Hub id to name in place of the one that the adapter names.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = adapter.config.base_model_name_or_path
+    if base_model is None:
+        if not is_public(name):
+            raise ValueError(
+                f"The adapter was fitted on {public_name(name) or 'a base without a name'!r}, which nobody else can load "
+                "and the Hub cannot find. Say which model of the Hub it is: base_model='org/name'."
+            )
+        return adapter
+    if not names_a_repo(base_model) and base_model not in PACKAGED:
+        raise ValueError(f"base_model={base_model!r} is no Hub id of the form org/name.")
+    commit = adapter.config.base_model_revision if base_model == name else None
+    config = dataclasses.replace(adapter.config, base_model_name_or_path=base_model, base_model_revision=commit)
+    return dataclasses.replace(adapter, config=config)
 
 
 @dataclass(frozen=True)
@@ -258,7 +290,13 @@ class _Push:
         directory = self.folder / (self.subfolder or "")
         directory.mkdir(parents=True)
         self.adapter.write_files(directory)
-        cards = {path: self.fetch(path, parent) for path in self.cards}
+        cards, unread = {}, set()
+        for path in self.cards:
+            try:
+                cards[path] = self.fetch(path, parent)
+            except TooLarge as error:
+                warn_unmerged(Path(path), ReadmeError(str(error)))
+                unread.add(path)
         name = f"{self.branch.repo_id}/{self.subfolder}" if self.subfolder else self.branch.repo_id
         write_card(self.adapter, directory, name)
         if self.subfolder:
@@ -270,7 +308,11 @@ class _Push:
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = {path.relative_to(self.folder).as_posix(): path for path in found}
         # A card that could not be merged is not sent: the Hub would check what is none of ours.
-        return {path: source for path, source in files.items() if cards.get(path) != source.read_bytes()}
+        return {
+            path: source
+            for path, source in files.items()
+            if path not in unread and cards.get(path) != source.read_bytes()
+        }
 
     @property
     def cards(self) -> list[str]:
@@ -280,7 +322,9 @@ class _Push:
     def fetch(self, path: str, commit: str) -> bytes | None:
         """Copy a file of the repo into the folder, if there is one; returns its content."""
         try:
-            source = download(self.branch.repo_id, path, revision=commit, token=self.api.token)
+            source = download(
+                self.branch.repo_id, path, revision=commit, token=self.api.token, most_bytes=MOST_README_BYTES
+            )
         except EntryNotFoundError:
             return None
         content = source.read_bytes()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-from finesteer_hf.cards import CARD_NAME, card_metadata
+from finesteer_hf.cards import card_metadata, warn_unmerged
+from finesteer_hf.readme import CARD_NAME, Readme, ReadmeError
 
 
 if TYPE_CHECKING:
@@ -28,26 +25,19 @@ def write_repo_card(adapter: SteeringAdapter, directory: Path, subfolder: str) -
         subfolder: the adapter's folder.
 
     Returns:
-        Path of the README. One whose metadata is no readable YAML is left as it is, with a warning.
+        Path of the README. One that cannot be merged is left as it is, with a warning.
     """
     path = directory / CARD_NAME
-    text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n") if path.exists() else ""
-    block = REGEX_YAML_BLOCK.search(text)
     try:
-        theirs: Any = (yaml.safe_load(block.group(2)) if block else None) or {}
-        if not isinstance(theirs, dict):
-            raise ValueError("it must be a mapping")
-    except (yaml.YAMLError, ValueError) as error:
-        warnings.warn(f"{path.name} was left as it is: its metadata block cannot be read ({error}).", stacklevel=2)
+        readme = Readme.read(path)
+    except ReadmeError as error:
+        warn_unmerged(path, error)
         return path
     ours = {name: value for name, value in card_metadata(adapter).items() if name not in ("model-index", "model_name")}
-    present = theirs.get("tags") or []
-    tags = [present] if isinstance(present, str) else [*present]
-    merged = {**ours, **theirs, "tags": list(dict.fromkeys([*tags, *ours["tags"]]))}
-    body = text[: block.start()] + text[block.end() :] if block else text
+    merged = {**ours, **readme.metadata, "tags": list(dict.fromkeys([*readme.texts("tags"), *ours["tags"]]))}
+    body = readme.text
     if not body.strip():
         link = f"[{subfolder}]({subfolder}/{CARD_NAME})"
         body = f"\n# Steering adapters\n\nEach folder holds one, with a card of its own: {link}.\n"
-    header = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)
-    path.write_text(f"---\n{header}---\n{body if body.startswith(chr(10)) else chr(10) + body}", encoding="utf-8")
+    path.write_bytes(readme.write(merged, body).encode("utf-8"))
     return path

@@ -15,8 +15,8 @@ import torch
 from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.algebra import constant_vectors
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector
-from finesteer_hf.tensor_files import replacing
+from finesteer_hf.interop.vectors import MOST_LAYERS, ForeignVectors, as_layer, as_vector, check_sizes
+from finesteer_hf.staging import replacing
 
 
 ARCHITECTURE = "controlvector"
@@ -35,11 +35,15 @@ def read_gguf(path: Path) -> ForeignVectors:
     try:
         reader = _bounded_reader(path)
         fields, tensors = reader.fields, reader.tensors
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise AdapterFileError(f"{path.name} is damaged or no control vector: {error}") from error
     architecture = _text(fields.get("general.architecture"))
     if architecture != ARCHITECTURE:
         raise AdapterFileError(f"{path.name} is a GGUF of {architecture!r}, not of a {ARCHITECTURE}.")
+    shapes = {f"{number}: {tensor.name}": tuple(int(n) for n in tensor.shape) for number, tensor in enumerate(tensors)}
+    check_sizes(shapes, 8, path.name)
+    if sum(int(tensor.n_bytes) for tensor in tensors) > path.stat().st_size:
+        raise AdapterFileError(f"{path.name} is damaged: its tensors lie over each other.")
     vectors = {}
     for tensor in tensors:
         what = f"{tensor.name!r} of {path.name}"
@@ -117,6 +121,11 @@ def _bounded_reader(path: Path) -> Any:
             if end > len(self.data):
                 raise ValueError(f"it declares {end} bytes and has {len(self.data)}")
             return super()._get(offset, dtype, count, override_order)
+
+        def _build_tensor_info(self, offs: int, count: int) -> Any:
+            if count > MOST_LAYERS:
+                raise ValueError(f"it declares {count} tensors")
+            return super()._build_tensor_info(offs, count)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             self.entries += 1

@@ -51,5 +51,5 @@ def read_svec(path: Path) -> ForeignVectors:
 def _tensor(value: Any, what: str) -> torch.Tensor:
     try:
         return torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
         raise AdapterFileError(f"{what} is no list of numbers: {error}") from error

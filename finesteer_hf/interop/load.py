@@ -14,7 +14,7 @@ from finesteer_hf.interop.gguf_files import read_gguf
 from finesteer_hf.interop.json_vectors import read_svec
 from finesteer_hf.interop.steering_lite import read_steering_lite
 from finesteer_hf.interop.torch_vectors import read_steer_file
-from finesteer_hf.interop.vectors import ForeignVectors
+from finesteer_hf.interop.vectors import MOST_BYTES, ForeignVectors
 from finesteer_hf.sites import Site, SiteKind
 
 
@@ -66,6 +66,8 @@ def load_vectors(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    if path.stat().st_size > MOST_BYTES:
+        raise AdapterFileError(f"{path.name} has {path.stat().st_size} bytes; at most {MOST_BYTES} are read.")
     name = format or _SUFFIXES.get(path.suffix.lower())
     if name not in _READERS:
         known = f"Give format= one of {list(FORMATS)}; known endings: {sorted(_SUFFIXES)}."

@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector
+from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector, check_sizes
 from finesteer_hf.json_files import unique_keys
 from finesteer_hf.tensor_files import check_header
 
 
 # Its methods that add `coeff * v` to a block's output, whatever the state; v may be stored in groups of `[k, width]`.
+# A number of the widest dtype beside its float32.
+ITEM_BYTES = 12
 CONSTANT_METHODS = ("mean_diff", "pca", "random", "suppressed_mean_diff")
 _NAME = re.compile(r"layer(\d+)\.(?:(?:shared|stacked)\.)?([vV])", re.ASCII)
 
@@ -32,6 +34,8 @@ def read_steering_lite(path: Path) -> ForeignVectors:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             config = _config(file.metadata() or {}, path)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            check_sizes(shapes, ITEM_BYTES, path.name)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path.name} is damaged or no safetensors file: {error}") from error

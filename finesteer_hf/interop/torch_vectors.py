@@ -1,16 +1,16 @@
-"""Steer files of lm-eval's `steered` model: a `.pt` with vectors by module name, read without unpickling code."""
+"""Steer files of lm-eval's `steered` model: a `.pt` with vectors by module name, read without an unpickler."""
 
 from __future__ import annotations
 
 import math
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.interop.saved_tensors import read_saved_tensors
 from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector
 
 
@@ -24,7 +24,7 @@ def read_steer_file(path: Path) -> ForeignVectors:
     Raises:
         AdapterFileError: if it is damaged, holds objects, or an entry clamps, or steers something else than a block.
     """
-    entries = _entries(_load(path), path)
+    entries = _entries(read_saved_tensors(path), path)
     vectors: dict[int, torch.Tensor] = {}
     for hookpoint, entry in entries:
         what = f"{str(hookpoint)[:80]!r} of {path.name}"
@@ -55,20 +55,3 @@ def _entries(data: Any, path: Path) -> list[tuple[Any, Any]]:
     if isinstance(data, list) and data and all(isinstance(entry, dict) for entry in data):
         return [(entry.get("hookpoint"), entry) for entry in data]
     raise AdapterFileError(f"{path.name} is no steer file of lm-eval: it holds a {type(data).__name__}.")
-
-
-def _load(path: Path) -> Any:
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise AdapterFileError(
-            f"{path.name} is no file that torch.save wrote in its current format ({error}); older ones are pickles."
-        ) from error
-    if unpacked > size:
-        raise AdapterFileError(f"{path.name} would unpack to {unpacked} bytes from {size}; torch.save packs nothing.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged pickle makes the restricted unpickler stumble over
-        raise AdapterFileError(f"{path.name} holds something else than tensors, or is damaged: {error}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,29 @@ from finesteer_hf.sites import SiteKind
 # Wider than any model's residual stream; a file that declares more is none of a steering vector.
 WIDEST = 1 << 20
 MOST_LAYERS = 10_000
+# A hundred layers of the widest models have tens of megabytes.
+MOST_BYTES = 256 * 1024 * 1024
+
+
+def check_sizes(shapes: Mapping[str, tuple[int, ...]], item_bytes: int, what: str) -> None:
+    """Look at declared shapes before anything of those sizes is read or made.
+
+    Args:
+        shapes: of the tensors by name.
+        item_bytes: most bytes that a number has.
+        what: the file, for the message.
+
+    Raises:
+        AdapterFileError: for an empty tensor, one that is no steering vector, and for too many bytes together.
+    """
+    for name, shape in shapes.items():
+        if not shape or min(shape) < 1 or math.prod(shape) > WIDEST:
+            raise AdapterFileError(f"{name[:60]!r} of {what} has shape {tuple(shape)}; that is no steering vector.")
+    total = sum(math.prod(shape) for shape in shapes.values()) * item_bytes
+    if len(shapes) > MOST_LAYERS or total > MOST_BYTES:
+        raise AdapterFileError(
+            f"{what} declares {len(shapes)} tensors of {total} bytes; at most {MOST_BYTES} are read."
+        )
 
 
 @dataclass(frozen=True)

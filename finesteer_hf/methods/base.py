@@ -13,6 +13,7 @@ from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import Shape
 
 
 if TYPE_CHECKING:
@@ -260,8 +261,11 @@ class SteeringMethod(SteeringProcessor):
                 raise AdapterFileError(f"Tensor {name!r} of the {config.steering_type} adapter holds NaN or infinity.")
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
-        """Names and shapes of the parameters that a config calls for; None for a free axis."""
+    def tensor_shapes(cls, config: SteeringConfig) -> Mapping[str, Shape]:
+        """Names and shapes of the parameters that a config calls for.
+
+        An axis is a size, or `Free` where the config does not say it. A plain tuple is float32, `Indices` are int64.
+        """
         raise NotImplementedError
 
     @classmethod

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from typing import Any, TypeVar
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import MOST_LAYERS, SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import ModelInfo
 from finesteer_hf.methods.trials import candidate_layers
@@ -39,6 +40,8 @@ def check_layer(layer: Any, num_layers: int | None, least: int = 0, name: str = 
         return
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < least:
         raise ValueError(f"{name} must be 'auto' or a whole number of at least {least}, got {layer!r}.")
+    if layer >= MOST_LAYERS:
+        raise ValueError(f"{name} must be less than {MOST_LAYERS}, got {reprlib.repr(layer)}.")
     if num_layers is not None and layer >= num_layers:
         raise ValueError(f"{name}={layer} is out of range for a model of {num_layers} layers.")
 
@@ -47,8 +50,8 @@ def check_layers(layers: Any, num_layers: int | None, least: int = 0, name: str 
     """Raise `ValueError` unless `layers` is `auto` or distinct blocks of a model of `num_layers`, ascending."""
     if layers == "auto":
         return
-    if not isinstance(layers, list) or not layers:
-        raise ValueError(f"{name} must be 'auto' or a list of at least one block, got {layers!r}.")
+    if not isinstance(layers, list) or not 0 < len(layers) <= MOST_LAYERS:
+        raise ValueError(f"{name} must be 'auto' or a list of at least one block, got {reprlib.repr(layers)}.")
     for layer in layers:
         check_layer(None if layer == "auto" else layer, num_layers, least, name)
     if sorted(set(layers)) != layers:

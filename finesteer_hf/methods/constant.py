@@ -17,6 +17,7 @@ from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site, SiteKind
+from finesteer_hf.tensor_files import Free, Shape
 
 
 _NOT_FITTED = (
@@ -75,7 +76,7 @@ class ConstantVectors(SteeringMethod):
         return Decision(vectors={site: tensors[tensor_name(site)][None] for site in self.writes})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One vector a layer; as wide as the residual stream, or as all heads together at `head_out`.
 
         Raises:
@@ -86,8 +87,11 @@ class ConstantVectors(SteeringMethod):
             raise AdapterFileError(
                 "The CONSTANT config has no hidden_size, so its vectors cannot be told to fit a model."
             )
-        width = None if settings.site == "head_out" else settings.hidden_size
-        return {tensor_name(site): (width,) for site in settings.sites}
+        # Heads of different blocks may have different sizes.
+        return {
+            tensor_name(site): (Free(f"width of {site}") if settings.site == "head_out" else settings.hidden_size,)
+            for site in settings.sites
+        }
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
 from finesteer_hf.estimators.probes import fit_head_probes
@@ -38,6 +38,7 @@ from finesteer_hf.methods.strength import choose_strength, median_norm
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 TENSORS = ("weight", "bias", "readout", "shift")
@@ -86,7 +87,9 @@ class FlorainConfig(SteeringConfig):
     epochs: int = field(default=200, metadata=_help("Passes over the answers."))
     batch_size: int = field(default=100, metadata=_help("Answers a step."))
     learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of Adam."))
-    attention_heads: int | None = field(default=None, metadata=_help("Heads of the block."))
+    attention_heads: int | None = field(
+        default=None, metadata={"help": "Heads of the block.", "least": 1, "most": MOST_HEADS}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,7 +161,7 @@ class Florain(SteeringMethod):
         return torch.where(steered, mapped, hidden)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One map a head; the size of a head is the model's.
 
         Raises:
@@ -166,7 +169,7 @@ class Florain(SteeringMethod):
         """
         require_fitted(config, "layer", "attention_heads")
         settings = cast(FlorainConfig, config)
-        shape = (settings.attention_heads, None, settings.rank)
+        shape: Shape = (settings.attention_heads, HEAD_SIZE, settings.rank)
         return {name: shape[:2] if name == "shift" else shape for name in TENSORS}
 
     @classmethod

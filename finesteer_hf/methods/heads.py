@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import MOST_HEADS, SteeringConfig
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.probes import (
     best_heads,
@@ -28,6 +28,8 @@ from finesteer_hf.sites import Site
 
 DIRECTIONS = ("centre", "probe")
 MIN_ROWS = 4
+# All heads of all blocks side by side; the largest models have a million.
+MOST_NUMBERS = 1 << 26
 
 
 def _help(text: str) -> dict[str, str]:
@@ -52,7 +54,9 @@ class HeadsConfig(SteeringConfig):
     layers: list[int] | str = field(default="auto", metadata=_help("Probed blocks, or auto for all."))
     direction: Literal["centre", "probe"] = field(default="centre", metadata=_help("centre or probe."))
     heads: list[list[int]] = field(default_factory=list, metadata=_help("Chosen [layer, head] pairs."))
-    attention_heads: int | None = field(default=None, metadata=_help("Heads of each block."))
+    attention_heads: int | None = field(
+        default=None, metadata={"help": "Heads of each block.", "least": 1, "most": MOST_HEADS}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,21 +100,27 @@ def require_heads(config: HeadsConfig, tensors: Mapping[str, torch.Tensor], name
     for name in names:
         if tensors[name].shape[0] != len(config.heads):
             raise AdapterFileError(f"Tensor {name!r} has {tensors[name].shape[0]} rows for {len(config.heads)} heads.")
+    blocks, size = len({layer for layer, _ in config.heads}), tensors[names[0]].shape[-1]
+    if blocks * config.attention_heads * size > MOST_NUMBERS:
+        raise AdapterFileError(
+            f"The {config.steering_type} adapter steers {blocks} blocks of {config.attention_heads} heads of size {size}, "
+            f"which is more than {MOST_NUMBERS} numbers; no model is that large."
+        )
 
 
-def dense_shift(config: HeadsConfig, site: Site, shifts: torch.Tensor) -> torch.Tensor:
+def dense_shift(config: HeadsConfig, rows: Sequence[int], shifts: torch.Tensor) -> torch.Tensor:
     """The shifts of a block's chosen heads as one vector of all its heads.
 
     Args:
         config: names the heads.
-        site: the block's `head_out`.
+        rows: those of the block, see `HeadsConfig.of_site`.
         shifts: `[chosen heads, size]`.
 
     Returns:
         `[attention_heads * size]`, zero at the other heads.
     """
     dense = shifts.new_zeros(int(config.attention_heads or 0), shifts.shape[1])
-    for row in config.of_site[site]:
+    for row in rows:
         dense[config.heads[row][1]] = shifts[row]
     return dense.flatten()
 

@@ -69,7 +69,9 @@ class InferAlignerConfig(SteeringConfig):
     vector: Literal["answers", "queries", "sibling"] = field(
         default="answers", metadata={"help": "What is added: answers, queries or sibling."}
     )
-    sibling: str | None = field(default=None, metadata={"help": "INFERALIGNER adapter of the aligned sibling."})
+    sibling: str | None = field(
+        default=None, metadata={"help": "INFERALIGNER adapter of the aligned sibling.", "may_be_path": True}
+    )
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
     )

@@ -13,6 +13,7 @@ from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.heads import HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
 from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 @dataclass(kw_only=True)
@@ -45,9 +46,10 @@ class ITI(SteeringMethod):
         super().__init__(config, tensors)
         settings = cast(ITIConfig, config)
         require_heads(settings, tensors, ("directions", "sigma"))
-        self.writes = tuple(settings.of_site)
+        of_site = settings.of_site
+        self.writes = tuple(of_site)
         shifts = tensors["sigma"][:, None] * tensors["directions"]
-        self.tensors = {str(site): dense_shift(settings, site, shifts) for site in self.writes}
+        self.tensors = {str(site): dense_shift(settings, rows, shifts) for site, rows in of_site.items()}
 
     def decide(self, queries: QueryStates) -> Decision:
         """The shifts, `[1, heads * head size]` at each block."""
@@ -55,10 +57,10 @@ class ITI(SteeringMethod):
         return Decision(vectors={site: own[str(site)][None] for site in self.writes})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One row a head."""
         count = len(cast(ITIConfig, config).heads)
-        return {"directions": (count, None), "sigma": (count,)}
+        return {"directions": (count, HEAD_SIZE), "sigma": (count,)}
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -36,6 +36,7 @@ from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import Indices, Shape
 
 
 ELEMENTS = ("head", "hidden")
@@ -74,7 +75,9 @@ class SADIConfig(SteeringConfig):
     layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
     compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
     element_layers: list[int] = field(default_factory=list, metadata=_help("Blocks of the elements, fitted."))
-    attention_heads: int | None = field(default=None, metadata=_help("Heads of each block."))
+    attention_heads: int | None = field(
+        default=None, metadata={"help": "Heads of each block.", "least": 1, "most": MOST_HEADS}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +148,7 @@ class SADI(SteeringMethod):
         return torch.where(chosen, torch.lerp(state, target, view.scale), state).to(hidden.dtype)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One row a block with chosen elements.
 
         Raises:
@@ -156,7 +159,7 @@ class SADI(SteeringMethod):
         require_fitted(settings, width)
         if not settings.element_layers:
             raise AdapterFileError("The SADI config names no element_layers, so it is not fitted. Run `fit_steering`.")
-        return {"mask": (len(settings.element_layers), getattr(settings, width))}
+        return {"mask": Indices((len(settings.element_layers), getattr(settings, width)))}
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -28,6 +28,7 @@ from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelI
 from finesteer_hf.methods.checks import check_count, check_number, check_strength, filled_in
 from finesteer_hf.methods.strength import choose_strength
 from finesteer_hf.processors import Positions
+from finesteer_hf.tensor_files import Free, Indices, Shape
 
 
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
@@ -137,9 +138,10 @@ class SWAI(SteeringMethod):
         return [TokenScores(ids, scores, scale * self.strength, settings.top_k, settings.top_m)]
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """Tokens and their scores, as many as occur."""
-        return {"token_ids": (None,), "scores": (None,)}
+        tokens = Free("tokens")
+        return {"token_ids": Indices((tokens,)), "scores": (tokens,)}
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.sparse_group import proximal_descent
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
@@ -37,6 +37,7 @@ from finesteer_hf.methods.moments import median_query_norm
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor, TokenView
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 MIN_ROWS = 2
@@ -71,7 +72,9 @@ class TaskDrivenConfig(SteeringConfig):
     l1: float = field(default=0.02, metadata={"help": "Penalty on coordinates, as a share of the largest useful one."})
     group: float = field(default=0.1, metadata={"help": "Penalty on heads, as a share of the largest useful one."})
     iterations: int = field(default=30, metadata={"help": "Most steps of the descent."})
-    attention_heads: int | None = field(default=None, metadata={"help": "Heads of the block."})
+    attention_heads: int | None = field(
+        default=None, metadata={"help": "Heads of the block.", "least": 1, "most": MOST_HEADS}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +87,6 @@ class TaskDrivenConfig(SteeringConfig):
             check_number(name, value)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, where nothing is steered; got {value}.")
-        if self.attention_heads is not None:
-            check_count("attention_heads", self.attention_heads, 1)
 
 
 class TaskDriven(SteeringMethod):
@@ -119,10 +120,10 @@ class TaskDriven(SteeringMethod):
         return Decision(vectors={self.site: self.parameters_on(queries.device)["shifts"].reshape(1, -1)})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One row a head."""
         require_fitted(config, "layer", "attention_heads")
-        return {"shifts": (cast(TaskDrivenConfig, config).attention_heads, None)}
+        return {"shifts": (cast(TaskDrivenConfig, config).attention_heads, HEAD_SIZE)}
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -14,17 +14,21 @@ from teacher_forcing import SITE, VECTOR, SignedAnswers, SignedVector, by_hand, 
 from transformers import LogitsProcessor
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, SteeringProcessor
+from finesteer_hf.fitting.answers import QueryRecorder
 from finesteer_hf.fitting.dose import (
     CONTINUATION,
     SPOKEN_TOKENS,
     DoseRunner,
-    clustered_se,
-    mean_over_units,
-    shuffle_units,
 )
 from finesteer_hf.fitting.own_words import repeated_share
 from finesteer_hf.fitting.templating import EncodedRow, Passage
+from finesteer_hf.fitting.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.sites import Site
+
+
+CPU = torch.device("cpu")
 
 
 def least_probability(log_probs: torch.Tensor, passage: Passage) -> float:
@@ -230,8 +234,21 @@ def test_strengths_that_are_known_are_not_run_again(rows: list[EncodedRow]) -> N
     again = runner.run(build, [0.0, 1.0, 3.0])
     assert built == [1.0, 3.0]
     assert [(p.bottleneck, p.kl) for p in again[:2]] == [(p.bottleneck, p.kl) for p in first]
-    runner.run(lambda s: SignedVector(-s), [0.0, 1.0])
-    assert runner.run(build, [1.0])[0].bottleneck == first[1].bottleneck and built == [1.0, 3.0, 1.0]
+    other = lambda s: SignedVector(-s)  # noqa: E731
+    runner.run(other, [0.0, 1.0])
+    assert runner.run(build, [1.0])[0].bottleneck == first[1].bottleneck and built == [1.0, 3.0]
+    assert len(runner._known) == 2
+    del other
+    assert len(runner._known) == 1, "what is known of a way to steer goes with it"
+
+
+def test_a_longer_look_runs_what_a_shorter_one_has_not(rows: list[EncodedRow]) -> None:
+    runner = DoseRunner(small_model("llama"), rows, [rows[0].prompt])
+    done: list[int] = []
+    runner.run(SignedVector, [0.0, 1.0], done.append, 0.4)
+    for point in runner.run(SignedVector, [0.0, 1.0], done.append):
+        check_point(runner.model, point, rows, "all")
+    assert sum(done) == 2 * len({answer for row in rows for answer in (row.chosen, row.rejected)}) + 1
 
 
 def test_active_adapters_play_no_part_and_are_back_afterwards(rows: list[EncodedRow]) -> None:
@@ -311,3 +328,44 @@ def test_standard_errors_count_prompts_not_rows() -> None:
     uneven = np.array([1.0, 2.0, 3.0, 10.0])
     assert mean_over_units(uneven, np.array([7, 7, 7, 3])) == pytest.approx((2.0 + 10.0) / 2)
     assert np.isnan(mean_over_units(uneven[:0], np.zeros(0, dtype=int)))
+
+
+class GatedVector(SteeringProcessor):
+    """The vector for queries of one sign, and nothing for the others."""
+
+    reads = writes = (SITE,)
+
+    def __init__(self, strength: float, positions: Any = "all") -> None:
+        self.strength, self.positions = strength, positions
+
+    def decide(self, queries: QueryStates) -> Decision:
+        return Decision({SITE: VECTOR.expand(queries.rows, -1)}, gate=(queries[SITE][:, 0] > 0).float())
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_prompts_on_which_a_gate_is_shut_cost_no_forward(
+    rows: list[EncodedRow], positions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model("llama")
+    prompts = list({row.prompt: row for row in random_rows(12, seed=3) if len(row.prompt.ids) > 1})
+    shut = [p for p in prompts if not GatedVector(1.0).decide(QueryStates(states_of(model, p), 1, CPU)).gate.item()]
+    assert 2 < len(shut) < len(prompts) - 2
+    build = lambda strength: GatedVector(strength, positions)  # noqa: E731
+    run: list[int] = []
+    logits = DoseRunner._logits
+
+    def counted(self: DoseRunner, batch: Any, processor: Any) -> Any:
+        run.extend([len(batch)] if isinstance(processor, GatedVector) else [])
+        return logits(self, batch, processor)
+
+    monkeypatch.setattr(DoseRunner, "_logits", counted)
+    point = DoseRunner(model, [], prompts).run(build, [4.0])[0]
+    assert sum(run) == len(prompts) - len(shut)
+    monkeypatch.setattr(QueryRecorder, "steered_by", lambda self, processor: [True] * len(self.batch))
+    assert point.kl == pytest.approx(DoseRunner(model, [], prompts).run(build, [4.0])[0].kl, rel=1e-4)
+    assert point.kl > 0
+
+
+def states_of(model: Any, prompt: Passage) -> dict[Site, torch.Tensor]:
+    hidden = model(input_ids=torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states[SITE.layer + 1]
+    return {SITE: hidden[:, -1]}

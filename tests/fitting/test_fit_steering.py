@@ -19,6 +19,7 @@ import torch
 from finesteer_hf import Decision, QueryStates, Site, SteeredModelForCausalLM, SteeringConfig
 from finesteer_hf.config import _REGISTRY, register_steering_method
 from finesteer_hf.errors import DatasetError
+from finesteer_hf.fingerprint import fingerprint
 from finesteer_hf.fitting import DatasetWarning, captured, default_general_prompts, fit_steering
 from finesteer_hf.fitting.splits import PARTS
 from finesteer_hf.fitting.templating import chat_template_hash
@@ -102,7 +103,7 @@ def test_the_adapter_says_what_it_was_fitted_on() -> None:
     config = adapter.config
     assert (config.base_model_name_or_path, config.base_model_revision) == ("org/toy", "abc")
     assert (config.base_model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 32, 3)
-    assert config.lora == []
+    assert config.lora == [] and config.base_model_fingerprint == fingerprint(toy_model())
     found = config.fit
     assert found["data"]["rows"] == 40 and len(found["data"]["sha256"]) == 64 and found["data"]["id"] is None
     assert found["rows"] == {"fit": 24, "calibration": 8, "validation": 8}

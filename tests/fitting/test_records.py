@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,13 @@ def test_both_counts_are_kept_and_said() -> None:
     ]
     assert whole.findings == [] == read_preferences(rows(100), max_rows=100).findings
     assert read_prompts(rows(50), max_rows=20).source.taken == 20
+
+
+def test_data_is_named_without_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    source = read_preferences(str(path)).source
+    assert source.name == "mine.jsonl" and source.sha256 == read_preferences(rows(4)).source.sha256
 
 
 def test_a_limit_that_leaves_one_prompt_is_refused() -> None:

@@ -189,8 +189,8 @@ def test_a_card_that_cannot_be_read_is_left_alone(hub_client: HubServer) -> None
     assert hub_client.files("org/a")["README.md"].decode() == theirs
 
 
-def test_a_local_base_does_not_break_the_push(hub_client: HubServer, tmp_path: Path) -> None:
-    small_adapter(base_model_name_or_path=str(tmp_path)).push_to_hub("org/a")
+def test_a_base_that_is_not_of_the_hub_does_not_break_the_push(hub_client: HubServer, tmp_path: Path) -> None:
+    small_adapter(base_model_name_or_path="playground", fit={"data": {"id": str(tmp_path)}}).push_to_hub("org/a")
     text = hub_client.files("org/a")["README.md"].decode()
     assert "base_model" not in yaml.safe_load(re.split(r"^---$", text, flags=re.M)[1])
     assert str(tmp_path.parent) not in text

@@ -260,7 +260,11 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
         ("tensor", torch.ones(3), "no steer file"),
         ("wide", {"layers.1": {**entry, "steering_vector": torch.ones(1).expand(1 << 40)}}, "has shape"),
         ("ints", {"layers.1": {**entry, "steering_vector": torch.ones(4, dtype=torch.int64)}}, "floating-point"),
-        ("meta", {"layers.1": {**entry, "steering_vector": torch.ones(4, device="meta")}}, "on meta"),
+        (
+            "meta",
+            {"layers.1": {**entry, "steering_vector": torch.ones(4, device="meta")}},
+            "nothing that plain tensors",
+        ),
     ):
         torch.save(content, tmp_path / f"{name}.pt")
         files[tmp_path / f"{name}.pt"] = message

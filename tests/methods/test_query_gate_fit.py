@@ -13,7 +13,7 @@ from planted import PlantedData
 
 from finesteer_hf import playground
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS, AutoScore, StateScore
+from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS, AutoScore, StateScore, cross_fitted_scores
 from finesteer_hf.estimators.conformal import kinds_rank
 from finesteer_hf.methods.base import Part
 from finesteer_hf.methods.query_gate import GateFit, QueryGateConfig, choose_read_site, fit_gate, separability
@@ -207,3 +207,52 @@ def test_score_and_site_are_judged_on_what_counts() -> None:
 def test_texts_follow_the_rows() -> None:
     data = PlantedData(repeats=3)
     assert len(query_texts(data, SITE, BOTH)) == len(query_rows(data, SITE, BOTH)) == 64
+
+
+class Overlapping(PlantedData):
+    """A planted world whose general prompts lie close to the others."""
+
+    def general(self, site: Site, part: Part) -> np.ndarray:
+        rows = super().general(site, part)
+        apart = super().general(site, "fit").mean(axis=0) - self.query(site, "fit").mean(axis=0)
+        return rows - 0.9 * apart
+
+
+def unseen_scores(data: PlantedData) -> np.ndarray:
+    """Of general prompts, each by a fit without it."""
+    ir, general = query_rows(data, SITE, ("fit",)), general_rows(data, SITE, BOTH)
+    scores = cross_fitted_scores(StateScore(seed=data.seed).fit(ir, general), ir, general, seed=data.seed)[1]
+    assert scores is not None
+    return scores
+
+
+@pytest.mark.parametrize("allowed", [0.02, 0.3, 0.45, 1.0])
+def test_the_gate_misses_more_queries_where_it_would_open_on_general_prompts(allowed: float) -> None:
+    """The smallest epsilon, in steps of .01 up to a fifth, whose gate keeps to the share of false alarms."""
+    data = Overlapping()
+    general = unseen_scores(data)
+
+    def fitted(**settings: Any) -> tuple[float, float]:
+        gate = fit_gate(QueryGateConfig(gate_score="state", **settings), data, SITE)
+        assert gate.report["epsilon_asked"] == settings.get("gate_epsilon", 0.05)
+        return gate.report["epsilon"], float((general >= gate.tensors["gate.floor"].item()).mean())
+
+    epsilon, opens = fitted(gate_false_alarms=allowed)
+    assert opens <= allowed or epsilon == pytest.approx(0.2)
+    assert (epsilon == 0.05) == (fitted(gate_false_alarms=1.0)[1] <= allowed)
+    if epsilon > 0.05:
+        assert fitted(gate_epsilon=epsilon - 0.01, gate_false_alarms=1.0)[1] > allowed
+
+
+def test_a_promise_for_this_calibration_set_is_kept_whatever_general_prompts_do() -> None:
+    gates = [
+        fit_gate(
+            QueryGateConfig(gate_score="state", gate_guarantee="pac", gate_epsilon=0.1, gate_false_alarms=allowed),
+            Overlapping(),
+            SITE,
+        )
+        for allowed in (0.02, 1.0)
+    ]
+    assert torch.equal(gates[0].tensors["gate.threshold"], gates[1].tensors["gate.threshold"])
+    with pytest.raises(ValueError, match="gate_false_alarms"):
+        QueryGateConfig(gate_false_alarms=1.5)

@@ -7,6 +7,8 @@ import os
 import pickle
 import resource
 import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from hub_server import HubServer
 from safetensors.torch import save_file
 from small_adapters import WIDTH, small_adapter
 
-from finesteer_hf import SteeringAdapter, SteeringConfig
-from finesteer_hf.errors import AdapterFileError, NoAdapterError, SteeringError
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
+from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, NoAdapterError, SteeringError
 from finesteer_hf.interop import load_vectors
+from finesteer_hf.interop.saved_tensors import read_saved_tensors
 
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -54,13 +57,14 @@ def safetensors(header: Any, body: bytes = b"", length: int | None = None) -> by
 @pytest.mark.parametrize("path", sorted(CORPUS.iterdir()), ids=lambda path: path.name)
 def test_files_that_were_found_to_do_harm(folder: Path, path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    foreign = path.suffix not in (".json", ".safetensors") or ".steering-lite" in path.suffixes
     if path.suffix == ".json":
         (folder / CONFIG).write_bytes(path.read_bytes())
-    elif path.suffix == ".safetensors":
+    elif not foreign:
         rewrite(folder)
         (folder / WEIGHTS).write_bytes(path.read_bytes())
     with pytest.raises(AdapterFileError):
-        load(folder) if path.suffix in (".json", ".safetensors") else load_vectors(path)
+        load_vectors(path) if foreign else load(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
@@ -100,6 +104,7 @@ def test_files_that_were_found_to_do_harm(folder: Path, path: Path) -> None:
         ('{"steering_type": "CONSTANT", "fit": []}', "`fit`"),
         ('{"steering_type": "CONSTANT", "weights_sha256": 3}', "`weights_sha256`"),
         ('{"steering_type": "CONSTANT", "layers": [0]}', "no hidden_size"),
+        ('{"steering_type": "CONSTANT", "fit": {"a": [' + "[]," * 210_000 + "[]]}}", "lists and objects"),
     ],
 )
 def test_configs_are_refused_before_the_tensors_are_touched(folder: Path, text: str, message: str) -> None:
@@ -198,6 +203,39 @@ def test_a_file_that_was_replaced_is_seen(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_a_download_is_no_larger_than_its_config_says(hub_client: HubServer, tmp_path: Path) -> None:
+    small_adapter().push_to_hub("org/a")
+    for place, name in ((WEIGHTS, "org/weights"), (CONFIG, "org/config")):
+        files = {path: hub_client.files("org/a")[path] for path in (CONFIG, WEIGHTS)}
+        padded = files[place] + b" " * (20 << 20)
+        hub_client.commit(name, {**files, place: padded})
+        hub_client.requests.clear()
+        with pytest.raises(AdapterFileError, match=r"has 209\d+ bytes or more; at most \d+ are called for"):
+            SteeringAdapter.from_pretrained(name)
+        # Config first, and of what is too large only the head was read: nothing of it stays in the cache.
+        assert hub_client.requests.lines[0].rpartition("/")[2] == CONFIG
+        assert not any(path.stat().st_size > 1 << 20 for path in (tmp_path / "hf_home").rglob("*") if path.is_file())
+    # A config that is refused costs no tensors at all.
+    hub_client.commit("org/odd", {CONFIG: json.dumps({"steering_type": "CONSTANT", "layers": [0]}), WEIGHTS: b"x"})
+    hub_client.requests.clear()
+    with pytest.raises(AdapterFileError, match="no hidden_size"):
+        SteeringAdapter.from_pretrained("org/odd")
+    assert not any(WEIGHTS in line for line in hub_client.requests.lines)
+
+
+def test_a_base_of_another_width_is_seen_before_the_tensors_are_fetched(hub_client: HubServer) -> None:
+    from small_adapters import tiny_llama
+
+    small_adapter().push_to_hub("org/a")
+    config = {**json.loads(hub_client.files("org/a")[CONFIG]), "hidden_size": 1 << 20}
+    hub_client.commit("org/wide", {CONFIG: json.dumps(config), WEIGHTS: hub_client.files("org/a")[WEIGHTS]})
+    hub_client.requests.clear()
+    model = SteeredModelForCausalLM.from_model(tiny_llama())
+    with pytest.raises(AdapterMismatchError, match="hidden size 1048576"):
+        model.load_steering("org/wide")
+    assert not any(WEIGHTS in line for line in hub_client.requests.lines)
+
+
 # Files and code
 
 
@@ -275,6 +313,134 @@ def test_a_bomb_in_place_of_the_tensors_does_not_go_off(folder: Path, tmp_path: 
         with pytest.raises(AdapterFileError):
             load_vectors(tmp_path / name)
     assert not marker.exists()
+
+
+def saved(path: Path, pickled: bytes, entries: int = 0, **more: bytes) -> Path:
+    """A file as torch.save writes them, around any data.pkl."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+        for name, content in more.items():
+            archive.writestr(f"archive/{name}", content)
+        for number in range(entries):
+            archive.writestr(f"archive/data/{number}", b"")
+    return path
+
+
+def text(words: str) -> bytes:
+    return b"X" + struct.pack("<I", len(words)) + words.encode()
+
+
+DOUBLED = b")" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(40))
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+NUMBERS = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02}" + DOUBLED + b"Ns.", "a key is neither a text nor a whole number"),
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\xf9\x02\x95\0\x85R.", "'builtins bytearray' is nothing"),
+        (b"\x80\x02ctorch\nSize\n" + DOUBLED + b"\x85R.", "'torch Size' is nothing"),
+        (b"\x80\x02ctorch._utils\n_rebuild_qtensor\n)R.", "is nothing that plain tensors are made of"),
+        (b"\x80\x02cos\nsystem\n" + text("true") + b"\x85R.", "'os system' is nothing"),
+        (b"\x80\x02cposix\nsystem\n)\x81.", "the instruction NEWOBJ"),
+        (b"\x80\x02}}b.", "the instruction BUILD"),
+        (b"\x80\x04\x95" + bytes(8) + b".", "the instruction FRAME"),
+        (b"\x80\x02" + b"]" * 1_100_000 + b".", "more than 1000000 instructions"),
+        (b"\x80\x02" + b"(" * 1_000 + b".", "damaged"),
+        (b"\x80\x02Q.", "more values than there are"),
+        (b"\x80\x02h\x07.", "damaged"),
+        (b"\x80\x02}", "damaged"),
+        (b"", "damaged"),
+        (b"\x80\x02K\x01Q.", "damaged"),
+        (b"\x80\x02" + TENSOR + b"(" + NUMBERS + b"K\0J\0\0\0\x7f\x85K\0\x85\x89NtR.", "has shape"),
+        (b"\x80\x02" + TENSOR + b"(" + NUMBERS + b"K\0K\x05\x85K\x01\x85\x89NtR.", "damaged"),
+        (b"\x80\x02" + TENSOR + b"(" + NUMBERS + b"K\0K\x04\x85J\xff\xff\xff\xff\x85\x89NtR.", "no shape"),
+        (b"\x80\x02" + TENSOR + b"(NK\0K\x04\x85K\x01\x85\x89NtR.", "has no numbers"),
+        (b"\x80\x02" + text("layers.1") * 3 + b"t.", "damaged"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_not_made(tmp_path: Path, pickled: bytes, message: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(AdapterFileError, match=message):
+        load_vectors(saved(tmp_path / "v.pt", pickled, **{"data/0": bytes(16)}))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024
+
+
+def test_archives_that_are_not_what_torch_writes_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "many.pt", b"\x80\x02}.", entries=21_000)
+    with pytest.raises(AdapterFileError, match="21002 entries"):
+        load_vectors(path)
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(100 << 20))
+    with pytest.raises(AdapterFileError, match="would unpack to 104857600 bytes"):
+        load_vectors(tmp_path / "packed.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(tmp_path / "twice.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02}.")
+            archive.writestr("archive/data.pkl", b"\x80\x02}.")
+    with pytest.raises(AdapterFileError, match="an entry twice"):
+        load_vectors(tmp_path / "twice.pt")
+    (tmp_path / "more.pt").write_bytes(saved(tmp_path / "one.pt", b"\x80\x02}.").read_bytes() + b"x" * 100)
+    with pytest.raises(AdapterFileError, match="does not end as a zip file"):
+        load_vectors(tmp_path / "more.pt")
+
+
+def test_files_of_more_bytes_than_vectors_have_are_not_read(tmp_path: Path) -> None:
+    for name in ("v.pt", "v.gguf", "v.svec", "v.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(AdapterFileError, match="at most 268435456 are read"):
+            load_vectors(tmp_path / name)
+
+
+def test_shapes_are_looked_at_before_anything_is_read(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = {"__metadata__": {"cfg": json.dumps({"method": "mean_diff", "coeff": 1.0})}}
+    for shape in ([0, 1 << 30], [1 << 30, 0], [0]):
+        header = {**config, "layer1.v": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+        (tmp_path / "v.safetensors").write_bytes(safetensors(header))
+        with pytest.raises(AdapterFileError, match="that is no steering vector"):
+            load_vectors(tmp_path / "v.safetensors")
+    # Tensors that all lie on the same numbers, as gguf's own writer would never lay them.
+    numbers, count = 1 << 18, 300
+    header = b"GGUF" + struct.pack("<IQQ", 3, count, 1)
+    header += struct.pack("<Q", 20) + b"general.architecture" + struct.pack("<IQ", 8, 13) + b"controlvector"
+    for layer in range(count):
+        name = f"direction.{layer + 1}".encode()
+        header += struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, numbers, 0, 0)
+    header += bytes(-len(header) % 32)
+    (tmp_path / "v.gguf").write_bytes(header + bytes(4 * numbers))
+    with pytest.raises(AdapterFileError, match=r"at most 268435456|lie over each other"):
+        load_vectors(tmp_path / "v.gguf")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+    # A value that holds a list of lists of lists.
+    deep = b"".join(struct.pack("<IQ", 9, 1) for _ in range(3000))
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + deep
+    (tmp_path / "deep.gguf").write_bytes(header)
+    with pytest.raises(AdapterFileError, match="damaged"):
+        load_vectors(tmp_path / "deep.gguf")
+    (tmp_path / "lists.svec").write_text('{"directions": {"1": [' + "[]," * 300_000 + "[]]}}")
+    with pytest.raises(AdapterFileError, match="lists and objects"):
+        load_vectors(tmp_path / "lists.svec")
+
+
+def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    content = {
+        "views": [base[1], base[:, 2], base.T, base[::2, 1:3]],
+        "dtypes": {str(dtype): torch.ones(3, dtype=dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)},
+        "others": (torch.arange(3), torch.tensor([True, False]), torch.nn.Parameter(torch.ones(2))),
+        "plain": {"text": "ä", "number": 2**40, "half": 0.5, "none": None, "yes": True, 3: [], "empty": ()},
+    }
+    torch.save(content, tmp_path / "v.pt")
+    ours, theirs = read_saved_tensors(tmp_path / "v.pt"), torch.load(tmp_path / "v.pt", weights_only=True)
+    assert ours["plain"] == theirs["plain"] and list(ours["dtypes"]) == list(theirs["dtypes"])
+    for name in ("views", "others"):
+        assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(ours[name], theirs[name], strict=True))
+    assert all(torch.equal(ours["dtypes"][name], theirs["dtypes"][name]) for name in ours["dtypes"])
 
 
 def test_a_save_that_fails_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
     )
     num_heads: int = field(default=24, metadata=_help("Number of tracked and steered heads."))
     threshold: float = field(default=0.4, metadata=_help("Deviation above which tokens are taken back."))
-    backtrack: int = field(default=10, metadata=_help("Number of tokens that are taken back."))
+    backtrack: int = field(default=10, metadata={"help": "Number of tokens that are taken back.", "most": 1 << 20})
     adaptive: bool = field(default=True, metadata=_help("Whether the deviation scales the strength."))
     recheck: bool = field(default=False, metadata=_help("Whether steered rows are judged again."))
     compat: str | None = field(default=None, metadata=_help("official: the published code's positions."))

@@ -24,6 +24,7 @@ from finesteer_hf.methods.query_gate import (
 from finesteer_hf.methods.rows import json_ready
 from finesteer_hf.processors import Decision, QueryStates, StepView, TokenView
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 TENSORS = ("probes.weight", "probes.bias", "directions", "sigma")
@@ -83,7 +84,7 @@ class FASB(SteeringMethod):
                 f"{site}.heads": torch.tensor([settings.heads[row][1] for row in rows]),
                 f"{site}.weight": tensors["probes.weight"][rows],
                 f"{site}.bias": tensors["probes.bias"][rows],
-                f"{site}.shift": dense_shift(settings, site, shifts),
+                f"{site}.shift": dense_shift(settings, rows, shifts),
             }
         self._gate: QueryGate | None = None
         if settings.gate != "always":
@@ -240,14 +241,14 @@ class FASB(SteeringMethod):
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """One row a head, and the gate's."""
         settings = cast(FASBConfig, config)
         count = len(settings.heads)
         return {
-            "probes.weight": (count, None),
+            "probes.weight": (count, HEAD_SIZE),
             "probes.bias": (count,),
-            "directions": (count, None),
+            "directions": (count, HEAD_SIZE),
             "sigma": (count,),
             **gate_shapes(settings),
         }

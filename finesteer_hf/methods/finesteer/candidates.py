@@ -54,9 +54,9 @@ class Place:
         return f"{self.target}, {where}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CandidateFit:
-    """Gate and experts at a place, fitted by some settings, without a strength."""
+    """Gate and experts at a place, fitted by some settings, without a strength. Equal to itself alone."""
 
     settings: FineSteerConfig
     place: Place
@@ -107,6 +107,7 @@ class CandidateFits:
         self.method_cls = method_cls
         self._gates: dict[Site, GateFit] = {}
         self._norms: dict[Site, float] = {}
+        self._trials: dict[CandidateFit, Trial] = {}
 
     def place(self, layers: list[int], target: Target) -> Place:
         """A place by its layers; sites that the config names come first."""
@@ -166,7 +167,12 @@ class CandidateFits:
         return dict(zip(sites, np.split(together, len(sites), axis=1), strict=True))
 
     def trial(self, fit: CandidateFit) -> Trial:
-        """The candidate, to be steered."""
+        """The candidate, to be steered; one trial each, for what is measured of it is kept by its `build`."""
+        if fit not in self._trials:
+            self._trials[fit] = self._new_trial(fit)
+        return self._trials[fit]
+
+    def _new_trial(self, fit: CandidateFit) -> Trial:
         tensors = {**fit.gate.tensors, **fit.experts.tensors}
         norms = self.norms(fit.place.writes)
         state_norm = norms[fit.place.writes[0]]

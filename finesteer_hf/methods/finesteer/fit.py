@@ -194,7 +194,9 @@ def _choose_refinement(
         return refined, doses, None
     candidates = {"closed form": chosen, "refined": refined}
     trials = {name: fits.trial(fit) for name, fit in candidates.items()}
-    name, tried = try_each(data, trials, config.strength, what="experts", doses=doses or RELATIVE_DOSES)
+    name, tried = try_each(
+        data, trials, config.strength, what="experts", doses=doses or RELATIVE_DOSES, share=_first_look(data)
+    )
     return candidates[name], _doses_near(tried, "experts", name, trials[name]) or doses, tried
 
 

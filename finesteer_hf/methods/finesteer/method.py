@@ -18,6 +18,7 @@ from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, expected_shap
 from finesteer_hf.methods.query_gate import QueryGate, check_values, from_file
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
+from finesteer_hf.tensor_files import Shape
 
 
 Formula = Callable[..., torch.Tensor]
@@ -80,7 +81,7 @@ class FineSteer(SteeringMethod):
         return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
         """Names and shapes of the tensors of a fitted config.
 
         Raises:

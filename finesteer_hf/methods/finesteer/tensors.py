@@ -5,6 +5,7 @@ from __future__ import annotations
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.query_gate.tensors import gate_shapes, shapes_of, to_file
+from finesteer_hf.tensor_files import Shape
 
 
 __all__ = ["EXPERT_TENSORS", "expected_shapes", "to_file"]
@@ -42,8 +43,8 @@ _AXES: dict[str, str] = {
 }
 
 
-def expected_shapes(config: FineSteerConfig) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes that a fitted config calls for; None for a number of calibration rows.
+def expected_shapes(config: FineSteerConfig) -> dict[str, Shape]:
+    """Names and shapes that a fitted config calls for.
 
     Raises:
         AdapterFileError: if a setting was left to the data and no fit has chosen it.

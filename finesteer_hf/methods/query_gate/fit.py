@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,6 +41,8 @@ MAX_KIND_FITS = 10
 BOTH: tuple[Part, ...] = ("fit", "calibration")
 # Calibrated on kinds by default, a gate may open on at most this share of general prompts that its score has not seen.
 MOST_FALSE_ALARMS = 0.05
+# To keep general prompts as they are, at most this share of the queries is missed; tried in these steps.
+MOST_MISSED, EPSILON_STEP = 0.2, 0.01
 NOT_OF_ROWS = "anything about queries of other kinds or forms than the calibration's, or against who works around it"
 NOT_OF_KINDS = (
     "any single kind, kinds unlike those of the fit, other forms; approximate: the final score has seen all kinds"
@@ -88,28 +91,21 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     kinds = _kinds_left_out(config, data, read) if conformal else None
     by_row = conformal and kinds is None
     seen: tuple[Part, ...] = ("fit",) if by_row else BOTH
-    ir, general = query_rows(data, read, seen), general_rows(data, read, seen)
+    # General prompts need not be exchangeable with anything: all of them teach the score.
+    ir, general = query_rows(data, read, seen), general_rows(data, read, BOTH)
     _check_rows(config, ir, general)
     form = PromptForm.of(data, read, seen, config.gate_epsilon)
-    others = general_texts(data, read, seen)
+    others = general_texts(data, read, BOTH)
     weights = form.weights(query_texts(data, read, seen), others)
     learning = _Learning(ir, general, kinds, form.judged(others), weights, data.seed)
     name, score, candidates = _fit_score(config, learning)
     gate: Any
     if kinds is not None:
-        folds = min(MAX_KIND_FITS, len(np.unique(kinds)))
-        scores, general_scores = cross_fitted_scores(
-            score,
-            ir,
-            general if len(general) else None,
-            groups=kinds,
-            folds=folds,
-            seed=data.seed,
-            weights=weights,
+        scores, unseen = _cross_fitted(score, learning, min(MAX_KIND_FITS, len(np.unique(kinds))))
+        gate = _calibrated(
+            config, lambda epsilon: _new_gate(config, epsilon, by_kind=True).fit(scores, unseen, groups=kinds)
         )
-        gate = ConformalGate(config.gate_epsilon, config.gate_gamma, cross_fitted=True, by_kind=True)
-        gate.fit(scores, general_scores, groups=kinds)
-        opens_on = 0.0 if general_scores is None else float((general_scores >= gate.threshold_).mean())
+        opens_on = 0.0 if unseen is None else float((unseen >= gate.threshold_).mean())
         if config.gate_calibration == "auto" and opens_on > MOST_FALSE_ALARMS:
             # A kind unlike all others drags the threshold down to where it lets everybody in.
             by_rows = fit_gate(dataclasses.replace(config, gate_calibration="rows"), data, read)
@@ -117,11 +113,12 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
             return by_rows
     else:
         held: tuple[Part, ...] = ("calibration",) if by_row else BOTH
-        held_general = general_rows(data, read, held)
-        gate = _new_gate(config).fit(
-            score.score_samples(query_rows(data, read, held)),
-            score.score_samples(held_general) if len(held_general) else None,
-        )
+        scores, unseen = score.score_samples(query_rows(data, read, held)), None
+        if by_row and min(len(ir), len(general)) >= MIN_COMPARED_GENERAL:
+            unseen = _cross_fitted(score, learning)[1]
+        elif len(general):
+            unseen = score.score_samples(general)
+        gate = _calibrated(config, lambda epsilon: _new_gate(config, epsilon).fit(scores, unseen))
     tensors = to_file(SCORE_TENSORS[name], score.state()) | to_file(GATE_TENSORS[config.gate], gate.state())
     rank = score.chosen_params_.get("rank", config.subspace_rank)
     report = {"kind": config.gate, "score": name, "candidates": candidates, **_promise(config, gate)}
@@ -218,13 +215,43 @@ def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list
     return wanted, SCORES[wanted](config.subspace_rank, seed=seed).fit(ir, groups=kinds), []
 
 
-def _new_gate(config: QueryGateConfig) -> Any:
+def _cross_fitted(score: Any, rows: _Learning, folds: int = 5) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scores of both classes by fits that have not seen them."""
+    general = rows.general if len(rows.general) else None
+    return cross_fitted_scores(
+        score, rows.ir, general, groups=rows.kinds, folds=folds, seed=rows.seed, weights=rows.weights
+    )
+
+
+def _calibrated(config: QueryGateConfig, fitted: Callable[[float], Any]) -> Any:
+    """The gate that misses least of those that open on few general prompts; at worst the strictest.
+
+    Args:
+        config: settings of the gate.
+        fitted: gives the gate that may miss a share of the queries.
+    """
+    gate = fitted(config.gate_epsilon)
+    if config.gate != "conformal" or config.gate_guarantee == "pac":
+        return gate
+    for epsilon in np.arange(config.gate_epsilon + EPSILON_STEP, MOST_MISSED + 1e-9, EPSILON_STEP):
+        if getattr(gate, "false_alarms_", 0) <= config.gate_false_alarms * getattr(gate, "n_general_", 0):
+            break
+        gate = fitted(round(float(epsilon), 6))
+    return gate
+
+
+def _new_gate(config: QueryGateConfig, epsilon: float, by_kind: bool = False) -> Any:
     if config.gate == "conformal":
         return ConformalGate(
-            config.gate_epsilon, config.gate_gamma, guarantee=config.gate_guarantee, delta=config.gate_delta
+            epsilon,
+            config.gate_gamma,
+            guarantee=config.gate_guarantee,
+            delta=config.gate_delta,
+            cross_fitted=by_kind,
+            by_kind=by_kind,
         )
     if config.gate == "quantile":
-        return QuantileGate(config.gate_epsilon, config.gate_gamma)
+        return QuantileGate(epsilon, config.gate_gamma)
     return GATES[config.gate]()
 
 
@@ -235,7 +262,8 @@ def _promise(config: QueryGateConfig, gate: Any) -> dict[str, Any]:
     return {
         "calibration": "kinds" if gate.by_kind else "rows",
         "calibration_queries": gate.n_calibration_,
-        "epsilon": config.gate_epsilon,
+        "epsilon": gate.epsilon,
+        "epsilon_asked": config.gate_epsilon,
         "guarantee": gate.guarantee_,
         "not_guaranteed": NOT_OF_KINDS if gate.by_kind else NOT_OF_ROWS,
         "miss_bound": gate.bound_,

@@ -11,6 +11,7 @@ import torch
 
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.query_gate.config import QueryGateConfig
+from finesteer_hf.tensor_files import Free, Shape
 
 
 # Keyword of the run-time function -> name in the file.
@@ -63,8 +64,8 @@ _AXES: dict[str, str] = {
 }
 
 
-def gate_shapes(config: QueryGateConfig) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of a fitted gate's tensors; None for a number of calibration rows, none at all for `always`.
+def gate_shapes(config: QueryGateConfig) -> dict[str, Shape]:
+    """Names and shapes of a fitted gate's tensors; none at all for `always`.
 
     Raises:
         AdapterFileError: if a setting of the gate was left to the data and no fit has chosen it.
@@ -83,16 +84,16 @@ def gate_shapes(config: QueryGateConfig) -> dict[str, tuple[int | None, ...]]:
 
 def shapes_of(
     names: Iterable[str], axes: Mapping[str, str], sizes: Mapping[str, int | str | None]
-) -> dict[str, tuple[int | None, ...]]:
+) -> dict[str, Shape]:
     """Shapes of tensors.
 
     Args:
         names: which.
         axes: for each name a letter an axis.
-        sizes: of the letters; an axis whose size is no number is free.
+        sizes: of the letters; an axis whose size is no number is free, and the same for all of its letter.
     """
-    free = {letter: size if isinstance(size, int) else None for letter, size in sizes.items()}
-    return {name: tuple(free.get(axis) for axis in axes[name]) for name in names}
+    known = {letter: size for letter, size in sizes.items() if isinstance(size, int)}
+    return {name: tuple(known.get(axis, Free(axis)) for axis in axes[name]) for name in names}
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:

@@ -68,10 +68,12 @@ class TruthFlowConfig(SteeringConfig):
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
     )
-    rank: int = field(default=20, metadata={"help": "Number of singular vectors that vectors are projected on."})
-    width: int = field(default=256, metadata={"help": "Width of the network's first level."})
-    levels: int = field(default=4, metadata={"help": "Number of levels of the network."})
-    steps: int = field(default=15, metadata={"help": "Steps of the integration."})
+    rank: int = field(
+        default=20, metadata={"help": "Number of singular vectors that vectors are projected on.", "most": 1 << 16}
+    )
+    width: int = field(default=256, metadata={"help": "Width of the network's first level.", "most": 1 << 16})
+    levels: int = field(default=4, metadata={"help": "Number of levels of the network.", "most": 16})
+    steps: int = field(default=15, metadata={"help": "Steps of the integration.", "most": 256})
     epochs: int = field(default=200, metadata={"help": "Passes over the rows."})
     batch_size: int = field(default=136, metadata={"help": "Rows a step."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})

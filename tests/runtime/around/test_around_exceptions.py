@@ -12,7 +12,8 @@ from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny
 
 from finesteer_hf.errors import AdapterNotFoundError
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, TokenView
-from finesteer_hf.runtime import _BLOCK, PROMPT_LENGTHS
+from finesteer_hf.prompt_ends import NOT_TOLD, PROMPT_ENDS
+from finesteer_hf.runtime import _BLOCK
 from finesteer_hf.session import _CURRENT, CallSession
 from finesteer_hf.sites import Site
 
@@ -102,7 +103,7 @@ MODEL_PLACES = [
 
 
 def assert_nothing_left(model: Any, hooks: dict[str, int]) -> None:
-    assert PROMPT_LENGTHS.get() is None
+    assert PROMPT_ENDS.get() is NOT_TOLD
     assert _BLOCK.get() is None
     assert hooks_of(model) == hooks
 
