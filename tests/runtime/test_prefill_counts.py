@@ -28,7 +28,10 @@ def finesteer_adapter(seed: int = 0, **settings) -> SteeringAdapter:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     shapes = SteeringAdapter(config, {}).tensor_shapes()
-    tensors = {name: torch.randn([n or 20 for n in shape], generator=generator) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn([n if isinstance(n, int) else 20 for n in shape], generator=generator)
+        for name, shape in shapes.items()
+    }
     tensors["gate.calibration"] = tensors["gate.calibration"].sort().values
     tensors["gate.level"], tensors["gate.gamma"] = torch.tensor(0.05), torch.tensor(2.0)
     tensors["gate.threshold"] = tensors["gate.floor"] = torch.tensor(-1e3)
