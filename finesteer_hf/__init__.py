@@ -1,56 +1,81 @@
-"""Steering adapters for Hugging Face models."""
+"""Steering adapters for Hugging Face models.
 
+Everything here is imported when it is first asked for: torch and transformers take seconds, and `finesteer --help` needs
+neither. The configs of all methods are here too, by the registry's names: `from finesteer_hf import FASBConfig`.
+"""
+
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from finesteer_hf.adapter import LoadReport, SteeringAdapter
-from finesteer_hf.auto import SteeredModelForCausalLM
-from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
-from finesteer_hf.hub import list_adapters
-from finesteer_hf.methods.caa import CAAConfig
-from finesteer_hf.methods.finesteer import FineSteerConfig
-from finesteer_hf.mixin import SteeringMixin
-from finesteer_hf.processors import (
-    ConstantVector,
-    Decision,
-    QueryStates,
-    SteeringProcessor,
-    SteeringProcessorList,
-    TokenView,
-)
-from finesteer_hf.sites import Site
 
-
+# ruff: noqa: F401  (for type checkers; at run time the names come from `_HOMES` and from the registry)
 if TYPE_CHECKING:
+    from finesteer_hf.adapter import LoadReport, SteeringAdapter
+    from finesteer_hf.auto import SteeredModelForCausalLM
+    from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
     from finesteer_hf.fitting import fit_steering
+    from finesteer_hf.hub import list_adapters
+    from finesteer_hf.methods.caa import CAAConfig
+    from finesteer_hf.methods.finesteer import FineSteerConfig
+    from finesteer_hf.mixin import SteeringMixin
+    from finesteer_hf.processors import (
+        ConstantVector,
+        Decision,
+        QueryStates,
+        SteeringProcessor,
+        SteeringProcessorList,
+        TokenView,
+    )
+    from finesteer_hf.sites import Site
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CAAConfig",
-    "ConstantVector",
-    "Decision",
-    "FineSteerConfig",
-    "LoadReport",
-    "QueryStates",
-    "Site",
-    "SteeredModelForCausalLM",
-    "SteeringAdapter",
-    "SteeringConfig",
-    "SteeringMixin",
-    "SteeringProcessor",
-    "SteeringProcessorList",
-    "TokenView",
-    "fit_steering",
-    "list_adapters",
-    "register_steering_method",
-    "steering_methods",
-]
+# Where the names are at home; those of the configs are in the registry.
+_HOMES = {
+    "adapter": ("LoadReport", "SteeringAdapter"),
+    "auto": ("SteeredModelForCausalLM",),
+    "config": ("SteeringConfig", "register_steering_method", "steering_methods"),
+    "fitting": ("fit_steering",),
+    "hub": ("list_adapters",),
+    "mixin": ("SteeringMixin",),
+    "processors": (
+        "ConstantVector",
+        "Decision",
+        "QueryStates",
+        "SteeringProcessor",
+        "SteeringProcessorList",
+        "TokenView",
+    ),
+    "sites": ("Site",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Fitting brings data sets and plots along; who only steers does not wait for them.
-    if name == "fit_steering":
-        from finesteer_hf.fitting import fit_steering
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    elif name == "__all__":
+        value = sorted([*_HOME_OF, *_method_configs()])
+    elif name.endswith("Config") and name in _method_configs():
+        value = _method_configs()[name]
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        # `import finesteer_hf` alone is enough for `finesteer_hf.processors`, as it is where modules import one another.
+        return importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME_OF:
+        globals()[name] = value
+    return value
 
-        return fit_steering
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+def _method_configs() -> dict[str, Any]:
+    """The configs of all methods by the names of their classes."""
+    from finesteer_hf.config import get_steering_method, steering_methods
+
+    configs = (get_steering_method(method).config_cls for method in steering_methods())
+    return {config.__name__: config for config in configs}

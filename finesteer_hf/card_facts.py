@@ -21,6 +21,8 @@ Figures = TypeVar("Figures", dict[str, Any], list[Any])
 _LONGEST_TEXT = 200
 # They show a text in another order than it has.
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Parts of `fit` that are no row of the data table.
+SHOWN_ELSEWHERE: dict[str, type] = {"report": dict, "evaluation": list, "examples": list, "about": str}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
     """Collect what an adapter says of itself; figures of a kind that no fit writes are told as plain text."""
     report, evaluation = figures_of(adapter, "report", dict), figures_of(adapter, "evaluation", list)
     rest = {
-        name: value for name, value in adapter.config.fit.items() if value is not report and value is not evaluation
+        name: value
+        for name, value in adapter.config.fit.items()
+        if not isinstance(value, SHOWN_ELSEWHERE.get(name, ()))
     }
     return AdapterFacts(
         settings=_settings(adapter),

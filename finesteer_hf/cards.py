@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 
 from finesteer_hf.base_models import is_hub_id
 from finesteer_hf.card_facts import adapter_facts, base_name, figures_of, is_estimate, plain
+from finesteer_hf.card_story import tell
 from finesteer_hf.readme import CARD_NAME, Readme, ReadmeError, Section, merge_metadata, put_section
 from finesteer_hf.staging import replacing
 
@@ -195,6 +196,7 @@ def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, p
         repo=repo,
         subfolder=subfolder,
         facts=adapter_facts(adapter),
+        story=tell(adapter),
         figures=list(plots.values()),
     )
 

@@ -12,11 +12,12 @@ import importlib
 import json
 import math
 import reprlib
+import sys
 import warnings
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
@@ -45,6 +46,15 @@ FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
 
 
+def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a fit writes and nobody chooses; `text` says what it holds, `more` is
+    kept with it.
+
+    All other fields are settings: `finesteer fit --set` takes them, and `fit_steering` honours them.
+    """
+    return {"help": text, "written_by_fit": True, **more}
+
+
 @dataclass(kw_only=True)
 class SteeringConfig:
     """Fields that every steering adapter has.
@@ -70,25 +80,27 @@ class SteeringConfig:
     understands: ClassVar[frozenset[str]] = frozenset()
 
     base_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id of the base model.", "may_be_path": True}
+        default=None, metadata=written_by_fit("Hub id of the base model.", may_be_path=True)
     )
-    base_model_revision: str | None = field(default=None, metadata={"help": "Commit of the base model."})
+    base_model_revision: str | None = field(default=None, metadata=written_by_fit("Commit of the base model."))
     base_model_fingerprint: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Hashes of the base model's sizes and of a few weights."}
+        default_factory=dict, metadata=written_by_fit("Hashes of the base model's sizes and of a few weights.")
     )
-    base_model_type: str | None = field(default=None, metadata={"help": "config.model_type of the base model."})
+    base_model_type: str | None = field(default=None, metadata=written_by_fit("config.model_type of the base model."))
     hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of the residual stream.", "least": 1, "most": MOST_WIDTH}
+        default=None, metadata=written_by_fit("Width of the residual stream.", least=1, most=MOST_WIDTH)
     )
     num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Number of decoder blocks.", "least": 1, "most": MOST_LAYERS}
+        default=None, metadata=written_by_fit("Number of decoder blocks.", least=1, most=MOST_LAYERS)
     )
-    lora: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters active at fit."})
+    lora: list[str] = field(default_factory=list, metadata=written_by_fit("LoRA adapters active at fit."))
     positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
     strength: float | str = field(default=1.0, metadata={"help": "Lambda of the update."})
     limits: dict[str, float] = field(default_factory=dict, metadata={"help": "What steering may cost, by name."})
-    requires: list[str] = field(default_factory=list, metadata={"help": "Features that a reader must understand."})
-    fit: dict[str, Any] = field(default_factory=dict, metadata={"help": "Provenance and held-out figures."})
+    requires: list[str] = field(
+        default_factory=list, metadata=written_by_fit("Features that a reader must understand.")
+    )
+    fit: dict[str, Any] = field(default_factory=dict, metadata=written_by_fit("Provenance and held-out figures."))
 
     #: What `positions` may be; a method that chooses them has `auto` besides.
     allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
@@ -99,6 +111,26 @@ class SteeringConfig:
             raise ValueError(f"positions must be one of {list(self.allowed_positions)}, got {self.positions!r}.")
         if isinstance(self.strength, (int, float)) and not math.isfinite(self.strength):
             raise ValueError(f"strength must be finite, got {self.strength}.")
+
+    @classmethod
+    def setting_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields that a user may choose, by name; the others are what a fit writes."""
+        return {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("written_by_fit")}
+
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, without what a fit wrote: `type(config)(**config.settings())` can be fitted anew."""
+        return {name: getattr(self, name) for name in self.setting_fields()}
+
+    @classmethod
+    def check_kind(cls, name: str, value: Any) -> None:
+        """Compare a field's value, as JSON has it, with what the field is declared to hold.
+
+        Raises:
+            TypeError: if it is something else.
+        """
+        kind = _field_kinds(cls).get(name, Any)
+        if not fits(value, kind):
+            raise TypeError(f"`{name}` must be {_kind_text(kind)}, got {reprlib.repr(value)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `steering_config.json`."""
@@ -139,7 +171,6 @@ class SteeringConfig:
                 f"The adapter requires features that this finesteer_hf does not understand: {missing}. "
                 f"Understood for {data['steering_type']}: {sorted(config_cls.understands)}. Upgrade finesteer_hf."
             )
-        kinds = _field_kinds(config_cls)
         names = {f.name for f in dataclasses.fields(config_cls)}
         unknown = sorted(set(data) - names - FILE_KEYS)
         if unknown:
@@ -147,10 +178,10 @@ class SteeringConfig:
                 f"{CONFIG_NAME} has keys that this version does not know and does not need: {unknown}.", stacklevel=3
             )
         for name in sorted(names & set(data)):
-            if not fits(data[name], kinds.get(name, Any)):
-                raise AdapterFileError(
-                    f"`{name}` in {CONFIG_NAME} must be {_kind_text(kinds[name])}, got {reprlib.repr(data[name])}."
-                )
+            try:
+                config_cls.check_kind(name, data[name])
+            except TypeError as error:
+                raise AdapterFileError(f"In {CONFIG_NAME}, {error}") from error
         try:
             return config_cls(**{name: value for name, value in data.items() if name in names})
         except (TypeError, ValueError, OverflowError) as error:
@@ -289,6 +320,16 @@ class MethodSpec:
     name: str
     config_cls: type[SteeringConfig]
     method_cls: type[SteeringMethod]
+
+    @property
+    def summary(self) -> str:
+        """What the method is: the first line of its file's docstring, or of its folder's, without its name."""
+        module: ModuleType | None = sys.modules[self.method_cls.__module__]
+        folder = sys.modules.get(self.method_cls.__module__.rpartition(".")[0])
+        if getattr(folder, self.method_cls.__name__, None) is self.method_cls:
+            module = folder
+        line = (getattr(module, "__doc__", None) or "").strip().split("\n")[0].removeprefix(f"{self.name}: ")
+        return line[:1].upper() + line[1:]
 
 
 _REGISTRY: dict[str, MethodSpec] = {}

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from typing import TYPE_CHECKING, Any
 
-from finesteer_hf.cli.common import friendly
-from finesteer_hf.cli.demo import demo
-from finesteer_hf.cli.evaluate import evaluate
-from finesteer_hf.cli.fit import fit
-from finesteer_hf.cli.generate import generate
-from finesteer_hf.cli.methods import methods
-from finesteer_hf.cli.show import show
+from finesteer_hf.cli import interruption
 
 
-app = typer.Typer(
-    name="finesteer",
-    help="Fit, use, evaluate and look at steering adapters for Hugging Face models.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
-for name, command in (
-    ("demo", demo),
-    ("fit", fit),
-    ("eval", evaluate),
-    ("generate", generate),
-    ("show", show),
-    ("methods", methods),
-):
-    app.command(name)(friendly(command))
+if TYPE_CHECKING:
+    from finesteer_hf.cli.commands import app
 
-__all__ = ["app"]
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    interruption.watch()
+    try:
+        from finesteer_hf.cli.commands import app
+
+        app()
+    except BaseException as error:
+        if not interruption.came() or isinstance(error, SystemExit):
+            raise
+        interruption.say_so()
+        sys.exit(interruption.STOPPED)
+
+
+def __getattr__(name: str) -> Any:
+    # Typer and rich are imported once a command is run, when ctrl-C is watched.
+    if name == "app":
+        from finesteer_hf.cli.commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

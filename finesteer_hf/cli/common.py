@@ -1,23 +1,30 @@
-"""What the commands share: the console, loading, errors as one line."""
+"""What the commands share: the consoles, loading, errors as one line."""
 
 from __future__ import annotations
 
 import functools
+import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finesteer_hf.cli import interruption
+from finesteer_hf.cli.options import assignments
 from finesteer_hf.errors import SteeringError
 
 
+# Results go to stdout, so that they can be piped; what is said on the way goes to stderr.
 console = Console()
 errors = Console(stderr=True)
 PLAYGROUND = "playground"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of a model's keyword arguments, those that its tokenizer is to be read with as well.
+SHARED = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,16 +32,26 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (SteeringError, ValueError, OSError) as error:
-            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as stop:
-            errors.print("[bold red]stopped[/]")
-            raise typer.Exit(130) from stop
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(show_warning, set())
+            try:
+                command(*args, **kwargs)
+            except (KeyboardInterrupt, SteeringError, ValueError, OSError) as error:
+                if isinstance(error, KeyboardInterrupt) or interruption.came():
+                    interruption.say_so()
+                    raise typer.Exit(interruption.STOPPED) from error
+                errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+                raise typer.Exit(1) from error
 
     return run
+
+
+def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
+    """A warning as a message, once: which line of the package it comes from is nothing that its user can mend."""
+    if str(message) in shown:
+        return
+    shown.add(str(message))
+    errors.print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
 def model_location(model: str) -> str:
@@ -46,33 +63,78 @@ def model_location(model: str) -> str:
     return model
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_location(model))
-
-
-def load_model(model: str, *, steering: str | None = None, dtype: str = "auto", device: str | None = None) -> Any:
-    """A model that can be steered, on a device.
+def load(
+    model: str,
+    *,
+    steering: str | None = None,
+    steering_revision: str | None = None,
+    revision: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str | None = None,
+    device_map: str | None = None,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    model_arg: list[str] | None = None,
+) -> tuple[Any, Any]:
+    """A model that can be steered, in its place, and its tokenizer.
 
     Args:
         model: Hub id, folder or `playground`.
-        steering: adapter to load; None for none.
-        dtype: one of `DTYPES`; `auto` is what the model was saved in.
-        device: where it goes; by default a GPU if there is one.
+        steering: adapter: a folder or a Hub id (org/name, org/name@revision).
+        steering_revision: branch, tag or commit of the adapter's repo.
+        revision: branch, tag or commit of the base model's repo.
+        dtype: what the weights are loaded in; `auto` is what they were saved in.
+        device: where the model goes, such as cpu or cuda; by default a GPU if there is one.
+        device_map: how it is spread over devices: auto, balanced, sequential, a device, or a JSON object.
+        quantization: loads the weights in 4 or 8 bits, with bitsandbytes.
+        model_arg: one more argument of transformers' from_pretrained, name=value; may be repeated.
+
+    Returns:
+        The model and the tokenizer.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for arguments that contradict each other, or what transformers lacks for them.
     """
+    if device and (device_map or quantization):
+        raise ValueError(
+            "--device puts a whole model on one device; leave it out with --device-map or --quantization."
+        )
     import torch
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
     from finesteer_hf import SteeredModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {list(DTYPES)}, got {dtype!r}.")
-    loaded = SteeredModelForCausalLM.from_pretrained(model_location(model), steering=steering, dtype=dtype)
-    return loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    location = model_location(model)
+    arguments = {"dtype": dtype, **assignments("--model-arg", model_arg or [])}
+    if revision is not None:
+        arguments["revision"] = revision
+    if device_map is not None:
+        arguments["device_map"] = json.loads(device_map) if device_map.startswith("{") else device_map
+    if quantization is not None:
+        bits = {f"load_in_{quantization}": True}
+        arguments["quantization_config"] = BitsAndBytesConfig(**bits)
+    shared = {name: arguments[name] for name in SHARED if name in arguments}
+    tokenizer = AutoTokenizer.from_pretrained(location, **shared)
+    # A package that only this way of loading needs, of which transformers says how to install it; an unknown argument.
+    mendable = (ImportError, TypeError) if model_arg else ImportError
+    try:
+        loaded = SteeredModelForCausalLM.from_pretrained(
+            location, steering=steering, steering_revision=steering_revision, **arguments
+        )
+    except mendable as error:
+        raise ValueError(str(error)) from error
+    if device_map is None and quantization is None:
+        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded.eval(), tokenizer
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file where a folder is to be written, before what is to be written has taken its hours.
+
+    Raises:
+        FileExistsError: if it is one.
+    """
+    if path.is_file():
+        raise FileExistsError(f"--out {path} is a file; give a folder.")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
@@ -87,4 +149,4 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 def say(message: str) -> None:
     """A line of progress."""
-    console.print(f"[dim]{escape(message)}[/]", highlight=False)
+    errors.print(f"[dim]{escape(message)}[/]", highlight=False)

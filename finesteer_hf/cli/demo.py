@@ -23,11 +23,15 @@ def demo(
     adapters: Annotated[Path, typer.Option("--adapters", help="Folder of its adapters.")] = Path("hub_cards"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
 ) -> None:
-    """Ask a real model with the adapters that ship for it; then fit, save, load and evaluate two on the playground."""
+    """The whole way on models that are at hand.
+
+    Asks a real model with the adapters that ship for it; then fits, saves, loads and evaluates two on the playground.
+    """
     # Imported here: the other commands should not wait for what only this one needs.
     from finesteer_hf.cli.demo_real import show_real
     from finesteer_hf.cli.demo_report import build_report
     from finesteer_hf.cli.demo_run import QUICK, DemoSettings, run_demo
+    from finesteer_hf.cli.demo_standing import STANDING_COLUMNS, standings
     from finesteer_hf.cli.demo_tables import (
         CAA_NOTE,
         GATE_COLUMNS,
@@ -51,6 +55,7 @@ def demo(
         warnings.filterwarnings("ignore", message="Steering adapter")
         show_real(model, adapters)
         result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)
+    console.print(table(STANDING_COLUMNS, [standing.cells() for standing in standings(result)], title="won and lost"))
     for trial in result.trials:
         title = f"{TASK_NAMES[trial.task]}, split {SPLIT_NAMES[trial.task, trial.split]}"
         console.print()

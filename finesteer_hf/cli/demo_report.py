@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial, setting
+from finesteer_hf.cli.demo_standing import ALPHA, STANDING_COLUMNS, standings
 from finesteer_hf.cli.demo_tables import (
     CAA_NOTE,
     GATE_COLUMNS,
@@ -47,8 +48,8 @@ LEAD = (
 
 def build_report(result: DemoResult) -> Report:
     """The report of a demo run."""
-    sections = [_trial_section(result, trial) for trial in result.trials]
-    sections.append(_gate_section(result))
+    trials = sorted(result.trials, key=lambda trial: trial.task != "truthful")
+    sections = [_standing_section(result), *(_trial_section(result, trial) for trial in trials), _gate_section(result)]
     return Report(
         title="FineSteer on the playground",
         lead=LEAD,
@@ -66,24 +67,38 @@ def build_report(result: DemoResult) -> Report:
 
 
 def _headline(result: DemoResult) -> list[Headline]:
+    """Every comparison of the task itself, lost ones too; and what general prompts lost."""
     items = []
-    for trial in result.trials:
-        if trial.split == "question":
-            before, after = trial.base.target.share, trial.finesteer.target.share
-            caa = trial.caa.target.share
-            detail = f"n={after.n}; CAA at best {100 * caa.value:.0f}%"
-            items.append(
-                Headline(TASK_NAMES[trial.task], f"{100 * before.value:.0f}% → {100 * after.value:.0f}%", detail)
-            )
-            same = trial.finesteer.general.identical_to(trial.base.general)
-            items.append(
-                Headline(
-                    f"general output unchanged ({trial.task})",
-                    f"{100 * same.value:.1f}%",
-                    f"n={same.n}; token for token",
-                )
-            )
+    for standing in standings(result):
+        after = f"{100 * standing.finesteer.value:.0f}%"
+        value = after if standing.unsteered is None else f"{100 * standing.unsteered.value:.0f}% → {after}"
+        word = standing.verdict.partition(":")[0]
+        detail = f"n={standing.finesteer.n}; CAA at its best {100 * standing.caa.value:.0f}%: {word}"
+        items.append(Headline(standing.what, value, detail, standing.mark))
     return items
+
+
+def _standing_section(result: DemoResult) -> Section:
+    found = standings(result)
+    lost = [standing.what for standing in found if standing.mark == "bad"]
+    untried = all(trial.split != "kind" for trial in result.trials)
+    return Section(
+        title="Won and lost",
+        text=[
+            "FineSteer beside a constant vector (CAA) that was given the layer and strength that are best on these very "
+            f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, not corrected for the number of rows.",
+            f"Behind on: {'; '.join(lost)}." if lost else "Behind on none of these.",
+            *(["Whole kinds unseen, the harder half, were not tried in this run (--quick)."] if untried else []),
+        ],
+        tables=[
+            Table(
+                STANDING_COLUMNS,
+                [standing.cells() for standing in found],
+                note=INTERVAL_NOTE,
+                marks=[standing.mark for standing in found],
+            )
+        ],
+    )
 
 
 def _trial_section(result: DemoResult, trial: Trial) -> Section:

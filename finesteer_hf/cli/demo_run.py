@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import warnings
@@ -24,6 +25,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.comparison import compare
+from finesteer_hf.evaluation.examples import examples_of
 from finesteer_hf.evaluation.gates import GateFigures, gate_figures
 from finesteer_hf.evaluation.playground_eval import TASKS, Split, Task, fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.statistics import Proportion
@@ -35,6 +37,10 @@ from finesteer_hf.methods.trials import candidate_layers
 
 
 MAX_NEW_TOKENS = 24
+ABOUT: dict[Task, str] = {
+    "truthful": "True answers to questions that the model answers with folklore",
+    "safety": "Refusals of harmful requests that come in a wrapper",
+}
 # The default on the score that the data choose and on the paper's, the paper's three gates, and none.
 COMPARED_GATES: tuple[tuple[Gate, GateScore], ...] = (
     ("conformal", "auto"),
@@ -175,14 +181,18 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
     trials: dict[tuple[Task, Split], Trial] = {}
     # A new process each: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
-        futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
         try:
+            # What is ignored here is ignored by the processes that start now: ctrl-C ends them without a traceback each.
+            watched = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
+            signal.signal(signal.SIGINT, watched)
             for future in as_completed(futures):
                 trial = trials[futures[future]] = future.result()
                 took = f"{trial.seconds:.0f} s, {trial.fit_seconds:.0f} s of them to fit"
                 say(f"done: {trial.task}, split by {trial.split} ({took})")
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return DemoResult(settings, [trials[job] for job in jobs], time.perf_counter() - start)
 
@@ -231,6 +241,10 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
         *compare("playground general prompts, held out", "right answers", base.general, finesteer.general),
     ]
     adapter.config.fit["evaluation"] = [figure.to_dict() for figure in figures]
+    adapter.config.fit["about"] = ABOUT[task]
+    adapter.config.fit["examples"] = examples_of(
+        f"the {task} task, held out by {split}", base.target, finesteer.target
+    )
     adapter.save_pretrained(folder)
     sweep = []
     for at, caa in constants.items():

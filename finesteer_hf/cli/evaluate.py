@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load_model, load_tokenizer, say, table
+from finesteer_hf.cli.common import console, load, say, table
+from finesteer_hf.cli.options import BENCHMARK, LOAD, takes
 
 
-class Half(str, Enum):
-    """Which questions of TruthfulQA are asked."""
-
-    test = "test"
-    all = "all"
-
-
+@takes(choosing=BENCHMARK, loading=dataclasses.replace(LOAD, without=("steering",)))
 def evaluate(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     steering: Annotated[str, typer.Option("--steering", "-s", help="Adapter: folder or Hub id.")],
@@ -27,29 +21,33 @@ def evaluate(
         str, typer.Option("--benchmark", "-b", help="truthfulqa, xstest, advbench, jailbreakbench, gsm8k, playground.")
     ],
     data: Annotated[str | None, typer.Option(help="A local file, or another Hub id.")] = None,
-    half: Annotated[Half, typer.Option(help="Of TruthfulQA: the half not fitted on, or all.")] = Half.test,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each kind.")] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write figures and answers here as JSON.")] = None,
-    update_card: Annotated[bool, typer.Option(help="Put the figures on the card of a local adapter.")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    update_card: Annotated[
+        bool, typer.Option(help="Put figures and an example on the card of a local adapter.")
+    ] = False,
+    *,
+    choosing: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
-    """Evaluate an adapter: every figure with its n and interval, unsteered and steered on the same prompts."""
+    """Ask a benchmark, unsteered and steered.
+
+    Every figure comes with its n and interval; both conditions answer the same prompts.
+    """
     from finesteer_hf.evaluation.behaviour import evaluate as ask
     from finesteer_hf.evaluation.benchmarks import load_benchmark
     from finesteer_hf.evaluation.comparison import COLUMNS, compare
+    from finesteer_hf.evaluation.examples import examples_of
 
     if update_card and not Path(steering).is_dir():
         raise ValueError("--update-card needs a local adapter folder; save the adapter first.")
     if update_card and scale != 1.0:
         raise ValueError("--update-card needs --scale 1: the card is about the adapter's own strength.")
-    sets = load_benchmark(benchmark, data, half=half.value, limit=limit, seed=seed)
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, steering=steering, dtype=dtype, device=device)
+    sets = load_benchmark(benchmark, data, **choosing)
+    loaded, tokenizer = load(model, steering=steering, **loading)
     adapter = next(iter(loaded.steering_adapters))
     rows, answers = [], []
+    examples: list[dict[str, Any]] = []
     for found in sets:
         say(f"{found.name}: {len(found.prompts)} prompts, at most {found.max_new_tokens} new tokens")
         base = ask(loaded, tokenizer, found.prompts, max_new_tokens=found.max_new_tokens)
@@ -57,6 +55,7 @@ def evaluate(
             loaded, tokenizer, found.prompts, adapter=adapter, scale=scale, max_new_tokens=found.max_new_tokens
         )
         rows += compare(found.name, found.metric, base, steered)
+        examples = examples or examples_of(found.name, base, steered)
         answers += [
             {"set": found.name, "id": item.id, "unsteered": before, "steered": after}
             for item, before, after in zip(found.prompts, base.answers.texts, steered.answers.texts, strict=True)
@@ -73,5 +72,7 @@ def evaluate(
             row for row in kept.config.fit.get("evaluation", []) if row["dataset"] not in {r.dataset for r in rows}
         ]
         fit = {**kept.config.fit, "evaluation": [*others, *figures]}
+        if examples:
+            fit["examples"] = examples
         dataclasses.replace(kept, config=dataclasses.replace(kept.config, fit=fit)).save_pretrained(steering)
         say(f"updated the card of {steering}")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load_model, load_tokenizer, say, table
-from finesteer_hf.config import SteeringConfig, get_steering_method
+from finesteer_hf.cli.common import check_folder, console, load, say, table
+from finesteer_hf.cli.options import FIT, LOAD, assignments, takes
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.config import SteeringConfig
 
 
 class DataFormat(str, Enum):
@@ -28,6 +31,7 @@ class Half(str, Enum):
     all = "all"
 
 
+@takes(fitting=FIT, loading=dataclasses.replace(LOAD, without=("steering", "steering_revision")))
 def fit(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     dataset: Annotated[str, typer.Argument(help="Rows of prompt, chosen, rejected: a file or a Hub id.")],
@@ -36,43 +40,42 @@ def fit(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method, name=value; may be repeated.")
     ] = None,
-    general: Annotated[str, typer.Option(help="Prompts not to steer: default, none, a file or a Hub id.")] = "default",
-    eval_dataset: Annotated[str | None, typer.Option(help="Rows to choose layer and strength on.")] = None,
     data_format: Annotated[
         DataFormat, typer.Option("--format", help="What the data set holds.")
     ] = DataFormat.preference,
     half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
-    store: Annotated[Path | None, typer.Option(help="Folder that keeps activations, to resume and to reuse.")] = None,
-    max_rows: Annotated[
-        int, typer.Option(help="Most rows used of each data set, whole prompts drawn at random; 0 uses all.")
-    ] = 20_000,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    about: Annotated[
+        str | None, typer.Option(help="What the adapter does, in a sentence; the first words of its card.")
+    ] = None,
+    example: Annotated[
+        str | None, typer.Option(help="A prompt that the card shows with both answers; it is published with it.")
+    ] = None,
+    *,
+    fitting: dict[str, Any],
+    loading: dict[str, Any],
 ) -> None:
     """Fit a steering adapter and save it."""
+    from finesteer_hf.evaluation.examples import ask_example
+    from finesteer_hf.evaluation.prompts import as_chat
     from finesteer_hf.fitting import fit_steering
 
+    check_folder(out)
     config = make_config(method, settings or [])
     rows: Any = dataset
     if data_format is DataFormat.truthfulqa:
         from finesteer_hf.evaluation.truthfulqa import load_truthfulqa, preference_rows, split_halves
 
         questions = load_truthfulqa(dataset)
-        rows = preference_rows(questions if half is Half.all else split_halves(questions, seed=seed)[0])
+        rows = preference_rows(questions if half is Half.all else split_halves(questions, seed=fitting["seed"])[0])
         say(f"{len(rows)} rows from {len(questions)} questions")
-    tokenizer = load_tokenizer(model)
-    adapter = fit_steering(
-        load_model(model, dtype=dtype, device=device),
-        tokenizer,
-        rows,
-        config,
-        eval_dataset=eval_dataset,
-        general_dataset=None if general == "none" else general,
-        seed=seed,
-        store_dir=store,
-        max_rows=max_rows or None,
-    )
+    loaded, tokenizer = load(model, **loading)
+    adapter = fit_steering(loaded, tokenizer, rows, config, **fitting)
+    if about is not None:
+        adapter.config.fit["about"] = about
+    if example is not None:
+        loaded.load_steering(adapter, "fitted")
+        asked = as_chat(example) if tokenizer.chat_template else example
+        adapter.config.fit["examples"] = [ask_example(loaded, tokenizer, asked, "fitted")]
     adapter.save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     facts = [("strength", f"{adapter.config.strength:g}"), ("files", f"{size:,} bytes")]
@@ -83,17 +86,23 @@ def make_config(method: str, settings: list[str]) -> SteeringConfig:
     """A method's config from `name=value` texts; values are JSON, or else text.
 
     Raises:
-        ValueError: for a setting that the method does not have; it lists those that it has.
+        ValueError: for what is no setting of the method, or a value that it cannot have.
     """
+    from finesteer_hf.config import get_steering_method
+
     config_cls = get_steering_method(method.upper()).config_cls
-    known = sorted(field.name for field in dataclasses.fields(config_cls))
-    values: dict[str, Any] = {}
+    known = config_cls.setting_fields()
     for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--set {setting!r}: write name=value with a setting of {config_cls.__name__}: {known}.")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
+        name = setting.partition("=")[0]
+        if name not in known and name in {field.name for field in dataclasses.fields(config_cls)}:
+            raise ValueError(
+                f"--set {setting!r}: {name} is what a fit writes, not a setting. Settings of {config_cls.__name__}: "
+                f"{', '.join(sorted(known))}."
+            )
+    values = assignments("--set", settings, list(known))
+    try:
+        for name, value in values.items():
+            config_cls.check_kind(name, value)
+    except TypeError as error:
+        raise ValueError(f"--set: {error}") from error
     return config_cls(**values)

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from finesteer_hf.cli.common import console, load_model, load_tokenizer
+from finesteer_hf.cli.common import console, load
+from finesteer_hf.cli.options import LOAD, takes
 
 
+@takes(loading=LOAD)
 def generate(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; else lines of stdin.")
     ] = None,
-    steering: Annotated[str | None, typer.Option("--steering", "-s", help="Adapter: folder or Hub id.")] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Show the unsteered answer too.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 128,
+    *,
+    loading: dict[str, Any],
 ) -> None:
-    """Answer prompts greedily, unsteered beside steered, with what the gate said."""
+    """Answer prompts, unsteered and steered.
+
+    Answers are greedy; with a gate its value is shown.
+    """
     from finesteer_hf.evaluation.generation import greedy_answers
     from finesteer_hf.evaluation.prompts import as_chat
     from finesteer_hf.evaluation.scoring import steered_as
@@ -37,8 +41,8 @@ def generate(
         raise ValueError("Give --prompt TEXT, or a line of text on standard input.")
     if plain and system:
         raise ValueError("--system needs the chat template; leave --plain out.")
-    tokenizer = load_tokenizer(model)
-    loaded = load_model(model, steering=steering, dtype=dtype, device=device)
+    steering = loading["steering"]
+    loaded, tokenizer = load(model, **loading)
     prompts = [text if plain else as_chat(text, system) for text in texts]
     conditions: list[tuple[str, str | None]] = [("unsteered", None)] if compare or steering is None else []
     if steering is not None:

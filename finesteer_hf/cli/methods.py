@@ -8,33 +8,28 @@ from typing import Annotated
 import typer
 
 from finesteer_hf.cli.common import console, table
-from finesteer_hf.config import SteeringConfig, get_steering_method, steering_methods
 
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, to list its settings.")] = None,
 ) -> None:
     """List the steering methods, or the settings of one."""
+    from finesteer_hf.config import get_steering_method, steering_methods
+
     if name is None:
         rows = []
         for method in steering_methods():
-            config = get_steering_method(method).config_cls
-            rows.append((method, config.__name__, first_line(config)))
+            spec = get_steering_method(method)
+            rows.append((method, spec.config_cls.__name__, spec.summary))
         console.print(table(("method", "config", "what it is"), rows))
         return
-    config = get_steering_method(name.upper()).config_cls
-    shared = {field.name for field in dataclasses.fields(SteeringConfig)} - {"positions", "strength"}
+    spec = get_steering_method(name.upper())
+    config = spec.config_cls
     settings = [
         (field.name, default_of(field), str(field.metadata.get("help", "")))
-        for field in dataclasses.fields(config)
-        if field.name not in shared
+        for field in config.setting_fields().values()
     ]
-    console.print(table(("setting", "default", "meaning"), settings, title=f"{name.upper()}: {first_line(config)}"))
-
-
-def first_line(thing: type) -> str:
-    """First line of a class's docstring."""
-    return (thing.__doc__ or "").strip().split("\n")[0]
+    console.print(table(("setting", "default", "meaning"), settings, title=f"{spec.name}: {spec.summary}"))
 
 
 def default_of(field: dataclasses.Field) -> str:

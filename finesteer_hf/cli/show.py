@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.card_facts import adapter_facts
 from finesteer_hf.cli.common import console, table
 
 
@@ -16,7 +14,10 @@ def show(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id (org/name, org/name@revision).")],
     as_json: Annotated[bool, typer.Option("--json", help="The whole steering_config.json instead.")] = False,
 ) -> None:
-    """Show an adapter's config, sizes and held-out figures."""
+    """Show an adapter's settings and figures."""
+    from finesteer_hf.adapter import SteeringAdapter
+    from finesteer_hf.card_facts import adapter_facts
+
     loaded = SteeringAdapter.from_pretrained(adapter)
     if as_json:
         typer.echo(json.dumps(loaded.config.to_dict(), indent=2, sort_keys=True))
@@ -29,7 +30,7 @@ def show(
     if facts.evaluation:
         columns = ("dataset", "metric", "unsteered", "steered", "p_value")
         figures = [tuple(row[name] for name in columns) for row in facts.evaluation]
-        console.print(table(("data", "figure", "unsteered", "steered", "McNemar p"), figures, title="Evaluation"))
+        console.print(table(("data", "figure", "unsteered", "steered", "paired p"), figures, title="Evaluation"))
     sizes = [
         (name, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.numel() * tensor.element_size():,} bytes")
         for name, tensor in sorted(loaded.tensors.items())

@@ -119,10 +119,12 @@ def load_benchmark(
         seed: of the halves and of the draw.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for a name that is not known, and for a limit below 1.
     """
     if name not in _LOADERS:
         raise ValueError(f"Unknown benchmark {name!r}. Known: {list(BENCHMARKS)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
     usual, load = _LOADERS[name]
     return [
         PromptSet(found.name, found.metric, draw(found.prompts, limit, seed), found.max_new_tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finesteer_hf.evaluation.behaviour import Outcome
-from finesteer_hf.evaluation.statistics import Mean, Proportion
+from finesteer_hf.evaluation.statistics import Mean, Proportion, mcnemar, paired_p_value
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ComparisonRow:
         metric: what was counted.
         unsteered: the figure of the base model; None where it has none (a gate).
         steered: the figure under steering.
-        p_value: McNemar's exact test of the two, for shares of the same prompts.
+        p_value: of the two conditions on the same prompts: McNemar's exact test for shares, sign flips for means.
     """
 
     dataset: str
@@ -43,7 +43,7 @@ class ComparisonRow:
         }
 
 
-COLUMNS = ("data", "figure", "unsteered", "steered", "McNemar p")
+COLUMNS = ("data", "figure", "unsteered", "steered", "paired p")
 
 
 def _text(figure: Proportion | Mean | None) -> str:
@@ -61,8 +61,10 @@ def compare(dataset: str, metric: str, base: Outcome, steered: Outcome) -> list[
     """
     rows = [ComparisonRow(dataset, metric, base.share, steered.share, steered.against(base).p_value)]
     if base.choices is not None and steered.choices is not None:
-        rows.append(ComparisonRow(dataset, "MC1", base.choices.mc1_share, steered.choices.mc1_share))
-        rows.append(ComparisonRow(dataset, "MC2", base.choices.mc2_mean, steered.choices.mc2_mean))
+        before, after = base.choices, steered.choices
+        mc1, mc2 = mcnemar(before.mc1, after.mc1).p_value, paired_p_value(before.mc2, after.mc2)
+        rows.append(ComparisonRow(dataset, "MC1", before.mc1_share, after.mc1_share, mc1))
+        rows.append(ComparisonRow(dataset, "MC2", before.mc2_mean, after.mc2_mean, mc2))
     fires = steered.fires()
     if fires is not None:
         rows.append(ComparisonRow(dataset, "gate fires", None, fires))

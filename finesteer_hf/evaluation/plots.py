@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import roc_curve
 
 from finesteer_hf.evaluation.gates import auroc
-from finesteer_hf.evaluation.statistics import Proportion
+from finesteer_hf.evaluation.statistics import Mean, Proportion
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.methods.objective import Criterion
 
@@ -23,6 +23,8 @@ from finesteer_hf.methods.objective import Criterion
 # Okabe and Ito's palette, without its yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 INK, GREY = "#222222", "#8a8a8a"
+# Nats that the axis of a divergence shows at least.
+LEAST_KL = 0.01
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
 # Line styles as well as colours, so that a plot survives a black-and-white print.
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -122,6 +124,8 @@ def plot_dose_response(
         leads: the figure that it was chosen by.
     """
     spoken = [point for point in points if point.own_words is not None]
+    # One point, the unsteered model's, is no curve.
+    spoken = spoken if len(spoken) > 1 else []
     figure, axes = _axes(6.4, 4.6 + 1.8 * bool(spoken), 2 + bool(spoken), sharex=True)
     strength = np.array([point.strength for point in points])
     sayable = leads == "sayable"
@@ -130,10 +134,11 @@ def plot_dose_response(
     axes[0].fill_between(strength, value - error, value + error, color=BLUE, alpha=0.2, linewidth=0)
     axes[0].plot(strength, value, color=BLUE, marker="o", markersize=4, linewidth=2)
     name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\na token"
-    axes[0].set_ylabel(f"{name} (band: 1 SE)", fontsize=9)
+    axes[0].set_ylabel(f"{name}\n(band: 1 SE)", fontsize=9)
     axes[1].plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
     axes[1].set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
-    axes[1].set_ylim(bottom=0)
+    # Rounding alone, of some 1e-8 nats, must not fill the panel.
+    axes[1].set_ylim(0, max(1.1 * max((point.kl for point in points), default=0.0), LEAST_KL))
     if sayable:
         axes[0].set_ylim(bottom=0)
     if spoken:
@@ -169,11 +174,49 @@ def plot_expert_use(weights: ArrayLike, groups: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_shares(shares: Mapping[str, Mapping[str, Proportion]]) -> Figure:
+def plot_effect_and_cost(
+    points: Mapping[str, tuple[Mean, Proportion]],
+    *,
+    effect: str = "change of MC2",
+    cost: str = "general answers changed",
+) -> Figure:
+    """What each method gains against what it changes elsewhere; the best place is at the top left.
+
+    Args:
+        points: for each method the change of its effect, and the share of general prompts whose answer stays.
+        effect: name of the effect, for the axis.
+        cost: name of the cost, for the axis.
+    """
+    figure, (axis,) = _axes(6.8, 4.4)
+    looks = zip(cycle(PALETTE), cycle("osD^vP"), strict=False)
+    for (name, (gain, same)), (colour, marker) in zip(points.items(), looks, strict=False):
+        up_down = np.clip([[gain.value - gain.low], [gain.high - gain.value]], 0, None)
+        sideways = np.clip([[same.high - same.value], [same.value - same.low]], 0, None)
+        axis.errorbar(
+            1 - same.value,
+            gain.value,
+            up_down,
+            sideways,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            markersize=7,
+            label=name,
+        )
+    axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axis.set_xlabel(cost)
+    axis.set_ylabel(effect)
+    axis.set_xlim(-0.02, 1.02)
+    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(loc="outside upper center", ncols=min(max(len(points), 1), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def plot_shares(shares: Mapping[str, Mapping[str, Proportion | Mean]]) -> Figure:
     """Shares with their intervals, conditions side by side.
 
     Args:
-        shares: figure name -> condition name -> share.
+        shares: figure name -> condition name -> share, or a mean between 0 and 1.
     """
     conditions = list(dict.fromkeys(name for row in shares.values() for name in row))
     figure, (axis,) = _axes(6.8, 0.9 + 0.62 * len(shares))

@@ -21,21 +21,23 @@ Mark = Literal["good", "bad", ""]
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure at the top of a report."""
+    """A figure at the top of a report; the mark says whether it is a win or a loss, which the detail says in words."""
 
     label: str
     value: str
     detail: str = ""
+    mark: Mark = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; figures carry their n and interval themselves."""
+    """A table of texts; figures carry their n and interval themselves. Marks, one a row, colour the last cells."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     note: str = ""
+    marks: Sequence[Mark] = ()
 
 
 @dataclass(frozen=True)

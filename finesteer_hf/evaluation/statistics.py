@@ -128,7 +128,7 @@ def proportion(
     return Proportion(k, n, k / n, float(interval.low), float(interval.high))
 
 
-def mcnemar(first: Sequence[Any], second: Sequence[Any]) -> PairedTest:
+def mcnemar(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.ndarray) -> PairedTest:
     """Compare two conditions on the same items by McNemar's exact test.
 
     Args:
@@ -145,6 +145,32 @@ def mcnemar(first: Sequence[Any], second: Sequence[Any]) -> PairedTest:
     discordant = only_first + only_second
     p_value = float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
     return PairedTest(only_first, only_second, p_value, len(first))
+
+
+def paired_p_value(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p of a mean paired difference, by flipping signs: exact for few items, else of 9,999 draws.
+
+    Args:
+        first: one number an item.
+        second: the same items under another condition, in the same order.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"Paired conditions need the same items: got {a.size} and {b.size}.")
+    if np.array_equal(a, b):
+        return 1.0
+    result = stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: np.mean(y - x, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
 
 
 def mean_with_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Mean:

@@ -97,7 +97,7 @@ def fit_steering(
     Raises:
         DatasetError: for data that cannot be fitted, naming the rows, before the model runs; and for rows whose states
             are NaN or infinite.
-        ValueError: for a config that does not fit the model.
+        ValueError: for a config that does not fit the model, or that holds what a fit writes.
         OSError: if `store_dir` cannot be written.
 
     Example:
@@ -106,6 +106,7 @@ def fit_steering(
     """
     if not isinstance(config, SteeringConfig):
         raise TypeError(f"config must be a SteeringConfig such as FineSteerConfig(), got {type(config).__name__}.")
+    check_settings(config)
     started = time.perf_counter()
     limits = Limits.of(config.limits)
     method_cls = get_steering_method(config.steering_type).method_cls
@@ -213,6 +214,24 @@ def fit_steering(
     adapter = SteeringAdapter(fitted, result.tensors)
     adapter.check_tensors()
     return adapter
+
+
+def check_settings(config: SteeringConfig) -> None:
+    """Refuse a config in which something is set that a fit writes, for it would be written over without a word.
+
+    Raises:
+        ValueError: naming these fields.
+    """
+    kind = type(config)
+    # Some fields follow from the settings (`requires`): they are as in a fresh config then.
+    fresh = kind(**config.settings())
+    written = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(fresh, f.name)]
+    if written:
+        raise ValueError(
+            f"{written} of {kind.__name__} are what a fit writes, not settings: they follow from the model, the data and "
+            f"what was chosen. Leave them out, or fit `{kind.__name__}(**config.settings())`, which holds the settings of "
+            f"a fitted config alone. Settings: {sorted(kind.setting_fields())}."
+        )
 
 
 def states_of(request: CaptureRequest) -> CaptureRequest:

@@ -237,19 +237,19 @@ def _read_general(
     if isinstance(dataset, (list, tuple)):
         dataset = [{"prompt": item} if isinstance(item, str) else item for item in dataset]
     read = read_prompts(dataset, **taking)
-    return _General(_in_form_of(rows, read.rows), read.findings, read.source)
+    return _General(in_form_of(rows, read.rows), read.findings, read.source)
 
 
 def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, Any]) -> list[PromptRow]:
     """The packaged prompts that fit the model; nobody can shorten the others."""
     packaged = [PromptRow(prompt, number=number) for number, prompt in enumerate(default_general_prompts())]
-    prompts = _in_form_of(rows, packaged)
+    prompts = in_form_of(rows, packaged)
     most = min((limit for limit in limits.values() if limit is not None), default=None)
     lengths = [len(passage.ids) for passage in encode_prompts(tokenizer, prompts)]
     return [row for row, length in zip(prompts, lengths, strict=True) if most is None or length <= most]
 
 
-def _in_form_of(rows: Sequence[PreferenceRow], prompts: Sequence[PromptRow]) -> list[PromptRow]:
+def in_form_of(rows: Sequence[PreferenceRow], prompts: Sequence[PromptRow]) -> list[PromptRow]:
     """General prompts in the form of the training prompts, so that a gate cannot tell them by their form.
 
     Text becomes a user message where they are chats, after their system message if all have the same one.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class FitProgress:
-    """Bars and lines, or silence.
+    """Bars and lines on stderr, or silence.
 
     Args:
         shown: whether anything is printed.
@@ -17,7 +18,8 @@ class FitProgress:
 
     def __init__(self, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, disable=not shown, transient=True)
+        # Stdout is for what a program prints, stderr for how far it is.
+        self._bars = Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
         self._shown = shown
 
     def __enter__(self) -> FitProgress:

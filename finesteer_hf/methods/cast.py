@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score, precision_recall_curve
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators.linear_algebra import principal_directions
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
@@ -80,8 +80,8 @@ class CASTConfig(SteeringConfig):
     condition_layers: list[int] | str = field(default="auto", metadata={"help": "Tested decoder blocks, or auto."})
     num_conditions: int = field(default=1, metadata={"help": "Number of tested blocks that auto keeps."})
     rule: Literal["or", "and"] = field(default="or", metadata={"help": "Joins conditions: or, and."})
-    thresholds: list[float] = field(default_factory=list, metadata={"help": "Threshold of each condition, fitted."})
-    comparators: list[str] = field(default_factory=list, metadata={"help": "above or below of each, fitted."})
+    thresholds: list[float] = field(default_factory=list, metadata=written_by_fit("Threshold of each condition."))
+    comparators: list[str] = field(default_factory=list, metadata=written_by_fit("above or below, of each condition."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
 from finesteer_hf.estimators.probes import fit_head_probes
@@ -88,7 +88,7 @@ class FlorainConfig(SteeringConfig):
     batch_size: int = field(default=100, metadata=_help("Answers a step."))
     learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of Adam."))
     attention_heads: int | None = field(
-        default=None, metadata={"help": "Heads of the block.", "least": 1, "most": MOST_HEADS}
+        default=None, metadata=written_by_fit("Heads of the block.", least=1, most=MOST_HEADS)
     )
 
     def __post_init__(self) -> None:

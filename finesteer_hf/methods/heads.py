@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.probes import (
     best_heads,
@@ -53,9 +53,9 @@ class HeadsConfig(SteeringConfig):
     num_heads: int = field(default=48, metadata=_help("Number of steered heads."))
     layers: list[int] | str = field(default="auto", metadata=_help("Probed blocks, or auto for all."))
     direction: Literal["centre", "probe"] = field(default="centre", metadata=_help("centre or probe."))
-    heads: list[list[int]] = field(default_factory=list, metadata=_help("Chosen [layer, head] pairs."))
+    heads: list[list[int]] = field(default_factory=list, metadata=written_by_fit("Chosen [layer, head] pairs."))
     attention_heads: int | None = field(
-        default=None, metadata={"help": "Heads of each block.", "least": 1, "most": MOST_HEADS}
+        default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -74,9 +74,9 @@ class SADIConfig(SteeringConfig):
     num_elements: int | str = field(default="auto", metadata=_help("Number of amplified elements, or auto."))
     layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
     compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
-    element_layers: list[int] = field(default_factory=list, metadata=_help("Blocks of the elements, fitted."))
+    element_layers: list[int] = field(default_factory=list, metadata=written_by_fit("Blocks of the elements."))
     attention_heads: int | None = field(
-        default=None, metadata={"help": "Heads of each block.", "least": 1, "most": MOST_HEADS}
+        default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.sparse_group import proximal_descent
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
@@ -73,7 +73,7 @@ class TaskDrivenConfig(SteeringConfig):
     group: float = field(default=0.1, metadata={"help": "Penalty on heads, as a share of the largest useful one."})
     iterations: int = field(default=30, metadata={"help": "Most steps of the descent."})
     attention_heads: int | None = field(
-        default=None, metadata={"help": "Heads of the block.", "least": 1, "most": MOST_HEADS}
+        default=None, metadata=written_by_fit("Heads of the block.", least=1, most=MOST_HEADS)
     )
 
     def __post_init__(self) -> None:

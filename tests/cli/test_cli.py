@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from evaluation_toys import half_plane_adapter
 from typer.testing import CliRunner
 
 from finesteer_hf import SteeringAdapter
-from finesteer_hf.cli import app
-from finesteer_hf.cli.fit import fit, make_config
-from finesteer_hf.fitting.fit import MAX_ROWS
+from finesteer_hf.cli.commands import app
+from finesteer_hf.cli.fit import make_config
 
 
 runner = CliRunner(env={"COLUMNS": "200"})
@@ -39,7 +37,7 @@ def run(*arguments: str, code: int = 0, text: str | None = None) -> str:
 
 def test_help_lists_the_commands() -> None:
     output = run("--help")
-    for command in ("demo", "fit", "eval", "generate", "show", "methods"):
+    for command in ("demo", "fit", "eval", "compare", "generate", "show", "methods"):
         assert f" {command} " in output
         assert "Usage" in run(command, "--help")
 
@@ -58,7 +56,7 @@ def test_errors_are_one_line_and_an_exit_code(folders: tuple[str, str], tmp_path
     base, adapter = folders
     assert "Give --prompt" in run("generate", base, text="", code=1)
     assert "no steering adapter" in run("show", str(tmp_path), code=1).replace("\n", " ")
-    assert "bfloat16" in run("generate", base, "-p", "sing", "--dtype", "int3", code=1)
+    assert "bfloat16" in run("generate", base, "-p", "sing", "--dtype", "int3", code=2)
     assert "Unknown benchmark" in run("eval", base, "-s", adapter, "-b", "mmlu", code=1)
     assert "Unknown steering_type" in run("methods", "nothing", code=1)
 
@@ -136,8 +134,3 @@ def test_settings_are_read_as_json_and_named_when_wrong(half_plane: None) -> Non
     for wrong in ("colour=red", "strength"):
         with pytest.raises(ValueError, match="positions"):
             make_config("test_half_plane", [wrong])
-
-
-def test_the_most_rows_of_the_command_are_those_of_the_function() -> None:
-    # Said twice, for the command line starts without what fitting imports.
-    assert inspect.signature(fit).parameters["max_rows"].default == MAX_ROWS

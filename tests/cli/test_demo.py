@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.cli import app
 from finesteer_hf.cli.demo_report import build_report
 from finesteer_hf.cli.demo_run import Arm, ConstantDose, DemoResult, DemoSettings, GateRow, Trial
+from finesteer_hf.cli.demo_standing import standings
 from finesteer_hf.cli.demo_tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
@@ -100,6 +102,27 @@ def test_tables_hold_every_figure_with_its_n(result: DemoResult) -> None:
     assert "6 held-out targets, 6 general prompts" in gate_title(result, "truthful")
 
 
+def test_losses_are_at_the_top_of_the_report(result: DemoResult) -> None:
+    trial = result.trials[0]
+    kind = replace(trial, split="kind", finesteer=trial.base, caa=trial.finesteer)
+    better = replace(trial.base.target, verdicts=[True] * len(WORDS))
+    worse = replace(trial.base.target, verdicts=[False] * len(WORDS))
+    lost = replace(kind, finesteer=replace(trial.base, target=worse), caa=replace(trial.caa, target=better))
+    found = standings(DemoResult(result.settings, [lost, trial], 1.0))
+    assert [row.what for row in found] == [
+        "truthful answers, questions unseen",
+        "general output unchanged, truthful adapter, questions unseen",
+        "truthful answers, whole kinds unseen",
+        "general output unchanged, truthful adapter, whole kinds unseen",
+    ]
+    assert found[2].mark == "bad" and found[2].verdict == "behind: 0 gained, 6 lost (p = 0.03)"
+    text = render_report(build_report(DemoResult(result.settings, [lost, trial], 1.0)))
+    assert (
+        text.index("0% → 0%") < text.index("Behind on: truthful answers, whole kinds unseen.") < text.index("<figure>")
+    )
+    assert '<div class="bad"><span>truthful answers, whole kinds unseen' in text and '<tr class="bad">' in text
+
+
 def test_examples_are_spread_over_categories_and_not_chosen_by_outcome(result: DemoResult) -> None:
     trial = result.trials[0]
     chosen = examples(trial, 6)
@@ -118,7 +141,7 @@ def test_the_report_shows_tables_plots_and_answers(result: DemoResult) -> None:
     ):
         assert expected in text
     assert text.count("data:image/png;base64,") == 4
-    assert "say nothing about large models" in text
+    assert "say nothing about large models" in text and "Whole kinds unseen, the harder half, were not tried" in text
 
 
 @pytest.mark.slow

@@ -36,6 +36,6 @@ def test_every_prompt_is_answered_with_and_without(
 def test_without_the_model_it_says_so_and_goes_on(
     adapters: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(common, "console", Console(width=200))
+    monkeypatch.setattr(common, "errors", Console(width=200, stderr=True))
     assert not demo_real.show_real(adapters / "nowhere", adapters)
-    assert "nowhere" in capsys.readouterr().out
+    assert "nowhere" in capsys.readouterr().err

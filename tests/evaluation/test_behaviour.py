@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.evaluation.comparison import compare
+from finesteer_hf.evaluation.examples import examples_of
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
 from finesteer_hf.evaluation.prompts import as_chat, encode_prompt
+from finesteer_hf.evaluation.statistics import mcnemar, paired_p_value
 
 
 TEXTS = ["what is the sky made of ?", "tell me about cats", "sing a song", "tell me about dogs", "is it red or blue ?"]
@@ -76,7 +79,30 @@ def test_comparisons_are_paired(outcomes: tuple[Any, Outcome, Outcome]) -> None:
     rows = compare("set", "even", base, after)
     assert [row.metric for row in rows] == ["even", "MC1", "MC2", "gate fires", "identical output"]
     assert rows[0].p_value == test.p_value and rows[3].cells()[2] == "-"
+    assert rows[1].p_value == mcnemar(base.choices.mc1, after.choices.mc1).p_value
+    assert rows[2].p_value == paired_p_value(base.choices.mc2, after.choices.mc2)
     assert rows[0].to_dict()["steered"] == after.share.to_dict()
+
+
+def test_a_card_shows_a_win_and_a_loss_the_first_of_each(outcomes: tuple[Any, Outcome, Outcome]) -> None:
+    gates, base, after = outcomes
+    changed = [a != b for a, b in zip(base.answers.ids, after.answers.ids, strict=True)]
+    first = changed.index(True)
+    unjudged = [replace(outcome, verdicts=[None] * len(changed)) for outcome in (base, after)]
+    (found,) = examples_of("the toys", *unjudged)
+    assert found["prompt"] == base.prompts[first].text and found["gate"] == gates[first]
+    assert (found["unsteered"], found["steered"]) == (base.answers.texts[first], after.answers.texts[first])
+    assert "the first whose answer changes" in found["source"]
+
+    last = len(changed) - 1 - changed[::-1].index(True)
+    verdicts = [row == last for row in range(len(changed))]
+    lost = replace(base, verdicts=[False] * len(changed))
+    examples = examples_of("the toys", lost, replace(after, verdicts=verdicts))
+    assert (
+        examples[0]["prompt"] == base.prompts[last].text and "becomes the wanted one (1 such)" in examples[0]["source"]
+    )
+    assert [e["prompt"] for e in examples[1:]] == ([base.prompts[first].text] if first != last else [])
+    assert examples_of("the toys", base, base) == []
 
 
 def test_the_playgrounds_halves_are_disjoint_and_its_judges_know_the_answers() -> None:

@@ -44,6 +44,15 @@ def test_a_dose_curve_keeps_its_numbers() -> None:
     top, bottom = plot_dose_response(POINTS).axes
     np.testing.assert_allclose(top.lines[0].get_ydata(), [p.bottleneck for p in POINTS])
     np.testing.assert_allclose(bottom.lines[0].get_ydata(), [p.kl for p in POINTS])
+    assert bottom.get_ylim() == (0, pytest.approx(1.1 * 0.04))
+
+
+def test_rounding_looks_like_nothing_and_one_point_is_no_curve() -> None:
+    points = [DosePoint(s, 0.1, 0.01, 1e-8, own_words=-0.1 if s == 0 else None) for s in (0.0, 1.0, 2.0)]
+    axes = plot_dose_response(points).axes
+    assert len(axes) == 2 and axes[1].get_ylim()[1] == 0.01
+    spoken = [DosePoint(s, 0.1, 0.01, 0.0, own_words=-0.1) for s in (0.0, 1.0)]
+    assert len(plot_dose_response(spoken).axes) == 3
 
 
 @pytest.fixture

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
-from finesteer_hf.evaluation.statistics import mcnemar, mean_with_interval, paired_difference, proportion
+from finesteer_hf.evaluation.statistics import (
+    mcnemar,
+    mean_with_interval,
+    paired_difference,
+    paired_p_value,
+    proportion,
+)
 
 
 def wilson(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -78,3 +85,16 @@ def test_paired_difference_is_that_of_the_items() -> None:
     assert paired_difference([1.0, 2.0], [2.0, 3.0]).low == 1.0
     with pytest.raises(ValueError, match="same items"):
         paired_difference([1.0], [1.0, 2.0])
+
+
+def test_p_of_a_paired_mean_is_the_share_of_sign_flips_that_reach_as_far() -> None:
+    generator = np.random.default_rng(3)
+    first, second = generator.normal(size=8), generator.normal(0.7, size=8)
+    difference = second - first
+    flips = np.array(list(itertools.product((-1, 1), repeat=8))) @ difference / 8
+    reached = np.mean(np.abs(flips) >= abs(difference.mean()) - 1e-12)
+    assert paired_p_value(first, second) == pytest.approx(reached)
+    assert paired_p_value(first, first) == 1.0 and paired_p_value([], []) == 1.0
+    assert paired_p_value(np.zeros(400), np.full(400, 0.1) + generator.normal(0, 0.01, 400)) < 0.001
+    with pytest.raises(ValueError, match="same items"):
+        paired_p_value([1.0], [1.0, 2.0])

@@ -1,0 +1,47 @@
+"""The commands; each is a file of its own, which imports what it needs once it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finesteer_hf import __version__
+from finesteer_hf.cli.common import friendly
+from finesteer_hf.cli.compare import compare
+from finesteer_hf.cli.demo import demo
+from finesteer_hf.cli.evaluate import evaluate
+from finesteer_hf.cli.fit import fit
+from finesteer_hf.cli.generate import generate
+from finesteer_hf.cli.methods import methods
+from finesteer_hf.cli.show import show
+
+
+# Plain help: boxes leave the texts too narrow a column on 80 characters.
+app = typer.Typer(name="finesteer", no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode=None)
+for name, command in (
+    ("demo", demo),
+    ("fit", fit),
+    ("eval", evaluate),
+    ("compare", compare),
+    ("generate", generate),
+    ("show", show),
+    ("methods", methods),
+):
+    app.command(name)(friendly(command))
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if it is asked for."""
+    if wanted:
+        typer.echo(f"finesteer-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Fit, use, evaluate and look at steering adapters for Hugging Face models."""

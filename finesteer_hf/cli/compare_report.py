@@ -1,0 +1,176 @@
+"""The comparison's tables and its report."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, Trial
+from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
+from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
+from finesteer_hf.evaluation.statistics import Mean, Proportion
+from finesteer_hf.methods.base import DosePoint
+
+
+EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")
+DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second less first", "p")
+COST_COLUMNS = ("method", "general answers unchanged", "gate fires on rows", "on general", "fit", "size")
+ALPHA = 0.05
+SHOWN = 6
+
+
+def effect_rows(result: MethodComparison) -> list[tuple[str, ...]]:
+    """MC1, MC2 and hits of the base and of each method, with their paired p."""
+    base = result.own
+    rows: list[tuple[str, ...]] = [("unsteered", *_pair(base, "MC1"), *_pair(base, "MC2"), base.share.brief, "")]
+    for trial in result.trials:
+        figures = {row.metric: row for row in trial.against_base(result)[:3]}
+        cells: list[str] = []
+        for metric in ("MC1", "MC2", HIT):
+            steered = figures[metric].steered
+            assert steered is not None
+            cells += [steered.brief, f"{figures[metric].p_value:.2g}"]
+        rows.append((trial.name, *cells))
+    return rows
+
+
+def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
+    assert outcome.choices is not None
+    return (outcome.choices.mc1_share.brief if metric == "MC1" else outcome.choices.mc2_mean.brief), ""
+
+
+def duel_rows(result: MethodComparison) -> list[tuple[str, ...]]:
+    """Each pair of methods."""
+    return [
+        (
+            duel.first,
+            duel.second,
+            f"{duel.mc1.only_first} / {duel.mc1.only_second}",
+            f"{duel.mc1.p_value:.2g}",
+            f"{duel.mc2.value:+.3f} [{duel.mc2.low:+.3f}, {duel.mc2.high:+.3f}]",
+            f"{duel.mc2_p:.2g}",
+        )
+        for duel in result.duels()
+    ]
+
+
+def cost_rows(result: MethodComparison) -> list[tuple[str, ...]]:
+    """What each method changes elsewhere and what it takes."""
+    return [
+        (
+            trial.name,
+            trial.general.identical_to(result.general).brief,
+            _fires(trial.own),
+            _fires(trial.general),
+            f"{trial.seconds:.0f} s",
+            f"{trial.size:,} bytes",
+        )
+        for trial in result.trials
+    ]
+
+
+def _fires(outcome: Outcome) -> str:
+    fires = outcome.fires()
+    return "no gate" if fires is None else fires.brief
+
+
+def mark(result: MethodComparison, trial: Trial) -> Mark:
+    """Whether a method's MC2 is above the base model's (`good`), below it (`bad`), or not told apart."""
+    row = trial.against_base(result)[2]
+    if row.p_value is None or row.p_value >= ALPHA:
+        return ""
+    return "good" if result.mc2_change(trial).value > 0 else "bad"
+
+
+def build_report(result: MethodComparison, model: str) -> Report:
+    """The report of a comparison."""
+    return Report(
+        title="Steering methods compared",
+        lead=f"Fitted on {result.fitted} rows for {model}, and asked {len(result.own.prompts)} prompts that were held out "
+        f"and {len(result.general.prompts)} general ones. Nothing was chosen on these.",
+        headline=[_headline(result, trial) for trial in result.trials],
+        sections=[_effects(result), _costs(result), _answers(result)],
+        provenance={name: version(name) for name in ("finesteer-hf", "torch", "transformers")},
+    )
+
+
+def _headline(result: MethodComparison, trial: Trial) -> Headline:
+    change = result.mc2_change(trial)
+    same = trial.general.identical_to(result.general)
+    words: dict[Mark, str] = {"good": "above unsteered", "bad": "below unsteered", "": "not told from unsteered"}
+    where = mark(result, trial)
+    detail = f"change of MC2: {words[where]}; {100 * same.value:.0f}% of general answers unchanged"
+    return Headline(trial.name, f"{change.value:+.3f}", detail, where)
+
+
+def _effects(result: MethodComparison) -> Section:
+    failed = [f"{name} could not be fitted: {why}" for name, why in result.failed.items()]
+    changes = {t.name: (result.mc2_change(t), t.general.identical_to(result.general)) for t in result.trials}
+    section = Section(
+        "Effect",
+        [
+            "MC1: the first chosen answer is likelier than every rejected one. MC2: the chosen answers' share of the "
+            "probability. p: McNemar's exact test for shares, sign flips for MC2; not corrected for the number of rows.",
+            *failed,
+        ],
+        tables=[
+            Table(
+                EFFECT_COLUMNS,
+                effect_rows(result),
+                "Against unsteered",
+                marks=["", *(mark(result, trial) for trial in result.trials)],
+            )
+        ],
+    )
+    if result.trials:
+        section.plots = [
+            Plot(plot_effect_and_cost(changes), "What each method gains, and how many general answers it changes."),
+            Plot(plot_shares(_shares(result)), "Held-out figures with 95% intervals, methods side by side."),
+        ]
+    if len(result.trials) > 1:
+        section.tables.append(Table(DUEL_COLUMNS, duel_rows(result), "One against another"))
+    return section
+
+
+def _shares(result: MethodComparison) -> dict[str, dict[str, Proportion | Mean]]:
+    shares: dict[str, dict[str, Proportion | Mean]] = {"MC1": {}, "MC2": {}, HIT: {}, "general answers unchanged": {}}
+    for name, own in (("unsteered", result.own), *((t.name, t.own) for t in result.trials)):
+        assert own.choices is not None
+        shares["MC1"][name], shares["MC2"][name] = own.choices.mc1_share, own.choices.mc2_mean
+        shares[HIT][name] = own.share
+    for trial in result.trials:
+        shares["general answers unchanged"][trial.name] = trial.general.identical_to(result.general)
+    return shares
+
+
+def _costs(result: MethodComparison) -> Section:
+    section = Section("Side effects and cost", tables=[Table(COST_COLUMNS, cost_rows(result))], plots_title="Doses")
+    for trial in result.trials:
+        report = trial.adapter.config.fit.get("report", {})
+        points = [DosePoint.from_report(point) for point in report.get("dose_response") or []]
+        if len(points) > 1:
+            leads = (report.get("objective") or {}).get("criterion", "sayable")
+            figure = plot_dose_response(points, chosen=float(trial.adapter.config.strength), leads=leads)
+            section.plots.append(Plot(figure, f"{trial.name}: dose response on rows that its fit held out."))
+    return section
+
+
+def _answers(result: MethodComparison) -> Section:
+    """Prompts spread over the held-out ones, without regard to what was answered."""
+    count = len(result.own.prompts)
+    chosen = range(0, count, max(1, count // SHOWN))[:SHOWN]
+    conditions = [("unsteered", result.own), *((trial.name, trial.own) for trial in result.trials)]
+    return Section(
+        "Answers",
+        exchanges=[
+            Exchange(result.own.prompts[row].text, [_answer(name, outcome, row) for name, outcome in conditions])
+            for row in chosen
+        ],
+        exchanges_title="Held-out prompts, drawn without regard to the outcome",
+    )
+
+
+def _answer(condition: str, outcome: Outcome, row: int) -> Answer:
+    gate = outcome.recorded("gate")
+    verdict: Mark = "good" if outcome.verdicts[row] else "bad"
+    return Answer(condition, outcome.answers.texts[row], verdict, "" if gate is None else f"gate {gate[row]:.2f}")
