@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import threading
 from pathlib import Path
 from string import Template
@@ -40,6 +41,15 @@ def generate(model, steering_adapter=ADAPTER, revision=None, **kwargs):
 
 _TWINS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+
+
+def _renew_after_fork() -> None:
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 def write_custom_generate(directory: str | Path, repo: str | None) -> Path:

@@ -70,5 +70,9 @@ class PushConflictError(PushError):
     """Somebody else changed the same files on the Hub meanwhile; nothing was pushed."""
 
 
+class BlockElsewhereWarning(UserWarning):
+    """A call steers with what is set on the model while a `with model.steering(...)` block is open in another thread."""
+
+
 class PromptEndWarning(UserWarning):
     """A plain forward whose steering depends on where the prompt ends, which nothing says."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from finesteer_hf.arguments import as_scale
 from finesteer_hf.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
+from finesteer_hf.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
 from finesteer_hf.compiled import forward_is_compiled
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.plan import Plan, Scale, Selection, SelectionLike, as_selection
+from finesteer_hf.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.prompt_ends import PROMPT_ENDS, told
 from finesteer_hf.runtime import SteeringRuntime
@@ -28,6 +31,15 @@ class _Unset:
 
 
 UNSET = _Unset()
+
+# Arguments that `generate` takes; what would swallow them refuses them.
+OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
+
+NOT_BATCHED = (
+    "Continuous batching packs requests into one row, in a thread of its own that stands in no block, and is not steered. "
+    "Use `generate`, or take steering off the model with `model.set_steering(None)`, outside of any block, for an "
+    "unsteered batch."
+)
 
 
 class SteeredGeneration:
@@ -58,41 +70,53 @@ class SteeredGeneration:
 
         Raises:
             AdapterNotFoundError: for a name that is not loaded, before any computation.
-            ValueError: if rows and lists do not fit, or `output_steering` has no output object to go to.
+            ValueError: if rows and lists do not fit, a scale is not finite, what is added is not finite in the model's
+                dtype, or `output_steering` has no output object to go to.
+            TypeError: if `steering` or `steering_scale` is of another kind.
         """
         processors = tuple(SteeringProcessorList(steering_processor or ()))
-        plan = self._call_plan(steering, steering_scale, processors)
+        plan, rows = self._call_plan(steering, steering_scale, processors)
         if output_steering and not self._returns_dict(kwargs):
             raise ValueError(
                 "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
             )
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = OutsideStreamer(kwargs["streamer"])
         self._steering.follow_modules()
-        self._steering.hook(site for processor in processors for site in processor.sites)
+        # Held for the call: an adapter may be deleted or replaced while it steers.
+        self._steering.hook(plan.sites)
         try:
-            with CallSession(self._steering, plan, record=output_steering) as session:
+            with CallSession(self._steering, plan, rows=rows, record=output_steering) as session:
                 output = super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self._steering.unhook(site for processor in processors for site in processor.sites)
+            self._steering.unhook(plan.sites)
         if output_steering and isinstance(output, ModelOutput):
             output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
         return output
 
-    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> Plan:
+    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> tuple[Plan, int | None]:
+        """What a call steers with, and the number of rows that it was given for, if it was."""
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
         factor = as_scale(scale)
+        rows = len(factor) if isinstance(factor, tuple) else None
         if isinstance(steering, _Unset):
             outer = current_session(self._steering)
-            if outer is not None and not outer.of_forward:
-                # A model that drafts for itself generates inside its own call: it drafts with the same steering.
-                return outer.plan
-            selection, own = self._steering.active()
-            return self._steering.plan(selection, (*own, *chain), factor)
-        if steering is None or isinstance(steering, (str, Mapping)):
-            return self._steering.plan(as_selection(steering), chain, factor)
-        rows: list[Selection] = [as_selection(row) for row in steering]
-        return self._steering.mixed_plan(rows, chain, factor)
+            if outer is not None and not outer.of_forward and factor == 1.0 and not chain:
+                # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
+                # the call calls back, and what stands in a block of its own, is outside of it.
+                return outer.plan, outer.rows
+            self._steering.warn_of_blocks_elsewhere()
+            with self._steering.lock:
+                selection, own = self._steering.active()
+                return self._steering.plan(selection, (*own, *chain), factor), rows
+        if not isinstance(steering, Sequence) or isinstance(steering, str):
+            return self._steering.plan(as_selection(steering), chain, factor), rows
+        if not steering:
+            raise ValueError("steering=[] has no entries. Give one entry for each row of the batch, or None.")
+        selections: list[Selection] = [as_selection(row) for row in steering]
+        return self._steering.mixed_plan(selections, chain, factor), len(selections)
 
     def _returns_dict(self, kwargs: dict[str, Any]) -> bool:
         configs = (kwargs.get("generation_config"), self.generation_config)  # type: ignore[attr-defined]
@@ -113,7 +137,7 @@ class SteeredGeneration:
         )
         session = current_session(self._steering)
         if session is not None and session.prompt is None:
-            session.prompt = prompt_of(ids, kwargs, expand_size)
+            session.prompt = prompt_of(ids, kwargs, expand_size, masked=bool(session.plan))
             session.check_rows(session.prompt)
         return ids, kwargs
 
@@ -135,22 +159,45 @@ class SteeredGeneration:
         own = session.logits_processors() if session is not None and session.plan else []
         if own:
             logits_processor = LogitsProcessorList([*(logits_processor or ()), *own])
-        return super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+        processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+        return processors if session is None else OutsideProcessors(processors)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        return criteria if current_session(self._steering) is None else OutsideCriteria(criteria)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching; refused while steering is active.
+        """transformers' continuous batching, which is not steered.
 
         Raises:
-            UnsupportedModelError: if anything is active: requests are packed into one row there, in another thread.
+            UnsupportedModelError: if steering is asked for, or anything is active.
         """
-        session = current_session(self._steering)
-        selection, processors = self._steering.active()
-        if (session is not None and session.plan) or (session is None and (selection or processors)):
-            raise UnsupportedModelError(
-                "Continuous batching packs requests into one row and shares cached blocks between them, so it cannot be "
-                "steered by row. Use `generate`, or `with model.disable_steering()` for an unsteered batch."
-            )
+        asked = sorted(OF_GENERATE & kwargs.keys())
+        if asked:
+            raise UnsupportedModelError(f"generate_batch takes no {asked}. {NOT_BATCHED}")
+        refuse_continuous_batching(self._steering)
         return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' manager of continuous batching, which is not steered: it and its requests are refused.
+
+        Raises:
+            UnsupportedModelError: if anything is active, now or when a request is added.
+        """
+        runtime = self._steering
+        refuse_continuous_batching(runtime)
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        if "add_request" not in vars(manager):
+            # Its own thread stands in no block, and would not see that of the thread that adds a request.
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def add_unsteered_request(*args: Any, **kwargs: Any) -> Any:
+                refuse_continuous_batching(runtime)
+                return add_request(*args, **kwargs)
+
+            manager.add_request = add_unsteered_request
+        return manager
 
     def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
         """A plain forward, steered with what is active.
@@ -177,6 +224,7 @@ class SteeredGeneration:
     def _call_compiled(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         runtime, session = self._steering, current_session(self._steering)
         if session is None:
+            runtime.warn_of_blocks_elsewhere()
             runtime.check_prompt_ends(args, kwargs)
             with runtime.compiled.lock:
                 runtime.sync_compiled()
@@ -202,8 +250,8 @@ class SteeredGeneration:
         return call
 
 
-def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
-    """What `generate` knows of the prompts once its inputs are prepared."""
+def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True) -> Prompt:
+    """What `generate` knows of the prompts once its inputs are prepared; without their mask if nothing asks for it."""
     embeds = kwargs.get("inputs_embeds")
     inputs = {"inputs_embeds": embeds} if embeds is not None else {"input_ids": ids}
     mask = kwargs.get("attention_mask")
@@ -214,14 +262,13 @@ def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int) -> Prompt:
     elif cache is not None and cache_length(cache) >= length:
         # Only the new turn's tokens were given, beside the cache of the earlier ones.
         length += cache_length(cache)
-    usable = isinstance(mask, torch.Tensor) and mask.ndim == 2
+    usable = masked and isinstance(mask, torch.Tensor) and mask.ndim == 2
     return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
 
 
-def as_scale(value: float | Sequence[float] | torch.Tensor) -> Scale:
-    """Normalise `steering_scale`: a number, or a tuple with one number a row."""
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if isinstance(value, (int, float)):
-        return float(value)
-    return tuple(float(v) for v in value)
+def refuse_continuous_batching(runtime: SteeringRuntime) -> None:
+    """Raise `UnsupportedModelError` if anything is active, in this call or block, or for the manager's own thread."""
+    session = current_session(runtime)
+    steers = any(runtime.active()) if session is None else bool(session.plan)
+    if steers or runtime.selection:
+        raise UnsupportedModelError(NOT_BATCHED)

@@ -59,8 +59,9 @@ class DecoderHook:
             return
         if session.of_forward:
             session.__exit__()
-            self.runtime.end_plain_session(session, output)
         session.end_forward(output, module.training)
+        if session.of_forward:
+            self.runtime.end_plain_session(session, output)
 
     def register(self, decoder: nn.Module) -> list[Any]:
         """Put the hook on a decoder and return its handles."""

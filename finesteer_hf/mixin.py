@@ -15,13 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import LoadReport, SteeringAdapter, check_sizes, warn_about
+from finesteer_hf.arguments import as_number
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.generation import SteeredGeneration
+from finesteer_hf.generation import OF_GENERATE, SteeredGeneration
 from finesteer_hf.logits import steer_forward
 from finesteer_hf.plan import SelectionLike, as_selection
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.prompt_ends import PROMPT_ENDS, noting, told, without_noting
 from finesteer_hf.runtime import SteeringRuntime
+from finesteer_hf.session import end_interrupted_forward
 from finesteer_hf.status import SteeringStatus, steering_status
 
 
@@ -106,16 +108,20 @@ class SteeringMixin(SteeredGeneration):
     def steering(self, steering: SelectionLike, *, scale: float = 1.0) -> Iterator[None]:
         """Steer with something else inside a block, in this thread; nests, and restores exactly.
 
+        A thread that is started inside does not inherit it, and is warned where it steers with something else
+        (`BlockElsewhereWarning`); give `steering=` to its call.
+
         Args:
             steering: as for `set_steering`.
-            scale: multiplies the scales of the block.
+            scale: multiplies the scales of the block, a finite number.
         """
-        selection = tuple((name, own * scale) for name, own in as_selection(steering))
-        token = self._steering.enter_block(selection)
+        factor = as_number(scale, "scale")
+        selection = tuple((name, own * factor) for name, own in as_selection(steering))
+        block = self._steering.enter_block(selection)
         try:
             yield
         finally:
-            self._steering.leave_block(token)
+            self._steering.leave_block(block)
 
     @contextlib.contextmanager
     def steering_with(self, processors: Sequence[SteeringProcessor]) -> Iterator[None]:
@@ -124,11 +130,11 @@ class SteeringMixin(SteeredGeneration):
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
-        token = self._steering.enter_block((), chain)
+        block = self._steering.enter_block((), chain)
         try:
             yield
         finally:
-            self._steering.leave_block(token, chain)
+            self._steering.leave_block(block)
 
     def disable_steering(self) -> contextlib.AbstractContextManager[None]:
         """Steer with nothing inside a block, in this thread."""
@@ -228,8 +234,6 @@ def _restore(base_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 _STEERED_CLASSES: dict[type, type] = {}
-# Arguments that `generate` takes and a forward, which would swallow them, does not.
-_OF_GENERATE = ("steering", "steering_scale", "steering_processor", "output_steering")
 
 
 def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -256,23 +260,27 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
-        misplaced = [name for name in _OF_GENERATE if name in kwargs]
+        misplaced = sorted(OF_GENERATE & kwargs.keys())
         if misplaced:
             raise TypeError(
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "
                 "`model.steering_with(processors)` or `model.set_steering(...)`."
             )
         labels = kwargs.get("labels", args[labels_place] if labels_place < len(args) else None)
-        if prompt_lengths is None and labels is None:
-            return steer_forward(base_class.forward, self, args, kwargs)
+        said = prompt_lengths is not None or labels is not None
         if torch.compiler.is_compiling():
-            # What the call has noted stays.
-            compiled = self._steering.compiled
-            compiled.note(compiled.lengths if prompt_lengths is None else prompt_lengths, labels)
+            if said:
+                # What the call has noted stays.
+                compiled = self._steering.compiled
+                compiled.note(compiled.lengths if prompt_lengths is None else prompt_lengths, labels)
             return steer_forward(base_class.forward, self, args, kwargs)
         lengths = PROMPT_ENDS.get().lengths if prompt_lengths is None else prompt_lengths
-        with told(lengths, labels):
-            return steer_forward(base_class.forward, self, args, kwargs)
+        try:
+            with told(lengths, labels) if said else contextlib.nullcontext():
+                return steer_forward(base_class.forward, self, args, kwargs)
+        except BaseException:
+            end_interrupted_forward(self._steering)
+            raise
 
     # `generate` asks for it several times a call; given here, it is not put together anew each time.
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]

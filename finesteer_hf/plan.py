@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from finesteer_hf.arguments import Scale, as_number, check_rows
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
 
@@ -15,7 +16,6 @@ from finesteer_hf.sites import Site
 # What is active: adapter names in order, each with its scale.
 Selection = tuple[tuple[str, float], ...]
 SelectionLike = str | Sequence[str] | Mapping[str, float] | None
-Scale = float | tuple[float, ...]
 
 
 def as_selection(value: SelectionLike) -> Selection:
@@ -23,14 +23,14 @@ def as_selection(value: SelectionLike) -> Selection:
 
     Raises:
         TypeError: for anything else.
-        ValueError: if a name is repeated.
+        ValueError: if a name is repeated, or a scale is not finite.
     """
     if value is None:
         return ()
     if isinstance(value, str):
         return ((value, 1.0),)
-    if isinstance(value, Mapping):
-        pairs = tuple((str(name), float(scale)) for name, scale in value.items())
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        pairs = tuple((name, as_number(scale, f"The scale of {name!r}")) for name, scale in value.items())
     elif isinstance(value, Sequence) and all(isinstance(name, str) for name in value):
         pairs = tuple((name, 1.0) for name in value)
     else:
@@ -161,8 +161,5 @@ def row_scales(scale: Scale, rows: int, expand: int, device: torch.device) -> to
     """
     if not isinstance(scale, tuple):
         return scale
-    if len(scale) * expand != rows:
-        raise ValueError(
-            f"Steering was given for {len(scale)} rows, but the batch has {rows // expand}. Give one entry a row."
-        )
+    check_rows("Steering", len(scale), rows // expand)
     return torch.tensor(scale, dtype=torch.float32, device=device).repeat_interleave(expand)

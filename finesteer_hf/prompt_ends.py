@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from finesteer_hf.arguments import as_lengths
+
 
 IGNORED = -100
 
@@ -40,9 +42,13 @@ PROMPT_ENDS: ContextVar[PromptEnds] = ContextVar("finesteer_hf_prompt_ends", def
 
 @contextlib.contextmanager
 def told(lengths: Any, labels: Any) -> Iterator[None]:
-    """Note what a forward is told while it runs."""
+    """Note what a forward is told while it runs.
+
+    Raises:
+        TypeError: if lengths are not whole numbers `[rows]`.
+    """
     if lengths is not None:
-        lengths = torch.as_tensor(lengths, dtype=torch.long)
+        lengths = as_lengths(lengths)
     token = PROMPT_ENDS.set(PromptEnds(lengths, labels if isinstance(labels, torch.Tensor) else None))
     try:
         yield

@@ -5,11 +5,12 @@ All of it lives outside the module tree, so that `state_dict`, `save_pretrained`
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,21 @@ import torch
 from transformers import PreTrainedModel
 
 from finesteer_hf.adapter import SteeringAdapter, check_heads
+from finesteer_hf.arguments import Scale, check_rows
 from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
-from finesteer_hf.errors import AdapterNotFoundError, PromptEndWarning, UnsupportedModelError
+from finesteer_hf.errors import (
+    AdapterNotFoundError,
+    BlockElsewhereWarning,
+    PromptEndWarning,
+    UnsupportedModelError,
+)
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
-from finesteer_hf.plan import Plan, PlanEntry, Scale, Selection
+from finesteer_hf.plan import Plan, PlanEntry, Selection
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.prompt_ends import PROMPT_ENDS, PromptEnds, prompt_lengths_of
-from finesteer_hf.session import CallSession
+from finesteer_hf.session import CallSession, current_session
 from finesteer_hf.sites import Site, TextTower
 from finesteer_hf.streams import Prompt, cache_length, forward_cache, forward_inputs, packs_texts, shares_a_row
 
@@ -38,24 +45,52 @@ class LoadedAdapter:
     processor: SteeringProcessor
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BlockSteering:
-    """What a `with model.steering(...)` block puts in place of what is set on the model."""
+    """What a `with model.steering(...)` block puts in place of what is set on the model.
+
+    Attributes:
+        runtime_id: `id` of the run time that it is for.
+        selection, processors: what it steers with.
+        outer: the block around it.
+        thread: identity of the thread that entered it.
+        session: the call of this model in which it was entered, if any.
+        closed: whether it was left where it could not be taken away: out of turn, or from another context, as a
+            generator that is closed by another thread does. It is passed over then.
+        warned: whether a call of another thread was told about it.
+        token: takes it away again.
+    """
 
     runtime_id: int
     selection: Selection
     processors: tuple[SteeringProcessor, ...]
     outer: BlockSteering | None
+    thread: int
+    session: CallSession | None = None
+    closed: bool = False
+    warned: bool = False
+    token: Token[BlockSteering | None] | None = None
 
 
 _BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", default=None)
 
 
+# For what a fork leaves locked.
+_RUNTIMES: weakref.WeakSet[SteeringRuntime] = weakref.WeakSet()
+
+
 class SteeringRuntime:
     """The steering of one model.
 
+    What is loaded and hooked is replaced, never changed: other threads may be looking at it.
+
     Args:
         model: the causal LM.
+
+    Attributes:
+        adapters: what is loaded, by name.
+        site_hooks: the hooked sites, each with its hook and the handle that takes it away.
+        open_blocks: the `with model.steering(...)` blocks of all threads.
 
     Raises:
         UnsupportedModelError: if its decoder blocks cannot be told.
@@ -70,7 +105,9 @@ class SteeringRuntime:
         self.site_hooks: dict[Site, tuple[SiteHook, Any]] = {}
         self.decoder_handles: list[Any] = DecoderHook(self).register(self.tower.decoder)
         forget_compiled_graphs(model)
+        self.open_blocks: list[BlockSteering] = []
         self.lock = threading.RLock()
+        _RUNTIMES.add(self)
         self.told_of_prompt_ends = False
         # The plan of the last call, with the entries that it was asked for: other adapters, another processor under
         # their name or another scale are other entries, and lay out a new one.
@@ -78,12 +115,15 @@ class SteeringRuntime:
         self._plain: weakref.WeakKeyDictionary[Any, CallSession] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model gets hooks of its own; locks and running caches stay with the original.
-        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "_plain", "_last_plan")}
+        # A copy of the model gets hooks of its own; locks, open blocks and running caches stay with the original.
+        own = ("lock", "open_blocks", "_plain", "_last_plan")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.open_blocks = []
         self.lock = threading.RLock()
+        _RUNTIMES.add(self)
         self._last_plan = None
         self._plain = weakref.WeakKeyDictionary()
 
@@ -116,7 +156,7 @@ class SteeringRuntime:
         with self.lock:
             old = self.adapters.get(name)
             self.hook(processor.sites)
-            self.adapters[name] = LoadedAdapter(adapter, processor)
+            self.adapters = {**self.adapters, name: LoadedAdapter(adapter, processor)}
             if old is not None:
                 self.unhook(old.processor.sites)
             self.sync_compiled()
@@ -125,10 +165,11 @@ class SteeringRuntime:
         """Forget an adapter and drop it from what is active."""
         with self.lock:
             loaded = self.get(name)
-            del self.adapters[name]
+            self._selection = tuple(pair for pair in self.selection if pair[0] != name)
+            self.adapters = {other: value for other, value in self.adapters.items() if other != name}
             # So that its tensors can go.
             self._last_plan = None
-            self.selection = tuple(pair for pair in self.selection if pair[0] != name)
+            self.sync_compiled()
             self.unhook(loaded.processor.sites)
 
     def get(self, name: str) -> LoadedAdapter:
@@ -147,7 +188,7 @@ class SteeringRuntime:
                     forget_compiled_graphs(self.model)
                     module = self.tower.module(site)
                     hook = SiteHook(self, site, module)
-                    self.site_hooks[site] = (hook, hook.register(module))
+                    self.site_hooks = {**self.site_hooks, site: (hook, hook.register(module))}
                 self.site_hooks[site][0].references += 1
 
     def follow_modules(self) -> None:
@@ -161,7 +202,7 @@ class SteeringRuntime:
                 if module is not hook.module:
                     handle.remove()
                     hook.module = module
-                    self.site_hooks[site] = (hook, hook.register(module))
+                    self.site_hooks = {**self.site_hooks, site: (hook, hook.register(module))}
 
     def unhook(self, sites: Iterable[Site]) -> None:
         """Take the hooks of sites away that nobody needs any more."""
@@ -171,20 +212,21 @@ class SteeringRuntime:
                 hook.references -= 1
                 if not hook.references:
                     handle.remove()
-                    del self.site_hooks[site]
+                    self.site_hooks = {other: value for other, value in self.site_hooks.items() if other != site}
 
     def hooked_widths(self) -> dict[Site, int]:
         """The hooked sites and the widths of their streams."""
         return {site: hook.width for site, (hook, _) in self.site_hooks.items()}
 
     def remove_hooks(self) -> None:
-        """Take all hooks away."""
+        """Take all hooks away, and steer with nothing."""
         with self.lock:
+            self._selection = ()
             for _, handle in self.site_hooks.values():
                 handle.remove()
             for handle in self.decoder_handles:
                 handle.remove()
-            self.site_hooks.clear()
+            self.site_hooks = {}
             self.decoder_handles.clear()
             restore_checkpoints((self.tower.decoder, *self.tower.layers))
 
@@ -192,27 +234,75 @@ class SteeringRuntime:
 
     def active(self) -> tuple[Selection, tuple[SteeringProcessor, ...]]:
         """What a call that names nothing steers with: the innermost block's choice, else what is set."""
-        block = _BLOCK.get()
-        while block is not None:
-            if block.runtime_id == id(self):
-                return block.selection, block.processors
-            block = block.outer
-        return self.selection, ()
+        block = self.innermost_block()
+        return (self.selection, ()) if block is None else (block.selection, block.processors)
 
-    def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> Any:
+    def innermost_block(self) -> BlockSteering | None:
+        """The block of this model that this thread stands in."""
+        block = _BLOCK.get()
+        while block is not None and (block.closed or block.runtime_id != id(self)):
+            block = block.outer
+        return block
+
+    def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> BlockSteering:
         """Put a choice in place for this thread until `leave_block`."""
         for name, _ in selection:
             self.get(name)
         self.hook(site for processor in processors for site in processor.sites)
-        token = _BLOCK.set(BlockSteering(id(self), selection, processors, _BLOCK.get()))
+        session = current_session(self)
+        if session is not None and session.of_forward:
+            session = None
+        block = BlockSteering(id(self), selection, processors, _BLOCK.get(), threading.get_ident(), session)
+        if session is not None:
+            session.blocks += 1
+        block.token = _BLOCK.set(block)
+        with self.lock:
+            self.open_blocks.append(block)
         self.sync_compiled()
-        return token
+        return block
 
-    def leave_block(self, token: Any, processors: tuple[SteeringProcessor, ...] = ()) -> None:
-        """Restore what was in place before `enter_block`."""
-        _BLOCK.reset(token)
+    def leave_block(self, block: BlockSteering) -> None:
+        """Restore what was in place before `enter_block`; in any order, and from any thread."""
+        if block.session is not None:
+            block.session.blocks -= 1
+        with self.lock:
+            self.open_blocks.remove(block)
+        block.closed = not _taken_away(block)
+        while (innermost := _BLOCK.get()) is not None and innermost.closed:
+            _BLOCK.set(innermost.outer)
         self.sync_compiled()
-        self.unhook(site for processor in processors for site in processor.sites)
+        self.unhook(site for processor in block.processors for site in processor.sites)
+
+    def warn_of_blocks_elsewhere(self) -> None:
+        """Warn, once a block, if this thread stands in none and one of another thread steers with something else.
+
+        A new thread does not inherit the blocks of the thread that starts it, nor can it be told which thread that was.
+        """
+        if not self.open_blocks or self.innermost_block() is not None:
+            return
+        with self.lock:
+            others = [
+                block
+                for block in self.open_blocks
+                if block.thread != threading.get_ident()
+                and not block.warned
+                and (block.selection, block.processors) != (self.selection, ())
+            ]
+            for block in others:
+                block.warned = True
+        if others:
+            says = [
+                dict(block.selection) or [type(p).__name__ for p in block.processors] or "nothing" for block in others
+            ]
+            warnings.warn(
+                f"This thread stands in no `with model.steering(...)` block and steers with what is set on the model "
+                f"({dict(self.selection) or 'nothing'}), while a block of another thread steers with "
+                f"{', '.join(map(str, says))}. A thread does not inherit the block that it was started in: give "
+                "`steering=` to the call, use `model.set_steering(...)`, or start the thread with "
+                "`contextvars.copy_context().run`.",
+                BlockElsewhereWarning,
+                stacklevel=4,
+            )
 
     def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:
         """Lay out a call in which all rows have the same adapters.
@@ -248,6 +338,13 @@ class SteeringRuntime:
         entries += [PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors)]
         return Plan.of(entries)
 
+    def renew_after_fork(self) -> None:
+        """Forget what threads that a child process does not have were about."""
+        self.lock = threading.RLock()
+        self.compiled.lock = threading.RLock()
+        self.compiled.bound = False
+        self.open_blocks = [block for block in self.open_blocks if block.thread == threading.get_ident()]
+
     # -- plain forwards -----------------------------------------------------------------------------------------------
 
     def plain_session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSession | None:
@@ -257,6 +354,7 @@ class SteeringRuntime:
         decoding loop steers as `generate` does; with `prompt_lengths` it decides anew.
         """
         ends = PROMPT_ENDS.get()
+        self.warn_of_blocks_elsewhere()
         selection, processors = self.active()
         if not selection and not processors:
             return None
@@ -289,7 +387,9 @@ class SteeringRuntime:
         past = 0 if cache is None else cache_length(cache)
         rows, tokens = int(inputs.shape[0]), int(inputs.shape[1])
         mask = mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        if lengths is None:
+        if lengths is not None:
+            check_rows("prompt_lengths", len(lengths), rows)
+        else:
             lengths, all_known = prompt_lengths_of(ends.labels, (rows, tokens), mask, past)
             if not all_known and tokens > 1:
                 self._tell_of_prompt_ends()
@@ -327,6 +427,27 @@ class SteeringRuntime:
             self._plain[cache] = session
 
 
+def _taken_away(block: BlockSteering) -> bool:
+    """Take a block away if it is this context's innermost; contexts that were copied inside it keep it."""
+    if _BLOCK.get() is not block or block.token is None:
+        return False
+    try:
+        _BLOCK.reset(block.token)
+    except ValueError:
+        # A copy of the context that it was entered in: there it stays.
+        return False
+    return True
+
+
 def times(scale: Scale, factor: float) -> Scale:
     """Multiply a scale, or each row's."""
     return tuple(value * factor for value in scale) if isinstance(scale, tuple) else scale * factor
+
+
+def _renew_after_fork() -> None:
+    for runtime in list(_RUNTIMES):
+        runtime.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)

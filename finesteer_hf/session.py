@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finesteer_hf.arguments import check_rows
 from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import Passage
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
@@ -41,22 +42,33 @@ class CallSession(StreamReader):
         runtime: the model's run time.
         plan: what the call steers with.
         prompt: known before the first forward inside `generate`; None for a plain forward.
+        rows: number of rows that steering was given for, one by one; None if it is for all alike.
         record: whether relative norms are kept for `output_steering`.
 
     Attributes:
         of_forward: whether the session ends with the forward that made it.
         takes_back: whether the decoding loop can take tokens back.
+        blocks: number of open `with model.steering(...)` blocks that were entered inside the call; what they ask of the
+            model is no part of it.
     """
 
     def __init__(
-        self, runtime: SteeringRuntime, plan: Plan, prompt: Prompt | None = None, *, record: bool = False
+        self,
+        runtime: SteeringRuntime,
+        plan: Plan,
+        prompt: Prompt | None = None,
+        *,
+        rows: int | None = None,
+        record: bool = False,
     ) -> None:
         self.runtime = runtime
         self.plan = plan
         self.prompt = prompt
+        self.rows = rows
         self.record = record
         self.of_forward = False
         self.takes_back = False
+        self.blocks = 0
         self.outer: CallSession | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in plan.entries]
         self.streams: list[Stream] = []
@@ -69,6 +81,7 @@ class CallSession(StreamReader):
         self.text_states: dict[Site, torch.Tensor] | None = None
         self.passage = Passage(0, 0)
         self.relative_norms: dict[str, torch.Tensor] = {}
+        self.unchecked: list[tuple[Site, torch.Tensor]] = []
         self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     # -- life -------------------------------------------------------------------------------------------------------
@@ -117,7 +130,14 @@ class CallSession(StreamReader):
             self._review(stream)
 
     def end_forward(self, output: Any, training: bool) -> None:
-        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error."""
+        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error.
+
+        Raises:
+            UnsupportedModelError: if a site was not passed.
+            ValueError: if what was added is not finite.
+        """
+        if output is not None and self.unchecked:
+            self._check_finite()
         # Layer drop leaves blocks out in training.
         if output is None or self.decoding or training:
             self.passage.end((), 0)
@@ -141,14 +161,14 @@ class CallSession(StreamReader):
         past = 0 if cache is None else cache_length(cache)
         prompt = self.prompt if self.prompt is not None and not self.streams else None
         if prompt is not None:
-            window = Window.of(prompt.length, prompt.mask, prompt.lengths)
+            window = self._window(prompt.length, prompt.mask, prompt.lengths)
             # A cache of states does not count its columns; then those are carried that the inputs lack.
             past = past or prompt.length - prompt.columns
         else:
             mask = kwargs.get("attention_mask")
             end = past + self.tokens
             usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == (rows, end)
-            window = Window.of(end, mask.bool() if usable else None, None)  # type: ignore[union-attr]
+            window = self._window(end, mask if usable else None, None)
         makes_cache = cache is None and bool(kwargs.get("use_cache"))
         stream = Stream(window, cache, past, rows, makes_cache)
         if self.streams:
@@ -156,6 +176,12 @@ class CallSession(StreamReader):
             stream.decisions = self.streams[0].decisions
         self.streams.append(stream)
         return stream
+
+    def _window(self, end: int, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> Window:
+        if not self.plan:
+            # Nothing is steered, so nothing is looked at, a mask that has no query least of all.
+            return Window.of(end, None, None)
+        return Window.of(end, None if mask is None else mask.bool(), lengths)
 
     # -- a site is passed ---------------------------------------------------------------------------------------------
 
@@ -165,7 +191,7 @@ class CallSession(StreamReader):
             delta = self.stream.decode[site]
             return None if delta is None else hidden + delta
         stream = self.stream
-        if stream is None:
+        if stream is None or not self.plan:
             return None
         if self.probing is not None:
             self._note(self.probing, site, hidden, stream)
@@ -185,9 +211,8 @@ class CallSession(StreamReader):
 
     def check_rows(self, prompt: Prompt) -> None:
         """Raise `ValueError` if a list given for the rows does not fit the batch."""
-        rows = int(next(iter(prompt.inputs.values())).shape[0])
-        for entry in self.plan.entries:
-            row_scales(entry.scale, rows, prompt.expand, torch.device("cpu"))
+        if self.rows is not None:
+            check_rows("Steering", self.rows, int(next(iter(prompt.inputs.values())).shape[0]) // prompt.expand)
 
     def rows_moved(self, shift: torch.Tensor, mask: torch.Tensor, seen: int) -> None:
         """Take note that tokens were taken back between two forwards.
@@ -271,11 +296,30 @@ class CallSession(StreamReader):
 
 
 def current_session(runtime: SteeringRuntime) -> CallSession | None:
-    """The innermost session of this thread that belongs to a model; an assistant model has its own."""
+    """The innermost session of this thread that belongs to a model; an assistant model has its own.
+
+    None also inside a block that was entered since: the block's calls are calls of their own.
+    """
     session = _CURRENT.get()
     while session is not None and session.runtime is not runtime:
         session = session.outer
-    return session
+    return None if session is not None and session.blocks else session
+
+
+def end_interrupted_forward(runtime: SteeringRuntime) -> None:
+    """End the session of a plain forward that an interrupt has ended: torch runs hooks after errors, not after those."""
+    session = _CURRENT.get()
+    if session is not None and session.of_forward and session.runtime is runtime:
+        session.__exit__()
+
+
+def outside_sessions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that is not part of the running call: what it asks of the model are calls of their own."""
+    token = _CURRENT.set(None)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _CURRENT.reset(token)
 
 
 def in_session(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ one op. Rows that are not steered add -0.0, the additive identity of IEEE arithm
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class StreamWriter:
         decoding: whether the prompt is done.
         memory: each entry's own state of the call.
         relative_norms: norm of what each entry adds, as a share of the state's, `[rows]`.
+        unchecked: sites that something new is added at, each with the largest magnitude of it.
     """
 
     plan: Plan
@@ -38,6 +40,7 @@ class StreamWriter:
     decoding: bool
     memory: list[dict[str, Any]]
     relative_norms: dict[str, torch.Tensor]
+    unchecked: list[tuple[Site, torch.Tensor]]
 
     def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
         raise NotImplementedError
@@ -110,7 +113,25 @@ class StreamWriter:
             delta = delta.to(hidden.dtype)[:, None]
             positions = entry.processor.positions
             total[positions] = total[positions] + delta if positions in total else delta
+        self.unchecked += [(site, torch.linalg.vector_norm(delta, ord=math.inf)) for delta in total.values()]
         return total
+
+    def _check_finite(self) -> None:
+        """Look once at all that was decided: a strength that half precision cannot hold makes every logit NaN."""
+        unchecked, self.unchecked = self.unchecked, []
+        largest = unchecked[0][1]
+        if len(unchecked) > 1:
+            largest = torch.stack([magnitude.to(largest) for _, magnitude in unchecked]).max()
+        if math.isfinite(float(largest)):
+            return
+        site, magnitude = next((s, m) for s, m in unchecked if not math.isfinite(float(m)))
+        adds = [self.plan.entries[index] for step in self.plan.steps[site] for index in step.adds]
+        names = ", ".join(f"{e.name!r} (strength {e.processor.strength:g}, scale {e.scale})" for e in adds)
+        raise ValueError(
+            f"What steering adds at {site} is not finite in {magnitude.dtype}: {names}. The largest number there is "
+            f"{torch.finfo(magnitude.dtype).max:g}. Lower `steering_scale` or the strength, load the model in bfloat16, or "
+            "look for NaN in the adapter's tensors."
+        )
 
     def _record_norm(self, name: str, site: Site, delta: torch.Tensor, hidden: torch.Tensor, stream: Stream) -> None:
         if site in stream.states:

@@ -16,8 +16,8 @@ from finesteer_hf.testing.toy import toy_model
 
 WIDTH, LAYERS, TOKENS = 32, 3, 9
 # 2 read the query, 2 score it, 3 look up its dose, 4 weigh the experts, 6 make the vector, 6 dose it and lay it out for the
-# stream, 1 writes.
-MOST_ADDED_OPS = 24
+# stream, 1 writes, 1 measures what is added and 1 looks whether it is finite.
+MOST_ADDED_OPS = 26
 
 
 def finesteer_adapter(seed: int = 0, **settings) -> SteeringAdapter:
@@ -28,7 +28,10 @@ def finesteer_adapter(seed: int = 0, **settings) -> SteeringAdapter:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     shapes = SteeringAdapter(config, {}).tensor_shapes()
-    tensors = {name: torch.randn([n or 20 for n in shape], generator=generator) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn([n if isinstance(n, int) else 20 for n in shape], generator=generator)
+        for name, shape in shapes.items()
+    }
     tensors["gate.calibration"] = tensors["gate.calibration"].sort().values
     tensors["gate.level"], tensors["gate.gamma"] = torch.tensor(0.05), torch.tensor(2.0)
     tensors["gate.threshold"] = tensors["gate.floor"] = torch.tensor(-1e3)
@@ -69,8 +72,36 @@ def test_the_added_ops_of_a_prefill_are_those_of_the_formulas(model, inputs):
     plain = ops_of(model, inputs, steering=None)
     steered = ops_of(model, inputs)
     assert len(steered) - len(plain) <= MOST_ADDED_OPS
-    for name in ("_local_scalar_dense", "_to_copy", "nonzero"):
+    for name in ("_to_copy", "nonzero"):
         assert steered.count(name) == plain.count(name), name
+    assert steered.count("_local_scalar_dense") == plain.count("_local_scalar_dense") + 1
+
+
+@pytest.mark.parametrize("sites", [1, LAYERS])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_call_looks_once_whether_what_it_adds_is_finite(model, inputs, sites, tokens):
+    processors = [ConstantVector(f"resid_post[{layer}]", torch.ones(WIDTH)) for layer in range(sites)]
+
+    def looks(**kwargs):
+        with Ops() as ops:
+            model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **kwargs)
+        return ops.names.count("_local_scalar_dense")
+
+    assert looks(steering_processor=processors) == looks() + 1
+
+
+def test_an_unsteered_call_has_the_ops_of_the_base(model, inputs):
+    base = toy_model()
+    inputs["attention_mask"][0, :3] = 0
+    model.load_steering(finesteer_adapter())
+    assert ops_of(model, inputs, steering=None) == ops_of(base, inputs)
+    with model.disable_steering():
+        assert ops_of(model, inputs) == ops_of(base, inputs)
+        with Ops() as disabled:
+            model(**inputs)
+    with Ops() as plain:
+        base(**inputs)
+    assert disabled.names == plain.names
 
 
 def test_the_plan_is_laid_out_once_for_an_adapter_set_and_scale(model, inputs, monkeypatch):

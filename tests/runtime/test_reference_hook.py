@@ -257,13 +257,26 @@ def test_errors_come_before_any_forward(model, inputs):
     assert not calls
 
 
-def test_continuous_batching_is_refused_while_steering_is_active(model):
-    with model.steering_with([ConstantVector(SITE, VECTOR)]), pytest.raises(ValueError, match="Continuous batching"):
-        model.generate_batch([[7, 8, 9]])
-
-
 def test_rows_that_are_all_padding_are_refused(model, inputs):
     mask = inputs["attention_mask"].clone()
     mask[1] = 0
     with model.steering_with([ConstantVector(SITE, VECTOR)]), pytest.raises(ValueError, match="all padding"):
         model(input_ids=inputs["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize("rows", ["one row", "all rows"])
+def test_unsteered_a_row_that_is_all_padding_is_what_it_is_to_the_base(model, inputs, rows):
+    base = toy_model()
+    mask = inputs["attention_mask"].clone()
+    mask[1 if rows == "one row" else slice(None)] = 0
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    want, logits = generate(base, inputs), base(**inputs).logits
+    assert generate(model, inputs) == want
+    with model.steering_with([ConstantVector(SITE, VECTOR)]):
+        assert generate(model, inputs, steering=None) == want
+        assert generate(model, inputs, steering_scale=0.0) == want
+        with model.disable_steering():
+            assert generate(model, inputs) == want
+            assert torch.equal(model(**inputs).logits, logits)
+        with pytest.raises(ValueError, match="all padding"):
+            generate(model, inputs)

@@ -136,8 +136,7 @@ def test_a_failing_model_leaves_nothing_behind(where: str, error: type[BaseExcep
             with injected(model, where, error, after), pytest.raises(error):
                 call()
             assert_nothing_left(model, hooks)
-            if error is Injected:
-                assert _CURRENT.get() is None
+            assert _CURRENT.get() is None
             for later in calls:
                 assert torch.equal(calls[later](), want[later]), (name, later)
             assert _CURRENT.get() is None

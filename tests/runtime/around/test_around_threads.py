@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
+import gc
+import os
 import random
+import signal
 import threading
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny, tiny_llama
 
+from finesteer_hf.errors import BlockElsewhereWarning
+from finesteer_hf.runtime import _BLOCK
 from finesteer_hf.session import _CURRENT
 
 
@@ -83,7 +94,8 @@ def test_a_block_is_seen_by_its_own_thread_only() -> None:
     with ThreadPoolExecutor(1) as pool:
         with model.disable_steering():
             assert torch.equal(greedy(model, ids), unsteered)
-            assert torch.equal(pool.submit(greedy, model, ids).result(), steered)
+            with pytest.warns(BlockElsewhereWarning):
+                assert torch.equal(pool.submit(greedy, model, ids).result(), steered)
             assert pool.submit(lambda: model.active_steering).result() == {"a": 1.0}
         assert torch.equal(greedy(model, ids), steered)
 
@@ -111,3 +123,259 @@ def test_adapters_come_and_go_while_others_generate() -> None:
         assert changer.result() > 0
     assert all(torch.equal(answer, want) for answer in answers)
     assert hooks_of(model) == {"model": 2, "model.layers.1": 1}
+
+
+# -- blocks and other threads -----------------------------------------------------------------------------------------
+
+
+def in_thread(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What a function returns in a new thread, and what it was warned of there."""
+    result: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        thread = threading.Thread(target=lambda: result.append(function()))
+        thread.start()
+        thread.join()
+    return result[0], [str(w.message) for w in caught if w.category is BlockElsewhereWarning]
+
+
+def plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def compiled(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    if model._compiled_call_impl is None:
+        model.compile(backend="eager")
+    return plain(model, ids)
+
+
+@pytest.mark.parametrize("call", [greedy, plain, pytest.param(compiled, marks=pytest.mark.slow)])
+def test_a_thread_that_is_started_in_a_block_is_told_that_it_does_not_inherit_it(call: Any) -> None:
+    ids = some_prompts()
+    model = steer_tiny(tiny_llama(), query_shift(), query_shift("head_out[2]", seed=2))
+    model.set_steering(None)
+    unsteered = call(model, ids)
+    with model.steering("a", scale=2.0):
+        steered = call(model, ids)
+        for number in range(2):
+            said, told = in_thread(lambda: call(model, ids))
+            assert torch.equal(said, unsteered)
+            assert len(told) == (number == 0), "once a block"
+        with model.disable_steering():
+            assert in_thread(lambda: call(model, ids))[1] == [], (
+                "the block steers with nothing, and so does the thread"
+            )
+    assert not torch.equal(steered, unsteered)
+    assert in_thread(lambda: call(model, ids))[1] == []
+    model.set_steering("b")
+    with model.disable_steering():
+        (message,) = in_thread(lambda: call(model, ids))[1]
+    assert "'b': 1.0" in message and "steers with nothing" in message and "copy_context" in message
+
+
+def test_a_thread_that_says_what_it_steers_with_is_not_warned() -> None:
+    ids = some_prompts()
+    model = steer_tiny(tiny_llama(), query_shift(), query_shift("head_out[2]", seed=2))
+    want = greedy(model, ids, steering="b")
+
+    def own_block() -> torch.Tensor:
+        with model.steering("b"):
+            return greedy(model, ids)
+
+    with model.steering("b"):
+        context = contextvars.copy_context()
+        for call in (
+            lambda: greedy(model, ids, steering="b"),
+            own_block,
+            lambda: context.run(greedy, model, ids),
+        ):
+            said, told = in_thread(call)
+            assert torch.equal(said, want) and told == []
+
+        async def inherits() -> Any:
+            return await asyncio.to_thread(greedy, model, ids)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(asyncio.run(inherits()), want)
+    assert torch.equal(context.run(greedy, model, ids), want), "a copied context keeps the block that it was copied in"
+    assert model.active_steering == {"a": 1.0}
+
+
+def block_in_a_generator(model: Any, selection: Any) -> Iterator[None]:
+    with model.steering(selection):
+        yield
+
+
+def test_a_block_in_a_generator_that_another_thread_closes_is_left() -> None:
+    ids = some_prompts()
+    model = steer_tiny(tiny_llama(), query_shift())
+    want = greedy(model, ids)
+    generator = block_in_a_generator(model, None)
+    next(generator)
+    assert model.active_steering == {}
+    in_thread(generator.close)
+    assert model.active_steering == {"a": 1.0}
+    assert torch.equal(greedy(model, ids), want)
+    assert model._steering.open_blocks == []
+    with model.steering(None):
+        pass
+    assert _BLOCK.get() is None
+
+
+def test_blocks_in_generators_are_left_in_any_order() -> None:
+    model = steer_tiny(tiny_llama(), query_shift(), query_shift("head_out[2]", seed=2))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
+        generators = [block_in_a_generator(model, selection) for selection in (None, "b", {"b": 2.0})]
+        for generator in generators:
+            next(generator)
+        active = [{}, {"b": 1.0}, {"b": 2.0}]
+        for number in order:
+            generators[number].close()
+            active[number] = None  # type: ignore[call-overload]
+            left = [a for a in active if a is not None]
+            assert model.active_steering == (left[-1] if left else {"a": 1.0})
+        assert _BLOCK.get() is None and model._steering.open_blocks == []
+
+
+def test_a_block_that_a_task_leaves_for_another_is_left() -> None:
+    model = steer_tiny(tiny_llama(), query_shift())
+
+    async def blocks() -> Any:
+        with model.disable_steering():
+            yield
+
+    async def main() -> None:
+        generator = blocks()
+        await anext(generator)
+        assert model.active_steering == {}
+        await asyncio.create_task(generator.aclose())
+        assert model.active_steering == {"a": 1.0}
+
+    asyncio.run(main())
+
+
+# -- what may happen beside a call ------------------------------------------------------------------------------------
+
+
+def test_status_can_be_looked_at_while_adapters_come_and_go() -> None:
+    """Each adapter that is looked at lets another thread load and delete one, as the scheduler might."""
+    model = steer_tiny(tiny_llama(), query_shift(), query_shift(), query_shift())
+    loads = []
+
+    def load_and_delete() -> None:
+        name = f"guest{len(loads)}"
+        loads.append(name)
+        model.load_steering(query_shift("head_out[2]", seed=len(loads)), name)
+        if len(loads) % 3:
+            model.delete_steering(name)
+
+    class LookedAt(type(query_shift())):  # type: ignore[misc]
+        source = property(lambda self: in_thread(load_and_delete)[0])
+
+    for name in "abc":
+        model.steering_adapters[name].__class__ = LookedAt
+    status = model.steering_status()
+    assert [adapter.name for adapter in status.adapters] == ["a", "b", "c"]
+    assert len(loads) == 3 and "guest2" in model.steering_adapters
+
+
+@pytest.mark.parametrize("change", ["delete", "replace"])
+def test_a_call_keeps_the_adapter_that_it_began_with(change: str) -> None:
+    ids = some_prompts(rows=1)
+    model = steer_tiny(tiny_llama(), query_shift(), query_shift("head_out[2]", seed=2))
+    want = greedy(model, ids, steering="b")
+
+    class Meddler:
+        def put(self, value: torch.Tensor) -> None:
+            if change == "replace":
+                model.load_steering(query_shift("resid_post[3]", seed=5), "b")
+            elif "b" in model.steering_adapters:
+                model.delete_steering("b")
+
+        def end(self) -> None:
+            pass
+
+    assert torch.equal(greedy(model, ids, steering="b", streamer=Meddler()), want)
+    assert hooks_of(model) == {"model": 2, "model.layers.1": 1} | (
+        {"model.layers.3": 1} if change == "replace" else {}
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_while_another_thread_holds_the_locks() -> None:
+    ids = some_prompts()
+    model = steer_tiny(tiny_llama(), query_shift())
+    want = greedy(model, ids)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model._steering.lock, model._steering.compiled.lock, model.disable_steering():
+            held.set()
+            release.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            signal.alarm(60)
+            warnings.simplefilter("error")
+            model.load_steering(query_shift("head_out[2]", seed=2), "b")
+            model.delete_steering("b")
+            model._steering.sync_compiled()
+            status = 0 if torch.equal(greedy(model, ids), want) else 2
+        os._exit(status)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        release.set()
+        holder.join()
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_calls_with_loads_and_deletes() -> None:
+    ids = some_prompts(rows=1, tokens=4)
+    model = steer_tiny(tiny_llama(), query_shift())
+    own = query_shift("resid_post[3]", seed=4).build()
+
+    def work(calls: int) -> None:
+        for number in range(calls // 4):
+            model.load_steering(query_shift("head_out[2]", seed=number), f"guest{number}")
+            with model.steering(["a", f"guest{number}"]):
+                greedy(model, ids, max_new_tokens=2)
+                plain(model, ids)
+            greedy(model, ids, max_new_tokens=1, steering={f"guest{number}": 2.0})
+            greedy(model, ids, max_new_tokens=1, steering_processor=[own])
+            model.delete_steering(f"guest{number}")
+            if number % 50 == 0:
+                with pytest.raises(KeyboardInterrupt):
+                    _interrupted_forward(model, ids)
+
+    def count() -> tuple[int, int]:
+        gc.collect()
+        tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+        return len(gc.get_objects()), tensors
+
+    work(200)
+    objects, tensors = count()
+    work(2000)
+    more_objects, more_tensors = count()
+    assert more_tensors <= tensors
+    assert more_objects - objects < 200
+
+
+def _interrupted_forward(model: Any, ids: torch.Tensor) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[2].register_forward_pre_hook(interrupt)
+    try:
+        plain(model, ids)
+    finally:
+        handle.remove()

@@ -1,0 +1,77 @@
+"""Scales and row lists as users give them, checked once, before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+# A number, or one number for each row of the batch.
+Scale = float | tuple[float, ...]
+
+
+def as_number(value: Any, name: str) -> float:
+    """A finite number, of Python, numpy or torch.
+
+    Args:
+        value: what was given.
+        name: what the error calls it.
+
+    Raises:
+        TypeError: if it is no number.
+        ValueError: if it is not finite.
+    """
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return number
+
+
+def as_scale(value: Any) -> Scale:
+    """Normalise `steering_scale`: a number, or a tuple with one number a row.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if there are no rows, or a number is not finite.
+    """
+    given = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return as_number(given, "steering_scale")
+    if not given:
+        raise ValueError("steering_scale has no entries. Give a number, or one number for each row of the batch.")
+    return tuple(as_number(number, f"steering_scale[{row}]") for row, number in enumerate(given))
+
+
+def as_lengths(value: Any) -> torch.Tensor:
+    """Normalise `prompt_lengths` to int64 `[rows]`.
+
+    Raises:
+        TypeError: if it is not a list, array or tensor of whole numbers.
+    """
+    try:
+        lengths = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt_lengths must be whole numbers, one for each row, got {value!r}.") from error
+    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not whole or lengths.ndim != 1:
+        raise TypeError(
+            f"prompt_lengths must be whole numbers [rows], got {lengths.dtype} of shape {list(lengths.shape)}. Give one "
+            "entry for each row, as `attention_mask.sum(dim=1)` of the prompts does."
+        )
+    return lengths.long()
+
+
+def check_rows(name: str, given: int, rows: int) -> None:
+    """Raise `ValueError` unless a list has one entry for each row of the batch."""
+    if given != rows:
+        raise ValueError(f"{name} was given for {given} rows, but the batch has {rows}. Give one entry for each row.")
