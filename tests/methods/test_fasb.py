@@ -461,22 +461,27 @@ def test_feature(feature):
     check_feature(feature, fitted())
 
 
-# At the first block the gate shuts out two of the suite's prompts, and lets one through whole and one in part.
-SUITE_GATE = {**GATE, "read_site": "resid_post[0]"}
+def gated_for_the_suite():
+    """With a gate that shuts out one of the suite's prompts, and lets one through in part and two whole."""
+    found = fitted(**{**GATE, "gate_score": "ser", "subspace_rank": 4, "gate_epsilon": 0.25})
+    # Between the scores of the two prompts below the threshold.
+    return SteeringAdapter(found.config, {**found.tensors, "gate.floor": torch.tensor(0.1)})
+
+
 QUICK_GATED = {"left_padding", "mixed_rows", "chunked_prefill", "output_steering", "carried_cache"}
 
 
 def test_the_suite_meets_gates_of_all_kinds():
-    bench = make_bench(fitted(**SUITE_GATE))
+    bench = make_bench(gated_for_the_suite())
     out = bench.model.generate(
         **bench.batch(ROWS), max_new_tokens=2, do_sample=False, output_steering=True, return_dict_in_generate=True
     )
     kinds = [gate if gate in (0.0, 1.0) else "between" for gate in out.steering["a"]["gate"].tolist()]
-    assert kinds == [0.0, 1.0, "between", 0.0]
+    assert kinds == ["between", 1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
     "feature", [pytest.param(f, marks=[] if f in QUICK_GATED else pytest.mark.slow) for f in sorted(FEATURES)]
 )
 def test_feature_behind_a_gate(feature):
-    check_feature(feature, fitted(**SUITE_GATE))
+    check_feature(feature, gated_for_the_suite())

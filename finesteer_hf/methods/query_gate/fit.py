@@ -231,7 +231,8 @@ def _calibrated(config: QueryGateConfig, fitted: Callable[[float], Any]) -> Any:
         fitted: gives the gate that may miss a share of the queries.
     """
     gate = fitted(config.gate_epsilon)
-    if config.gate != "conformal" or config.gate_guarantee == "pac":
+    if config.gate != "conformal" or config.gate_guarantee == "pac" or not gate.rank_:
+        # With too few rows for the share that was asked for, the gate opens always, and says so.
         return gate
     for epsilon in np.arange(config.gate_epsilon + EPSILON_STEP, MOST_MISSED + 1e-9, EPSILON_STEP):
         if getattr(gate, "false_alarms_", 0) <= config.gate_false_alarms * getattr(gate, "n_general_", 0):
