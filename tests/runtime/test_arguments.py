@@ -14,7 +14,7 @@ from finesteer_hf.methods.constant import ConstantConfig
 
 
 SITE = "resid_post[1]"
-NOT_NUMBERS = ["2", None, [], {}, [[1.0]], True, 1j, object()]
+NOT_NUMBERS = ["2", None, [], {}, [[1.0]], True, 1j, ...]
 NOT_FINITE = [math.nan, math.inf, -math.inf, 10**400, np.float32("nan"), torch.tensor(math.inf)]
 
 
@@ -84,7 +84,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(steered, inputs):
         assert said(steered, inputs, steering_scale=rows) == want
 
 
-@pytest.mark.parametrize("value", [5, 1.0, object(), {1: 2.0}, {None: 1.0}], ids=repr)
+@pytest.mark.parametrize("value", [5, 1.0, ..., {1: 2.0}, {None: 1.0}], ids=repr)
 def test_steering_of_another_kind_is_refused(steered, inputs, value):
     with pytest.raises(TypeError, match="Say what is active as"):
         said(steered, inputs, steering=value)
@@ -103,7 +103,7 @@ def test_steering_of_another_kind_is_refused(steered, inputs, value):
         {"steering": None, "steering_scale": [1.0]},
         {"steering_processor": [ConstantVector(SITE, torch.zeros(32))], "steering": None, "steering_scale": [0.0]},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_a_list_that_does_not_fit_the_rows_is_refused_though_it_steers_nothing(steered, inputs, arguments):
     with pytest.raises(ValueError, match=r"entr|rows"):
