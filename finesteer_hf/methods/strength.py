@@ -124,8 +124,7 @@ def _best_within_limits(
         return curve[1].strength, curve, why
     for _ in range(HALVED_GAPS):
         known = {point.strength: point for point in curve}
-        best = max(_allowed(curve, data), key=Objective.of(curve, data.limits).value)
-        new = [strength for strength in _beside_best(curve, best) if strength not in known]
+        new = [strength for strength in _beside_best(curve, Objective.of(curve, data.limits)) if strength not in known]
         known |= {point.strength: point for point in data.dose_response(build, new)} if new else {}
         curve = [known[strength] for strength in sorted(known)]
     objective = Objective.of(curve, data.limits)
@@ -136,12 +135,17 @@ def _best_within_limits(
     return best.strength, curve, why
 
 
-def _beside_best(curve: Sequence[DosePoint], best: DosePoint) -> list[float]:
-    """Geometric means of the best of the allowed strengths and its neighbours."""
+def _beside_best(curve: Sequence[DosePoint], objective: Objective) -> list[float]:
+    """Geometric means of the best of the allowed strengths and its neighbours.
+
+    Where the next higher one breaks a limit, what helps still rises with the dose, and only that gap is worth a look.
+    """
     points = list(curve[1:])
-    at = points.index(best)
-    beside = [points[i].strength for i in (at - 1, at + 1) if 0 <= i < len(points)]
-    return [float(f"{math.sqrt(best.strength * strength):.4g}") for strength in beside]
+    at = points.index(max(objective.allowed(curve), key=objective.value))
+    beside = points[at + 1 : at + 2]
+    if not beside or not objective.broken(beside[0]):
+        beside = points[max(at - 1, 0) : at] + beside
+    return [float(f"{math.sqrt(points[at].strength * point.strength):.4g}") for point in beside]
 
 
 def _at_divergence(

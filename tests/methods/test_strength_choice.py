@@ -101,6 +101,9 @@ def test_auto_takes_the_best_within_the_limits(criterion: Any) -> None:
     assert choose("auto", steep)[0] == pytest.approx(1.5**0.75, rel=1e-3)
     # What garbles general prompts ends the curve, and nothing is asked twice.
     assert max(steep.asked) == 1.5 and len(steep.asked) == len(set(steep.asked)) and steep.shares == {1.0}
+    assert not [s for s in steep.asked if 0.5 < s < 1.0], (
+        "below the best, with a limit just above it, is nothing better"
+    )
     steep.limits = Limits(general_kl=0.2)
     assert choose("auto", steep)[0] == 2.0
 
