@@ -122,7 +122,7 @@ def test_of_blocks_only_those_worth_it_are_steered_together() -> None:
 
 @pytest.fixture(scope="module")
 def several() -> SteeringAdapter:
-    config = FineSteerConfig(layer=0, write_site=SEVERAL, target="gradient", refine=0, gate_epsilon=0.3)
+    config = FineSteerConfig(layer=0, write_site=SEVERAL, target="gradient", refine=0, gate_epsilon=0.2)
     return fit_on_toy(config)[2]
 
 

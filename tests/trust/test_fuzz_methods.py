@@ -193,9 +193,15 @@ def steer_with(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
                 shutil.rmtree(folder)
             mask = (PROMPTS != 0).long()
             shown = {"output_steering": True, "return_dict_in_generate": True}
-            steered.generate(PROMPTS, attention_mask=mask, max_new_tokens=4, do_sample=False, **shown)
-            with torch.no_grad():
-                steered(PROMPTS, attention_mask=mask, prompt_lengths=[4, 4])
+            try:
+                steered.generate(PROMPTS, attention_mask=mask, max_new_tokens=4, do_sample=False, **shown)
+                with torch.no_grad():
+                    steered(PROMPTS, attention_mask=mask, prompt_lengths=[4, 4])
+            except ValueError as error:
+                # Numbers of the right form may still be too large for the model, which shows when they are added.
+                if not str(error).startswith("What steering adds at"):
+                    raise
+                return "refused"
             return "steered"
     finally:
         if "_steering" in model.__dict__:
@@ -203,7 +209,8 @@ def steer_with(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
 
 
 def test_every_method_is_here() -> None:
-    ours = {n for n in steering_methods() if get_steering_method(n).method_cls.__module__.startswith("finesteer_hf.")}
+    module = {name: get_steering_method(name).method_cls.__module__ for name in steering_methods()}
+    ours = {name for name, where in module.items() if where.startswith("finesteer_hf.methods.")}
     assert ours == {name.partition(" ")[0] for name in CONFIGS}
 
 
