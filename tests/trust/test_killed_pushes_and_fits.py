@@ -55,6 +55,13 @@ class Child:
         assert os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]) == 0
 
 
+def wait_until(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -109,10 +116,7 @@ def test_a_push_killed_at_a_step_leaves_one_adapter_or_the_other(
     hub_client.faults.add(Fault(step, "slow", seconds=0.3))
     hub_client.requests.clear()
     child = Child(lambda: push(folders["new"], tag="v2"))
-    deadline = time.monotonic() + 60
-    while not hub_client.requests.count(step):
-        assert time.monotonic() < deadline, hub_client.requests.lines
-        time.sleep(0.005)
+    wait_until(lambda: hub_client.requests.count(step))
     assert child.kill()
     assert version_there(hub_client, folders) in ("old", "new")
     time.sleep(0.6)
@@ -187,6 +191,10 @@ def fitted(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return adapter.tensors, config
 
 
+def shards_of(states: Path) -> list[Path]:
+    return list(states.glob("*/shard-*.safetensors"))
+
+
 def assert_close(got: Any, want: Any, at: str = "adapter") -> None:
     """Compare two adapters' contents: numbers up to rounding, all else exactly."""
     if isinstance(want, torch.Tensor) or type(want) is float:
@@ -213,10 +221,16 @@ def test_a_fit_killed_at_random_moments_ends_as_one_that_was_left_alone(
     Child(lambda: fit(arguments, tmp_path / "whole", tmp_path / "whole-states")).wait()
     duration = time.monotonic() - started
     want_tensors, want_config = fitted(tmp_path / "whole")
-    chance = random.Random(moment)
-    for _ in range(2):
+    shards, chance = len(shards_of(tmp_path / "whole-states")), random.Random(moment)
+    assert shards > 20
+    for number in range(2):
         child = Child(lambda: fit(arguments, out, tmp_path / "states"))
-        time.sleep(chance.uniform(0.05, 0.95) * duration)
+        if number == 0:
+            # In the midst of the capture, which is a small part of the time.
+            some = chance.randrange(1, shards)
+            wait_until(lambda some=some: len(shards_of(tmp_path / "states")) >= some)  # type: ignore[misc]
+        else:
+            time.sleep(chance.uniform(0.05, 0.95) * duration)
         child.kill()
         # What was saved there before counts until the new adapter is whole.
         tensors = SteeringAdapter.from_pretrained(out).tensors
