@@ -39,7 +39,7 @@ class LoadReport:
 
     Attributes:
         adapter_name: the name that the adapter got.
-        missing_keys: parameters that the config calls for and the file lacks (only with `strict=False`).
+        missing_keys: empty: an adapter that lacks a parameter is refused, whatever `strict` is.
         unexpected_keys: tensors of the file that the method does not use (only with `strict=False`).
         warnings: differences that do not prevent steering, such as another base of the same shape.
         revision: commit that the files came from, if they came from the Hub.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from finesteer_hf.arguments import as_scale
@@ -34,6 +35,9 @@ UNSET = _Unset()
 
 # Arguments that `generate` takes; what would swallow them refuses them.
 OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
+
+# Where `generate` takes a streamer that is given by position, after `self`.
+_STREAMER_PLACE = list(inspect.signature(GenerationMixin.generate).parameters).index("streamer") - 1
 
 NOT_BATCHED = (
     "Continuous batching packs requests into one row, in a thread of its own that stands in no block, and is not steered. "
@@ -82,6 +86,8 @@ class SteeredGeneration:
             )
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = OutsideStreamer(kwargs["streamer"])
+        elif len(args) > _STREAMER_PLACE and args[_STREAMER_PLACE] is not None:
+            args = (*args[:_STREAMER_PLACE], OutsideStreamer(args[_STREAMER_PLACE]), *args[_STREAMER_PLACE + 1 :])
         self._steering.follow_modules()
         # Held for the call: an adapter may be deleted or replaced while it steers.
         self._steering.hook(plan.sites)

@@ -54,13 +54,14 @@ class SteeringMixin(SteeredGeneration):
     ) -> LoadReport:
         """Load a steering adapter; it becomes active if none is.
 
-        Loading under a name that is taken replaces that adapter for calls that begin from now on.
+        Loading under a name that is taken replaces that adapter for calls that begin from now on. Another base of the same
+        shape, or another LoRA than at fit, is warned of; where warnings are errors, nothing is loaded.
 
         Args:
             steering: `org/name`, `org/name@revision`, a folder, or a `SteeringAdapter`.
             adapter_name: name that the other verbs know it by.
             revision: branch, tag or commit of the adapter's repo.
-            strict: whether tensors that the method does not use, and another base of the same shape, are errors.
+            strict: whether tensors that the method does not use are errors; ones that it lacks always are.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Returns:
@@ -84,10 +85,10 @@ class SteeringMixin(SteeredGeneration):
             )
         missing, unexpected = steering.check_tensors(strict)
         notes = steering.check_base(self, self._steering.tower)  # type: ignore[arg-type]
+        warn_about(notes, adapter_name)
         self._steering.add(adapter_name, steering)
         if not self._steering.selection:
             self._steering.selection = ((adapter_name, 1.0),)
-        warn_about(notes, adapter_name)
         return LoadReport(adapter_name, missing, unexpected, notes, steering.revision)
 
     def set_steering(self, steering: SelectionLike) -> None:

@@ -29,6 +29,7 @@ from finesteer_hf.errors import (
 )
 from finesteer_hf.hooks import DecoderHook, SiteHook
 from finesteer_hf.logits import leave_decoder
+from finesteer_hf.methods.base import SteeringMethod
 from finesteer_hf.plan import Plan, PlanEntry, Selection
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.prompt_ends import PROMPT_ENDS, PromptEnds, prompt_lengths_of
@@ -42,7 +43,7 @@ class LoadedAdapter:
     """An adapter and the processor made of it."""
 
     adapter: SteeringAdapter
-    processor: SteeringProcessor
+    processor: SteeringMethod
 
 
 @dataclass(eq=False)
@@ -139,7 +140,7 @@ class SteeringRuntime:
 
     def sync_compiled(self) -> None:
         """Let compiled plain forwards steer with what is active here and now."""
-        processors = {name: loaded.processor for name, loaded in self.adapters.items()}
+        processors: dict[str, SteeringProcessor] = {name: loaded.processor for name, loaded in self.adapters.items()}
         selection, own = self.active()
         for number, processor in enumerate(own):
             processors[f"processor_{number}"] = processor

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from finesteer_hf.compiled import forward_is_compiled
+
 
 if TYPE_CHECKING:
     from finesteer_hf.runtime import SteeringRuntime
@@ -23,6 +25,7 @@ class AdapterStatus:
         positions: tokens that it steers.
         strength: its lambda.
         scale: its scale if it is active, else None.
+        devices: where copies of its tensors are, made when they are first needed there.
     """
 
     name: str
@@ -35,6 +38,7 @@ class AdapterStatus:
     positions: str
     strength: float
     scale: float | None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,23 @@ class SteeringStatus:
         adapters: the loaded adapters.
         active: names and scales of what is active, in the order in which they act.
         hooks: the sites that have a hook.
+        compiled: whether the model was compiled in place, so that plain forwards steer inside the graph.
     """
 
     adapters: tuple[AdapterStatus, ...]
     active: dict[str, float]
     hooks: tuple[str, ...]
+    compiled: bool = False
 
     def __str__(self) -> str:
         lines = [f"active: {self.active or 'nothing'}; hooks at {', '.join(self.hooks) or 'no site'}"]
+        lines[0] += "; compiled" if self.compiled else ""
         for a in self.adapters:
             origin = f" from {a.source}" + (f" (commit {a.revision[:12]})" if a.revision else "") if a.source else ""
             lines.append(
                 f"  {a.name}: {a.steering_type}{origin}, reads {list(a.reads)}, writes {list(a.writes + a.maps)}, "
                 f"positions={a.positions}, strength={a.strength:g}, scale={a.scale}"
+                + (f", copied to {', '.join(a.devices)}" if a.devices else "")
             )
         return "\n".join(lines)
 
@@ -80,6 +88,8 @@ def steering_status(runtime: SteeringRuntime) -> SteeringStatus:
                 positions=processor.positions,
                 strength=processor.strength,
                 scale=active.get(name),
+                devices=tuple(sorted(map(str, processor.devices))),
             )
         )
-    return SteeringStatus(tuple(adapters), active, tuple(str(site) for site in sorted(runtime.site_hooks)))
+    hooks = tuple(str(site) for site in sorted(runtime.site_hooks))
+    return SteeringStatus(tuple(adapters), active, hooks, forward_is_compiled(runtime.model))

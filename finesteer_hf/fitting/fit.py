@@ -184,6 +184,7 @@ def fit_steering(
         "answer_end": answer_end,
         "max_length": max_length,
         "max_rows": max_rows,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "chat_template_sha256": chat_template_hash(tokenizer),
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
         "lint": findings,

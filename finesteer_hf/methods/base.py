@@ -286,6 +286,11 @@ class SteeringMethod(SteeringProcessor):
         """
         raise NotImplementedError
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where copies of the parameters are."""
+        return list(self._on_device)
+
     def parameters_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The parameters on a device, copied there once."""
         if device not in self._on_device:

@@ -108,6 +108,7 @@ def test_the_adapter_says_what_it_was_fitted_on() -> None:
     assert found["data"]["rows"] == 40 and len(found["data"]["sha256"]) == 64 and found["data"]["id"] is None
     assert found["rows"] == {"fit": 24, "calibration": 8, "validation": 8}
     assert found["general_rows"] == {"fit": 18, "calibration": 6, "validation": 6}
+    assert found["dtype"] == "float32"
     assert found["seed"] == 3 and found["held_out"] and found["split"] == "prompt"
     assert found["chat_template_sha256"] == chat_template_hash(toy_tokenizer())
     assert set(found["versions"]) >= {"torch", "transformers", "finesteer-hf"}

@@ -91,6 +91,21 @@ def test_a_generation_inside_one_is_a_call_of_its_own(model: Any, place: str) ->
     assert _CURRENT.get() is None
 
 
+def test_a_streamer_given_by_position_is_outside_of_the_call_too(model: Any) -> None:
+    other, ids = opposite_gates(model)
+
+    def generate(streamer: Any) -> torch.Tensor:
+        # Everything that stands before the streamer, by position.
+        between = (None,) * 6
+        return model.generate(ids, *between, streamer, steering="b", max_new_tokens=3, do_sample=False)
+
+    judge = Judge(lambda: greedy(model, other, max_new_tokens=4))
+    want_inside, want = judge.call(), generate(None)
+    assert not torch.equal(want_inside, greedy(model, other, steering="b", max_new_tokens=4))
+    assert torch.equal(generate(judge), want)
+    assert len(judge.said) >= 3 and all(torch.equal(said, want_inside) for said in judge.said)
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_plain_forward_inside_a_generation_reads_its_own_query(model: Any, place: str, use_cache: bool) -> None:
