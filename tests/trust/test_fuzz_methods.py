@@ -6,17 +6,16 @@ import copy
 import json
 import resource
 import shutil
-import signal
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from computing_time import at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -154,20 +153,6 @@ def spoil(tensor: torch.Tensor, how: str) -> torch.Tensor:
 
 
 WAYS = ("int64 float32 float64 float16 bool nan huge tiny zero negative longer wider empty flat deeper turned").split()
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    def ring(*_: Any) -> None:
-        raise AssertionError(f"it takes more than {seconds} seconds of computing")
-
-    before = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 MODEL = toy_model()

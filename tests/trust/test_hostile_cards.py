@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import signal
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from computing_time import at_most
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from small_adapters import small_adapter
@@ -28,20 +25,6 @@ WRITERS = {
     "listing": lambda folder: merge_repo_card(small_adapter(), folder, "x"),
     "root": lambda folder: write_repo_card(small_adapter(), folder, "x"),
 }
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    def ring(*_: Any) -> None:
-        raise AssertionError(f"it takes more than {seconds} seconds of computing")
-
-    before = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def yaml_bomb(levels: int = 25) -> str:
