@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+_LONGEST_MESSAGE = 2_000
+
+
 class SteeringError(Exception):
     """Root of the package's errors."""
 
@@ -33,7 +36,17 @@ class AdapterNotFoundError(SteeringError, ValueError):
 
 
 class AdapterFileError(SteeringError, ValueError):
-    """An adapter folder or repo whose files are missing, truncated, malformed or unsafe."""
+    """An adapter folder or repo whose files are missing, truncated, malformed or unsafe.
+
+    Args:
+        message: what is wrong. It may quote a stranger's file, so of a long one only both ends are kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            half = _LONGEST_MESSAGE // 2
+            message = f"{message[:half]} ... {message[-half:]}"
+        super().__init__(message)
 
 
 class AdapterMismatchError(SteeringError, ValueError):
