@@ -212,7 +212,7 @@ class DoseRunner:
             self._row_scores(self._unsteered, look),
         )
         mean, error = partial(mean_over_units, units=units), partial(clustered_se, units=units)
-        said = [found.words[prompt] for prompt in self._asked(look) if prompt in found.words]
+        said = [] if self._unheard(found, look) else [found.words[p] for p in self._asked(look) if found.words]
         effects = found.effects or SideEffects(0.0, None)
         counted = any(other.effects and other.effects.changed is not None for other in known.values())
         return DosePoint(

@@ -330,6 +330,25 @@ def test_standard_errors_count_prompts_not_rows() -> None:
     assert np.isnan(mean_over_units(uneven[:0], np.zeros(0, dtype=int)))
 
 
+def test_what_was_heard_on_a_shorter_look_does_not_stand_for_a_longer_one(rows: list[EncodedRow]) -> None:
+    model, wanted = small_model("llama"), 41
+    unlikely = {row.prompt for row in shuffle_units(rows, 0)[:2]}
+
+    def chosen(row: EncodedRow) -> Passage:
+        token = int(model.lm_head.weight[wanted].mul(-1).matmul(model.lm_head.weight.T).argmax())
+        return Passage((*row.prompt.ids, token if row.prompt in unlikely else wanted), len(row.prompt.ids))
+
+    mixed = [EncodedRow(row.prompt, chosen(row), row.rejected) for row in rows]
+    toward = model.lm_head.weight[wanted].detach()
+    build = lambda strength: ConstantVector("resid_post[3]", toward, strength=strength)  # noqa: E731
+    runner = DoseRunner(model, mixed, [])
+    assert runner.run(build, [30.0], share=0.3)[0].own_words is not None
+    point = runner.run(build, [30.0])[0]
+    assert point.bottleneck_rise > 2 * point.bottleneck_rise_se > 0
+    assert (point.own_words, point.own_length, point.repeated) == (None, None, None)
+    assert runner.run(build, [30.0], share=0.3)[0].own_words is not None
+
+
 class GatedVector(SteeringProcessor):
     """The vector for queries of one sign, and nothing for the others."""
 
