@@ -135,13 +135,11 @@ class QueryRecorder(StateRecorder):
 
     def steered_by(self, processor: SteeringProcessor) -> list[bool]:
         """Of each passage, whether a processor would change anything in it: whether its gate is not exactly shut."""
-        states = {}
-        for site in processor.reads:
-            hidden = self.states[site]
-            columns = [0 if self.behind else int(passage.answer_start or 0) - 1 for passage in self.batch]
-            states[site] = hidden[torch.arange(len(columns), device=hidden.device), columns].float()
-        if not states:
+        if not processor.reads:
             return [True] * len(self.batch)
+        rows = list(range(len(self.batch)))
+        columns = [0 if self.behind else int(passage.answer_start or 0) - 1 for passage in self.batch]
+        states = {site: self.states[site][rows, columns].float() for site in processor.reads}
         device = next(iter(states.values())).device
         gate = processor.decide(QueryStates(states, len(self.batch), device)).gate
         return [True] * len(self.batch) if gate is None else (gate != 0).tolist()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
-from operator import not_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -318,9 +317,12 @@ class DoseRunner:
             for strength, processor in processors.items():
                 # What a gate is shut on stays as it is, and costs no forward.
                 steers = [True] * len(batch) if takes_back else queries.steered_by(processor)
-                divergences[strength].append(torch.zeros(sum(map(len, compress(base, map(not_, steers))))))
                 moved = self._logits(list(compress(batch, steers)), processor)
-                for reference, (_, logits) in zip(compress(base, steers), moved, strict=True):
+                for reference, is_steered in zip(base, steers, strict=True):
+                    if not is_steered:
+                        divergences[strength].append(torch.zeros(len(reference)))
+                        continue
+                    _, logits = next(moved)
                     kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
                     divergences[strength].append(kl.clamp(min=0).cpu())
                     # Greedy, a text stays as it is if each of its tokens is still the likeliest after those before it.
