@@ -71,6 +71,7 @@ class Study:
         sizes: how much of them.
         by: what TruthfulQA is split by.
         dtype: of the model's weights.
+        device: where the model runs.
     """
 
     task: Task
@@ -80,6 +81,7 @@ class Study:
     sizes: Sizes
     by: str = "question"
     dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
 
     @property
     def folder(self) -> Path:
@@ -89,12 +91,12 @@ class Study:
     @functools.cached_property
     def base(self) -> tuple[Any, Any]:
         """Model and tokenizer that fits are made on."""
-        return load_model(self.source, self.dtype)
+        return load_model(self.source, self.dtype, self.device)
 
     @functools.cached_property
     def steered(self) -> Any:
         """The model that is asked."""
-        return SteeredModelForCausalLM.from_model(load_model(self.source, self.dtype)[0])
+        return SteeredModelForCausalLM.from_model(load_model(self.source, self.dtype, self.device)[0])
 
     @functools.cached_property
     def general(self) -> GeneralData:
@@ -210,7 +212,7 @@ def condition_of(study: Study, row: Row, clock: Clock) -> Iterator[tuple[Conditi
         assert row.lora is not None
         rows, _ = study.fit_data(row.data)
         # LoRA goes into the layers of the model that it is trained on, so this one is not used again.
-        model, tokenizer = load_model(study.source, study.dtype)
+        model, tokenizer = load_model(study.source, study.dtype, study.device)
         folder = study.folder / row.slug
         how, settings = row.lora, Training()
         trained, facts = clock.run("fit", lambda: train(model, tokenizer, rows, how, folder, settings))
@@ -309,6 +311,8 @@ def keep_questions(study: Study) -> None:
         "by": study.by,
         "prepared": is_prepared(study.source),
         "dtype": str(study.dtype).removeprefix("torch."),
+        # Figures of two devices are never mixed: in half precision they differ in the last digits.
+        **({} if study.device == "cpu" else {"device": study.device}),
     }
     if file.exists():
         if json.loads(file.read_text())["settings"] != settings:
@@ -388,6 +392,7 @@ def main() -> None:
     parser.add_argument("--split", default="question", choices=("question", "category"), help="of TruthfulQA")
     parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
+    parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a task after so long")
     parser.add_argument("--only-page", action="store_true", help="measure nothing")
     parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
@@ -403,7 +408,8 @@ def main() -> None:
     out = args.out / "quick" if args.quick else args.out
     for task in () if args.only_page else args.tasks:
         by = args.split if task == "truthful" else "question"
-        study = Study(task, out, source, args.data, QUICK if args.quick else Sizes(), by, getattr(torch, args.dtype))
+        sizes, dtype = QUICK if args.quick else Sizes(), getattr(torch, args.dtype)
+        study = Study(task, out, source, args.data, sizes, by, dtype, args.device)
         run(study, rows_of(task, args.rows), args.seconds)
     if args.page is not None:
         args.page.parent.mkdir(parents=True, exist_ok=True)

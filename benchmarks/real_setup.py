@@ -73,15 +73,16 @@ def wheel_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def load_model(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_model(source: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any]:
     """A causal LM for the benchmarks, in evaluation mode, and its tokenizer.
 
     Args:
         source: the folder of `ensure_model`, or any other model's folder or Hub id.
         dtype: of its weights.
+        device: where it runs.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     if is_prepared(source):
         # The folder is this machine's; what adapters name is the model.
         model.config._name_or_path = BASE

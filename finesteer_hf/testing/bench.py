@@ -38,7 +38,7 @@ class Bench:
         """
         generator = torch.Generator().manual_seed(seed)
         size = vocabulary or model.config.get_text_config().vocab_size
-        prompts = [torch.randint(6, size, (length,), generator=generator) for length in (7, 4, 9, 6)]
+        prompts = [torch.randint(6, size, (n,), generator=generator).to(model.device) for n in (7, 4, 9, 6)]
         bench = cls(model, prompts, 1.0, [], [])
         bench.unsteered = [bench.alone(i, steering=None) for i in range(len(prompts))]
         while bench.scale <= 64:

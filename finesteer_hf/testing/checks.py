@@ -42,7 +42,7 @@ def check_prompt_lengths(bench: Bench) -> None:
     """A forward over prompt and answer, with the prompt's length, gives the logits that `generate` chose by."""
     with torch.no_grad(), bench.model.steering("a", scale=bench.scale):
         for prompt, answer in zip(bench.prompts, bench.expected, strict=True):
-            text = torch.cat([prompt, torch.tensor(answer)])[None]
+            text = torch.cat([prompt, prompt.new_tensor(answer)])[None]
             logits = bench.model(input_ids=text, prompt_lengths=torch.tensor([len(prompt)])).logits[0]
             _same(logits[len(prompt) - 1 : -1].argmax(-1).tolist(), answer, "scoring disagrees with generating")
 

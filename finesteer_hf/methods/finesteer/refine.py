@@ -81,7 +81,7 @@ def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -
         shifts = dict(zip(place.writes, together.chunk(len(place.writes), dim=-1), strict=True))
         steering = TrainedShift(shifts, positions=start.positions)
         chosen, rejected = (_runs(fits, text, rows, steering) for text in ("chosen", "rejected"))
-        c, r = (torch.stack([-run.nll for run, _ in side]) for side in (chosen, rejected))
+        c, r = (torch.stack([-run.nll.cpu() for run, _ in side]) for side in (chosen, rejected))
         drift = (torch.stack([d for _, d in chosen]) + torch.stack([d for _, d in rejected])) / 2
         relative = (together.view(len(together), len(place.writes), width).norm(dim=-1) / norms).norm(dim=-1)
         excess = relu(relative / dose - 1) ** 2
@@ -105,13 +105,13 @@ def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -
 def _runs(
     fits: CandidateFits, text: Any, rows: Sequence[int], steering: TrainedShift
 ) -> list[tuple[AnswerRun, torch.Tensor]]:
-    """Steered answers, each with its divergence from the base, in nats a token."""
+    """Steered answers, each with its divergence from the base, in nats a token, on the CPU as the parameters are."""
     with torch.no_grad():
         base = [run.logits.log_softmax(-1) for run in fits.data.answers(text, "fit", rows)]
     found = []
     for run, reference in zip(fits.data.answers(text, "fit", rows, steering=steering), base, strict=True):
         steered = run.logits.log_softmax(-1)
-        found.append((run, (steered.exp() * (steered - reference)).sum(-1).mean()))
+        found.append((run, (steered.exp() * (steered - reference)).sum(-1).mean().cpu()))
     return found
 
 
