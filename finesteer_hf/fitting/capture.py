@@ -250,6 +250,7 @@ class StateReader:
                 wanted.answer_rows.append(row)
                 wanted.answer_starts.append(int(text.answer.answer_start or 0))
                 wanted.answer_ends.append(len(text.ids))
+                wanted.answer_lasts.append(text.answer.last_content)
         states = self._forward({"input_ids": ids, "attention_mask": mask}, int(mask.sum()), wanted)
         return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
 

@@ -113,6 +113,7 @@ def lay_out(rows: Sequence[Sequence[Job]], begun: int, device: torch.device) -> 
                     wanted.answer_rows.append(number)
                     wanted.answer_starts.append(start)
                     wanted.answer_ends.append(end)
+                    wanted.answer_lasts.append(end - 1 - job.answers[branch - 1].closing)
             prompts.append(job.prompt)
             answers.extend(job.answers)
         real += end

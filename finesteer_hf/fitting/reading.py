@@ -26,6 +26,7 @@ class Wanted:
     Attributes:
         query_rows, query_columns: where queries end.
         answer_rows, answer_starts, answer_ends: spans of answers; an end is the column after the last token.
+        answer_lasts: columns of the answers' last tokens of content.
     """
 
     query_rows: list[int] = field(default_factory=list)
@@ -33,6 +34,7 @@ class Wanted:
     answer_rows: list[int] = field(default_factory=list)
     answer_starts: list[int] = field(default_factory=list)
     answer_ends: list[int] = field(default_factory=list)
+    answer_lasts: list[int] = field(default_factory=list)
 
     def take(self, hidden: torch.Tensor, pools: Sequence[Pool]) -> dict[Pool, torch.Tensor]:
         """Pool a stream.
@@ -53,7 +55,7 @@ class Wanted:
         if "query" in pools:
             states["query"] = hidden[index(self.query_rows), index(self.query_columns)].float()
         if "answer_last" in pools:
-            states["answer_last"] = hidden[index(self.answer_rows), index(self.answer_ends) - 1].float()
+            states["answer_last"] = hidden[index(self.answer_rows), index(self.answer_lasts)].float()
         if "answer_mean" in pools:
             starts, ends = index(self.answer_starts)[:, None], index(self.answer_ends)[:, None]
             columns = torch.arange(hidden.shape[1], device=hidden.device)[None]

@@ -44,7 +44,9 @@ DIGEST_BYTES = 16
 
 def passage_digest(passage: Passage) -> bytes:
     """Name of a passage in a store."""
-    text = f"{passage.answer_start}:{','.join(map(str, passage.ids))}"
+    # An answer's last token of content is part of what its states are; texts without a closing keep their digest.
+    closing = f"-{passage.closing}" if passage.closing else ""
+    text = f"{passage.answer_start}{closing}:{','.join(map(str, passage.ids))}"
     return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
 
 

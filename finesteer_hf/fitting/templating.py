@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from finesteer_hf.errors import DatasetError
@@ -32,10 +32,22 @@ class Passage:
     Attributes:
         ids: all of them; special tokens included, no padding.
         answer_start: index of the first answer token; None for a prompt alone.
+        closing: number of the last tokens that end the answer's turn and say nothing: the chat template's.
     """
 
     ids: tuple[int, ...]
     answer_start: int | None = None
+    closing: int = 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of the answer's tokens."""
+        return len(self.ids) - (self.answer_start or 0)
+
+    @property
+    def last_content(self) -> int:
+        """Index of the last token that says something."""
+        return len(self.ids) - 1 - self.closing
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,8 @@ def encode_preferences(
         tokenizer: a transformers tokenizer.
         rows: the data set.
         answer_end: whether what the chat template puts after an answer (end of turn) belongs to it. FineSteer's
-            published code includes it. Rows of plain text have no such tokens, and none are added.
+            published code includes it. Rows of plain text have no such tokens, and none are added. Either way an answer's
+            last token of content is known (`Passage.closing`).
         max_length: answers are cut to this many tokens, prompt included, and the rows are named in a remark.
         max_positions: most tokens that the model can take.
         what: how messages call the data set.
@@ -219,8 +232,13 @@ def encode_preferences(
     result = Encoded([])
     sides: dict[str, list[Passage]] = {}
     for side in ("chosen", "rejected"):
-        ids = _encode_answers(tokenizer, rows, side, answer_end, what)
-        sides[side] = _find_spans(tokenizer, rows, prompts, ids, side, max_length, max_positions, what, result.remarks)
+        ids, closing = _encode_answers(tokenizer, rows, side, answer_end, what)
+        found = _find_spans(tokenizer, rows, prompts, ids, side, max_length, max_positions, what, result.remarks)
+        sides[side] = [
+            # What was cut off was the end.
+            replace(passage, closing=min(max(0, own - len(whole) + len(passage.ids)), passage.answer_tokens - 1))
+            for passage, whole, own in zip(found, ids, closing, strict=True)
+        ]
     result.rows = [EncodedRow(*row) for row in zip(prompts, sides["chosen"], sides["rejected"], strict=True)]
     return result
 
@@ -247,32 +265,45 @@ def _name(rows: Sequence[PromptRow], places: Iterable[int]) -> str:
 
 def _encode_answers(
     tokenizer: Any, rows: Sequence[PreferenceRow], side: str, answer_end: AnswerEnd, what: str
-) -> list[list[int]]:
-    """Ids of prompt and answer together."""
+) -> tuple[list[list[int]], list[int]]:
+    """Ids of prompt and answer together, and how many of the last ones come after the answer's content."""
 
-    def render(row: PreferenceRow) -> str:
+    def whole(row: PreferenceRow) -> str:
         prompt, answer = row.prompt, getattr(row, side)
         if isinstance(prompt, str):
             return prompt + str(answer)
-        assert isinstance(answer, list)
-        text = _render(tokenizer, [*prompt, *answer], add_generation_prompt=False)
-        if answer_end == "exclude":
-            content = answer[-1]["content"].strip()
-            at = text.rfind(content)
-            if at < 0:
-                raise DatasetError(
-                    "the chat template changes the answer's text, so its end cannot be found; use answer_end='include'."
-                )
-            text = text[: at + len(content)]
-        return text
+        return _render(tokenizer, [*prompt, *answer], add_generation_prompt=False)
 
-    texts = _each(rows, render, what)
+    def content(row: PreferenceRow, text: str) -> str:
+        """The text up to the end of what the answer says."""
+        if isinstance(row.prompt, str):
+            return text
+        said = getattr(row, side)[-1]["content"].strip()
+        at = text.rfind(said)
+        if at < 0 and answer_end == "exclude":
+            raise DatasetError(
+                "the chat template changes the answer's text, so its end cannot be found; use answer_end='include'."
+            )
+        return text if at < 0 else text[: at + len(said)]
+
+    texts = _each(rows, whole, what)
+    rendered = dict(zip(map(id, rows), texts, strict=True))
+    contents = _each(rows, lambda row: content(row, rendered[id(row)]), what)
     ids: list[list[int]] = [[]] * len(rows)
+    closing = [0] * len(rows)
     for special in (True, False):
         mine = [i for i, row in enumerate(rows) if isinstance(row.prompt, str) is special]
-        for i, found in zip(mine, tokenise(tokenizer, [texts[i] for i in mine], special_tokens=special), strict=True):
-            ids[i] = found
-    return ids
+        said = tokenise(tokenizer, [contents[i] for i in mine], special_tokens=special)
+        for i, own in zip(mine, said, strict=True):
+            ids[i] = own
+        if special or answer_end == "exclude":
+            continue
+        for i, own in zip(mine, tokenise(tokenizer, [texts[i] for i in mine], special_tokens=False), strict=True):
+            # A last token that joins content and end is content.
+            alike = next((at for at, (a, b) in enumerate(zip(own, ids[i], strict=False)) if a != b), len(ids[i]))
+            closing[i] = max(0, len(own) - max(alike, min(alike + 1, len(ids[i]))))
+            ids[i] = own
+    return ids, closing
 
 
 def _find_spans(

@@ -44,7 +44,8 @@ class CaptureRequest:
     Attributes:
         sites: sites of the sweep; all are captured in one pass.
         pools: `query` (the prompt's last token), `answer_mean` (mean over the answer's tokens), `answer_last` (its last
-            token), `gradient` (of the answer's mean log-probability a token by a vector added from the query on).
+            token of content, whether or not the end of turn is part of the answer), `gradient` (of the answer's mean
+            log-probability a token by a vector added from the query on).
     """
 
     sites: tuple[Site, ...]

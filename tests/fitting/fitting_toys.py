@@ -59,6 +59,11 @@ def random_rows(count: int, seed: int = 0, vocabulary: int = 60) -> list[Encoded
     rows = []
     for _ in range(count):
         prompt = ids(1, 12)
-        answers = [Passage((*prompt, *ids(1, 7)), len(prompt)) for _ in range(2)]
+        chosen, rejected = (ids(1, 7) for _ in range(2))
+        answers = [
+            # Of some answers the last token ends the turn.
+            Passage((*prompt, *chosen), len(prompt), closing=int(len(chosen) > 1)),
+            Passage((*prompt, *rejected), len(prompt)),
+        ]
         rows.append(EncodedRow(Passage(prompt), *answers))
     return rows

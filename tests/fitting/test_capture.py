@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def check_against_hand(model: Any, request: CaptureRequest, store: ActivationSto
             passages = [getattr(row, side) for row in rows]
             streams = [by_hand(model, site, p)[p.answer_start :] for p in passages]
             mean = np.stack([s.mean(0).numpy() for s in streams])
-            last = np.stack([s[-1].numpy() for s in streams])
+            last = np.stack([s[-1 - p.closing].numpy() for s, p in zip(streams, passages, strict=True)])
             np.testing.assert_allclose(store.get((site, "answer_mean"), passages), mean, rtol=2e-4, atol=2e-4)
             np.testing.assert_allclose(store.get((site, "answer_last"), passages), last, rtol=2e-4, atol=2e-4)
 
@@ -310,7 +311,7 @@ def test_what_all_prompts_begin_with_passes_once(kind: str) -> None:
 
     def headed(passage: Passage) -> Passage:
         start = None if passage.answer_start is None else passage.answer_start + len(header)
-        return Passage((*header, *passage.ids), start)
+        return replace(passage, ids=(*header, *passage.ids), answer_start=start)
 
     plain = random_rows(12)
     rows = [EncodedRow(headed(row.prompt), headed(row.chosen), headed(row.rejected)) for row in plain]
@@ -328,7 +329,7 @@ def test_general_prompts_share_a_beginning_of_their_own() -> None:
 
     def headed(header: tuple[int, ...], passage: Passage) -> Passage:
         start = None if passage.answer_start is None else passage.answer_start + len(header)
-        return Passage((*header, *passage.ids), start)
+        return replace(passage, ids=(*header, *passage.ids), answer_start=start)
 
     rows = [EncodedRow(*(headed(headers[0], p) for p in (row.prompt, row.chosen, row.rejected))) for row in plain]
     prompts = [headed(headers[1], row.prompt) for row in general]

@@ -71,6 +71,37 @@ def test_a_chat_answer_begins_after_the_prompt_and_ends_as_asked(end: Any, after
     assert row.rejected.ids[row.rejected.answer_start :] == ids_of(tokenizer, f"fox0{after}")
 
 
+@pytest.mark.parametrize("end", ["include", "exclude"])
+def test_the_last_token_of_content_is_known_however_an_answer_ends(end: Any) -> None:
+    tokenizer = toy_tokenizer()
+    (row,) = encode_preferences(tokenizer, [CHAT], answer_end=end).rows
+    assert tokenizer.decode([row.chosen.ids[row.chosen.last_content]]) == "oak1"
+    assert tokenizer.decode([row.rejected.ids[row.rejected.last_content]]) == "fox0"
+    (plain,) = encode_preferences(tokenizer, [PreferenceRow("sun0", " oak0 oak1", " fox0")], answer_end=end).rows
+    assert plain.chosen.closing == 0
+
+
+@pytest.mark.parametrize(("cut", "closing"), [(0, 1), (1, 0), (2, 0)])
+def test_what_is_cut_off_an_answer_is_its_end_first(cut: int, closing: int) -> None:
+    tokenizer = toy_tokenizer()
+    (whole,) = encode_preferences(tokenizer, [CHAT]).rows
+    (row,) = encode_preferences(tokenizer, [CHAT], max_length=len(whole.chosen.ids) - cut).rows
+    assert row.chosen.closing == closing
+    assert (row.chosen.answer_start or 0) <= row.chosen.last_content
+
+
+def test_a_token_that_joins_an_answer_and_its_end_is_content() -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Q{{ m['content'] }}{% else %}{{ m['content'] }}b{% endif %}"
+        "{% endfor %}"
+    )
+    user, said = [{"role": "user", "content": "ad"}], [{"role": "assistant", "content": "d:"}]
+    (row,) = encode_preferences(tokenizer, [PreferenceRow(user, said, said)]).rows
+    # The colon and the template's b are one token.
+    assert tokenizer.decode([row.chosen.ids[row.chosen.last_content]]) == ":b"
+
+
 def test_a_token_that_joins_prompt_and_answer_counts_as_the_answers() -> None:
     tokenizer = merging_tokenizer()
     encoded = encode_preferences(tokenizer, [PreferenceRow("Qa:", "bc", "dd"), PreferenceRow("Qa:", "dc", "dd")])
