@@ -10,7 +10,6 @@ normalisation rescales, and the stream itself keeps its norm.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +32,8 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
-from finesteer_hf.methods.strength import choose_strength
+from finesteer_hf.methods.search import settle
+from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import TokenView
 from finesteer_hf.sites import Site
 
@@ -215,17 +215,14 @@ class Angular(SteeringMethod):
             chosen = {"layers": layers, "angle": angle, "strength": strength, "requires": [f"mode:{settings.mode}"]}
             return cls(filled_in(settings, data.info, **chosen), tensors)
 
-        strength, curve, why = choose_strength(
-            settings.strength, data, build, vector_norm=0.0, state_norm=0.0, strengths=SHARES
-        )
+        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, SHARES)
         report: dict[str, Any] = {
             "layers": [
                 {"layer": layer, "rejected_projection": rejected, "chosen_projection": chosen}
                 for layer, (rejected, chosen) in projections.items()
             ],
             "angle_degrees": angle,
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **settled,
         }
         return FitResult(build(strength).config, tensors, report)
 

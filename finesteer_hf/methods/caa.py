@@ -8,7 +8,6 @@ difference says what the answers are about.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -19,11 +18,12 @@ import torch
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
-from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, require_fitted
-from finesteer_hf.methods.moments import mean_difference, median_query_norm, projections
-from finesteer_hf.methods.screening import SCREEN_DOSE, first_order_gain, preference_gradients, state_norms
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
-from finesteer_hf.processors import Decision, Positions, QueryStates
+from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
+from finesteer_hf.methods.moments import mean_difference, median_query_norm
+from finesteer_hf.methods.screening import SCREEN_DOSE, preference_gradients, state_norms
+from finesteer_hf.methods.search import OpenPositions, Place, search_places
+from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.processors import POSITIONS, Decision, QueryStates
 from finesteer_hf.sites import Site
 
 
@@ -38,7 +38,9 @@ class CAAConfig(SteeringConfig):
     """Settings of a constant vector.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` takes the one that brings held-out answers nearest.
+        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, as the paper does, unless
+            `all` steers held-out rows better.
+        layer: decoder block whose output is steered; `auto` steers at each and takes the one that is best on held-out rows.
         pool: answer states that are averaged: `answer_mean` over the answer's tokens, `answer_last` its last token (the
             answer's letter in the paper's multiple-choice prompts).
         vector: `answers` (chosen minus rejected), `queries` (these prompts minus the general ones) or `gradient` (of the
@@ -47,8 +49,11 @@ class CAAConfig(SteeringConfig):
 
     steering_type: ClassVar[str] = "CAA"
 
-    # The paper adds the vector after the user's turn: to the last prompt token and to what is generated.
-    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    allowed_positions: ClassVar[tuple[str, ...]] = (*POSITIONS, "auto")
+
+    positions: OpenPositions = field(  # type: ignore[assignment]
+        default="auto", metadata={"help": "Steered tokens: auto, all, prompt or generated."}
+    )
     strength: float | str = field(
         default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
     )
@@ -66,6 +71,14 @@ class CAAConfig(SteeringConfig):
         check_one_of("pool", self.pool, POOLS)
         check_one_of("vector", self.vector, VECTORS)
         check_strength(self.strength)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> CAAConfig:
+        """What the paper fixes: the vector is added after the user's turn, to the prompt's last token and to what is
+        generated. Layer and strength it sweeps; the states are those of an answer's letter, so prompts are to be multiple
+        choice.
+        """
+        return cls(**{"positions": "generated", "pool": "answer_last", **overrides})
 
 
 class CAA(SteeringMethod):
@@ -122,40 +135,24 @@ class CAA(SteeringMethod):
         """
         settings = cast(CAAConfig, config)
         layers = candidate_layers(settings.layer, data.info.num_layers)
-        found = {layer: _mean_difference(data, settings, Site("resid_post", layer)) for layer in layers}
-        effects = {layer: _effect(data, settings, Site("resid_post", layer)) for layer in layers}
-        promising = sorted(layers, key=lambda layer: -effects[layer])[:SHORT_LIST]
+        vectors = {layer: _mean_difference(data, settings, Site("resid_post", layer)) for layer in layers}
 
-        def fitted(layer: int, strength: float) -> CAAConfig:
-            return dataclasses.replace(
-                settings,
-                layer=layer,
-                strength=strength,
-                hidden_size=data.info.hidden_size,
-                num_hidden_layers=data.info.num_layers,
-            )
+        def fitted(place: Place, strength: float) -> CAAConfig:
+            (layer,) = place.layers
+            return filled_in(settings, data.info, layer=layer, positions=place.positions, strength=strength)
 
-        trials = {
-            layer: Trial(
-                build=lambda strength, at=layer: cls(fitted(at, strength), {"vector": found[at]}),  # type: ignore[misc]
-                vector_norm=float(found[layer].norm()),
+        def trial_of(place: Place) -> Trial:
+            (layer,) = place.layers
+            return Trial(
+                build=lambda strength: cls(fitted(place, strength), {"vector": vectors[layer]}),
+                vector_norm=float(vectors[layer].norm()),
                 state_norm=median_query_norm(data, Site("resid_post", layer)),
             )
-            for layer in promising
-        }
-        layer, tried = promising[0], None
-        if len(promising) > 1:
-            layer, tried = try_each(data, trials, settings.strength)
-        strength, curve, why = trials[layer].choose_strength(settings.strength, data)
-        report: dict[str, Any] = {
-            "layer": layer,
-            "layers": [{"layer": at, "effect": effects[at]} for at in layers],
-            "layers_tried": tried,
-            "vector": {"vector_norm": trials[layer].vector_norm, "state_norm": trials[layer].state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
-        }
-        return FitResult(fitted(layer, strength), {"vector": found[layer]}, report)
+
+        found = search_places(data, settings.strength, layers, trial_of, positions=settings.positions, several=False)
+        (layer,) = found.key.layers
+        report = {"layer": layer, **found.report}
+        return FitResult(fitted(found.key, found.strength), {"vector": vectors[layer]}, report)
 
 
 def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tensor:
@@ -176,27 +173,6 @@ def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tens
             f"least {MIN_ROWS} of each: give more {what}."
         )
     return torch.from_numpy(vector.astype(np.float32))
-
-
-def _effect(data: FitData, config: CAAConfig, site: Site) -> float:
-    """What ranks a site, on the `calibration` part: how far the vector of the `fit` part tells the sides apart, in pooled
-    deviations; of a gradient, what it gains to first order, in nats a token.
-    """
-    if config.vector == "gradient":
-        learned, held = (preference_gradients(data, [site], (part,)) for part in ("fit", "calibration"))
-        if not len(held[site]):
-            return 0.0
-        vector = {site: learned[site].mean(axis=0)[None]}
-        return float(first_order_gain(held, vector, state_norms(data, [site])).mean())
-    sides = _SIDES[config.vector]
-    direction, counts = mean_difference(data, sides, site, ("fit",), config.pool)
-    if min(counts) == 0:
-        return 0.0
-    held_out = [projections(data, side, site, ("calibration",), direction, config.pool) for side in sides]
-    if min(map(len, held_out)) == 0:
-        return 0.0
-    spread = float(np.sqrt((held_out[0].var() + held_out[1].var()) / 2))
-    return float(held_out[0].mean() - held_out[1].mean()) / max(spread, 1e-12)
 
 
 register_steering_method("CAA", config_cls=CAAConfig, method_cls=CAA)

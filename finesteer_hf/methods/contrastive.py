@@ -9,7 +9,6 @@ more extrapolates along what the vector changes in the logits, and leaves alone 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -22,7 +21,8 @@ from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.caa import CAA, CAAConfig
 from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
-from finesteer_hf.methods.strength import choose_strength
+from finesteer_hf.methods.search import settle
+from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 
@@ -163,14 +163,8 @@ class Contrastive(SteeringMethod):
             chosen = {"layer": own.layer, "vector_strength": own.strength, "strength": strength}
             return cls(filled_in(settings, data.info, **chosen), vector.tensors)
 
-        strength, curve, why = choose_strength(
-            settings.strength, data, build, vector_norm=0.0, state_norm=0.0, strengths=STRENGTHS
-        )
-        report: dict[str, Any] = {
-            "vector": vector.report,
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
-        }
+        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, STRENGTHS)
+        report: dict[str, Any] = {**settled, "vector": vector.report}
         return FitResult(build(strength).config, vector.tensors, report)
 
 

@@ -34,16 +34,15 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.strength import choose_strength, median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
+from finesteer_hf.methods.search import search
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 TENSORS = ("weight", "bias", "readout", "shift")
-# Parts of the way; how far beyond the region helps is only guessed by `delta`, so they go on after the whole.
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0)
 MIN_ROWS = 4
 # Values of heads x size x rank that a forward holds at a time.
 VALUES = 1 << 26
@@ -200,25 +199,20 @@ class Florain(SteeringMethod):
         promising = sorted(layers, key=lambda layer: accuracy.get(layer, (0.0, 0.0)), reverse=True)[:SHORT_LIST]
         fits = {layer: _fit_layer(data, settings, layer) for layer in promising}
         trials = {layer: fit.trial for layer, fit in fits.items()}
-        layer, tried = promising[0], None
-        if len(promising) > 1:
-            layer, tried = try_each(data, trials, settings.strength)
-        found, trial = fits[layer], trials[layer]
-        norms = {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm}
-        strength, curve, why = choose_strength(settings.strength, data, trial.build, **norms, strengths=SHARES)
+        chosen = search(data, settings.strength, trials)
+        layer, found = chosen.key, fits[chosen.key]
         every = max(1, settings.epochs // 20)
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "probe_accuracy": of[0]} for at, of in accuracy.items()],
-            "layers_tried": tried,
             "training_loss": found.trained.training[::every],
             "calibration_loss": found.trained.held_out[::every],
             "validation_loss": _judge(found, _answers(data, layer, "validation"), settings),
-            "vector": norms,
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **chosen.report,
         }
-        fitted = filled_in(settings, data.info, layer=layer, attention_heads=data.info.num_heads, strength=strength)
+        fitted = filled_in(
+            settings, data.info, layer=layer, attention_heads=data.info.num_heads, strength=chosen.strength
+        )
         return FitResult(fitted, tensors_of(found.trained.map), report)
 
 

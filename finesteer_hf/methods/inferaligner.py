@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods.checks import (
     check_count,
     check_layer,
@@ -34,7 +34,8 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.moments import mean_difference
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.screening import relative_norm, state_norms
+from finesteer_hf.methods.search import Place, search, search_places
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
@@ -50,7 +51,8 @@ class InferAlignerConfig(SteeringConfig):
     """Settings of InferAligner.
 
     Attributes:
-        layers: decoder blocks whose outputs are steered; `auto` takes those between 20% and 80% of the depth.
+        layers: decoder blocks whose outputs are steered; `auto` compares single blocks between 20% and 80% of the depth,
+            the best of them together, and all of them, on held-out rows.
         guard_layer: block whose gate decides for all layers; None lets each layer decide for itself, as in the paper.
         vector: what is added: `sibling` (the paper: the SRV of the adapter that `sibling` names), `answers` (the model's
             own chosen minus rejected answers) or `queries` (its own SRV).
@@ -162,7 +164,7 @@ class InferAligner(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Average on the `fit` and `calibration` parts; choose the strength on `validation`.
+        """Average on the `fit` and `calibration` parts; choose layers and strength on `validation`.
 
         The rows' prompts are the harmful queries, the general prompts the harmless ones.
 
@@ -171,43 +173,47 @@ class InferAligner(SteeringMethod):
         """
         settings = _with_layers(cast(InferAlignerConfig, config), data.info)
         layers = [int(layer) for layer in settings.layers]
-        srv, bias = zip(*(safety_gate(*_queries(data, layer)) for layer in settings.gate_layers), strict=True)
-        if settings.vector == "answers":
-            parts: tuple[Part, ...] = ("fit", "calibration")
-            ssv = np.stack(
-                [
-                    mean_difference(data, ("chosen", "rejected"), _site(layer), parts, settings.pool)[0]
-                    for layer in layers
-                ]
+        gates = {layer: safety_gate(*_queries(data, layer)) for layer in sorted({*layers, *settings.gate_layers})}
+        vectors = _safety_vectors(data, settings, layers, gates)
+        norms = state_norms(data, [_site(layer) for layer in layers])
+
+        def fitted(place: Place, strength: float) -> InferAlignerConfig:
+            chosen = dataclasses.replace(settings, layers=list(place.layers), positions=place.positions)
+            return filled_in(chosen, data.info, strength=strength)
+
+        def tensors_of(place: Place) -> dict[str, torch.Tensor]:
+            opened = [gates[layer] for layer in fitted(place, 0.0).gate_layers]
+            found = {
+                "srv": np.stack([direction for direction, _ in opened]),
+                "bias": np.array([bias for _, bias in opened]),
+                "ssv": np.stack([vectors[layer] for layer in place.layers]),
+            }
+            return {name: torch.from_numpy(values.astype(np.float32)) for name, values in found.items()}
+
+        def trial_of(place: Place) -> Trial:
+            tensors, states = tensors_of(place), {_site(layer): norms[_site(layer)] for layer in place.layers}
+            added = {_site(layer): vectors[layer][None] for layer in place.layers}
+            first = states[_site(place.layers[0])]
+            return Trial(
+                build=lambda strength: cls(fitted(place, strength), tensors),
+                vector_norm=relative_norm(added, states) * first,
+                state_norm=first,
             )
-        elif settings.vector == "queries":
-            ssv = np.stack([safety_gate(*_queries(data, layer))[0] for layer in layers])
+
+        if cast(InferAlignerConfig, config).layers == "auto":
+            found = search_places(
+                data, settings.strength, layers, trial_of, positions=settings.positions, several=True
+            )
         else:
-            ssv = sibling_vectors(settings, data.info)
-        tensors = {
-            name: torch.from_numpy(np.asarray(values, dtype=np.float32))
-            for name, values in (("srv", np.stack(srv)), ("bias", bias), ("ssv", ssv))
-        }
-
-        def build(strength: float) -> InferAligner:
-            return cls(filled_in(settings, data.info, strength=strength), tensors)
-
-        trial = Trial(
-            build=build,
-            vector_norm=median_norm(ssv),
-            state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in layers])),
-        )
-        strength, curve, why = trial.choose_strength(settings.strength, data)
+            whole = Place(tuple(layers), settings.positions)
+            found = search(data, settings.strength, {whole: trial_of(whole)}, what="place")
+        config = fitted(found.key, found.strength)
         report: dict[str, Any] = {
-            "gates": [
-                {"layer": layer, **_held_out(data, layer, s, b)}
-                for layer, s, b in zip(settings.gate_layers, srv, bias, strict=True)
-            ],
-            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            "layers": list(found.key.layers),
+            "gates": [{"layer": layer, **_held_out(data, layer, *gates[layer])} for layer in config.gate_layers],
+            **found.report,
         }
-        return FitResult(build(strength).config, tensors, report)
+        return FitResult(config, tensors_of(found.key), report)
 
 
 def safety_gate(harmful: NDArray[np.floating], harmless: NDArray[np.floating]) -> tuple[NDArray[np.float64], float]:
@@ -230,22 +236,29 @@ def safety_gate(harmful: NDArray[np.floating], harmless: NDArray[np.floating]) -
     return direction, float(-direction @ (means[0] + means[1]) / 2)
 
 
+def _safety_vectors(
+    data: FitData,
+    config: InferAlignerConfig,
+    layers: list[int],
+    gates: Mapping[int, tuple[NDArray[np.float64], float]],
+) -> dict[int, NDArray[np.float64]]:
+    """What is added at each layer, `[hidden_size]`."""
+    if config.vector == "queries":
+        return {layer: gates[layer][0] for layer in layers}
+    if config.vector == "sibling":
+        return dict(zip(layers, sibling_vectors(config, data.info), strict=True))
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    sides: tuple[Side, Side] = ("chosen", "rejected")
+    return {layer: mean_difference(data, sides, _site(layer), parts, config.pool)[0] for layer in layers}
+
+
 def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.float64]:
     """The SRVs of the sibling's adapter at the steered layers, `[layers, hidden_size]`.
 
     Raises:
         AdapterMismatchError: if the adapter is of another method or shape, or lacks a layer.
     """
-    # Adapters are made of methods, so they import this package first.
-    from finesteer_hf.adapter import SteeringAdapter
-
-    adapter = SteeringAdapter.from_pretrained(str(config.sibling))
-    theirs = adapter.config
-    if not isinstance(theirs, InferAlignerConfig):
-        raise AdapterMismatchError(
-            f"sibling={config.sibling!r} is a {theirs.steering_type} adapter. Fit an INFERALIGNER adapter on the aligned "
-            "sibling, on the same data, and name that."
-        )
+    theirs, srv = _sibling(config)
     lacking = sorted({*map(int, config.layers)} - {*theirs.gate_layers})
     if theirs.hidden_size != info.hidden_size or theirs.num_hidden_layers != info.num_layers or lacking:
         raise AdapterMismatchError(
@@ -254,7 +267,21 @@ def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.f
             f"{config.layers}. The sibling must share the base, and have a vector for each of these layers."
         )
     rows = [theirs.gate_layers.index(int(layer)) for layer in config.layers]
-    return adapter.tensors["srv"][rows].double().numpy()
+    return srv[rows].double().numpy()
+
+
+def _sibling(config: InferAlignerConfig) -> tuple[InferAlignerConfig, torch.Tensor]:
+    """Config of the sibling's adapter, and its SRVs `[gate layers, hidden_size]`."""
+    # Adapters are made of methods, so they import this package first.
+    from finesteer_hf.adapter import SteeringAdapter
+
+    adapter = SteeringAdapter.from_pretrained(str(config.sibling))
+    if not isinstance(adapter.config, InferAlignerConfig):
+        raise AdapterMismatchError(
+            f"sibling={config.sibling!r} is a {adapter.config.steering_type} adapter. Fit an INFERALIGNER adapter on the "
+            "aligned sibling, on the same data, and name that."
+        )
+    return adapter.config, adapter.tensors["srv"]
 
 
 def _site(layer: int | str) -> Site:
@@ -264,7 +291,12 @@ def _site(layer: int | str) -> Site:
 def _with_layers(config: InferAlignerConfig, info: ModelInfo) -> InferAlignerConfig:
     if config.guard_layer is not None:
         candidate_layers(config.guard_layer, info.num_layers)
-    return dataclasses.replace(config, layers=layers_of(config.layers, info.num_layers))
+    if config.sibling is not None and config.layers == "auto":
+        # Only where the sibling has a vector can one be added.
+        layers: list[int] | str = list(_sibling(config)[0].gate_layers)
+    else:
+        layers = config.layers
+    return dataclasses.replace(config, layers=layers_of(layers, info.num_layers))
 
 
 def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

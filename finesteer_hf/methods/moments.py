@@ -43,18 +43,6 @@ def _mean(data: FitData, side: Side, site: Site, parts: Sequence[Part], pool: Po
     return (scaler.mean_ if count else np.zeros(0)), count
 
 
-def projections(
-    data: FitData,
-    side: Side,
-    site: Site,
-    parts: Sequence[Part],
-    direction: NDArray[np.float64],
-    pool: Pool = "answer_mean",
-) -> NDArray[np.float64]:
-    """Scalar products of states with a direction, `[rows]`."""
-    return np.concatenate([np.zeros(0), *(chunk @ direction for chunk in data.chunks(side, site, parts, pool))])
-
-
 def median_query_norm(data: FitData, site: Site, part: Part = "fit") -> float:
     """Median Euclidean norm of the queries at a site."""
     chunks = data.chunks("query", site, (part,))

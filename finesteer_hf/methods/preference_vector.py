@@ -35,7 +35,8 @@ from finesteer_hf.methods.preference_training import (
     first_order,
     train,
 )
-from finesteer_hf.methods.trials import Trial, candidate_layers, try_each
+from finesteer_hf.methods.search import search
+from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
 
@@ -246,19 +247,14 @@ class PreferenceVector(SteeringMethod):
             )
             for layer, vector in vectors.items()
         }
-        layer, tried = next(iter(trials)), None
-        if len(trials) > 1:
-            layer, tried = try_each(data, trials, settings.strength)
-        strength, curve, why = trials[layer].choose_strength(settings.strength, data)
+        chosen = search(data, settings.strength, trials)
+        layer = chosen.key
         report: dict[str, Any] = {
             "layer": layer,
-            "layers_tried": tried,
             "training": {"rows": len(rows), "held_out_rows": len(held_out), **histories[layer].report()},
-            "vector": {"vector_norm": trials[layer].vector_norm, "state_norm": trials[layer].state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **chosen.report,
         }
-        return FitResult(fitted(layer, strength), {"vector": vectors[layer]}, report)
+        return FitResult(fitted(layer, chosen.strength), {"vector": vectors[layer]}, report)
 
     @classmethod
     def _trained(

@@ -12,7 +12,6 @@ text of the fit, general prompts included, and A its sum. At each step lambda z 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -26,7 +25,8 @@ from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import check_count, check_number, check_strength, filled_in
-from finesteer_hf.methods.strength import choose_strength
+from finesteer_hf.methods.search import settle
+from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions
 from finesteer_hf.tensor_files import Free, Indices, Shape
 
@@ -179,17 +179,14 @@ class SWAI(SteeringMethod):
         def build(strength: float) -> SWAI:
             return cls(filled_in(settings, data.info, strength=strength), tensors)
 
-        strength, curve, why = choose_strength(
-            settings.strength, data, build, vector_norm=0.0, state_norm=0.0, strengths=STRENGTHS
-        )
+        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, STRENGTHS)
         ranked = ids[np.argsort(-scores[ids])]
         report: dict[str, Any] = {
             "tokens": len(ids),
             "counted": {"chosen": int(counts[0].sum()), "rejected": int(counts[1].sum())},
             "most_wanted": [{"token": int(t), "z": float(scores[t])} for t in ranked[:20]],
             "least_wanted": [{"token": int(t), "z": float(scores[t])} for t in ranked[::-1][:20]],
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **settled,
         }
         return FitResult(build(strength).config, tensors, report)
 

@@ -13,7 +13,6 @@ steered, so that they mean the same for every model, and steps are those of prox
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -34,7 +33,8 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.moments import median_query_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers, try_each
+from finesteer_hf.methods.search import search
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor, TokenView
 from finesteer_hf.sites import Site
 from finesteer_hf.tensor_files import HEAD_SIZE, Shape
@@ -173,19 +173,14 @@ class TaskDriven(SteeringMethod):
                 f"No shift of a head at the layers {list(learned)} makes other prompts' answers likelier than they are. "
                 "Give more rows (num_rows), smaller penalties (l1, group), or another layer."
             )
-        layer, tried = next(iter(trials)), None
-        if len(trials) > 1:
-            layer, tried = try_each(data, trials, settings.strength)
-        strength, curve, why = trials[layer].choose_strength(settings.strength, data)
+        found = search(data, settings.strength, trials)
+        layer = found.key
         report: dict[str, Any] = {
             "layer": layer,
-            "layers_tried": tried,
             **learned[layer].report,
-            "vector": {"vector_norm": trials[layer].vector_norm, "state_norm": trials[layer].state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **found.report,
         }
-        return FitResult(fitted(layer, strength), {"shifts": learned[layer].shifts}, report)
+        return FitResult(fitted(layer, found.strength), {"shifts": learned[layer].shifts}, report)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------

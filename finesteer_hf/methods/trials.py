@@ -42,6 +42,11 @@ class Trial:
     vector_norm: float
     state_norm: float
 
+    @classmethod
+    def of_factor(cls, build: Callable[[float], SteeringProcessor]) -> Trial:
+        """Of a method whose strength is a pure number: a share of a way, a factor of logits."""
+        return cls(build, 1.0, 1.0)
+
     def strength_of(self, relative_dose: float) -> float:
         """The strength at which the vector has a share of the state's norm."""
         return relative_dose * self.state_norm / self.vector_norm if self.vector_norm > 0 else relative_dose

@@ -18,7 +18,6 @@ pull to 1/2 trains the layers' weights.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -43,6 +42,7 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.moments import mean_difference
+from finesteer_hf.methods.search import settle
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
@@ -229,14 +229,12 @@ class WAS(SteeringMethod):
             vector_norm=float(pushes[torch.from_numpy(wanted) > 0].median()),
             state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in writes])),
         )
-        strength, curve, why = trial.choose_strength(settings.strength, data)
+        strength, settled = settle(data, settings.strength, trial, None)
         report: dict[str, Any] = {
             "read_layers": reads,
             "layers": writes,
             "controller": _judge(data, build(0.0)),
-            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **settled,
         }
         return FitResult(build(strength).config, tensors, report)
 

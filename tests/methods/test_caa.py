@@ -64,8 +64,8 @@ def test_layer_and_strength_are_chosen_on_held_out_rows() -> None:
     result = CAA.fit(data, CAAConfig())
     assert result.config.layer == 2 and isinstance(result.config.strength, float) and result.config.strength > 0
     report = json.loads(json.dumps(result.report, allow_nan=False))
-    assert [row["layer"] for row in report["layers"]] == [0, 1, 2, 3]
-    assert max(report["layers"], key=lambda row: row["effect"])["layer"] == 2
+    assert [row["place"] for row in report["places_tried"]] == [f"block {layer}, generated" for layer in range(4)]
+    assert max(report["places_tried"], key=lambda row: row["preference"])["place"] == "block 2, generated"
     assert report["dose_response"][0]["strength"] == 0.0
 
 
@@ -121,18 +121,14 @@ def test_a_vector_of_gradients_points_along_their_mean_a_tenth_of_the_state_far(
     assert vector.dtype == np.float32
 
 
-def test_layers_are_ranked_by_what_their_gradients_gain() -> None:
-    data = PlantedData(clarity=(1.0, 1.0, 1.0, 1.0))
-    # The same gradients everywhere, and states of different length: a share of the longest goes furthest.
-    for layer, factor in enumerate((0.1, 0.2, 3.0, 0.3)):
-        data._query[layer] *= factor
-    result = CAA.fit(data, CAAConfig(strength=1.0, vector="gradient"))
-    effects = {row["layer"]: row["effect"] for row in result.report["layers"]}
-    assert max(effects, key=effects.__getitem__) == 2
-    lengths = [np.median(np.linalg.norm(data.query(Site("resid_post", i), "fit"), axis=1)) for i in range(4)]
-    for layer, effect in effects.items():
-        assert effect == pytest.approx(effects[0] * lengths[layer] / lengths[0], rel=1e-3) and effect > 0
-    assert CAA.needs(CAAConfig(vector="gradient", layer=1), data.info).pools == ("query", "gradient")
+def test_a_fit_of_gradients_asks_for_them() -> None:
+    assert CAA.needs(CAAConfig(vector="gradient", layer=1), PlantedData().info).pools == ("query", "gradient")
+
+
+def test_the_paper_steers_after_the_user_s_turn_and_reads_the_answer_s_letter() -> None:
+    config = CAAConfig.paper(layer=13)
+    assert (config.positions, config.pool, config.layer) == ("generated", "answer_last", 13)
+    assert CAAConfig().positions == "auto"
 
 
 def test_too_few_gradients_are_refused() -> None:

@@ -25,6 +25,7 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
+from finesteer_hf.methods.search import search
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.methods.truthflow.network import FlowNetwork, integrate, train_flow
@@ -192,21 +193,16 @@ class TruthFlow(SteeringMethod):
 
         site = Site("resid_post", layer)
         trial = Trial(build, median_norm(_vectors(build(1.0), queries)), median_norm(data.query(site, "fit")))
-        strength, curve, why = trial.choose_strength(settings.strength, data)
+        chosen = search(data, settings.strength, {layer: trial})
         held_out = _rows(data, settings, layer, ("validation",))
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "ridge_r2": r2} for at, r2 in predicted.items()],
             "loss": losses[:: max(1, len(losses) // 20)],
-            "vector": {
-                "vector_norm": trial.vector_norm,
-                "state_norm": trial.state_norm,
-                **_judge(build(1.0), held_out, shifts),
-            },
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **chosen.report,
+            "vector": {**chosen.report["vector"], **_judge(build(1.0), held_out, shifts)},
         }
-        return FitResult(build(strength).config, tensors, report)
+        return FitResult(build(chosen.strength).config, tensors, report)
 
 
 Rows = tuple[np.ndarray, np.ndarray]
