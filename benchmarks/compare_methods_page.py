@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paired_tests import NOTE, tested
+from paired_tests import NOTE, mcnemar_cells
 
 from finesteer_hf.evaluation.statistics import proportion
 
@@ -76,7 +76,7 @@ def p_values(rows: Sequence[dict[str, Any]]) -> list[str]:
     if reference is None:
         return [""] * len(rows)
     others = [row["own"]["hits"] for row in rows if row["label"] != REFERENCE]
-    cells = iter(tested([(reference, hits) for hits in others]))
+    cells = iter(mcnemar_cells([(reference, hits) for hits in others]))
     return ["" if row["label"] == REFERENCE else next(cells) for row in rows]
 
 

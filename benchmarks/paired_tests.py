@@ -12,7 +12,7 @@ ALPHA = 0.05
 NOTE = "a star: below 5% after Holm's correction for all p of the table"
 
 
-def tested(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[str]:
+def mcnemar_cells(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[str]:
     """McNemar's exact p of each pair, starred where Holm's correction for all of them leaves it, and what changed.
 
     Args:

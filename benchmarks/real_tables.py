@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from paired_tests import tested
+from paired_tests import mcnemar_cells
 from real_rows import UNSTEERED
 
 from finesteer_hf.evaluation.statistics import mean_with_interval, paired_difference, proportion
@@ -49,7 +49,9 @@ def truthful_table(rows: dict[str, Any]) -> list[str]:
     base = rows[UNSTEERED]["choices"]
     columns = ("row", "MC1", "p", "MC2", "change of MC2", "MC1 a token", "MC2 a token", "change", "fit, s", "file")
     steered = [slug for slug in rows if slug != UNSTEERED]
-    p = dict(zip(steered, tested([(base["mc1"], rows[slug]["choices"]["mc1"]) for slug in steered]), strict=True))
+    p = dict(
+        zip(steered, mcnemar_cells([(base["mc1"], rows[slug]["choices"]["mc1"]) for slug in steered]), strict=True)
+    )
     cells = []
     for slug, row in rows.items():
         own = row["choices"]
@@ -149,7 +151,7 @@ def refusal_table(rows: dict[str, Any]) -> list[str]:
     columns += ["degenerate", "gate open: unsafe / safe", "fit, s", "file"]
     tests = [(slug, kind) for slug in rows if slug != UNSTEERED for kind in base]
     pairs = [(refused(base[kind]), refused(rows[slug]["refusals"][kind])) for slug, kind in tests]
-    p = dict(zip(tests, tested(pairs), strict=True))
+    p = dict(zip(tests, mcnemar_cells(pairs), strict=True))
     cells = []
     for slug, row in rows.items():
         own = row["refusals"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_methods_page import REFERENCE, page
-from paired_tests import tested
+from paired_tests import mcnemar_cells
 
 
 def differing(gained: int, lost: int) -> tuple[list[int], list[int]]:
@@ -19,8 +19,8 @@ def differing(gained: int, lost: int) -> tuple[list[int], list[int]]:
 
 def test_a_star_is_for_what_holm_leaves() -> None:
     # p of 6 to 0: 2 / 2^6 = .031, which three tests make .094; p of 10 to 0: .002, which they make .006.
-    assert tested([differing(6, 0)]) == ["0.031* (+6, -0)"]
-    assert tested([differing(6, 0), differing(0, 10), differing(1, 1)]) == [
+    assert mcnemar_cells([differing(6, 0)]) == ["0.031* (+6, -0)"]
+    assert mcnemar_cells([differing(6, 0), differing(0, 10), differing(1, 1)]) == [
         "0.031 (+6, -0)",
         "0.002* (+0, -10)",
         "1.000 (+1, -1)",
