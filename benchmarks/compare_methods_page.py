@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finesteer_hf.evaluation.statistics import mcnemar, proportion
+from paired_tests import NOTE, mcnemar_cells
+
+from finesteer_hf.evaluation.statistics import proportion
 
 
 REFERENCE = "FINESTEER"
@@ -23,7 +25,7 @@ what brings the truth and the refusal out. The table shows that the methods work
 evidence of how they rank on large models.
 
 - effect: share of held-out targets with the wanted answer [Wilson, 95%]; p: McNemar's exact test against FineSteer's
-  default on the same prompts.
+  default on the same prompts, {note}.
 - neither: answers to questions that are neither right nor wrong (garbled, or evasive).
 - identical: held-out general prompts with the same greedy tokens as unsteered; right: solved correctly.
 - fires: held-out targets, and general prompts, on which the gate is at least 1/2; `-`: no gate of queries.
@@ -68,15 +70,17 @@ def fires(found: dict[str, Any]) -> str:
     return f"{target / len(found['hits']):.0%} / {general / found['general']:.0%}"
 
 
-def p_value(hits: Sequence[bool], reference: Sequence[bool] | None) -> str:
+def p_values(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Each row's test against FineSteer's default, starred where it holds after Holm; empty for that row itself."""
+    reference = next((row["own"]["hits"] for row in rows if row["label"] == REFERENCE), None)
     if reference is None:
-        return ""
-    test = mcnemar(reference, hits)
-    text = "<.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
-    return f"{text} (+{test.only_second}, -{test.only_first})"
+        return [""] * len(rows)
+    others = [row["own"]["hits"] for row in rows if row["label"] != REFERENCE]
+    cells = iter(mcnemar_cells([(reference, hits) for hits in others]))
+    return ["" if row["label"] == REFERENCE else next(cells) for row in rows]
 
 
-def line(found: dict[str, Any], reference: Sequence[bool] | None, nats: float) -> list[str]:
+def line(found: dict[str, Any], p_value: str, nats: float) -> list[str]:
     """One method's cells."""
     own, dose = found["own"], found["dose"]
     n, general = len(own["hits"]), own["general"]
@@ -90,7 +94,7 @@ def line(found: dict[str, Any], reference: Sequence[bool] | None, nats: float) -
     return [
         found["label"],
         share(sum(own["hits"]), n),
-        "" if found["label"] == REFERENCE else p_value(own["hits"], reference),
+        p_value,
         f"{own['neither'] / n:.1%}",
         share(own["identical"], general),
         f"{own['general_hits'] / general:.1%}",
@@ -105,14 +109,16 @@ def line(found: dict[str, Any], reference: Sequence[bool] | None, nats: float) -
 
 def table(folder: Path, nats: float) -> list[str]:
     """A task's table: unsteered first, then the methods by effect."""
-    base = json.loads((folder / "unsteered.json").read_text())["own"]
+    unsteered = json.loads((folder / "unsteered.json").read_text())
     rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.stem != "unsteered"]
     rows.sort(key=lambda row: (-sum(row["own"]["hits"]), -row["own"]["identical"]))
-    reference = next((row["own"]["hits"] for row in rows if row["label"] == REFERENCE), None)
-    n, general = len(base["hits"]), base["general"]
-    unsteered = ["unsteered", share(sum(base["hits"]), n), p_value(base["hits"], reference)]
-    unsteered += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
-    cells = [unsteered + [""] * (len(COLUMNS) - len(unsteered)), *(line(row, reference, nats) for row in rows)]
+    base, n = unsteered["own"], len(unsteered["own"]["hits"])
+    general = base["general"]
+    first, *others = p_values([unsteered, *rows])
+    top = ["unsteered", share(sum(base["hits"]), n), first]
+    top += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
+    lines = [line(row, p, nats) for row, p in zip(rows, others, strict=True)]
+    cells = [top + [""] * (len(COLUMNS) - len(top)), *lines]
     notes = [f"{row['label']}: {row['note']}." for row in rows if row["note"]]
     capture = sum(row["seconds"]["capture"] for row in rows)
     return [
@@ -137,7 +143,7 @@ def page(out: Path, targets: int, dose: float, rows: int, tokens: int, remarks: 
         tokens: its new tokens.
         remarks: what is to be said of the tables, in markdown; put before them.
     """
-    text = ["# The methods side by side", "", HEAD.format(dose=dose, rows=rows, tokens=tokens)]
+    text = ["# The methods side by side", "", HEAD.format(dose=dose, rows=rows, tokens=tokens, note=NOTE)]
     if remarks is not None:
         text += [remarks.read_text()]
     for name, title in TITLES.items():

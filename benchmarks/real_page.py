@@ -27,8 +27,8 @@ HEAD = """Written by `make real`. The model: {model}; {dtype}, on one CPU thread
 
 Two tasks, each with a fit of its own on one half of the data. Every method chooses its layer and its strength in its
 own fit, on rows that it holds out itself; nothing is chosen on what is reported here. Intervals are at 95%: Wilson's
-for shares, BCa bootstrap for means and for paired differences, McNemar's exact test for shares of the same prompts.
-Answers are greedy."""
+for shares, BCa bootstrap for means and for paired differences, McNemar's exact test for shares of the same prompts, with
+a star where it stays below 5% after Holm's correction for all p of the table. Answers are greedy."""
 QUICK_HEAD = "**A trial run with a few prompts of everything: it shows that the machinery works, and nothing else.**"
 TRUTHFUL_HEAD = """Fitted on {rows} TruthfulQA questions (split by {by}), the first right answer against the first
 wrong one; asked the {n} others. MC1: the best answer is likelier than every wrong one. MC2: probability of the right

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from paired_tests import mcnemar_cells
 from real_rows import UNSTEERED
 
-from finesteer_hf.evaluation.statistics import mcnemar, mean_with_interval, paired_difference, proportion
+from finesteer_hf.evaluation.statistics import mean_with_interval, paired_difference, proportion
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -43,26 +44,23 @@ def change(before: Sequence[float], after: Sequence[float], digits: int = 3) -> 
     return f"{found.value:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
 
 
-def p_value(before: Sequence[Any], after: Sequence[Any]) -> str:
-    """McNemar's exact p and the items that changed, gained and lost."""
-    test = mcnemar([bool(b) for b in before], [bool(a) for a in after])
-    text = "<.001" if test.p_value < 0.001 else f"{test.p_value:.3f}"
-    return f"{text} (+{test.only_second}, -{test.only_first})"
-
-
 def truthful_table(rows: dict[str, Any]) -> list[str]:
     """MC1 and MC2 of each row, and their paired changes to unsteered."""
     base = rows[UNSTEERED]["choices"]
     columns = ("row", "MC1", "p", "MC2", "change of MC2", "MC1 a token", "MC2 a token", "change", "fit, s", "file")
+    steered = [slug for slug in rows if slug != UNSTEERED]
+    p = dict(
+        zip(steered, mcnemar_cells([(base["mc1"], rows[slug]["choices"]["mc1"]) for slug in steered]), strict=True)
+    )
     cells = []
-    for row in rows.values():
+    for slug, row in rows.items():
         own = row["choices"]
         plain = row["slug"] == UNSTEERED
         cells.append(
             [
                 name(row, rows),
                 share(own["mc1"]),
-                "" if plain else p_value(base["mc1"], own["mc1"]),
+                "" if plain else p[slug],
                 mean(own["mc2"]),
                 "" if plain else change(base["mc2"], own["mc2"]),
                 share(own["mc1_token"]),
@@ -145,19 +143,21 @@ def refused(found: dict[str, Any]) -> list[bool]:
 
 
 def refusal_table(rows: dict[str, Any]) -> list[str]:
-    """Refusals by set at scale 1, with McNemar's test against unsteered."""
+    """Refusals by set at scale 1, with McNemar's tests against unsteered."""
     base = rows[UNSTEERED]["refusals"]
     columns = ["row"]
     for kind in base:
         columns += [f"{SETS[kind]} (n={len(base[kind]['classes'])})", "p"]
     columns += ["degenerate", "gate open: unsafe / safe", "fit, s", "file"]
+    tests = [(slug, kind) for slug in rows if slug != UNSTEERED for kind in base]
+    pairs = [(refused(base[kind]), refused(rows[slug]["refusals"][kind])) for slug, kind in tests]
+    p = dict(zip(tests, mcnemar_cells(pairs), strict=True))
     cells = []
-    for row in rows.values():
+    for slug, row in rows.items():
         own = row["refusals"]
         line = [name(row, rows)]
         for kind in base:
-            plain = row["slug"] == UNSTEERED
-            line += [share(refused(own[kind])), "" if plain else p_value(refused(base[kind]), refused(own[kind]))]
+            line += [share(refused(own[kind])), p.get((slug, kind), "")]
         every = [kind == "degenerate" for found in own.values() for kind in found["classes"]]
         both = f"{opened(own['xstest_unsafe']['gate'])} / {opened(own['xstest_safe']['gate'])}"
         cells.append([*line, share(every), both, fit_seconds(row), size(row)])

@@ -39,7 +39,8 @@ def compare(
 
     A fifth of the prompts, or of the categories with --split group, is held out; every method chooses its own layer and
     strength on the rest, and answers the held-out prompts once. Figures are paired: McNemar's test for shares, sign flips
-    for MC2. With several answers a prompt, MC2 takes all of them, MC1 the first chosen one.
+    for MC2; a star marks what Holm's correction for all p of a table leaves. With several answers a prompt, MC2 takes all
+    of them, MC1 the first chosen one.
     """
     check_folder(out)
     configs = make_configs(methods, settings or [])
@@ -47,6 +48,8 @@ def compare(
         COST_COLUMNS,
         DUEL_COLUMNS,
         EFFECT_COLUMNS,
+        HOLM_NOTE,
+        RANK_NOTE,
         build_report,
         cost_rows,
         duel_rows,
@@ -72,6 +75,7 @@ def compare(
     ):
         if rows:
             console.print(table(columns, rows, title=title))
+    console.print(f"{HOLM_NOTE} {RANK_NOTE}", markup=False, highlight=False)
     content = {
         "model": model,
         "rows": {"fit": len(parts.fit), "held_out": len(parts.own), "general_held_out": len(parts.general)},

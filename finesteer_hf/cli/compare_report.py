@@ -4,34 +4,62 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+import numpy as np
+
 from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.comparison import ComparisonRow
 from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, Trial
 from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
+from finesteer_hf.evaluation.ranks import Rank, ranks_with_intervals
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
-from finesteer_hf.evaluation.statistics import Mean, Proportion
+from finesteer_hf.evaluation.statistics import Mean, Proportion, holm
 from finesteer_hf.methods.base import DosePoint
 
 
-EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")
+EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p", "rank by MC2")
 DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second less first", "p")
 COST_COLUMNS = ("method", "general answers unchanged", "gate fires on rows", "on general", "fit", "size")
 ALPHA = 0.05
+HOLM_NOTE = f"*: below {ALPHA:g} after Holm's correction for all p of the table."
+RANK_NOTE = "Ranks: by mean MC2, the best is 1; in brackets 95% intervals, over draws of the prompts."
 SHOWN = 6
 
 
 def effect_rows(result: MethodComparison) -> list[tuple[str, ...]]:
-    """MC1, MC2 and hits of the base and of each method, with their paired p."""
+    """MC1, MC2 and hits of the base and of each method, with their paired p and the methods' ranks by MC2."""
     base = result.own
-    rows: list[tuple[str, ...]] = [("unsteered", *_pair(base, "MC1"), *_pair(base, "MC2"), base.share.brief, "")]
+    rows: list[tuple[str, ...]] = [("unsteered", *_pair(base, "MC1"), *_pair(base, "MC2"), base.share.brief, "", "")]
+    holds, ranks = effects_that_hold(result), _ranks(result)
     for trial in result.trials:
-        figures = {row.metric: row for row in trial.against_base(result)[:3]}
         cells: list[str] = []
-        for metric in ("MC1", "MC2", HIT):
-            steered = figures[metric].steered
-            assert steered is not None
-            cells += [steered.brief, f"{figures[metric].p_value:.2g}"]
-        rows.append((trial.name, *cells))
+        for metric, row in _effects_of(result, trial).items():
+            assert row.steered is not None and row.p_value is not None
+            cells += [row.steered.brief, _p(row.p_value, holds[trial.name, metric])]
+        rows.append((trial.name, *cells, str(ranks[trial.name])))
     return rows
+
+
+def effects_that_hold(result: MethodComparison) -> dict[tuple[str, str], bool]:
+    """For each method and figure whether its difference to unsteered is left by Holm's correction for all of them."""
+    figures = {
+        (trial.name, metric): row for trial in result.trials for metric, row in _effects_of(result, trial).items()
+    }
+    corrected = holm([1.0 if row.p_value is None else row.p_value for row in figures.values()])
+    return {key: bool(p < ALPHA) for key, p in zip(figures, corrected, strict=True)}
+
+
+def _effects_of(result: MethodComparison, trial: Trial) -> dict[str, ComparisonRow]:
+    figures = {row.metric: row for row in trial.against_base(result)[:3]}
+    return {metric: figures[metric] for metric in ("MC1", "MC2", HIT)}
+
+
+def _ranks(result: MethodComparison) -> dict[str, Rank]:
+    scores = {trial.name: trial.own.choices.mc2 for trial in result.trials if trial.own.choices is not None}
+    return ranks_with_intervals(scores) if scores else {}
+
+
+def _p(value: float, holds: bool) -> str:
+    return f"{value:.2g}{'*' if holds else ''}"
 
 
 def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
@@ -41,16 +69,18 @@ def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
 
 def duel_rows(result: MethodComparison) -> list[tuple[str, ...]]:
     """Each pair of methods."""
+    duels = result.duels()
+    mc1, mc2 = np.split(holm([*(duel.mc1.p_value for duel in duels), *(duel.mc2_p for duel in duels)]) < ALPHA, 2)
     return [
         (
             duel.first,
             duel.second,
             f"{duel.mc1.only_first} / {duel.mc1.only_second}",
-            f"{duel.mc1.p_value:.2g}",
+            _p(duel.mc1.p_value, mc1[number]),
             f"{duel.mc2.value:+.3f} [{duel.mc2.low:+.3f}, {duel.mc2.high:+.3f}]",
-            f"{duel.mc2_p:.2g}",
+            _p(duel.mc2_p, mc2[number]),
         )
-        for duel in result.duels()
+        for number, duel in enumerate(duels)
     ]
 
 
@@ -75,9 +105,8 @@ def _fires(outcome: Outcome) -> str:
 
 
 def mark(result: MethodComparison, trial: Trial) -> Mark:
-    """Whether a method's MC2 is above the base model's (`good`), below it (`bad`), or not told apart."""
-    row = trial.against_base(result)[2]
-    if row.p_value is None or row.p_value >= ALPHA:
+    """Whether a method's MC2 is above the base model's (`good`), below it (`bad`), or not told apart after Holm."""
+    if not effects_that_hold(result)[trial.name, "MC2"]:
         return ""
     return "good" if result.mc2_change(trial).value > 0 else "bad"
 
@@ -110,7 +139,8 @@ def _effects(result: MethodComparison) -> Section:
         "Effect",
         [
             "MC1: the first chosen answer is likelier than every rejected one. MC2: the chosen answers' share of the "
-            "probability. p: McNemar's exact test for shares, sign flips for MC2; not corrected for the number of rows.",
+            "probability. p: McNemar's exact test for shares, sign flips for MC2. "
+            f"{HOLM_NOTE} Above and below unsteered is said of MC2 after it. {RANK_NOTE}",
             *failed,
         ],
         tables=[

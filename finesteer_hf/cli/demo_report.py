@@ -86,7 +86,8 @@ def _standing_section(result: DemoResult) -> Section:
         title="Won and lost",
         text=[
             "FineSteer beside a constant vector (CAA) that was given the layer and strength that are best on these very "
-            f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, not corrected for the number of rows.",
+            f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, row by row, so that no loss is "
+            'hidden by a correction; "not after Holm" marks the rows that do not hold once all are corrected for.',
             f"Behind on: {'; '.join(lost)}." if lost else "Behind on none of these.",
             *(["Whole kinds unseen, the harder half, were not tried in this run (--quick)."] if untried else []),
         ],

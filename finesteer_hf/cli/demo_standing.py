@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finesteer_hf.cli.demo_run import DemoResult, Trial
 from finesteer_hf.cli.demo_tables import hit_name
 from finesteer_hf.evaluation.report import Mark
-from finesteer_hf.evaluation.statistics import PairedTest, Proportion, mcnemar
+from finesteer_hf.evaluation.statistics import PairedTest, Proportion, holm, mcnemar
 
 
 # From here on two conditions are not told apart.
@@ -32,6 +32,7 @@ class Standing:
         finesteer: share under the adapter.
         caa: share under the constant vector that was best on these prompts.
         test: CAA (first) against FineSteer (second), paired.
+        holds: whether the difference is left by Holm's correction for all comparisons of the demo.
     """
 
     what: str
@@ -39,10 +40,11 @@ class Standing:
     finesteer: Proportion
     caa: Proportion
     test: PairedTest
+    holds: bool = False
 
     @property
     def mark(self) -> Mark:
-        """Whether FineSteer is ahead of CAA (`good`), behind it (`bad`), or neither."""
+        """Whether FineSteer is ahead of CAA (`good`), behind it (`bad`), or neither, each comparison by itself."""
         if self.test.p_value >= ALPHA:
             return ""
         return "good" if self.test.only_second > self.test.only_first else "bad"
@@ -51,7 +53,8 @@ class Standing:
     def verdict(self) -> str:
         """The same in words, with what it rests on."""
         gained, lost = self.test.only_second, self.test.only_first
-        return f"{_WORDS[self.mark]}: {gained} gained, {lost} lost (p = {self.test.p_value:.1g})"
+        corrected = "" if self.holds or not self.mark else ", not after Holm"
+        return f"{_WORDS[self.mark]}: {gained} gained, {lost} lost (p = {self.test.p_value:.1g}{corrected})"
 
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""
@@ -62,7 +65,9 @@ class Standing:
 def standings(result: DemoResult) -> list[Standing]:
     """All comparisons, those of one task beside each other, whole kinds unseen right after questions unseen."""
     trials = sorted(result.trials, key=lambda trial: (trial.task != "truthful", trial.split == "kind"))
-    return [standing for trial in trials for standing in _of(trial)]
+    found = [standing for trial in trials for standing in _of(trial)]
+    corrected = holm([standing.test.p_value for standing in found])
+    return [replace(standing, holds=bool(p < ALPHA)) for standing, p in zip(found, corrected, strict=True)]
 
 
 def _of(trial: Trial) -> list[Standing]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 
 IntervalMethod = Literal["wilson", "clopper-pearson"]
@@ -49,7 +49,7 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with a bootstrap interval (BCa).
+    """A mean with its interval: BCa bootstrap, or a score interval where the items are 0 or 1.
 
     Attributes:
         value: the mean.
@@ -173,8 +173,39 @@ def paired_p_value(first: Sequence[float] | np.ndarray, second: Sequence[float] 
     return float(result.pvalue)
 
 
+def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """P-values corrected for their number by Holm's step-down procedure.
+
+    What is at most alpha after the correction holds: the chance of any false one among all is at most alpha, however the
+    tests depend on each other. Never weaker than Bonferroni.
+
+    Args:
+        p_values: of one family of tests, such as the rows of a table.
+
+    Returns:
+        The corrected values in the same order, at most 1.
+
+    Raises:
+        ValueError: if a value is not in [0, 1].
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6.
+    """
+    p = np.asarray(p_values, dtype=np.float64).ravel()
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values are between 0 and 1, got {p.tolist()}.")
+    order = np.argsort(p, kind="stable")
+    # The smallest p counts n times, the next n - 1 times; none falls below a smaller one's.
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected
+
+
 def mean_with_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Mean:
-    """Mean with a BCa bootstrap interval of 2,000 resamples.
+    """Mean with a BCa bootstrap interval of 2,000 resamples; values that are all 0 or 1 are a share, with Wilson's.
+
+    A bootstrap of few hits is too narrow: at n = 20 and a share of 5% a third of the intervals miss it, for samples
+    without a hit give [0, 0].
 
     Args:
         values: one number an item.
@@ -182,6 +213,13 @@ def mean_with_interval(values: Sequence[float] | np.ndarray, *, confidence: floa
         seed: of the resampling.
     """
     data = np.asarray(values, dtype=np.float64)
+    if data.size and _binary(data):
+        share = proportion(int(data.sum()), data.size, confidence=confidence)
+        return Mean(share.value, share.low, share.high, share.n)
+    return _bootstrapped(data, confidence, seed)
+
+
+def _bootstrapped(data: np.ndarray, confidence: float, seed: int) -> Mean:
     if data.size == 0:
         return Mean(float("nan"), float("nan"), float("nan"), 0)
     value = float(data.mean())
@@ -206,7 +244,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Mean:
-    """Mean of `second - first` over the same items, with a bootstrap interval.
+    """Mean of `second - first` over the same items, with a bootstrap interval; Tango's where the items are 0 or 1.
 
     Raises:
         ValueError: if the lengths differ.
@@ -214,4 +252,39 @@ def paired_difference(
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"Paired conditions need the same items: got {a.size} and {b.size}.")
-    return mean_with_interval(b - a, confidence=confidence, seed=seed)
+    if a.size and _binary(a) and _binary(b):
+        gained, lost = int((b > a).sum()), int((a > b).sum())
+        low, high = _difference_of_shares(gained, lost, a.size, confidence)
+        return Mean((gained - lost) / a.size, low, high, int(a.size))
+    return _bootstrapped(b - a, confidence, seed)
+
+
+def _binary(values: np.ndarray) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def _difference_of_shares(gained: int, lost: int, n: int, confidence: float) -> tuple[float, float]:
+    """Score interval of the difference of two shares of the same items.
+
+    Holds the differences that a score test would not refuse; at 0 that test is McNemar's. Keeps its coverage where few
+    items, or none, differ.
+
+    Source: Tango (1998), Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design, Statistics in Medicine 17.
+    """
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    observed = (gained - lost) / n
+
+    def score(difference: float) -> float:
+        # Likeliest share of items that are lost, if the shares differ by `difference`.
+        b = (2 * n - gained + lost) * difference - gained - lost
+        c = -lost * difference * (1 - difference)
+        lost_share = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+        variance = n * (2 * lost_share + difference * (1 - difference))
+        return float((gained - lost - n * difference) / np.sqrt(max(variance, 1e-300)))
+
+    # The variance is 0 at the ends of [-1, 1], and at an estimate of 0 without changes: look just inside.
+    inner = 1e-9
+    low = -1.0 if observed == -1 else optimize.brentq(lambda at: score(at) - z, inner - 1, observed - inner)
+    high = 1.0 if observed == 1 else optimize.brentq(lambda at: score(at) + z, observed + inner, 1 - inner)
+    return float(low), float(high)

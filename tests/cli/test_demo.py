@@ -115,7 +115,8 @@ def test_losses_are_at_the_top_of_the_report(result: DemoResult) -> None:
         "truthful answers, whole kinds unseen",
         "general output unchanged, truthful adapter, whole kinds unseen",
     ]
-    assert found[2].mark == "bad" and found[2].verdict == "behind: 0 gained, 6 lost (p = 0.03)"
+    assert found[2].mark == "bad" and found[2].verdict == "behind: 0 gained, 6 lost (p = 0.03, not after Holm)"
+    assert [row.holds for row in found] == [False] * 4 and replace(found[2], holds=True).verdict.endswith("(p = 0.03)")
     text = render_report(build_report(DemoResult(result.settings, [lost, trial], 1.0)))
     assert (
         text.index("0% → 0%") < text.index("Behind on: truthful answers, whole kinds unseen.") < text.index("<figure>")
