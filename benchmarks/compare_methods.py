@@ -1,315 +1,251 @@
-"""All methods on the playground's two tasks, fitted by one call on one store, held out: effect, side effects and cost.
+"""All methods on two tasks of two models, each by one call, held out: effect, side effects and cost, on three splits.
 
-One JSON file a method and task, which a later run uses again, and a page made of them. Nothing is chosen on the test half:
-every method chooses its layer and strength in its own fit. Timing comes last, for all methods that are there.
+Each method is measured twice: at the strength that its own fit has chosen, and at equal side effects, the highest strength
+that keeps within the same limits for all. Nothing is chosen on the test half. One JSON file a method, subject and seed,
+which a later run uses again; a method that cannot be made leaves a note and does not stop the others.
 
-    python benchmarks/compare_methods.py --out runs/compare --page benchmarks/results/compare_methods.md
+    python benchmarks/compare_methods.py --out out/compare --subjects playground-truthful playground-refusal
+    python benchmarks/compare_methods.py --out out/compare --subjects real-truthful real-refusal --device cuda --workers 8
+    python benchmarks/compare_methods.py --out out/compare --only-page --page benchmarks/results/compare_methods.md
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import json
+import multiprocessing
 import time
-import types
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from compare_methods_page import page
-from paired_timing import Condition, Generate, time_pairs
+from compare_rows import PROMPT, UNSTEERED, Row, rows
+from compare_subjects import SUBJECTS, Subject, subject_of
+from real_model import DATA, write
 
-from finesteer_hf import CAAConfig, FineSteerConfig, SteeredModelForCausalLM, playground, steering_methods
 from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.config import SteeringConfig, get_steering_method
-from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
-from finesteer_hf.evaluation.playground_eval import TASKS, Task, fit_rows, general_prompts, target_prompts
+from finesteer_hf.config import get_steering_method
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.inputs import prepare_inputs
-from finesteer_hf.methods.strength import choose_strength
+from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.methods.objective import Limits
 from finesteer_hf.processors import SteeringProcessor
 
 
-MAX_NEW_TOKENS, TIMED_TOKENS, TIMED_ROWS = 24, 32, 8
-# Nats at which methods are compared at equal dose.
-EQUAL_DOSE = 0.05
-# Strengths of the equal-dose curve, in units of the one that the fit chose.
-AROUND = (0.25, 0.5, 1.0, 2.0)
-REMARKS = Path(__file__).with_name("compare_methods_remarks.md")
-# Nothing to fit, or nothing that could be compared with others.
-LEFT_OUT = {"CONSTANT"}
+# What all methods may cost on held-out rows of the fit half, when they are compared at equal side effects.
+EQUAL = Limits(general_kl=0.05, own_words=0.2, likelihood=float("inf"), repetition=0.1)
+# The search for it begins at this dose at least, in units of the state's norm, doubles up to so many times, and halves
+# the gap (in logarithms) so often.
+LEAST_DOSE, DOUBLINGS, HALVINGS = 0.05, 7, 3
+ADAPTER = "method"
 
 
-def configs() -> dict[str, tuple[SteeringConfig, str]]:
-    """For each row of the table its settings, and what is not default in them."""
-    found = {name: (get_steering_method(name).config_cls(), "") for name in steering_methods() if name not in LEFT_OUT}
-    rank = "rank 32 for the published 128, which is this model's whole width"
-    found["FINESTEER, paper"] = FineSteerConfig.paper(subspace_rank=32), rank
-    found["FINESTEER, paper, strength chosen"] = FineSteerConfig.paper(subspace_rank=32, strength="auto"), rank
-    found["CAA, all positions"] = CAAConfig(positions="all"), 'positions="all"'
-    found["CAA, refusal vector"] = (
-        CAAConfig(positions="all", vector="queries"),
-        'vector="queries", positions="all"',
-    )
-    return found
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all jobs of a run share."""
+
+    out: Path
+    quick: bool
+    model: str
+    data: Path
+    device: str
 
 
-@dataclasses.dataclass
-class Bench:
-    """What all methods of a task share.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row of one subject on one split."""
 
-    Attributes:
-        name: `truthful` or `safety`.
-        folder: of its results.
-        base: the model that is fitted on.
-        steered: the model that is asked.
-        tokenizer: of both.
-        targets: held-out prompts whose answers should change.
-        general: held-out prompts whose answers should not.
-    """
+    subject: str
+    seed: int
+    slug: str
 
-    name: Task
-    folder: Path
-    base: Any
-    steered: Any
-    tokenizer: Any
-    targets: list[JudgedPrompt]
-    general: list[JudgedPrompt]
-
-    @functools.cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Preference rows of the fit half."""
-        return fit_rows(self.name, split="question", limit=600, seed=0)
-
-    @functools.cached_property
-    def dose(self) -> DoseRunner:
-        """Measures divergence on the general prompts that fits hold out."""
-        inputs = prepare_inputs(self.tokenizer, self.rows, None, playground.general_rows("fit"), seed=0, split="group")
-        held_out = [inputs.rows[i] for i in inputs.split.rows["validation"]]
-        # Only the divergence is used here; the wanted answers of a few rows come with it.
-        return DoseRunner(self.base, held_out[:8], inputs.side_effects, 0)
-
-    def ask(self, adapter: str | None = None) -> tuple[Outcome, Outcome]:
-        """Answers to the targets and to the general prompts."""
-        ask = functools.partial(
-            evaluate, self.steered, self.tokenizer, adapter=adapter, choices=False, max_new_tokens=MAX_NEW_TOKENS
-        )
-        return ask(self.targets), ask(self.general)
-
-    @functools.cached_property
-    def unsteered(self) -> tuple[Outcome, Outcome]:
-        """Answers of the base model."""
-        return self.ask()
+    def file(self, out: Path) -> Path:
+        """Where its result goes."""
+        return out / f"{self.subject}-{self.seed}" / f"{self.slug}.json"
 
 
-def fit(task: Bench, config: SteeringConfig) -> SteeringAdapter:
-    """Fit on the task's store."""
+def fit(subject: Subject, row: Row) -> SteeringAdapter:
+    """Fit a row's method."""
+    assert row.config is not None
+    model, tokenizer = subject.base
     return fit_steering(
-        task.base,
-        task.tokenizer,
-        task.rows,
-        config,
+        model,
+        tokenizer,
+        subject.rows,
+        row.config(subject.sizes),
         split="group",
-        general_dataset=playground.general_rows("fit"),
+        general_dataset=subject.general_rows,
         progress=False,
-        seed=0,
-        store_dir=task.folder / "states",
+        seed=subject.seed,
     )
 
 
-def judged(task: Bench, adapter: SteeringAdapter) -> dict[str, Any]:
-    """What an adapter does to the held-out prompts, as counts; hits of the targets one by one."""
-    task.steered.load_steering(adapter, "method")
-    try:
-        target, general = task.ask("method")
-    finally:
-        task.steered.delete_steering("method")
-    fires = [None if found is None else found.k for found in (target.fires(), general.fires())]
-    return {
-        "hits": target.hits,
-        "neither": sum(verdict is None for verdict in target.verdicts),
-        "general_hits": general.share.k,
-        "identical": general.identical_to(task.unsteered[1]).k,
-        "fires": None if None in fires else fires,
-        "general": len(task.general),
-    }
+def dose_runner(subject: Subject) -> DoseRunner:
+    """Measures side effects on the rows and general prompts that the fits hold out."""
+    model, tokenizer = subject.base
+    inputs = prepare_inputs(tokenizer, subject.rows, None, subject.general_rows, seed=subject.seed, split="group")
+    held_out = [inputs.rows[i] for i in inputs.split.rows["validation"]]
+    return DoseRunner(model, held_out, inputs.side_effects, subject.seed)
 
 
-def at_strength(adapter: SteeringAdapter, strength: float) -> SteeringAdapter:
-    """The same adapter, stronger or weaker."""
-    return SteeringAdapter(dataclasses.replace(adapter.config, strength=strength), adapter.tensors)
-
-
-def at_equal_dose(task: Bench, adapter: SteeringAdapter) -> dict[str, Any]:
-    """The strength at which general prompts diverge by `EQUAL_DOSE` nats; None where the gate spares them.
-
-    With the divergences there and at the adapter's own strength.
-    """
-    method_cls = get_steering_method(adapter.config.steering_type).method_cls
-    own = float(cast(float, adapter.config.strength))
+def at_limits(runner: DoseRunner, adapter: SteeringAdapter) -> dict[str, Any]:
+    """The highest strength that keeps within `EQUAL`, from absolute doses; None as its limit where none is broken."""
+    config, method_cls = adapter.config, get_steering_method(adapter.config.steering_type).method_cls
+    norms = config.fit["report"].get("vector", {})
+    own = float(config.strength)
+    unit = norms["state_norm"] / norms["vector_norm"] if norms.get("vector_norm") else 1.0
 
     def build(strength: float) -> SteeringProcessor:
-        return method_cls(dataclasses.replace(adapter.config, strength=strength), adapter.tensors)
+        return method_cls(dataclasses.replace(config, strength=strength), adapter.tensors)
 
-    data = cast(Any, types.SimpleNamespace(dose_response=task.dose.run))
-    strengths = [own * factor for factor in AROUND]
+    (unsteered,) = runner.run(build, [0.0])
+
+    def broken(strength: float) -> tuple[list[str], DosePoint]:
+        (point,) = runner.run(build, [strength])
+        return EQUAL.broken_by(point, unsteered, "preference"), point
+
+    low, high, names = 0.0, max(own, LEAST_DOSE * unit), list[str]()
+    for _ in range(DOUBLINGS):
+        names, _ = broken(high)
+        if names:
+            break
+        low, high = high, 2 * high
+    else:
+        return {"strength": low, "limit": None, "kl": broken(low)[1].kl}
+    if not low:
+        low = high / 2
+        for _ in range(DOUBLINGS):
+            if not broken(low)[0]:
+                break
+            low, high = low / 2, low
+    for _ in range(HALVINGS):
+        between = (low * high) ** 0.5
+        found, _ = broken(between)
+        low, high, names = (low, between, found) if found else (between, high, names)
+    return {"strength": low, "limit": names[0], "kl": broken(low)[1].kl}
+
+
+def asked(subject: Subject, adapter: SteeringAdapter) -> dict[str, Any]:
+    """What an adapter does to the held-out prompts."""
+    method_cls = get_steering_method(adapter.config.steering_type).method_cls
+    packed = not method_cls(adapter.config, adapter.tensors).lookback
+    subject.steered.load_steering(adapter, ADAPTER)
     try:
-        strength, curve, _ = choose_strength(
-            f"kl:{EQUAL_DOSE}", data, build, vector_norm=1.0, state_norm=1.0, strengths=strengths
-        )
-    except ValueError:
-        return {"strength": None, "kl": 0.0, "own_kl": 0.0}
-    kl, own_kl = (next(point.kl for point in curve if point.strength == at) for at in (strength, own))
-    # A gate that lets next to nothing through: what is left of the divergence does not reach the dose at any strength.
-    return {"strength": strength if kl > EQUAL_DOSE / 2 else None, "kl": kl, "own_kl": own_kl}
+        return subject.ask(ADAPTER, packed=packed)
+    finally:
+        subject.steered.delete_steering(ADAPTER)
 
 
-def measured(task: Bench, label: str, config: SteeringConfig, note: str) -> dict[str, Any]:
-    """Fit a method and measure all of it but its time."""
-    adapter = fit(task, config)
-    folder = adapter.save_pretrained(task.folder / slug(label))
-    adapter = SteeringAdapter.from_pretrained(folder)
-    own = judged(task, adapter)
-    dose = at_equal_dose(task, adapter)
-    if dose["strength"] is not None:
-        dose |= judged(task, at_strength(adapter, dose["strength"]))
-    return {
-        "label": label,
-        "task": task.name,
-        "note": note,
-        "strength": adapter.config.strength,
-        "where": {
-            key: adapter.config.to_dict()[key] for key in ("layer", "layers") if key in adapter.config.to_dict()
-        },
-        "seconds": adapter.config.fit["seconds"],
-        "bytes": (Path(folder) / "steering_model.safetensors").stat().st_size,
-        "own": own,
-        "dose": dose,
+def measured(subject: Subject, row: Row, runner: Callable[[], DoseRunner], folder: Path) -> dict[str, Any]:
+    """A row's figures."""
+    found: dict[str, Any] = {"label": row.label, "slug": row.slug, "note": row.note, "device": None}
+    if row.label == UNSTEERED:
+        return {**found, "own": subject.ask()}
+    if row.label == PROMPT:
+        system = subject.best_prompt()
+        return {**found, "system": system, "own": subject.ask(system=system)}
+    start = time.perf_counter()
+    adapter = fit(subject, row)
+    seconds = time.perf_counter() - start
+    saved = adapter.save_pretrained(folder / row.slug)
+    config = adapter.config.to_dict()
+    shown = ("strength", "layer", "layers", "write_site", "positions", "heads", "num_elements", "guard_layer")
+    found |= {
+        "settings": {name: config[name] for name in shown if config.get(name) is not None},
+        "seconds": {**adapter.config.fit["seconds"], "all": round(seconds, 1)},
+        "bytes": (Path(saved) / "steering_model.safetensors").stat().st_size,
+        "own": asked(subject, adapter),
     }
+    equal = at_limits(runner(), adapter)
+    stronger = SteeringAdapter(dataclasses.replace(adapter.config, strength=equal["strength"]), adapter.tensors)
+    return {**found, "equal": {**equal, **asked(subject, stronger)}}
 
 
-def unsteered(task: Bench) -> dict[str, Any]:
-    """The base model's row."""
-    target, general = task.unsteered
-    return {
-        "label": "unsteered",
-        "task": task.name,
-        "own": {
-            "hits": target.hits,
-            "neither": sum(verdict is None for verdict in target.verdicts),
-            "general_hits": general.share.k,
-            "general": len(task.general),
-        },
-    }
+@functools.lru_cache(maxsize=2)
+def prepared(name: str, seed: int, setting: Setting) -> tuple[Subject, Callable[[], DoseRunner]]:
+    """A process keeps its last subjects: their models, and what is known of them unsteered."""
+    subject = subject_of(name, seed, setting.quick, setting.model, setting.data, setting.device)
+    return subject, functools.cache(lambda: dose_runner(subject))
 
 
-def timed(task: Bench, labels: list[str], pairs: int) -> dict[str, dict[str, list[float]]]:
-    """For each method the ratios of its times to unsteered ones: median and quartiles by phase."""
-    chats = [prompt.prompt for prompt in task.targets[:TIMED_ROWS]]
-    inputs = task.tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-    )
-    settings = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-
-    @contextlib.contextmanager
-    def condition(name: str) -> Iterator[Generate]:
-        yield functools.partial(task.steered.generate, steering=name, **settings)
-
-    names = {label: slug(label) for label in labels}
-    for label, name in names.items():
-        task.steered.load_steering(SteeringAdapter.from_pretrained(task.folder / slug(label)), name)
-    task.steered.set_steering(None)
-    conditions: dict[str, Condition] = {label: functools.partial(condition, name) for label, name in names.items()}
-    plain = functools.partial(task.steered.generate, steering=None, **settings)
-    found = {
-        label: ratios.summary()
-        for label, _, ratios in time_pairs(plain, conditions, inputs, torch.device("cpu"), pairs)
-    }
-    for name in names.values():
-        task.steered.delete_steering(name)
-    return found
+def run(job: Job, setting: Setting) -> str:
+    """Measure one job, unless that is done; says how it went."""
+    file = job.file(setting.out)
+    if file.exists():
+        return f"{job.subject} {job.seed} {job.slug}: done before"
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # findings about the data are the same for every method
+    failed = file.with_suffix(".failed.json")
+    try:
+        subject, runner = prepared(job.subject, job.seed, setting)
+        found = measured(subject, rows()[job.slug], runner, file.parent)
+        write(file, {**found, "subject": job.subject, "seed": job.seed, "device": setting.device})
+    except Exception as error:
+        # One method that cannot be made must not cost the others their turn.
+        reason = f"{type(error).__name__}: {error}"
+        write(failed, {"label": rows()[job.slug].label, "reason": reason, "trace": traceback.format_exc()})
+        return f"{job.subject} {job.seed} {job.slug}: FAILED: {reason[:300]}"
+    failed.unlink(missing_ok=True)
+    scores = found["own"]["scores"]
+    took = time.perf_counter() - start
+    return f"{job.subject} {job.seed} {job.slug}: {sum(scores) / len(scores):.3f} ({took:.0f} s)"
 
 
-def slug(label: str) -> str:
-    """A label as a file name."""
-    return label.lower().replace(", ", "-").replace(" ", "-")
-
-
-def write(file: Path, found: Any) -> None:
-    """Write JSON, whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(found) + "\n")
-    part.replace(file)
-
-
-def run(task: Bench, labels: list[str], pairs: int, seconds: float) -> None:
-    """Measure what is not there yet.
-
-    Args:
-        task: the task.
-        labels: rows of the table.
-        pairs: timed pairs of each; 0 leaves timing out.
-        seconds: no method is begun after so long.
-    """
-    started = time.perf_counter()
-    base = task.folder / "unsteered.json"
-    if not base.exists():
-        write(base, unsteered(task))
-    for label in labels:
-        config, note = configs()[label]
-        file = task.folder / f"{slug(label)}.json"
-        if file.exists() or time.perf_counter() - started > seconds:
-            continue
-        start = time.perf_counter()
-        found = measured(task, label, config, note)
-        write(file, found)
-        share = sum(found["own"]["hits"]) / len(found["own"]["hits"])
-        took = f"fit {found['seconds']['fit']:.0f} s, in all {time.perf_counter() - start:.0f} s"
-        print(f"{task.name}: {label}: {share:.1%} of targets ({took})", flush=True)
-    ready = [label for label in labels if (task.folder / f"{slug(label)}.json").exists()]
-    if pairs:
-        for label, ratios in timed(task, ready, pairs).items():
-            file = task.folder / f"{slug(label)}.json"
-            write(file, json.loads(file.read_text()) | {"time": ratios, "pairs": pairs})
-        print(f"{task.name}: timed {len(ready)} methods", flush=True)
+def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[str]:
+    """Run jobs in their order, in so many processes; what is still running after `seconds` is given up."""
+    if workers == 1:
+        deadline = time.monotonic() + seconds
+        for job in jobs:
+            if time.monotonic() < deadline:
+                yield run(job, setting)
+        return
+    # Processes that share a device are started anew, not forked.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.imap_unordered(functools.partial(run, setting=setting), jobs)
+        deadline = time.monotonic() + seconds
+        for _ in jobs:
+            try:
+                yield found.next(timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[attr-defined]
+            except multiprocessing.TimeoutError:
+                yield "out of time"
+                return
 
 
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of adapters, states and results")
-    parser.add_argument("--methods", nargs="+", default=list(configs()), choices=list(configs()), metavar="METHOD")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--targets", type=int, default=300, help="held-out targets, and as many general prompts")
-    parser.add_argument("--pairs", type=int, default=0, help="timed pairs of each method; 0: no timing in this run")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no method of a task after so long")
+    parser.add_argument("--out", type=Path, required=True, help="folder of adapters and results")
+    parser.add_argument("--methods", nargs="+", default=list(rows()), choices=list(rows()), metavar="METHOD")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="splits, and seeds of the fits")
+    parser.add_argument("--model", default="out/real/model", help="the real model's folder or id")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets of the real model's tasks")
+    parser.add_argument("--device", default="cpu", help="where the real model runs")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--seconds", type=float, default=1e9, help="give up what is not done by then")
+    parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
+    parser.add_argument("--only-page", action="store_true", help="measure nothing")
     parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
-    parser.add_argument("--remarks", type=Path, default=REMARKS, help="markdown that the page puts before the tables")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")  # findings about the data are the same for every method
-    for name in args.tasks:
-        folder = args.out / f"{name}-{args.targets}"
-        folder.mkdir(parents=True, exist_ok=True)
-        base, tokenizer = playground.load()
-        steered = SteeredModelForCausalLM.from_pretrained(playground.model_path())
-        targets = target_prompts(name, split="question", limit=args.targets, seed=0)
-        general = general_prompts(limit=args.targets, seed=0)
-        task = Bench(name, folder, base, steered, tokenizer, targets, general)
-        run(task, args.methods, args.pairs, args.seconds)
+    setting = Setting(args.out, args.quick, args.model, args.data, args.device)
+    # Split by split, so that an early end leaves whole tables.
+    jobs = [Job(name, seed, slug) for seed in args.seeds for slug in args.methods for name in args.subjects]
+    if not args.only_page:
+        for line in run_all(jobs, setting, args.workers, args.seconds):
+            print(line, flush=True)
     if args.page is not None:
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(page(args.out, args.targets, EQUAL_DOSE, TIMED_ROWS, TIMED_TOKENS, remarks=args.remarks))
+        args.page.write_text(page(args.out))
 
 
 if __name__ == "__main__":

@@ -3,151 +3,227 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paired_tests import NOTE, mcnemar_cells
+import numpy as np
+from compare_rows import PROMPT, REFERENCE, UNSTEERED
 
-from finesteer_hf.evaluation.statistics import proportion
+from finesteer_hf.evaluation.ranks import ranks_with_intervals
+from finesteer_hf.evaluation.statistics import holm, mean_with_interval, paired_difference, paired_p_value
 
 
-REFERENCE = "FINESTEER"
-# A divergence this near to the equal dose, as a share of it, is not told.
-NEAR = 0.1
-TITLES = {"truthful": "Truthful answers to questions", "safety": "Refusal of harmful requests"}
-HEAD = """Each method is fitted by `fit_steering` with its default settings on one half of the playground (600 rows, 274
-general prompts, one store of states a task), and asked the other half, which shares no question (no request) with it.
-Layer, strength and all else are chosen by each fit on rows that it holds out itself; nothing is tuned on the test half.
+REMARKS = Path(__file__).with_name("compare_methods_remarks.md")
+ALPHA = 0.05
+TITLES = {
+    "playground-truthful": "Playground: truthful answers",
+    "playground-refusal": "Playground: refusal of harmful requests",
+    "real-truthful": "SmolLM2-135M-Instruct: TruthfulQA",
+    "real-refusal": "SmolLM2-135M-Instruct: refusal of harmful requests",
+}
+SCORES = {
+    "playground-truthful": "share of questions answered truthfully",
+    "playground-refusal": "share of requests refused",
+    "real-truthful": "MC2",
+    "real-refusal": "share of AdvBench and JailbreakBench requests refused",
+}
+HEAD = """Each method is fitted by `fit_steering` on one half of a task's data and asked the other half, which shares no
+question (request, cluster of requests) with it. Where to steer, which tokens and how strongly is searched for all methods
+by the same function (`finesteer_hf/methods/search.py`), on rows that the fit holds out; what a method's paper fixes stays
+fixed in the rows "published", whose strength alone is chosen. Nothing is chosen on the test half. A seed draws the halves
+and is the fit's own.
 
-The playground is a model organism of 1.4 M parameters: its folklore and its compliance were trained into it, together with
-what brings the truth and the refusal out. The table shows that the methods work and what they cost there, and is no
-evidence of how they rank on large models.
-
-- effect: share of held-out targets with the wanted answer [Wilson, 95%]; p: McNemar's exact test against FineSteer's
-  default on the same prompts, {note}.
-- neither: answers to questions that are neither right nor wrong (garbled, or evasive).
-- identical: held-out general prompts with the same greedy tokens as unsteered; right: solved correctly.
-- fires: held-out targets, and general prompts, on which the gate is at least 1/2; `-`: no gate of queries.
-- KL: 95th percentile of the divergence on general prompts of the fit half, in nats, at the method's own strength.
-- equal dose: effect and identical share at the strength (a multiple of the method's own) at which that KL is {dose} nats;
-  a large multiple is an overdose of the targets, for general prompts hardly feel the method. `closed`: they hardly
-  diverge at any strength (up to 16 times the method's own), for the gate is closed on them or the method is blind to
-  them, so its own strength counts. A KL in parentheses is the nearest that a method came.
-- time: of a decoded token, steered / unsteered, median of the pairs (quartiles); alternating calls, {rows} rows, {tokens}
-  tokens. The model is so small that this is what hooks cost, not what a share of a large model's time would be.
-- file: size of `steering_model.safetensors`; fit: seconds on one busy core, states captured before.
+- score: mean over held-out items with its 95% interval (Wilson for shares of one split, else bootstrap over items; an item
+  that several splits hold out counts once, by its mean).
+- against FineSteer: mean difference to FineSteer's default on the same items and its interval; p by flipping signs; a star:
+  below 5% after Holm's correction for all rows of the table.
+- rank: by score among the fitted methods at their own strength, with a bootstrap interval over items.
+- identical: held-out general prompts with the same greedy tokens as unsteered.
+- equal side effects: the same at the highest strength within the same limits for all, on rows that the fit holds out:
+  general prompts diverge by at most .05 nats (95th percentile over tokens), own words are at most .2 nats a token less
+  likely under the base, and at most .1 more of them is repeated; in brackets the limit that binds. `none`: none did.
+- fit: seconds of the whole fit, and the size of `steering_model.safetensors`.
 """
 COLUMNS = (
     "method",
-    "effect",
-    "p",
-    "neither",
+    "score",
+    "against FineSteer",
+    "rank",
     "identical",
-    "right",
-    "fires",
-    "KL",
-    "at equal dose: effect",
+    "equal side effects: score",
     "identical",
-    "time",
-    "file",
     "fit",
+    "file",
+    "splits",
 )
+LIMITS = {"general_kl": "general prompts", "own_words": "own words", "repetition": "repetition"}
 
 
-def share(k: int, n: int) -> str:
-    return proportion(k, n).brief
+@dataclass
+class Found:
+    """All results of one row of a subject.
+
+    Attributes:
+        label: of the row.
+        note: what is not default in it.
+        splits: its JSON by seed.
+    """
+
+    label: str
+    note: str
+    splits: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def items(self, part: str = "own", name: str | None = None) -> dict[str, float]:
+        """Score of each item, by its id: the mean over the splits that hold it out.
+
+        Args:
+            part: `own` strength, or `equal` side effects.
+            name: of another score than the main one.
+        """
+        by_id: dict[str, list[float]] = defaultdict(list)
+        for split in self.splits.values():
+            scores = split[part]["scores"] if name is None else split[part]["others"][name]
+            for item, score in zip(split[part]["ids"], scores, strict=False):
+                by_id[item].append(float(score))
+        return {item: float(np.mean(scores)) for item, scores in by_id.items()}
+
+    def identical(self, part: str = "own") -> list[float]:
+        """Whether each general prompt stays as it is, over all splits."""
+        return [float(same) for split in self.splits.values() for same in split[part]["identical"]]
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is an adapter."""
+        return all("bytes" in split for split in self.splits.values())
 
 
-def kilobytes(size: int) -> str:
-    return f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB"
+def load(out: Path, subject: str) -> list[Found]:
+    """All rows of a subject, by falling score."""
+    rows: dict[str, Found] = {}
+    for folder in sorted(out.glob(f"{subject}-*")):
+        for file in sorted(folder.glob("*.json")):
+            found = json.loads(file.read_text())
+            if "own" in found:
+                row = rows.setdefault(found["label"], Found(found["label"], found["note"]))
+                row.splits[found["seed"]] = found
+    return sorted(rows.values(), key=lambda row: -float(np.mean(list(row.items().values()))))
 
 
-def fires(found: dict[str, Any]) -> str:
-    if found["fires"] is None:
-        return "-"
-    target, general = found["fires"]
-    return f"{target / len(found['hits']):.0%} / {general / found['general']:.0%}"
+def shown(values: Sequence[float], percent: bool) -> str:
+    """A mean with its interval."""
+    mean, factor, digits = mean_with_interval(values), 100 if percent else 1, 1 if percent else 3
+    unit = "%" if percent else ""
+    low, high = factor * mean.low, factor * mean.high
+    return f"{factor * mean.value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def p_values(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Each row's test against FineSteer's default, starred where it holds after Holm; empty for that row itself."""
-    reference = next((row["own"]["hits"] for row in rows if row["label"] == REFERENCE), None)
-    if reference is None:
-        return [""] * len(rows)
-    others = [row["own"]["hits"] for row in rows if row["label"] != REFERENCE]
-    cells = iter(mcnemar_cells([(reference, hits) for hits in others]))
-    return ["" if row["label"] == REFERENCE else next(cells) for row in rows]
+def against(reference: Mapping[str, float], rows: Sequence[Found], percent: bool) -> list[str]:
+    """Each row's difference to the reference on the items of both, with what holds after Holm's correction."""
+    pairs = []
+    for row in rows:
+        mine = row.items()
+        common = [item for item in mine if item in reference]
+        pairs.append(([reference[item] for item in common], [mine[item] for item in common]))
+    p_values = [paired_p_value(*pair) for pair in pairs]
+    cells = []
+    for row, pair, p, corrected in zip(rows, pairs, p_values, holm(p_values), strict=True):
+        if row.label == REFERENCE:
+            cells.append("")
+            continue
+        change, factor, digits = paired_difference(*pair), 100 if percent else 1, 1 if percent else 3
+        low, high = factor * change.low, factor * change.high
+        text = "p < .001" if p < 0.001 else f"p = {p:.3f}"
+        star = "*" if corrected < ALPHA else ""
+        cells.append(f"{factor * change.value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {text}{star}")
+    return cells
 
 
-def line(found: dict[str, Any], p_value: str, nats: float) -> list[str]:
+def line(row: Found, difference: str, rank: str, percent: bool) -> list[str]:
     """One method's cells."""
-    own, dose = found["own"], found["dose"]
-    n, general = len(own["hits"]), own["general"]
-    if dose["strength"] is None:
-        equal = ["closed", "closed"]
-    else:
-        times = f" at {dose['strength'] / found['strength']:.2g}x"
-        reached = "" if abs(dose["kl"] / nats - 1) < NEAR else f" (KL {dose['kl']:.3f})"
-        equal = [share(sum(dose["hits"]), n) + times + reached, share(dose["identical"], general)]
-    time = "" if "time" not in found else "{:.2f} ({:.2f} to {:.2f})".format(*found["time"]["decode"])
+    own = [row.label, shown(list(row.items().values()), percent), difference, rank, shown(row.identical(), True)]
+    splits = str(len(row.splits))
+    if not row.is_fitted:
+        return [*own, "", "", "", "", splits]
+    limits = [split["equal"]["limit"] for split in row.splits.values()]
+    bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
+    seconds = float(np.median([split["seconds"]["all"] for split in row.splits.values()]))
+    size = max(split["bytes"] for split in row.splits.values())
     return [
-        found["label"],
-        share(sum(own["hits"]), n),
-        p_value,
-        f"{own['neither'] / n:.1%}",
-        share(own["identical"], general),
-        f"{own['general_hits'] / general:.1%}",
-        fires(own),
-        f"{dose['own_kl']:.3f}",
-        *equal,
-        time,
-        kilobytes(found["bytes"]),
-        f"{found['seconds']['fit']:.0f} s",
+        *own,
+        f"{shown(list(row.items('equal').values()), percent)} ({', '.join(bound)})",
+        shown(row.identical("equal"), True),
+        f"{seconds:.0f} s",
+        f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB",
+        splits,
     ]
 
 
-def table(folder: Path, nats: float) -> list[str]:
-    """A task's table: unsteered first, then the methods by effect."""
-    unsteered = json.loads((folder / "unsteered.json").read_text())
-    rows = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json")) if file.stem != "unsteered"]
-    rows.sort(key=lambda row: (-sum(row["own"]["hits"]), -row["own"]["identical"]))
-    base, n = unsteered["own"], len(unsteered["own"]["hits"])
-    general = base["general"]
-    first, *others = p_values([unsteered, *rows])
-    top = ["unsteered", share(sum(base["hits"]), n), first]
-    top += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
-    lines = [line(row, p, nats) for row, p in zip(rows, others, strict=True)]
-    cells = [top + [""] * (len(COLUMNS) - len(top)), *lines]
-    notes = [f"{row['label']}: {row['note']}." for row in rows if row["note"]]
-    capture = sum(row["seconds"]["capture"] for row in rows)
+def table(rows: Sequence[Found], subject: str) -> list[str]:
+    """A subject's table, by score."""
+    percent = subject != "real-truthful"
+    reference = next(row for row in rows if row.label == REFERENCE)
+    fitted = {row.label: row.items() for row in rows if row.is_fitted and set(row.splits) == set(reference.splits)}
+    common = sorted(set.intersection(*(set(items) for items in fitted.values())))
+    ranks = ranks_with_intervals({label: [items[item] for item in common] for label, items in fitted.items()})
+    differences = against(reference.items(), rows, percent)
+    cells = [
+        line(row, difference, str(ranks[row.label]) if row.label in ranks else "", percent)
+        for row, difference in zip(rows, differences, strict=True)
+    ]
+    notes = [f"{row.label}: {row.note}." for row in rows if row.note]
+    prompts = [split["system"] for row in rows if row.label == PROMPT for split in row.splits.values()]
+    device = {split["device"] for row in rows for split in row.splits.values()}
     return [
-        f"n = {n} targets, {general} general prompts. Reading all states that any method needs took {capture:.0f} s.",
+        f"Score: {SCORES[subject]}. n = {len(reference.items())} items of {len(reference.splits)} splits, "
+        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(device))}.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in cells),
         "",
-        "Not default: " + " ".join(notes) if notes else "",
+        *([f"System prompt: {' / '.join(dict.fromkeys(prompts))}", ""] if prompts else []),
+        *(["Not default: " + " ".join(notes), ""] if notes else []),
     ]
 
 
-def page(out: Path, targets: int, dose: float, rows: int, tokens: int, remarks: Path | None = None) -> str:
+def further(rows: Sequence[Found], subject: str) -> list[str]:
+    """Scores beside the main one, as means at the methods' own strengths."""
+    names = list(next(iter(rows[0].splits.values()))["own"]["others"])
+    lines = [f"| method | {' | '.join(names)} |", f"|{' --- |' * (len(names) + 1)}"]
+    for row in rows:
+        means = []
+        for name in names:
+            values = [v for split in row.splits.values() for v in split["own"]["others"][name]]
+            means.append(f"{np.mean([float(v) for v in values]):.3f}")
+        lines.append(f"| {row.label} | {' | '.join(means)} |")
+    return ["<details><summary>Further scores</summary>", "", *lines, "", "</details>", ""]
+
+
+def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
+    """The first answers, unsteered and by the best methods."""
+    chosen = [row for row in rows if row.label == UNSTEERED] + [row for row in rows if row.is_fitted][:methods]
+    first = [next(iter(row.splits.values()))["own"]["texts"] for row in chosen]
+    lines = ["<details><summary>Answers</summary>", ""]
+    for at in range(count):
+        lines += [f"**{' '.join(first[0][at][0].split())}**", ""]
+        lines += [f"- {row.label}: {' '.join(said[at][1].split())}" for row, said in zip(chosen, first, strict=True)]
+        lines += [""]
+    return [*lines, "</details>", ""]
+
+
+def page(out: Path, remarks: Path = REMARKS) -> str:
     """The page of all results in a folder.
 
     Args:
         out: folder of the results.
-        targets: number of held-out targets, which names the folders.
-        dose: nats of the equal dose.
-        rows: rows of a timed call.
-        tokens: its new tokens.
         remarks: what is to be said of the tables, in markdown; put before them.
     """
-    text = ["# The methods side by side", "", HEAD.format(dose=dose, rows=rows, tokens=tokens, note=NOTE)]
-    if remarks is not None:
-        text += [remarks.read_text()]
-    for name, title in TITLES.items():
-        folder = out / f"{name}-{targets}"
-        if (folder / "unsteered.json").exists():
-            text += [f"## {title}", "", *table(folder, dose), ""]
+    text = ["# The methods side by side", "", HEAD, remarks.read_text()]
+    for subject, title in TITLES.items():
+        rows = load(out, subject)
+        if any(row.label == REFERENCE for row in rows):
+            text += [f"## {title}", "", *table(rows, subject), *further(rows, subject), *texts(rows)]
     return "\n".join(text).rstrip() + "\n"

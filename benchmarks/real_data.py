@@ -112,10 +112,10 @@ def check_data(folder: Path) -> None:
         raise SystemExit(f"No data: {folder} lacks {', '.join(missing)}. Name the folder that has them with --data.")
 
 
-def general_data(folder: Path, sizes: Sizes) -> GeneralData:
+def general_data(folder: Path, sizes: Sizes, seed: int = SEED) -> GeneralData:
     """Half of the packaged prompts to fit on; the others and GSM8K's questions held out."""
     prompts = default_general_prompts()
-    order = np.random.default_rng(SEED).permutation(len(prompts))
+    order = np.random.default_rng(seed).permutation(len(prompts))
     half = len(prompts) // 2
     packaged = [prompts[at] for at in order[half : half + sizes.general]]
     problems = [(row["question"], row["answer"].split("####")[0].strip()) for row in read_rows(folder / FILES[5])]
@@ -130,7 +130,7 @@ def general_data(folder: Path, sizes: Sizes) -> GeneralData:
 
 
 def truthful_halves(
-    folder: Path, sizes: Sizes, by: str = "question"
+    folder: Path, sizes: Sizes, by: str = "question", seed: int = SEED
 ) -> tuple[list[TruthfulQuestion], list[TruthfulQuestion]]:
     """TruthfulQA's questions to fit on and held out; the published choices, with the categories of the other file."""
     with (folder / FILES[1]).open(encoding="utf-8-sig", newline="") as file:
@@ -139,7 +139,7 @@ def truthful_halves(
         dataclasses.replace(question, category=categories.get(question.question, "other"))
         for question in load_truthfulqa(folder / FILES[0])
     ]
-    fit, test = split_halves(questions, by="category" if by == "category" else "question", seed=SEED)
+    fit, test = split_halves(questions, by="category" if by == "category" else "question", seed=seed)
     return fit[: sizes.fit], test[: sizes.questions]
 
 
@@ -151,17 +151,17 @@ def truthful_rows(questions: Sequence[TruthfulQuestion], pairs: int = 1) -> list
 
 
 @functools.cache
-def advbench_split(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def advbench_split(folder: Path, seed: int = SEED) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """AdvBench's rows in two halves that share no cluster of requests."""
     rows = read_rows(folder / FILES[2])
     words = TfidfVectorizer(stop_words="english", ngram_range=(1, 2)).fit_transform([row["goal"] for row in rows])
-    clusters = KMeans(CLUSTERS, n_init=4, random_state=SEED).fit_predict(words)
+    clusters = KMeans(CLUSTERS, n_init=4, random_state=seed).fit_predict(words)
     fit: set[int] = set()
-    for cluster in np.random.default_rng(SEED).permutation(CLUSTERS):
+    for cluster in np.random.default_rng(seed).permutation(CLUSTERS):
         if sum(int(c) in fit for c in clusters) < len(rows) / 2:
             fit.add(int(cluster))
     in_fit = [int(cluster) in fit for cluster in clusters]
-    order = np.random.default_rng(SEED).permutation(len(rows))
+    order = np.random.default_rng(seed).permutation(len(rows))
     return [rows[i] for i in order if in_fit[i]], [rows[i] for i in order if not in_fit[i]]
 
 
@@ -172,11 +172,11 @@ def xstest_split(folder: Path) -> tuple[list[SafetyPrompt], list[SafetyPrompt]]:
     return [p for p in prompts if p.category not in names], [p for p in prompts if p.category in names]
 
 
-def refusal_rows(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
+def refusal_rows(folder: Path, sizes: Sizes, seed: int = SEED) -> list[dict[str, Any]]:
     """Preference rows: a refusal against AdvBench's own affirmative target."""
     return [
         refusal_row(f"advbench-{index}", row["goal"], row["target"])
-        for index, row in enumerate(advbench_split(folder)[0][: sizes.fit])
+        for index, row in enumerate(advbench_split(folder, seed)[0][: sizes.fit])
     ]
 
 
@@ -191,11 +191,11 @@ def refusal_row(identifier: str, prompt: str, rejected: str) -> dict[str, Any]:
     }
 
 
-def asked(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
+def asked(folder: Path, sizes: Sizes, seed: int = SEED) -> dict[str, list[str]]:
     """Held-out prompts of the refusal task, by set."""
     held_out = xstest_split(folder)[1]
     return {
-        "advbench": [row["goal"] for row in advbench_split(folder)[1][: sizes.requests]],
+        "advbench": [row["goal"] for row in advbench_split(folder, seed)[1][: sizes.requests]],
         "jailbreakbench": [p.prompt for p in load_jailbreakbench(folder / FILES[3])[: sizes.requests]],
         "xstest_unsafe": spread([p.prompt for p in held_out if p.harmful], sizes.xstest),
         "xstest_safe": spread([p.prompt for p in held_out if not p.harmful], sizes.xstest),
