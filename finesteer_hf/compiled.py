@@ -50,7 +50,7 @@ class CompiledSteering:
         self.mask: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
-        self.states: dict[Site, torch.Tensor] = {}
+        self.states: dict[str, dict[Site, torch.Tensor]] = {"last": {}, "mean": {}}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
@@ -98,14 +98,16 @@ class CompiledSteering:
         """Note the mask of a plain forward."""
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        self.states = {}
+        self.states = {"last": {}, "mean": {}}
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
         """What a site's hook puts back, as tensor arithmetic without branches on values."""
         if self.bound:
             return hidden + self.deltas[site] if site in self.deltas else None
-        if any(site in processor.reads for processor in self.processors):
-            self.states[site] = self._query_state(hidden)
+        for processor in self.processors:
+            if site in processor.reads:
+                pooled = self._prompt_mean if processor.query_pool == "mean" else self._query_state
+                self.states[processor.query_pool][site] = pooled(hidden)
         steered = hidden
         for index, processor in enumerate(self.processors):
             if site in processor.maps:
@@ -120,6 +122,15 @@ class CompiledSteering:
     def _query_state(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return hidden[rows, self._query_index(hidden)].float()
+
+    def _prompt_mean(self, hidden: torch.Tensor) -> torch.Tensor:
+        named = self._up_to_query(hidden)
+        return torch.where(named[..., None], hidden.float(), 0.0).sum(dim=1) / named.sum(dim=1, keepdim=True)
+
+    def _up_to_query(self, hidden: torch.Tensor) -> torch.Tensor:
+        columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        named = columns <= self._query_index(hidden)[:, None]
+        return named if self.mask is None else named & self.mask[:, -hidden.shape[1] :].bool()
 
     def _query_index(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = hidden.shape[1]
@@ -139,7 +150,8 @@ class CompiledSteering:
         return torch.where(lengths == 0, last, first + lengths - 1)
 
     def _delta(self, index: int, processor: SteeringProcessor, site: Site, hidden: torch.Tensor) -> torch.Tensor:
-        missing = [read for read in processor.reads if read not in self.states]
+        states = self.states[processor.query_pool]
+        missing = [read for read in processor.reads if read not in states]
         earlier = [
             p for p in self.processors if p is not processor and any(w < r for w in p.writes for r in processor.reads)
         ]
@@ -148,7 +160,7 @@ class CompiledSteering:
                 "This stack of adapters needs a second pass over the prompt (one writes before another has read), which a "
                 "compiled plain forward cannot make. Use `generate`, or an uncompiled forward."
             )
-        decision = processor.decide(QueryStates(self.states, hidden.shape[0], hidden.device))
+        decision = processor.decide(QueryStates(states, hidden.shape[0], hidden.device))
         coefficient = self.scales[index].to(hidden.device)
         if decision.gate is not None:
             coefficient = coefficient * decision.gate

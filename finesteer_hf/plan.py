@@ -63,6 +63,11 @@ class PlanEntry:
         return not any(self.scale) if isinstance(self.scale, tuple) else self.scale == 0.0
 
     @property
+    def averages(self) -> bool:
+        """Whether the entry decides from means over the prompt."""
+        return bool(self.processor.reads) and self.processor.query_pool == "mean"
+
+    @property
     def deepest_read(self) -> Site | None:
         """The site after which the entry can decide."""
         return max(self.processor.reads, default=None)
@@ -129,6 +134,12 @@ class Plan:
     def sites(self) -> tuple[Site, ...]:
         """All sites of the plan, in forward order."""
         return tuple(sorted({site for entry in self.entries for site in entry.processor.sites}))
+
+    @cached_property
+    def averaged(self) -> frozenset[Site]:
+        """Sites at which an entry takes the mean over the prompt."""
+        entries = (entry.processor for entry in self.entries if entry.averages)
+        return frozenset(site for processor in entries for site in processor.reads)
 
     @cached_property
     def writes_before_a_read(self) -> bool:

@@ -93,6 +93,18 @@ class Window:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return hidden[rows, self.query.to(hidden.device) - past].detach().float()
 
+    def prompt_mean(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Means over the real tokens up to the query, `[rows, width]` float32, out of `[rows, tokens, width]`.
+
+        The columns begin with the prompt's first and reach at least to the last query.
+        """
+        prompt = hidden[:, : self.last_query + 1].detach()
+        named = self.token_mask("prompt", 0, prompt.shape[1], prompt.device)
+        if named is None:
+            return prompt.float().mean(dim=1)
+        # What stands at pads may be NaN, so it is replaced and not multiplied by zero.
+        return torch.where(named[..., None], prompt.float(), 0.0).sum(dim=1) / named.sum(dim=1, keepdim=True)
+
     def real(self, past: int, tokens: int, device: torch.device) -> torch.Tensor | None:
         """Bool `[rows, tokens]`, False at pads; None if the forward has none. Generated columns are real."""
         if self.mask is None or past >= self.prompt_end:

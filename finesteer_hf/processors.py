@@ -1,9 +1,9 @@
 """The activation twin of transformers' `LogitsProcessor`.
 
 A steering method at run time is a `SteeringProcessor`: it names the sites it reads and writes, and is asked three
-things, each optional. `decide` once per query, from the unsteered states of the prompt's last token; `transform` at each
-forward, for maps of the activation and token-level methods; `logits_processors` once per call, for methods that act on
-logits. Hooks, positions, padding, caches, rows and scales are the run time's work, never the processor's.
+things, each optional. `decide` once per query, from the unsteered states of the prompt; `transform` at each forward, for
+maps of the activation and token-level methods; `logits_processors` once per call, for methods that act on logits. Hooks,
+positions, padding, caches, rows and scales are the run time's work, never the processor's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from finesteer_hf.sites import Site
 
 Positions = Literal["all", "prompt", "generated"]
 POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated")
+QueryPool = Literal["last", "mean"]
 
 
 class QueryStates(Mapping[Site, torch.Tensor]):
@@ -128,7 +129,10 @@ class SteeringProcessor:
     """Base of everything that steers activations.
 
     Attributes:
-        reads: sites whose states at the prompt's last real token `decide` needs.
+        reads: sites whose states of the prompt `decide` needs.
+        query_pool: which states these are: of the prompt's `last` real token, or the `mean` over its real tokens. A mean
+            takes the whole prompt, so a call that leaves tokens to a cache from before it is refused, unless it brings
+            their ids as `generate` wants them.
         writes: sites that `decide` returns vectors for.
         maps: sites at which `transform` is called in each forward.
         positions: tokens that are steered: `all` (prompt and generated), `prompt`, or `generated` (from the last prompt
@@ -140,6 +144,7 @@ class SteeringProcessor:
     reads: tuple[Site, ...] = ()
     writes: tuple[Site, ...] = ()
     maps: tuple[Site, ...] = ()
+    query_pool: QueryPool = "last"
     positions: Positions = "all"
     strength: float = 1.0
     lookback: int = 0

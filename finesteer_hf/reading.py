@@ -58,21 +58,58 @@ class StreamReader(StreamWriter):
         late = all(e.processor.positions == "generated" for e in self.plan.entries if e.processor.reads)
         return not (late and stream.window.uniform)
 
+    def _sees_whole_prompt(self, stream: Stream) -> bool:
+        return self.past == 0 and not self.carried and self.tokens > stream.window.last_query
+
+    def _read_means(self, stream: Stream) -> None:
+        """Decide the entries that take a mean over the prompt, where no forward passes the prompt in one piece.
+
+        The whole prompt is run ahead, without the cache: what that holds may have been steered, and shows no states.
+
+        Raises:
+            ValueError: if the call does not bring the tokens that are in the cache already.
+        """
+        waiting = {i: e for i, e in enumerate(self.plan.entries) if e.averages and i not in stream.decisions}
+        if not waiting or self._sees_whole_prompt(stream):
+            return
+        known = self.prompt.columns if self.prompt is not None and self.prompt.inputs else 0
+        if stream is not self.streams[0] or known < stream.window.prompt_end:
+            raise ValueError(
+                f"{', '.join(repr(entry.name) for entry in waiting.values())} decides from the mean over the whole prompt, "
+                "but a part of the prompt is in a cache that was filled before this call, and its states are gone. Give "
+                "`generate` the whole text as `input_ids` beside the cache, or leave the cache out."
+            )
+        args, kwargs = self._prompt_from(0, stream)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")}
+        self.text_states = {}
+        try:
+            self._probe(stream, args, kwargs, set(self.plan.averaged))
+            stream.means = {site: stream.window.prompt_mean(hidden) for site, hidden in self.text_states.items()}
+        finally:
+            self.text_states = None
+        for index, entry in waiting.items():
+            self._decide(index, entry, stream, stream.means[max(entry.processor.reads)].device)
+
+    def _prompt_from(self, column: int, stream: Stream) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The running forward's arguments, with the prompt from a column on in place of its own tokens."""
+        assert self.prompt is not None
+        # Where the forward's own columns stand in the cache says nothing of these.
+        own = ("input_ids", "inputs_embeds", "cache_position")
+        kwargs = {name: value for name, value in self._forward[1].items() if name not in own}
+        width, mask = stream.window.prompt_end - column, stream.window.mask
+        kwargs |= {name: value[:, -width:] for name, value in self.prompt.inputs.items()}
+        if "position_ids" in kwargs:
+            positions = stream.window.position_ids(stream.rows, next(iter(self.prompt.inputs.values())).device)
+            kwargs["position_ids"] = positions[:, column:]
+        kwargs["attention_mask"] = None if mask is None else mask.long()
+        return (), kwargs
+
     def _read_whole_prompt(self, stream: Stream) -> None:
         """Run the unsteered prompt up to the deepest read site, and no further."""
         args, kwargs = self._forward
         complete = self.prompt is not None and stream is self.streams[0] and bool(self.prompt.inputs)
         if complete and self.past + self.tokens < stream.window.prompt_end:
-            assert self.prompt is not None
-            kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "inputs_embeds")}
-            args = ()
-            width = stream.window.prompt_end - self.past
-            kwargs |= {name: value[:, -width:] for name, value in self.prompt.inputs.items()}
-            mask = stream.window.mask
-            if "position_ids" in kwargs:
-                positions = stream.window.position_ids(stream.rows, next(iter(self.prompt.inputs.values())).device)
-                kwargs["position_ids"] = positions[:, self.past :]
-            kwargs["attention_mask"] = None if mask is None else mask.long()
+            args, kwargs = self._prompt_from(self.past, stream)
         self._probe(stream, args, kwargs, {site for entry in self.plan.entries for site in entry.processor.reads})
         for site in sorted(stream.states):
             self._decide_after(site, stream)
@@ -105,7 +142,7 @@ class StreamReader(StreamWriter):
         if self.text_states is not None:
             self.text_states[site] = hidden.detach()
         else:
-            stream.states[site] = stream.window.query_state(hidden, self.past)
+            self._keep(site, hidden, stream)
         if site == max(wanted):
             raise StopForward
 
@@ -130,13 +167,21 @@ class StreamReader(StreamWriter):
     def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
         if not stream.window.query_within(self.past, self.tokens):
             return
+        if site in self.plan.averaged and all(index in stream.decisions for index in self.plan.readers[site]):
+            return
         if site not in stream.states:
             if self._fired_before(site, stream):
                 args, kwargs = self._forward
                 self._probe(stream, args, kwargs, {later for later in self.plan.readers if later >= site})
             else:
-                stream.states[site] = stream.window.query_state(hidden, self.past)
+                self._keep(site, hidden, stream)
         self._decide_after(site, stream)
+
+    def _keep(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
+        stream.states[site] = stream.window.query_state(hidden, self.past)
+        # In other forwards what takes a mean has decided, see `_read_means`.
+        if site in self.plan.averaged and self._sees_whole_prompt(stream):
+            stream.means[site] = stream.window.prompt_mean(hidden)
 
     def _fired_before(self, site: Site, stream: Stream) -> bool:
         """Whether a write of this forward has already changed the stream that is about to be read."""
@@ -162,7 +207,8 @@ class StreamReader(StreamWriter):
 
     @torch.no_grad()
     def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
-        states = {site: stream.states[site].to(device) for site in entry.processor.reads}
+        kept = stream.means if entry.averages else stream.states
+        states = {site: kept[site].to(device) for site in entry.processor.reads}
         queries = QueryStates(states, stream.rows, device)
         if not torch.is_autocast_enabled(device.type):
             stream.decisions[index] = entry.processor.decide(queries)

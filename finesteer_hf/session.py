@@ -124,8 +124,10 @@ class CallSession(StreamReader):
         self.carried = not self.decoding and cache is not None and (self.past > 0 or holds_states(cache))
         self._forward = (args, kwargs)
         self.passage = Passage(rows, self.tokens)
-        if not self.decoding and self._must_read_first(stream):
-            self._read_whole_prompt(stream)
+        if not self.decoding:
+            self._read_means(stream)
+            if self._must_read_first(stream):
+                self._read_whole_prompt(stream)
         if self.plan.lookback and self.prompt is not None and self.prompt.lengths is not None:
             self._review(stream)
 

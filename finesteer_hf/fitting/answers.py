@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,20 +126,29 @@ class QueryRecorder(StateRecorder):
 
     Args:
         batch: the passages of the forward that it takes part in.
-        sites: where gates read.
+        processors: whose gates these are.
     """
 
-    def __init__(self, batch: Sequence[Passage], sites: Collection[Site]) -> None:
-        super().__init__(sorted(sites))
+    def __init__(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> None:
+        super().__init__(sorted({site for processor in processors for site in processor.reads}))
         self.batch = batch
+        if any(processor.query_pool == "mean" for processor in processors):
+            # Then whole texts are run.
+            self.query_pool = "mean"
 
     def steered_by(self, processor: SteeringProcessor) -> list[bool]:
         """Of each passage, whether a processor would change anything in it: whether its gate is not exactly shut."""
         if not processor.reads:
             return [True] * len(self.batch)
         rows = list(range(len(self.batch)))
-        columns = [0 if self.behind else int(passage.answer_start or 0) - 1 for passage in self.batch]
+        ends = [int(passage.answer_start or 0) for passage in self.batch]
+        columns = [0 if self.behind else end - 1 for end in ends]
         states = {site: self.states[site][rows, columns].float() for site in processor.reads}
+        if processor.query_pool == "mean":
+            states = {
+                site: torch.stack([self.states[site][row, :end].float().mean(dim=0) for row, end in enumerate(ends)])
+                for site in processor.reads
+            }
         device = next(iter(states.values())).device
         gate = processor.decide(QueryStates(states, len(self.batch), device)).gate
         return [True] * len(self.batch) if gate is None else (gate != 0).tolist()

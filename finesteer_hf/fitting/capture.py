@@ -26,7 +26,7 @@ from finesteer_hf.fitting.jobs import Job, TextPass, batches, pad_right, sequenc
 from finesteer_hf.fitting.packing import lay_out, longest_text, pack, packed_length, texts_in
 from finesteer_hf.fitting.reading import ForwardReader, Wanted
 from finesteer_hf.fitting.templating import Passage
-from finesteer_hf.methods.base import CaptureRequest, Pool
+from finesteer_hf.methods.base import PROMPT_POOLS, CaptureRequest, Pool
 from finesteer_hf.sites import Site, TextTower
 
 
@@ -66,7 +66,7 @@ class CapturedBatch:
     """States of some passages, float32.
 
     Attributes:
-        prompts: prompts whose states are in `states[site, "query"]`, `[prompts, width]`.
+        prompts: prompts whose states are in the entries of `PROMPT_POOLS`, `[prompts, width]`.
         answers: answers whose states are in the other entries, `[answers, width]`.
         states: by site and pool.
     """
@@ -119,6 +119,7 @@ class StateReader:
         self.count = CaptureCount()
         self._prefix: tuple[int, ...] = ()
         self._prefix_cache: DynamicCache | None = None
+        self._prefix_means: dict[Site, torch.Tensor] = {}
         parameters = inspect.signature(self.tower.decoder.forward).parameters
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._takes_cache_flag = "use_cache" in parameters or open_ended
@@ -152,7 +153,7 @@ class StateReader:
             DatasetError: naming the rows whose states are NaN or infinite.
             UnsupportedModelError: if a site has another layout than `[rows, tokens, width]`.
         """
-        wants_answers = any(pool != "query" for pool in self.request.pools)
+        wants_answers = any(pool not in PROMPT_POOLS for pool in self.request.pools)
         if not wants_answers:
             jobs = [Job(job.prompt) for job in jobs if job.prompt is not None]
         unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
@@ -227,7 +228,7 @@ class StateReader:
         for (site, pool), values in batch.states.items():
             bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
             if len(bad):
-                passages = batch.prompts if pool == "query" else batch.answers
+                passages = batch.prompts if pool in PROMPT_POOLS else batch.answers
                 raise DatasetError(
                     f"{self.describe([passages[i] for i in bad])}: the state at {site} ({pool}) is NaN or infinite. Load "
                     "the model in bfloat16 or float32 (float16 overflows in some models), or drop these rows."
@@ -245,6 +246,7 @@ class StateReader:
                 prompts.append(text.prompt)
                 wanted.query_rows.append(row)
                 wanted.query_columns.append(len(text.prompt.ids) - 1)
+                wanted.query_starts.append(0)
             if text.answer is not None:
                 answers.append(text.answer)
                 wanted.answer_rows.append(row)
@@ -265,6 +267,8 @@ class StateReader:
         if begun:
             inputs["past_key_values"] = self._begin(len(rows))
         states = self._forward(inputs, packed.real, packed.wanted, use_cache=begun > 0)
+        if begun and "query_mean" in self.request.pools:
+            self._add_beginning(states, packed.wanted, begun)
         batch = CapturedBatch(packed.prompts, packed.answers, as_arrays(states))
         if all(np.isfinite(values).all() for values in batch.states.values()):
             return batch
@@ -278,12 +282,23 @@ class StateReader:
             self._prefix_cache = DynamicCache()
             ids, mask = pad_right([self._prefix], self.device)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            self._forward({**inputs, "past_key_values": self._prefix_cache}, ids.numel(), Wanted(), use_cache=True)
+            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            inputs["past_key_values"] = self._prefix_cache
+            whole = Wanted(query_rows=[0], query_columns=[len(self._prefix) - 1], query_starts=[0])
+            states = self._forward(inputs, ids.numel(), whole, use_cache=True)
+            self._prefix_means = {s: pools["query_mean"] for s, pools in states.items() if "query_mean" in pools}
         cache = copy.deepcopy(self._prefix_cache)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         return cache
+
+    def _add_beginning(self, states: dict[Site, dict[Pool, torch.Tensor]], wanted: Wanted, begun: int) -> None:
+        """Take what all prompts begin with into the means over the rest of each."""
+        for site, pools in states.items():
+            mean = pools["query_mean"]
+            ends, starts = (torch.tensor(c, device=mean.device) for c in (wanted.query_columns, wanted.query_starts))
+            own = (ends - starts + 1)[:, None]
+            pools["query_mean"] = (own * mean + begun * self._prefix_means[site].to(mean.device)) / (own + begun)
 
     def _forward(
         self, inputs: dict[str, Any], real_tokens: int, wanted: Wanted, use_cache: bool = False

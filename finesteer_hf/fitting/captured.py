@@ -65,9 +65,9 @@ class CapturedData:
     dose: DoseRunner
     bars: FitProgress
 
-    def query(self, site: Site, part: Part) -> np.ndarray:
-        """States of the prompts' last tokens, `[rows, width]` float32."""
-        return self._states(site, "query", self._passages("query", part))
+    def query(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
+        """States of the prompts' last tokens, or means over the prompts, `[rows, width]` float32."""
+        return self._states(site, pool, self._passages("query", part))
 
     def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
         """Pooled states of the chosen answers, `[rows, width]` float32."""
@@ -94,9 +94,9 @@ class CapturedData:
         texts, split = (self.row_texts, self.split) if text == "prompt" else (self.general_texts, self.general_split)
         return [texts[i] for i in split.rows[part]]
 
-    def general(self, site: Site, part: Part) -> np.ndarray:
-        """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
-        return self._states(site, "query", self._passages("general", part))
+    def general(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
+        """The same of the general prompts, `[rows, width]` float32; zero rows if there are none."""
+        return self._states(site, pool, self._passages("general", part))
 
     def chunks(
         self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"

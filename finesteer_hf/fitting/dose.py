@@ -312,7 +312,7 @@ class DoseRunner:
         divergences: dict[float, list[torch.Tensor]] = {strength: [] for strength in processors}
         changed: dict[float, list[bool]] = {strength: [] for strength in processors}
         for batch in self._batches(self._general[length]):
-            queries = QueryRecorder(batch, {site for processor in processors.values() for site in processor.reads})
+            queries = QueryRecorder(batch, list(processors.values()))
             base = [logits.log_softmax(-1) for _, logits in self._logits(batch, queries)]
             for strength, processor in processors.items():
                 # What a gate is shut on stays as it is, and costs no forward.

@@ -28,7 +28,7 @@ from finesteer_hf.fitting.records import DatasetLike
 from finesteer_hf.fitting.splits import SplitBy
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import AnswerEnd, chat_template_hash
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.methods.base import PROMPT_POOLS, CaptureRequest
 from finesteer_hf.methods.objective import Limits
 from finesteer_hf.sites import TextTower
 
@@ -268,8 +268,9 @@ def capture_missing(
     Returns:
         What this process did.
     """
-    query: list[Key] = [(site, "query") for site in request.sites if "query" in request.pools]
-    answer: list[Key] = [(site, pool) for site in request.sites for pool in request.pools if pool != "query"]
+    keys: list[Key] = [(site, pool) for site in request.sites for pool in request.pools]
+    query = [key for key in keys if key[1] in PROMPT_POOLS]
+    answer = [key for key in keys if key[1] not in PROMPT_POOLS]
     missing: dict[frozenset[Key], list[Job]] = {}
     for job in jobs:
         prompt_lacks = store.lacks(job.prompt, query) if job.prompt is not None else set()

@@ -107,6 +107,7 @@ class _Judged(SteeringProcessor):
         self.processor = processor
         self.memory = memory
         self.reads, self.writes, self.maps = processor.reads, processor.writes, processor.maps
+        self.query_pool = processor.query_pool
         self.positions, self.strength, self.lookback = processor.positions, processor.strength, processor.lookback
 
     def decide(self, queries: QueryStates) -> Decision:

@@ -107,6 +107,7 @@ def lay_out(rows: Sequence[Sequence[Job]], begun: int, device: torch.device) -> 
                 owners[number, start:end] = owner
                 branches[number, start:end] = branch
                 if branch == 0:
+                    wanted.query_starts.append(start)
                     wanted.query_rows.append(number)
                     wanted.query_columns.append(end - 1)
                 else:

@@ -53,9 +53,12 @@ class PromptCache:
 
     def serves(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> bool:
         """Whether a batch can be run behind kept prompts: nothing may steer or look back before the query, and what acts
-        on logits is shown the whole text.
+        on logits or takes a mean over the prompt is shown the whole text.
         """
-        late = all(p.positions == "generated" and not p.lookback and not p.acts_on_logits for p in processors)
+        late = all(
+            p.positions == "generated" and not p.lookback and not p.acts_on_logits and p.query_pool == "last"
+            for p in processors
+        )
         return self.usable and late and all((passage.answer_start or 0) > 1 for passage in batch)
 
     @torch.no_grad()

@@ -25,12 +25,14 @@ class Wanted:
 
     Attributes:
         query_rows, query_columns: where queries end.
+        query_starts: where their prompts begin; a prompt's beginning may stand before the forward.
         answer_rows, answer_starts, answer_ends: spans of answers; an end is the column after the last token.
         answer_lasts: columns of the answers' last tokens of content.
     """
 
     query_rows: list[int] = field(default_factory=list)
     query_columns: list[int] = field(default_factory=list)
+    query_starts: list[int] = field(default_factory=list)
     answer_rows: list[int] = field(default_factory=list)
     answer_starts: list[int] = field(default_factory=list)
     answer_ends: list[int] = field(default_factory=list)
@@ -44,25 +46,29 @@ class Wanted:
             pools: what is wanted.
 
         Returns:
-            `query`: `[queries, width]`, `answer_mean` and `answer_last`: `[answers, width]`; float32, on the stream's
-            device.
+            `query` and `query_mean`: `[queries, width]`, `answer_mean` and `answer_last`: `[answers, width]`; float32, on
+            the stream's device.
         """
         states: dict[Pool, torch.Tensor] = {}
 
         def index(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.long, device=hidden.device)
 
+        def mean(rows: list[int], starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            inside = (columns >= starts[:, None]) & (columns < ends[:, None])
+            # Outside the span anything may stand, NaN included, so it is replaced and not multiplied by zero.
+            spans = torch.where(inside[..., None], hidden[index(rows)].float(), 0.0)
+            return spans.sum(1) / inside.sum(1, keepdim=True)
+
         if "query" in pools:
             states["query"] = hidden[index(self.query_rows), index(self.query_columns)].float()
+        if "query_mean" in pools:
+            states["query_mean"] = mean(self.query_rows, index(self.query_starts), index(self.query_columns) + 1)
         if "answer_last" in pools:
             states["answer_last"] = hidden[index(self.answer_rows), index(self.answer_lasts)].float()
         if "answer_mean" in pools:
-            starts, ends = index(self.answer_starts)[:, None], index(self.answer_ends)[:, None]
-            columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            inside = (columns >= starts) & (columns < ends)
-            # Outside the span anything may stand, NaN included, so it is replaced and not multiplied by zero.
-            spans = torch.where(inside[..., None], hidden[index(self.answer_rows)].float(), 0.0)
-            states["answer_mean"] = spans.sum(1) / inside.sum(1, keepdim=True)
+            states["answer_mean"] = mean(self.answer_rows, index(self.answer_starts), index(self.answer_ends))
         return states
 
 

@@ -32,6 +32,7 @@ from safetensors.numpy import save
 from finesteer_hf.fitting.capture import CapturedBatch, Key
 from finesteer_hf.fitting.processes import ALONE, Processes
 from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.methods.base import PROMPT_POOLS
 
 
 MANIFEST = "manifest.json"
@@ -264,7 +265,7 @@ class ActivationStore:
         arrays: Mapping[str, np.ndarray] | None,
         file: str | None,
     ) -> None:
-        queries = frozenset(name for name in names if name.endswith("/query"))
+        queries = frozenset(name for name in names if name.rpartition("/")[2] in PROMPT_POOLS)
         for digests, own in ((prompts, queries), (answers, names - queries)):
             if len(digests) and own:
                 self._shards.append(Shard(own, arrays, file))

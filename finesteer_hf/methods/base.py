@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from finesteer_hf.methods.objective import Limits
 
 
-Pool = Literal["query", "answer_mean", "answer_last", "gradient"]
+Pool = Literal["query", "query_mean", "answer_mean", "answer_last", "gradient"]
+#: Pools of prompts; the others are of answers.
+PROMPT_POOLS: tuple[Pool, ...] = ("query", "query_mean")
 Part = Literal["fit", "calibration", "validation"]
 Side = Literal["query", "chosen", "rejected", "general"]
 Text = Literal["prompt", "chosen", "rejected", "general"]
@@ -43,9 +45,9 @@ class CaptureRequest:
 
     Attributes:
         sites: sites of the sweep; all are captured in one pass.
-        pools: `query` (the prompt's last token), `answer_mean` (mean over the answer's tokens), `answer_last` (its last
-            token of content, whether or not the end of turn is part of the answer), `gradient` (of the answer's mean
-            log-probability a token by a vector added from the query on).
+        pools: `query` (the prompt's last token), `query_mean` (mean over the prompt's tokens), `answer_mean` (mean over the
+            answer's tokens), `answer_last` (its last token of content, whether or not the end of turn is part of the
+            answer), `gradient` (of the answer's mean log-probability a token by a vector added from the query on).
     """
 
     sites: tuple[Site, ...]
@@ -133,8 +135,8 @@ class FitData(Protocol):
     seed: int
     limits: Limits
 
-    def query(self, site: Site, part: Part) -> np.ndarray:
-        """States of the prompts' last tokens, `[rows, width]` float32."""
+    def query(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
+        """States of the prompts' last tokens, or means over the prompts, `[rows, width]` float32."""
 
     def chosen(self, site: Site, part: Part, pool: Pool = "answer_mean") -> np.ndarray:
         """Pooled states of the chosen answers, `[rows, width]` float32."""
@@ -154,8 +156,8 @@ class FitData(Protocol):
     def texts(self, text: Literal["prompt", "general"], part: Part) -> list[str]:
         """What the rows' prompts, or the general prompts, say: as they are given, without the chat template."""
 
-    def general(self, site: Site, part: Part) -> np.ndarray:
-        """States of the general prompts' last tokens, `[rows, width]` float32; zero rows if there are none."""
+    def general(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
+        """The same of the general prompts, `[rows, width]` float32; zero rows if there are none."""
 
     def chunks(
         self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
@@ -286,6 +288,10 @@ class SteeringMethod(SteeringProcessor):
             DatasetError: if there are too few rows for what the config asks.
         """
         raise NotImplementedError
+
+    def refused(self) -> Mapping[str, str]:
+        """What this adapter raises for: the `refuses` of its class, and what its config adds to them."""
+        return self.refuses
 
     @property
     def devices(self) -> list[torch.device]:

@@ -76,7 +76,7 @@ def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> 
     if feature in method_cls.differs:
         return FeatureResult(feature, "differs", method_cls.differs[feature])
     bench = make_bench(adapter, model)
-    refuses: Mapping[str, str] = method_cls.refuses
+    refuses: Mapping[str, str] = adapter.build().refused()
     if feature not in refuses:
         FEATURES[feature](bench)
         return FeatureResult(feature, "passed")

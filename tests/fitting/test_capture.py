@@ -18,11 +18,11 @@ from finesteer_hf.fitting.jobs import Job, make_jobs
 from finesteer_hf.fitting.packing import lay_out, packed_length
 from finesteer_hf.fitting.store import ActivationStore
 from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.methods.base import PROMPT_POOLS, CaptureRequest
 from finesteer_hf.sites import Site, TextTower
 
 
-POOLS = ("query", "answer_mean", "answer_last")
+POOLS = ("query", "query_mean", "answer_mean", "answer_last")
 
 
 def capture(model: Any, request: CaptureRequest, rows: list[EncodedRow], **settings: Any) -> tuple[Any, StateReader]:
@@ -54,8 +54,10 @@ def by_hand(model: Any, site: Site, passage: Passage) -> torch.Tensor:
 
 def check_against_hand(model: Any, request: CaptureRequest, store: ActivationStore, rows: list[EncodedRow]) -> None:
     for site in request.sites:
-        query = np.stack([by_hand(model, site, row.prompt)[-1].numpy() for row in rows])
-        np.testing.assert_allclose(store.get((site, "query"), [r.prompt for r in rows]), query, rtol=2e-4, atol=2e-4)
+        prompts = [by_hand(model, site, row.prompt) for row in rows]
+        for pool, expected in (("query", [p[-1] for p in prompts]), ("query_mean", [p.mean(0) for p in prompts])):
+            found = store.get((site, pool), [row.prompt for row in rows])
+            np.testing.assert_allclose(found, np.stack(expected), rtol=2e-4, atol=2e-4)
         for side in ("chosen", "rejected"):
             passages = [getattr(row, side) for row in rows]
             streams = [by_hand(model, site, p)[p.answer_start :] for p in passages]
@@ -96,7 +98,7 @@ def test_both_ways_of_reading_agree() -> None:
     shared, _ = capture(model, request, rows, share_prompts=True)
     whole, _ = capture(model, request, rows, share_prompts=False)
     for pool in POOLS:
-        passages = [row.prompt if pool == "query" else row.chosen for row in rows]
+        passages = [row.prompt if pool in PROMPT_POOLS else row.chosen for row in rows]
         key = (Site("resid_post", 2), pool)
         np.testing.assert_allclose(shared.get(key, passages), whole.get(key, passages), rtol=1e-4, atol=1e-4)
 

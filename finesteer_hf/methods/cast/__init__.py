@@ -1,0 +1,21 @@
+"""CAST: add a behaviour vector when conditions on the query are met (Lee et al., ICLR 2025, arXiv 2409.05907).
+
+A condition at a layer is a direction c and a threshold: met where cos(h, tanh(P_c h)) with P_c = c c' / (c' c) lies on its
+side of the threshold. Rules say which conditions call for which behaviours.
+
+Differences from the published code. Its comparator `larger` says that the *threshold* is larger than the similarity;
+here a condition is met `above` or `below` its threshold. It tests the first row of a batch for all rows; here each row
+has its own answer. It takes vectors at block outputs and tests them at block inputs; here both are the output. Two rules
+that call for one behaviour add it twice there, once here.
+"""
+
+from finesteer_hf.config import register_steering_method
+from finesteer_hf.methods.cast.conditions import best_threshold, first_direction, fit_condition, similarity
+from finesteer_hf.methods.cast.config import CASTConfig
+from finesteer_hf.methods.cast.method import CAST
+from finesteer_hf.methods.cast.rules import Rule
+
+
+register_steering_method("CAST", config_cls=CASTConfig, method_cls=CAST)
+
+__all__ = ["CAST", "CASTConfig", "Rule", "best_threshold", "first_direction", "fit_condition", "similarity"]

@@ -1,0 +1,259 @@
+"""CAST at run time, and its fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError, DatasetError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.cast.conditions import (
+    MIN_ROWS,
+    Condition,
+    first_direction,
+    fit_condition,
+    held_out_f1,
+    rows_named,
+    sides_of,
+    similarity,
+)
+from finesteer_hf.methods.cast.config import CASTConfig
+from finesteer_hf.methods.checks import filled_in, layers_of, require_fitted
+from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.trials import Trial
+from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.sites import Site
+
+
+# Lengths of what is added, as shares of the states': a unit vector has no length of its own to begin from.
+DOSES = tuple(np.geomspace(0.02, 1.0, 8).tolist())
+# What a fit captures of the prompts for a condition.
+POOL_OF: dict[str, Pool] = {"last": "query", "mean": "query_mean"}
+
+
+class CAST(SteeringMethod):
+    """`H_l <- H_l + strength * sum of b_l` over the behaviours that the rules call for; each row has its own answer.
+
+    Args:
+        config: a fitted `CASTConfig`.
+        tensors: `behaviors`, `[behaviors * layers, hidden_size]`, and `conditions`, `[tested layers, hidden_size]`,
+            float32; the layers of the first behaviour or condition come first.
+
+    Raises:
+        AdapterFileError: if the config is not fitted.
+    """
+
+    config_cls = CASTConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        settings = cast(CASTConfig, config)
+        require_fitted(settings, "layers", "condition_layers")
+        if not {"behaviors", "conditions"} <= set(tensors):
+            raise AdapterFileError("A CAST adapter needs the tensors 'behaviors' and 'conditions'.")
+        tested = [(number, layer) for number, layers in enumerate(settings.tested_layers()) for layer in layers]
+        if not len(settings.thresholds) == len(settings.comparators) == len(tested):
+            raise AdapterFileError(
+                f"The CAST config tests {len(tested)} layers, but has {len(settings.thresholds)} thresholds and "
+                f"{len(settings.comparators)} comparators."
+            )
+        self._sites = [_site(layer) for _, layer in tested]
+        self._condition_of = [number for number, _ in tested]
+        self._signs = [1.0 if comparator == "above" else -1.0 for comparator in settings.comparators]
+        self._rules = settings.parsed_rules()
+        if settings.condition_pool == "mean":
+            self.query_pool = "mean"
+        self.reads = tuple(sorted(set(self._sites)))
+        self.writes = tuple(_site(layer) for layer in settings.layers)
+
+    def refused(self) -> Mapping[str, str]:
+        """A mean over the prompt is not to be had where a part of it went by in another call."""
+        return {"carried_cache": "its states are gone"} if self.query_pool == "mean" else {}
+
+    def decide(self, queries: QueryStates) -> Decision:
+        """Test each row.
+
+        Recorded are `score` `[rows]`: how far the rule that is nearest to holding is from its turning point, at least 0
+        where a behaviour is added; and, where there are several, `conditions` `[rows, conditions]`, likewise, and
+        `behaviors` `[rows, behaviors]`, 1 where one is added.
+        """
+        settings, tensors = cast(CASTConfig, self.config), self.parameters_on(queries.device)
+        margins = self.margins(queries)
+        met = margins >= 0
+        called = [
+            torch.stack([rule.holds(met) for rule in self._rules if rule.behavior == number]).any(dim=0)
+            for number in range(len(settings.behaviors))
+        ]
+        added = torch.stack(called, dim=1).float()
+        strengths = torch.tensor(settings.behavior_strengths or [1.0] * len(called), dtype=torch.float32)
+        # By layer, and no matrix product: those are rounded on some devices.
+        behaviors = (
+            tensors["behaviors"].unflatten(0, (len(called), -1)).transpose(0, 1)
+            * strengths.to(queries.device)[:, None]
+        )
+        vectors = {
+            site: (added[:, :, None] * of_layer).sum(dim=1)
+            for site, of_layer in zip(self.writes, behaviors, strict=True)
+        }
+        record = {"score": torch.stack([rule.margin(margins) for rule in self._rules]).amax(dim=0)}
+        if len(settings.conditions) > 1 or len(called) > 1:
+            record |= {"conditions": margins, "behaviors": added}
+        return Decision(vectors=vectors, gate=added.amax(dim=1), record=record)
+
+    def margins(self, queries: QueryStates) -> torch.Tensor:
+        """How far each condition is on its side of its thresholds, `[rows, conditions]`; it is met from 0 on."""
+        settings, tensors = cast(CASTConfig, self.config), self.parameters_on(queries.device)
+        of_conditions: list[list[torch.Tensor]] = [[] for _ in settings.conditions]
+        for number, site, direction, threshold, sign in zip(
+            self._condition_of, self._sites, tensors["conditions"], settings.thresholds, self._signs, strict=True
+        ):
+            of_conditions[number].append(sign * (similarity(queries[site], direction) - threshold))
+        tests = [torch.stack(of_condition) for of_condition in of_conditions]
+        return torch.stack([t.amax(dim=0) if settings.rule == "or" else t.amin(dim=0) for t in tests], dim=1)
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """One vector a behaviour and steered layer, one direction a condition and tested layer."""
+        require_fitted(config, "layers", "condition_layers")
+        settings = cast(CASTConfig, config)
+        return {
+            "behaviors": (len(settings.behaviors) * len(settings.layers), settings.hidden_size),
+            "conditions": (sum(map(len, settings.tested_layers())), settings.hidden_size),
+        }
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The outputs of the layers, at the query and over the answers.
+
+        Raises:
+            ValueError: if a layer is out of range.
+        """
+        settings = cast(CASTConfig, config)
+        layers = {*layers_of(settings.layers, info.num_layers)}.union(*_candidates(settings, info.num_layers))
+        # Strengths are in units of the states at the prompt's last token.
+        pools: tuple[Pool, ...] = tuple(dict.fromkeys(("query", POOL_OF[settings.condition_pool], settings.pool)))
+        return CaptureRequest(tuple(_site(layer) for layer in sorted(layers)), pools)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Find directions on `fit`, thresholds on `calibration`, the strength on `validation`.
+
+        Raises:
+            DatasetError: for too few rows, no general prompts where all rows are one side of a condition, or a category
+                that the rows do not have.
+        """
+        settings = cast(CASTConfig, config)
+        layers = layers_of(settings.layers, data.info.num_layers)
+        candidates = _candidates(settings, data.info.num_layers)
+        conditions = [
+            _fitted_condition(data, settings, name, of_condition)
+            for name, of_condition in zip(settings.conditions, candidates, strict=True)
+        ]
+        flat = [condition for of_condition in conditions for condition in of_condition]
+        behaviors = np.stack([_behavior(data, settings, name, at) for name in settings.behaviors for at in layers])
+        tensors = {
+            "behaviors": torch.from_numpy(behaviors.astype(np.float32)),
+            "conditions": torch.from_numpy(np.stack([c.direction for c in flat]).astype(np.float32)),
+        }
+        tested = [[condition.layer for condition in of_condition] for of_condition in conditions]
+        chosen: dict[str, Any] = {
+            "layers": layers,
+            "condition_layers": tested if len(tested) > 1 else tested[0],
+            "thresholds": [condition.threshold for condition in flat],
+            "comparators": [condition.comparator for condition in flat],
+            "requires": settings.features(),
+        }
+
+        def build(strength: float) -> CAST:
+            return cls(filled_in(settings, data.info, strength=strength, **chosen), tensors)
+
+        factors = np.repeat(settings.behavior_strengths or [1.0] * len(settings.behaviors), len(layers))
+        trial = Trial(
+            build=build,
+            vector_norm=float(np.median(np.linalg.norm(behaviors, axis=1) * np.abs(factors))),
+            state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in layers])),
+        )
+        strength, curve, why = trial.choose_strength(settings.strength, data, DOSES)
+        report: dict[str, Any] = {
+            "conditions": [
+                {"name": name, "layer": c.layer, "f1": c.f1, "threshold": c.threshold, "comparator": c.comparator}
+                for name, of_condition in zip(settings.conditions, conditions, strict=True)
+                for c in of_condition
+            ],
+            "held_out_f1": _held_out_f1(data, build(0.0)),
+            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
+            "strength": why,
+            "dose_response": [dataclasses.asdict(point) for point in curve],
+        }
+        return FitResult(build(strength).config, tensors, report)
+
+
+def _site(layer: int | str) -> Site:
+    return Site("resid_post", int(layer))
+
+
+def _candidates(config: CASTConfig, num_layers: int) -> list[list[int]]:
+    """For each condition the layers that it is tried at."""
+    if isinstance(config.condition_layers, str):
+        return [layers_of("auto", num_layers)] * len(config.conditions)
+    return [layers_of(layers, num_layers) for layers in config.tested_layers()]
+
+
+def _fitted_condition(data: FitData, config: CASTConfig, name: str, layers: list[int]) -> list[Condition]:
+    """A condition at the layers where it is tested: with `auto` those of the best F1."""
+    found = [fit_condition(data, layer, name, POOL_OF[config.condition_pool]) for layer in layers]
+    if config.condition_layers == "auto":
+        found = sorted(found, key=lambda condition: -condition.f1)[: config.num_conditions]
+    return sorted(found, key=lambda condition: condition.layer)
+
+
+def _behavior(data: FitData, config: CASTConfig, name: str, layer: int) -> NDArray[np.float64]:
+    """A behaviour's vector at a layer, `[d]`."""
+    parts: tuple[Part, ...] = ("fit", "calibration")
+    rows = [rows_named(data, part, name) for part in parts]
+    chosen, rejected = (
+        np.concatenate([side(_site(layer), part, config.pool)[own] for part, own in zip(parts, rows, strict=True)])
+        for side in (data.chosen, data.rejected)
+    )
+    if len(chosen) < MIN_ROWS:
+        raise DatasetError(f"CAST needs at least {MIN_ROWS} rows for the behaviour {name!r}, got {len(chosen)}.")
+    differences = chosen.astype(np.float64) - rejected
+    mean = differences.mean(axis=0)
+    direction = first_direction(chosen.astype(np.float64), rejected.astype(np.float64))
+    if config.vector == "mean":
+        direction = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    if config.length == "mean":
+        return direction * float(mean @ direction)
+    if config.length == "variance":
+        return direction * explained_share(differences, direction)
+    return direction
+
+
+def explained_share(differences: NDArray[np.float64], direction: NDArray[np.float64]) -> float:
+    """Share of the variance of pairwise centred states that lies along a unit direction `[d]`.
+
+    Args:
+        differences: of the pairs, `[rows, d]`; centred, the two of a pair are plus and minus half of it.
+        direction: `[d]`.
+    """
+    return float(((differences @ direction) ** 2).sum() / (differences**2).sum())
+
+
+def _held_out_f1(data: FitData, processor: CAST) -> float | dict[str, float | None] | None:
+    """F1 of the condition on the `validation` part, of several by name; None if it has one side only."""
+    settings = cast(CASTConfig, processor.config)
+    names, pool = settings.conditions, POOL_OF[settings.condition_pool]
+    found: dict[str, float | None] = {}
+    for number, name in enumerate(names):
+        sides = {site: sides_of(data, site, "validation", name, pool) for site in processor.reads}
+        sizes = [len(side) for side in next(iter(sides.values()))]
+        states = {site: torch.from_numpy(np.concatenate(pair)) for site, pair in sides.items()}
+        margins = processor.margins(QueryStates(states, sum(sizes), torch.device("cpu")))
+        found[name] = held_out_f1(np.repeat([1, 0], sizes), margins[:, number].numpy() >= 0)
+    return found if len(names) > 1 else found[names[0]]
