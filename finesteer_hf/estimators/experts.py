@@ -92,7 +92,7 @@ def median_of_criteria(features: Matrix, candidates: Sequence[int], *, seed: int
     within = [np.square(features - cluster_means(features, labels)[labels]).sum() for labels in clusterings.values()]
     elbow = counts[int(np.argmax(np.abs(np.diff(within, n=2)))) + 1] if len(counts) > 2 else counts[0]
     best = [
-        max(counts, key=lambda count, index=index: index(features, clusterings[count]))
+        counts[int(np.argmax([index(features, labels) for labels in clusterings.values()]))]
         for index in (silhouette_score, calinski_harabasz_score)
     ]
     return int(np.median([elbow, *best]))
