@@ -148,6 +148,8 @@ def gates(
 
 
 def line(values: Sequence[float]) -> str:
+    if len(set(values)) == 1:
+        return f"{100 * values[0]:.1f}% in every split"
     found = mean_with_interval(values)
     return f"{100 * found.value:.1f}% [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 

@@ -32,8 +32,8 @@ def published_fit(queries: np.ndarray, shifts: np.ndarray) -> tuple[PaperMoSE, f
     rank = min(128, len(queries) - 1, queries.shape[1])
     subspace = IntervenedSubspace(rank, max_fraction=0.999).fit(queries)
     QuantileGate(0.1).fit(subspace.score_samples(queries))
-    experts = PaperMoSE(seed=42).fit(queries, shifts)
+    experts = PaperMoSE(compat="official", seed=42).fit(queries, shifts)
     # The released checkpoint holds the query and key maps at full width, not folded.
     width = queries.shape[1]
-    unfolded = sum(tensor.numel() for tensor in experts.state().values()) + 2 * width * width
+    unfolded = sum(tensor.numel() for tensor in experts.state().values()) + 2 * width * (width + 1)
     return experts, (unfolded + width * (rank + 1)) * 4 / 1e6

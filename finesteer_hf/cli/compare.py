@@ -48,13 +48,13 @@ def compare(
         COST_COLUMNS,
         DUEL_COLUMNS,
         EFFECT_COLUMNS,
-        HOLM_NOTE,
         RANK_NOTE,
         build_report,
         cost_rows,
         duel_rows,
         effect_rows,
     )
+    from finesteer_hf.evaluation.comparison import HOLM_NOTE
     from finesteer_hf.evaluation.method_comparison import compare_methods, part
     from finesteer_hf.evaluation.report import write_report
 

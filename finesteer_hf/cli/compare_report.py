@@ -7,7 +7,7 @@ from importlib.metadata import version
 import numpy as np
 
 from finesteer_hf.evaluation.behaviour import Outcome
-from finesteer_hf.evaluation.comparison import ComparisonRow
+from finesteer_hf.evaluation.comparison import ALPHA, HOLM_NOTE, ComparisonRow, p_text
 from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, Trial
 from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
 from finesteer_hf.evaluation.ranks import Rank, ranks_with_intervals
@@ -19,8 +19,6 @@ from finesteer_hf.methods.base import DosePoint
 EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p", "rank by MC2")
 DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second less first", "p")
 COST_COLUMNS = ("method", "general answers unchanged", "gate fires on rows", "on general", "fit", "size")
-ALPHA = 0.05
-HOLM_NOTE = f"*: below {ALPHA:g} after Holm's correction for all p of the table."
 RANK_NOTE = "Ranks: by mean MC2, the best is 1; in brackets 95% intervals, over draws of the prompts."
 SHOWN = 6
 
@@ -34,7 +32,7 @@ def effect_rows(result: MethodComparison) -> list[tuple[str, ...]]:
         cells: list[str] = []
         for metric, row in _effects_of(result, trial).items():
             assert row.steered is not None and row.p_value is not None
-            cells += [row.steered.brief, _p(row.p_value, holds[trial.name, metric])]
+            cells += [row.steered.brief, p_text(row.p_value, holds[trial.name, metric])]
         rows.append((trial.name, *cells, str(ranks[trial.name])))
     return rows
 
@@ -58,10 +56,6 @@ def _ranks(result: MethodComparison) -> dict[str, Rank]:
     return ranks_with_intervals(scores) if scores else {}
 
 
-def _p(value: float, holds: bool) -> str:
-    return f"{value:.2g}{'*' if holds else ''}"
-
-
 def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
     assert outcome.choices is not None
     return (outcome.choices.mc1_share.brief if metric == "MC1" else outcome.choices.mc2_mean.brief), ""
@@ -76,9 +70,9 @@ def duel_rows(result: MethodComparison) -> list[tuple[str, ...]]:
             duel.first,
             duel.second,
             f"{duel.mc1.only_first} / {duel.mc1.only_second}",
-            _p(duel.mc1.p_value, mc1[number]),
+            p_text(duel.mc1.p_value, mc1[number]),
             f"{duel.mc2.value:+.3f} [{duel.mc2.low:+.3f}, {duel.mc2.high:+.3f}]",
-            _p(duel.mc2_p, mc2[number]),
+            p_text(duel.mc2_p, mc2[number]),
         )
         for number, duel in enumerate(duels)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial, setting
-from finesteer_hf.cli.demo_standing import ALPHA, STANDING_COLUMNS, standings
+from finesteer_hf.cli.demo_standing import STANDING_COLUMNS, standings
 from finesteer_hf.cli.demo_tables import (
     CAA_NOTE,
     GATE_COLUMNS,
@@ -27,6 +27,7 @@ from finesteer_hf.cli.demo_tables import (
     trial_rows,
 )
 from finesteer_hf.evaluation.behaviour import Outcome
+from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.plots import (
     plot_dose_response,
     plot_expert_use,

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 from finesteer_hf.cli.demo_run import DemoResult, Trial
 from finesteer_hf.cli.demo_tables import hit_name
+from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.report import Mark
 from finesteer_hf.evaluation.statistics import PairedTest, Proportion, holm, mcnemar
 
 
-# From here on two conditions are not told apart.
-ALPHA = 0.05
 UNSEEN = {
     ("truthful", "question"): "questions unseen",
     ("truthful", "kind"): "whole kinds unseen",

@@ -36,7 +36,7 @@ def evaluate(
     """
     from finesteer_hf.evaluation.behaviour import evaluate as ask
     from finesteer_hf.evaluation.benchmarks import load_benchmark
-    from finesteer_hf.evaluation.comparison import COLUMNS, compare
+    from finesteer_hf.evaluation.comparison import COLUMNS, HOLM_NOTE, compare, table_cells
     from finesteer_hf.evaluation.examples import examples_of
 
     if update_card and not Path(steering).is_dir():
@@ -60,7 +60,8 @@ def evaluate(
             {"set": found.name, "id": item.id, "unsteered": before, "steered": after}
             for item, before, after in zip(found.prompts, base.answers.texts, steered.answers.texts, strict=True)
         ]
-    console.print(table(COLUMNS, [row.cells() for row in rows]))
+    console.print(table(COLUMNS, table_cells(rows)))
+    console.print(HOLM_NOTE, markup=False, highlight=False)
     figures = [row.to_dict() for row in rows]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import calinski_harabasz_score
+from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
 from .arrays import Matrix
 from .linear_algebra import principal_directions
@@ -74,16 +74,38 @@ def calinski_harabasz_curve(features: Matrix, candidates: Sequence[int], *, seed
     Raises:
         ValueError: no candidate has fewer clusters than there are rows.
     """
+    clusterings = _clusterings(features, candidates, seed)
+    return {count: float(calinski_harabasz_score(features, labels)) for count, labels in clusterings.items()}
+
+
+def median_of_criteria(features: Matrix, candidates: Sequence[int], *, seed: int = 0) -> int:
+    """Give the median of three choices of K, as FineSteer's published code makes it for its orthogonal residual.
+
+    The three: the elbow (the sharpest bend of the sum of squares within clusters), the best silhouette and the best
+    Calinski-Harabasz index.
+
+    Raises:
+        ValueError: no candidate has fewer clusters than there are rows.
+    """
+    clusterings = _clusterings(features, candidates, seed)
+    counts = list(clusterings)
+    within = [np.square(features - cluster_means(features, labels)[labels]).sum() for labels in clusterings.values()]
+    elbow = counts[int(np.argmax(np.abs(np.diff(within, n=2)))) + 1] if len(counts) > 2 else counts[0]
+    best = [
+        counts[int(np.argmax([index(features, labels) for labels in clusterings.values()]))]
+        for index in (silhouette_score, calinski_harabasz_score)
+    ]
+    return int(np.median([elbow, *best]))
+
+
+def _clusterings(features: Matrix, candidates: Sequence[int], seed: int) -> dict[int, NDArray[np.intp]]:
     possible = [count for count in candidates if 2 <= count < len(features)]
     if not possible:
         raise ValueError(
             f"num_experts='auto' tries {min(candidates)} to {max(candidates)} experts, but there are {len(features)} "
             "rows: give more, or num_experts=1."
         )
-    return {
-        count: float(calinski_harabasz_score(features, cluster(features, count, restarts=10, seed=seed)))
-        for count in possible
-    }
+    return {count: cluster(features, count, restarts=10, seed=seed) for count in possible}
 
 
 def cluster_means(shifts: Matrix, labels: NDArray[np.intp]) -> Matrix:

@@ -15,7 +15,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, fraction, one_of, paired, positive, run
-from .experts import calinski_harabasz_curve, cluster, cluster_means, clustering_features, expert_weights, unit_length
+from .experts import (
+    calinski_harabasz_curve,
+    cluster,
+    cluster_means,
+    clustering_features,
+    expert_weights,
+    median_of_criteria,
+    unit_length,
+)
 from .linear_algebra import principal_directions
 
 
@@ -62,15 +70,16 @@ class _Unfolded(nn.Module):
         key_dim: int,
         hidden_dim: int,
         learn_values: bool,
+        official: bool,
     ) -> None:
         super().__init__()
         width, rank = residual_basis.shape
         self.register_buffer("prototypes", prototypes)
         self.register_buffer("residual_basis", residual_basis)
-        self.query = nn.Linear(width, key_dim, bias=False)
-        self.key = nn.Linear(width, key_dim, bias=False)
-        self.value = nn.Linear(width, width, bias=False) if learn_values else None
-        if self.value is not None:
+        self.query = nn.Linear(width, key_dim, bias=official)
+        self.key = nn.Linear(width, key_dim, bias=official)
+        self.value = nn.Linear(width, width, bias=official) if learn_values else None
+        if self.value is not None and not official:
             nn.init.eye_(self.value.weight)  # training starts from the prototypes themselves
         self.hidden = nn.Linear(width, hidden_dim)
         self.output = nn.Linear(hidden_dim, rank)
@@ -84,12 +93,16 @@ class _Unfolded(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> State:
-        """Give the arguments of `mose_vector`: W_Q, W_K and C meet in a K x d matrix, W_V and C in another."""
+        """Give the arguments of `mose_vector`: W_Q, W_K and C meet in a K x d matrix, W_V and C in another.
+
+        The bias of W_Q becomes the router's; that of W_K is in the keys.
+        """
         prototypes: torch.Tensor = self.prototypes  # type: ignore[assignment]
         keys = self.key(prototypes).double() / math.sqrt(self.query.out_features)
+        shift = None if self.query.bias is None else (keys @ self.query.bias.double()).float()
         folded = {
             "router_weight": (keys @ self.query.weight.double()).float(),
-            "router_bias": torch.zeros(len(prototypes)),
+            "router_bias": torch.zeros(len(prototypes)) if shift is None else shift,
             "prototypes": prototypes if self.value is None else self.value(prototypes),
             "hidden_weight": self.hidden.weight,
             "hidden_bias": self.hidden.bias,
@@ -109,6 +122,10 @@ class PaperMoSE(BaseEstimator):
     prototypes leaves. Known of the paper's form: prototypes are at most of unit length and the basis need not hold
     the mean shift, so v cannot reach it at scale, and lambda repairs part of it. `closed_form` does not have this.
 
+    compat="official" trains as the published code does where that differs from the paper: W_Q, W_K and W_V have biases,
+    W_V starts at random and not from the prototypes themselves, the orthogonal variant's K is the median of three
+    criteria, and validation rows are drawn one by one, whatever their groups.
+
     Stored size is that of the residual network, 4 d m bytes: 67 MB at d = m = 4096.
 
     Args:
@@ -117,6 +134,7 @@ class PaperMoSE(BaseEstimator):
         key_dim: d_k; None for d.
         hidden_dim: m, width of the residual network; None for d.
         variant: "paper" or "orthogonal".
+        compat: None, or "official".
         lr, weight_decay: of AdamW, full batch, on the mean squared error of the elements.
         epochs: at most.
         patience: epochs without a better validation error before stopping; the best epoch's weights are kept.
@@ -139,6 +157,7 @@ class PaperMoSE(BaseEstimator):
         key_dim: int | None = None,
         hidden_dim: int | None = None,
         variant: str = "paper",
+        compat: str | None = None,
         lr: float = 5e-4,
         weight_decay: float = 1e-5,
         epochs: int = 100,
@@ -152,6 +171,7 @@ class PaperMoSE(BaseEstimator):
         self.key_dim = key_dim
         self.hidden_dim = hidden_dim
         self.variant = variant
+        self.compat = compat
         self.lr = lr
         self.weight_decay = weight_decay
         self.epochs = epochs
@@ -182,6 +202,7 @@ class PaperMoSE(BaseEstimator):
                 self.key_dim or h.shape[1],
                 self.hidden_dim or h.shape[1],
                 learn_values=self.variant == "orthogonal",
+                official=self.compat == "official",
             )
         self._train(torch.from_numpy(h).float(), torch.from_numpy(delta).float(), *self._split(len(h), labels))
         self._state = self.network_.folded()
@@ -189,6 +210,8 @@ class PaperMoSE(BaseEstimator):
 
     def _check(self, rows: int, width: int) -> None:
         one_of(self.variant, ("paper", "orthogonal"), "variant")
+        if self.compat is not None:
+            one_of(self.compat, ("official",), "compat")
         positive(self.lr, "lr")
         positive(self.max_grad_norm, "max_grad_norm")
         fraction(self.val_fraction, "val_fraction")
@@ -209,6 +232,8 @@ class PaperMoSE(BaseEstimator):
         if self.num_experts == "auto":
             self.expert_curve_ = calinski_harabasz_curve(features, self.EXPERT_CANDIDATES, seed=self.seed)
             self.num_experts_ = max(self.expert_curve_, key=lambda count: self.expert_curve_[count])
+            if self.compat == "official" and not paper:
+                self.num_experts_ = median_of_criteria(features, self.EXPERT_CANDIDATES, seed=self.seed)
         else:
             self.num_experts_ = int(self.num_experts)
         self.labels_ = cluster(features, self.num_experts_, seed=self.seed)
@@ -227,6 +252,10 @@ class PaperMoSE(BaseEstimator):
         self.residual_basis_ = np.ascontiguousarray(directions, dtype=np.float32)
 
     def _split(self, rows: int, groups: NDArray[Any] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.compat == "official":
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.seed))
+            held_out = max(1, round(self.val_fraction * rows))
+            return order[held_out:], order[:held_out]
         kind = ShuffleSplit if groups is None else GroupShuffleSplit
         splitter = kind(1, test_size=self.val_fraction, random_state=self.seed)
         train, validation = next(iter(splitter.split(np.empty((rows, 1)), groups=groups)))
@@ -238,6 +267,7 @@ class PaperMoSE(BaseEstimator):
         self.history_: list[dict[str, float]] = []
         self.validation_error_, self.best_epoch_ = math.inf, 0
         best: dict[str, Any] = {}
+        least = 1e-8 if self.compat == "official" else 0.0
         for epoch in range(1, self.epochs + 1):
             optimiser.zero_grad()
             loss = nn.functional.mse_loss(network(h[train]), delta[train])
@@ -247,7 +277,7 @@ class PaperMoSE(BaseEstimator):
             with torch.no_grad():
                 error = float(nn.functional.mse_loss(network(h[validation]), delta[validation]))
             self.history_.append({"epoch": epoch, "train": float(loss.detach()), "validation": error})
-            if error < self.validation_error_:
+            if error < self.validation_error_ - least:
                 self.validation_error_, self.best_epoch_ = error, epoch
                 best = copy.deepcopy(network.state_dict())
             elif epoch - self.best_epoch_ >= self.patience:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finesteer_hf.evaluation.behaviour import Outcome
-from finesteer_hf.evaluation.statistics import Mean, Proportion, mcnemar, paired_p_value
+from finesteer_hf.evaluation.statistics import Mean, Proportion, holm, mcnemar, paired_p_value
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class ComparisonRow:
     steered: Proportion | Mean | None
     p_value: float | None = None
 
-    def cells(self) -> tuple[str, str, str, str, str]:
-        """The row as texts; a dash for what does not exist."""
-        p_value = "-" if self.p_value is None else f"{self.p_value:.2g}"
+    def cells(self, holds: bool = False) -> tuple[str, str, str, str, str]:
+        """The row as texts, with a star if its p holds in a table; a dash for what does not exist."""
+        p_value = "-" if self.p_value is None else p_text(self.p_value, holds)
         return self.dataset, self.metric, _text(self.unsteered), _text(self.steered), p_value
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,11 +44,25 @@ class ComparisonRow:
         }
 
 
+# What holds in a table of several p-values, after a correction for all of them.
+ALPHA = 0.05
+HOLM_NOTE = f"*: below {ALPHA:g} after Holm's correction for all p of the table."
 COLUMNS = ("data", "figure", "unsteered", "steered", "paired p")
 
 
 def _text(figure: Proportion | Mean | None) -> str:
     return "-" if figure is None else str(figure)
+
+
+def p_text(value: float, holds: bool) -> str:
+    """A p-value as text, with a star if it is left by the correction for its table."""
+    return f"{value:.2g}{'*' if holds else ''}"
+
+
+def table_cells(rows: Sequence[ComparisonRow]) -> list[tuple[str, str, str, str, str]]:
+    """The rows of one table as texts; a star marks the p-values that Holm's correction for all of them leaves."""
+    corrected = iter(holm([row.p_value for row in rows if row.p_value is not None]))
+    return [row.cells(row.p_value is not None and bool(next(corrected) < ALPHA)) for row in rows]
 
 
 def compare(dataset: str, metric: str, base: Outcome, steered: Outcome) -> list[ComparisonRow]:

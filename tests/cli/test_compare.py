@@ -10,15 +10,25 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from finesteer_hf import CAAConfig, SteeredModelForCausalLM, playground
+from finesteer_hf import CAAConfig, SteeredModelForCausalLM, SteeringAdapter, playground
 from finesteer_hf.cli.commands import app
 from finesteer_hf.cli.compare import make_configs
+from finesteer_hf.cli.compare_report import effect_rows, mark
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.evaluation.behaviour import evaluate
-from finesteer_hf.evaluation.method_comparison import HIT, compare_methods, nearer_to_chosen, part
+from finesteer_hf.evaluation.behaviour import Outcome, evaluate
+from finesteer_hf.evaluation.generation import Answers
+from finesteer_hf.evaluation.method_comparison import (
+    HIT,
+    MethodComparison,
+    Trial,
+    compare_methods,
+    nearer_to_chosen,
+    part,
+)
+from finesteer_hf.evaluation.multiple_choice import ChoiceScores
 from finesteer_hf.evaluation.playground_eval import fit_rows
 from finesteer_hf.evaluation.prompts import as_chat
-from finesteer_hf.evaluation.statistics import mcnemar, paired_p_value
+from finesteer_hf.evaluation.statistics import holm, mcnemar, paired_p_value
 from finesteer_hf.fitting.data import prompt_key
 
 
@@ -48,7 +58,13 @@ def test_two_methods_are_compared_on_rows_that_no_fit_saw(data: tuple[str, str],
     arguments += [*CHEAP, *(word for text in FINE for word in ("--set", f"FINESTEER.{text}"))]
     done = CliRunner(env={"COLUMNS": "160"}).invoke(app, [*arguments, "-o", str(out), "--max-new-tokens", "8"])
     assert done.exit_code == 0, done.output + repr(done.exception)
-    for expected in ("p against unsteered", "one against another", "side effects and cost", "CAA", "FINESTEER"):
+    for expected in (
+        "p against unsteered",
+        "one against another",
+        "side effects and cost",
+        "Holm's correction",
+        "Ranks",
+    ):
         assert expected in done.stdout
     report = (out / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, drawn without regard" in report
@@ -113,6 +129,25 @@ def test_a_method_that_cannot_be_fitted_is_named_and_the_others_go_on(rows: list
     before, after = result.own.choices, result.trials[0].own.choices
     assert before is not None and after is not None
     assert change.value == pytest.approx(float(np.mean(after.mc2 - before.mc2)))
+
+
+def outcome(mc1: int, mc2: float, hits: int) -> Outcome:
+    """Twenty prompts with so many of MC1 and hits, and one value of MC2."""
+    choices = ChoiceScores(np.arange(20) < mc1, np.linspace(0.0, 0.1, 20) + mc2)
+    return Outcome([], Answers(["a"] * 20, [[1]] * 20), [row < hits for row in range(20)], choices, None)
+
+
+@pytest.mark.parametrize(("mc1", "mc2", "hits"), [(6, 0.0, 10), (6, 0.5, 0), (0, -0.5, 0), (5, 0.0, 5)])
+def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: float, hits: int) -> None:
+    base, steered = outcome(0, 0.5, 0), outcome(mc1, 0.5 + mc2, hits)
+    trial = Trial("ONE", SteeringAdapter(CAAConfig(), {}), steered, base, 1.0)
+    result = MethodComparison(base, base, [trial], {}, 20)
+    figures = {row.metric: row.p_value for row in trial.against_base(result)[:3]}
+    holds = (holm([figures[metric] for metric in ("MC1", "MC2", HIT)]) < 0.05).tolist()
+    cells = effect_rows(result)[1]
+    assert [cell.endswith("*") for cell in cells[2:7:2]] == holds
+    assert mark(result, trial) == ({0.5: "good", -0.5: "bad"}[mc2] if holds[1] else "")
+    assert cells[7] == "1 [1, 1]"
 
 
 def test_nothing_is_written_where_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:

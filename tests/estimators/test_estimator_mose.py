@@ -7,8 +7,11 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
+from sklearn.metrics import calinski_harabasz_score, silhouette_score
+from torch import nn
 
 from finesteer_hf.estimators import PaperMoSE
+from finesteer_hf.estimators.experts import calinski_harabasz_curve, median_of_criteria
 
 
 def clustered(rows: int = 120, width: int = 24, modes: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +68,80 @@ def test_orthogonal_variant_clusters_raw_shifts_and_leaves_their_span() -> None:
         np.testing.assert_allclose(fitted.centroids_[k], shifts[fitted.labels_ == k].mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(fitted.centroids_ @ fitted.residual_basis_, 0, atol=1e-4)
     np.testing.assert_allclose(fitted.residual_basis_.T @ fitted.residual_basis_, np.eye(5), atol=1e-5)
+
+
+def published_network(variant: str, centroids: np.ndarray, basis: np.ndarray, width: int, seed: int) -> nn.ModuleDict:
+    """The code's layers, made in its order after its seed."""
+    torch.manual_seed(seed)
+    layers = {"query": nn.Linear(width, width), "key": nn.Linear(width, width)}
+    if variant == "orthogonal":
+        layers["value"] = nn.Linear(width, width)
+    return nn.ModuleDict({**layers, "hidden": nn.Linear(width, width), "output": nn.Linear(width, basis.shape[1])})
+
+
+@pytest.mark.parametrize("variant", ["paper", "orthogonal"])
+def test_official_training_takes_the_codes_steps(variant: str) -> None:
+    """Biases, W_V's start, the rows drawn for validation, clipping and the best epoch: the same vectors in the end."""
+    states, shifts = clustered()
+    groups = np.arange(len(states)) // 3
+    fitted = PaperMoSE(4, residual_rank=3, variant=variant, compat="official", epochs=12, seed=5)
+    fitted.fit(states, shifts, groups)
+    C, U = torch.from_numpy(fitted.centroids_), torch.from_numpy(fitted.residual_basis_)
+    x, y = torch.from_numpy(states).float(), torch.from_numpy(shifts).float()
+    with torch.random.fork_rng():
+        net = published_network(variant, fitted.centroids_, fitted.residual_basis_, 24, 5)
+        torch.manual_seed(5)
+        order = torch.randperm(len(x))
+
+    def forward(h: torch.Tensor) -> torch.Tensor:
+        weights = torch.softmax(net["query"](h) @ net["key"](C).T / 24**0.5, dim=-1)
+        values = net["value"](C) if variant == "orthogonal" else C
+        return weights @ values + net["output"](torch.relu(net["hidden"](h))) @ U.T
+
+    validation, train = order[:12], order[12:]
+    optimiser = torch.optim.AdamW(net.parameters(), lr=5e-4, weight_decay=1e-5)
+    best, kept = np.inf, None
+    for _ in range(12):
+        optimiser.zero_grad()
+        torch.nn.functional.mse_loss(forward(x[train]), y[train]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            error = float(torch.nn.functional.mse_loss(forward(x[validation]), y[validation]))
+            best, kept = (error, forward(x)) if error < best - 1e-8 else (best, kept)
+    assert kept is not None and fitted.validation_error_ == pytest.approx(best, abs=1e-6)
+    np.testing.assert_allclose(fitted.predict(states), kept.numpy(), atol=1e-5)
+    assert fitted.state()["router_bias"].abs().max() > 0
+
+
+def test_official_orthogonal_takes_the_median_of_three_criteria() -> None:
+    states, shifts = clustered(rows=150, modes=5, seed=3)
+    features = PCA(24).fit_transform(shifts)
+    found = [KMeans(k, n_init=10, random_state=42).fit(features) for k in range(4, 11)]
+    inertia = np.array([one.inertia_ for one in found])
+    bend = np.abs(np.diff((inertia - inertia.min()) / np.ptp(inertia), n=2))
+    indices = [
+        [index(features, one.labels_) for one in found] for index in (silhouette_score, calinski_harabasz_score)
+    ]
+    choices = [4 + int(bend.argmax()) + 1, *(4 + int(np.argmax(index)) for index in indices)]
+    settings = {"residual_rank": 2, "epochs": 1}
+    official = PaperMoSE(variant="orthogonal", compat="official", **settings).fit(states, shifts)
+    assert official.num_experts_ == int(np.median(choices))
+    assert median_of_criteria(features, range(4, 11), seed=42) == int(np.median(choices))
+    # The paper's variant keeps to one index, whatever the code's other variant does.
+    paper = PaperMoSE(compat="official", **settings).fit(states, shifts)
+    assert paper.num_experts_ == max(paper.expert_curve_, key=paper.expert_curve_.get)
+
+
+def test_the_median_is_not_always_the_best_index() -> None:
+    """Few rows in a noisy cloud: the three criteria disagree, and the median is between them."""
+    generator = np.random.default_rng(0)
+    differing = 0
+    for _ in range(6):
+        features = generator.normal(size=(40, 5))
+        curve = calinski_harabasz_curve(features, range(4, 11))
+        differing += median_of_criteria(features, range(4, 11)) != max(curve, key=curve.get)
+    assert differing
 
 
 def test_number_of_experts_is_the_best_calinski_harabasz() -> None:

@@ -13,7 +13,7 @@ from evaluation_toys import half_plane_adapter
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from finesteer_hf.evaluation.comparison import compare
+from finesteer_hf.evaluation.comparison import ComparisonRow, compare, table_cells
 from finesteer_hf.evaluation.examples import examples_of
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
@@ -128,3 +128,10 @@ def test_benchmarks_by_name() -> None:
     with pytest.raises(ValueError, match="truthfulqa"):
         load_benchmark("mmlu")
     assert "gsm8k" in BENCHMARKS
+
+
+def test_a_table_stars_what_holm_leaves_of_all_its_p() -> None:
+    # .01 x 3 is below .05; then .03 x 2 is not, and what follows falls with it.
+    rows = [ComparisonRow("data", "figure", None, None, p) for p in (0.03, None, 0.01, 0.04)]
+    assert [cells[-1] for cells in table_cells(rows)] == ["0.03", "-", "0.01*", "0.04"]
+    assert [cells[-1] for cells in table_cells(rows[:2])] == ["0.03*", "-"]

@@ -94,6 +94,7 @@ def test_finesteer(compat: str | None) -> None:
 
     assert largest_difference(adapter, formula, [1]) < TOLERANCE
     assert len(gates) > 1, "prompts must differ in their gate"
+    assert bool(t["router.bias"].any()) == (compat == "official"), "only the code's W_Q has a bias"
 
 
 def test_alphasteer() -> None:

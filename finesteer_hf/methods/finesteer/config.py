@@ -58,7 +58,8 @@ class FineSteerConfig(QueryGateConfig):
         key_dim: width of the routing keys of `experts="paper"`; None is the hidden size. The keys are folded away when
             the adapter is made.
         hidden_dim: width of the residual network of `experts="paper"`; None is the hidden size, which takes 67 MB at 4096.
-        compat: `official` reads and learns one block before it writes, as the published code does.
+        compat: `official` does as the published code where that differs from the paper: it reads and learns one block
+            before it writes, and trains `experts="paper"` with its details (those of `PaperMoSE`).
     """
 
     steering_type: ClassVar[str] = "FINESTEER"
@@ -86,7 +87,9 @@ class FineSteerConfig(QueryGateConfig):
     residual_rank: int | str = field(default="auto", metadata=_help("Rank of the residual map, or auto."))
     key_dim: int | None = field(default=None, metadata=_help("Width of the paper's routing keys."))
     hidden_dim: int | None = field(default=None, metadata=_help("Width of the paper's residual network."))
-    compat: str | None = field(default=None, metadata=_help("official reads one block before it writes."))
+    compat: str | None = field(
+        default=None, metadata=_help("official: as the published code, which reads one block early.")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -77,7 +77,7 @@ def fit_experts(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: i
     """Fit what the config asks for.
 
     Args:
-        config: its `experts`, `num_experts`, `residual_rank`, `residual`, `key_dim` and `hidden_dim` count.
+        config: its `experts`, `num_experts`, `residual_rank`, `residual`, `key_dim`, `hidden_dim` and `compat` count.
         rows: queries and shifts.
         seed: of folds, K-means and training.
         spare: bytes that the rest of the adapter takes.
@@ -167,6 +167,7 @@ def _paper(config: FineSteerConfig, rows: ContrastRows, seed: int) -> ExpertFit:
         key_dim=config.key_dim,
         hidden_dim=config.hidden_dim,
         variant=variant,
+        compat=config.compat,
         seed=seed,
     )
     fitted.fit(rows.queries, rows.shifts, rows.groups)
