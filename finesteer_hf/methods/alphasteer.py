@@ -8,7 +8,6 @@ vectors a layer are kept instead of a d x d matrix.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -32,6 +31,7 @@ from finesteer_hf.methods.checks import (
     require_fitted,
 )
 from finesteer_hf.methods.moments import mean_difference
+from finesteer_hf.methods.search import Place, search_layers
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Decision, Positions, QueryStates
@@ -49,7 +49,8 @@ class AlphaSteerConfig(SteeringConfig):
     """Settings of AlphaSteer.
 
     Attributes:
-        layers: decoder blocks whose inputs are read and steered; `auto` takes those between 20% and 80% of the depth.
+        layers: decoder blocks whose inputs are read and steered; `auto` compares single blocks between 20% and 80% of the
+            depth, the best of them together, and all of them, on held-out rows.
         null_space: share of the directions, those with the least benign energy, that count as the null space.
         ridge: penalty on |D P|^2, against squared errors summed over the malicious queries.
         pool: answer states whose difference of means is the refusal direction.
@@ -129,7 +130,7 @@ class AlphaSteer(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Fit each layer on the `fit` and `calibration` parts; choose the strength on `validation`.
+        """Fit each layer on the `fit` and `calibration` parts; choose layers and strength on `validation`.
 
         The rows' prompts are the malicious queries, the general prompts the benign ones.
 
@@ -138,33 +139,35 @@ class AlphaSteer(SteeringMethod):
         """
         settings = cast(AlphaSteerConfig, config)
         layers = layers_of(settings.layers, data.info.num_layers, FIRST_LAYER)
-        found, figures = [], []
+        vectors, figures = {}, []
         for layer in layers:
             data.note(f"fitting layer {layer}")
-            refusal, probe = _fit_layer(data, settings, layer)
-            found.append((refusal, probe))
-            figures.append({"layer": layer, **_judge(data, layer, probe)})
-        tensors = {
-            name: torch.from_numpy(np.stack(values).astype(np.float32))
-            for name, values in zip(("refusal", "probe"), zip(*found, strict=True), strict=True)
+            vectors[layer] = _fit_layer(data, settings, layer)
+            figures.append({"layer": layer, **_judge(data, layer, vectors[layer][1])})
+        norms = {layer: median_norm(_queries(data, layer, ("fit",))) for layer in layers}
+        pushes = {
+            layer: float(np.median(np.abs(_queries(data, layer, ("fit",)) @ probe)) * np.linalg.norm(refusal))
+            for layer, (refusal, probe) in vectors.items()
         }
-        pushes = [np.abs(_queries(data, layer, ("fit",)) @ w) for layer, (_, w) in zip(layers, found, strict=True)]
-        norms = [
-            float(np.median(push) * np.linalg.norm(refusal)) for push, (refusal, _) in zip(pushes, found, strict=True)
-        ]
-        trial = Trial(
-            build=lambda strength: cls(filled_in(settings, data.info, layers=layers, strength=strength), tensors),
-            vector_norm=float(np.median(norms)),
-            state_norm=float(np.median([median_norm(_queries(data, layer, ("fit",))) for layer in layers])),
-        )
-        strength, curve, why = trial.choose_strength(settings.strength, data)
-        report: dict[str, Any] = {
-            "layers": figures,
-            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
-        }
-        return FitResult(filled_in(settings, data.info, layers=layers, strength=strength), tensors, report)
+
+        def processor(place: Place, strength: float) -> AlphaSteer:
+            chosen = {"layers": list(place.layers), "positions": place.positions, "strength": strength}
+            pairs = zip(*(vectors[layer] for layer in place.layers), strict=True)
+            tensors = {
+                name: torch.from_numpy(np.stack(values).astype(np.float32))
+                for name, values in zip(("refusal", "probe"), pairs, strict=True)
+            }
+            return cls(filled_in(settings, data.info, **chosen), tensors)
+
+        def trial_of(place: Place) -> Trial:
+            first = norms[place.layers[0]]
+            share = float(np.linalg.norm([pushes[layer] / max(norms[layer], 1e-12) for layer in place.layers]))
+            return Trial(lambda strength: processor(place, strength), share * first, first)
+
+        found = search_layers(data, settings, layers, trial_of)
+        steered = processor(found.key, found.strength)
+        report: dict[str, Any] = {"layers": figures, **found.report}
+        return FitResult(steered.config, steered.tensors, report)
 
 
 def null_space_probe(

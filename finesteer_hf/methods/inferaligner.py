@@ -35,7 +35,7 @@ from finesteer_hf.methods.checks import (
 )
 from finesteer_hf.methods.moments import mean_difference
 from finesteer_hf.methods.screening import relative_norm, state_norms
-from finesteer_hf.methods.search import Place, search, search_places
+from finesteer_hf.methods.search import Place, search_layers
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
@@ -200,13 +200,8 @@ class InferAligner(SteeringMethod):
                 state_norm=first,
             )
 
-        if cast(InferAlignerConfig, config).layers == "auto":
-            found = search_places(
-                data, settings.strength, layers, trial_of, positions=settings.positions, several=True
-            )
-        else:
-            whole = Place(tuple(layers), settings.positions)
-            found = search(data, settings.strength, {whole: trial_of(whole)}, what="place")
+        open_layers = dataclasses.replace(settings, layers=cast(InferAlignerConfig, config).layers)
+        found = search_layers(data, open_layers, layers, trial_of)
         config = fitted(found.key, found.strength)
         report: dict[str, Any] = {
             "layers": list(found.key.layers),

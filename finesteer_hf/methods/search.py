@@ -130,6 +130,23 @@ def search_places(
     return Found(place, strength, {**tables, **report})
 
 
+def search_layers(
+    data: FitData, config: Any, layers: Sequence[int], trial_of: Callable[[Place], Trial]
+) -> Found[Place]:
+    """Choose for a method of several blocks: among `layers` where its config says `auto`, else all that it names.
+
+    Args:
+        data: runs the model on its validation part.
+        config: with `layers`, `positions` and `strength`.
+        layers: the blocks that it may steer, or does.
+        trial_of: what to steer with at a place.
+    """
+    if config.layers == "auto":
+        return search_places(data, config.strength, layers, trial_of, positions=config.positions, several=True)
+    whole = Place(tuple(layers), config.positions)
+    return search(data, config.strength, {whole: trial_of(whole)}, what="place")
+
+
 def settle(
     data: FitData, rule: float | str, trial: Trial, near: float | None, doses: Sequence[float] = RELATIVE_DOSES
 ) -> tuple[float, dict[str, Any]]:

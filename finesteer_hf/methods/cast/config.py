@@ -40,7 +40,8 @@ class CASTConfig(SteeringConfig):
         positions: steered tokens. In the published code all of them, the prompt's as well.
         strength: what a behaviour of unit length is multiplied by, so it is in units of the states; `auto` tries shares of
             the states' own length.
-        layers: decoder blocks whose outputs are steered; `auto` takes those between 20% and 80% of the depth.
+        layers: decoder blocks whose outputs are steered; `auto` compares single blocks between 20% and 80% of the depth,
+            the best of them together, and all of them, on held-out rows.
         conditions: C1, C2, ...: for each a category, whose prompts are contrasted with all other prompts (of rows of other
             categories and general ones), or `*`: the prompts of all rows, contrasted with the general ones.
         behaviors: B1, B2, ...: for each a category, whose rows' chosen and rejected answers are contrasted, or `*`: all

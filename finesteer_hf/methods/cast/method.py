@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -25,14 +24,13 @@ from finesteer_hf.methods.cast.conditions import (
 )
 from finesteer_hf.methods.cast.config import CASTConfig
 from finesteer_hf.methods.checks import filled_in, layers_of, require_fitted
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.screening import relative_norm, state_norms
+from finesteer_hf.methods.search import Place, search_layers
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
 
 
-# Lengths of what is added, as shares of the states': a unit vector has no length of its own to begin from.
-DOSES = tuple(np.geomspace(0.02, 1.0, 8).tolist())
 # What a fit captures of the prompts for a condition.
 POOL_OF: dict[str, Pool] = {"last": "query", "mean": "query_mean"}
 
@@ -142,7 +140,7 @@ class CAST(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Find directions on `fit`, thresholds on `calibration`, the strength on `validation`.
+        """Find directions on `fit`, thresholds on `calibration`, layers and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows, no general prompts where all rows are one side of a condition, or a category
@@ -156,42 +154,48 @@ class CAST(SteeringMethod):
             for name, of_condition in zip(settings.conditions, candidates, strict=True)
         ]
         flat = [condition for of_condition in conditions for condition in of_condition]
-        behaviors = np.stack([_behavior(data, settings, name, at) for name in settings.behaviors for at in layers])
-        tensors = {
-            "behaviors": torch.from_numpy(behaviors.astype(np.float32)),
-            "conditions": torch.from_numpy(np.stack([c.direction for c in flat]).astype(np.float32)),
-        }
+        directions = torch.from_numpy(np.stack([c.direction for c in flat]).astype(np.float32))
         tested = [[condition.layer for condition in of_condition] for of_condition in conditions]
+        behaviors = {
+            (name, layer): _behavior(data, settings, name, layer) for name in settings.behaviors for layer in layers
+        }
+        factors = settings.behavior_strengths or [1.0] * len(settings.behaviors)
+        norms = state_norms(data, [_site(layer) for layer in layers])
         chosen: dict[str, Any] = {
-            "layers": layers,
             "condition_layers": tested if len(tested) > 1 else tested[0],
             "thresholds": [condition.threshold for condition in flat],
             "comparators": [condition.comparator for condition in flat],
             "requires": settings.features(),
         }
 
-        def build(strength: float) -> CAST:
-            return cls(filled_in(settings, data.info, strength=strength, **chosen), tensors)
+        def processor(place: Place, strength: float) -> CAST:
+            vectors = [behaviors[name, layer] for name in settings.behaviors for layer in place.layers]
+            tensors = {"behaviors": torch.from_numpy(np.stack(vectors).astype(np.float32)), "conditions": directions}
+            own = {**chosen, "layers": list(place.layers), "positions": place.positions, "strength": strength}
+            return cls(filled_in(settings, data.info, **own), tensors)
 
-        factors = np.repeat(settings.behavior_strengths or [1.0] * len(settings.behaviors), len(layers))
-        trial = Trial(
-            build=build,
-            vector_norm=float(np.median(np.linalg.norm(behaviors, axis=1) * np.abs(factors))),
-            state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in layers])),
-        )
-        strength, curve, why = trial.choose_strength(settings.strength, data, DOSES)
+        def trial_of(place: Place) -> Trial:
+            first = norms[_site(place.layers[0])]
+            # Of several behaviours the strongest counts.
+            shares = [
+                relative_norm({_site(at): factor * behaviors[name, at][None] for at in place.layers}, norms)
+                for name, factor in zip(settings.behaviors, factors, strict=True)
+            ]
+            return Trial(lambda strength: processor(place, strength), max(shares) * first, first)
+
+        found = search_layers(data, settings, layers, trial_of)
+        steered = processor(found.key, found.strength)
         report: dict[str, Any] = {
+            "layers": list(found.key.layers),
             "conditions": [
                 {"name": name, "layer": c.layer, "f1": c.f1, "threshold": c.threshold, "comparator": c.comparator}
                 for name, of_condition in zip(settings.conditions, conditions, strict=True)
                 for c in of_condition
             ],
-            "held_out_f1": _held_out_f1(data, build(0.0)),
-            "vector": {"vector_norm": trial.vector_norm, "state_norm": trial.state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            "held_out_f1": _held_out_f1(data, steered),
+            **found.report,
         }
-        return FitResult(build(strength).config, tensors, report)
+        return FitResult(steered.config, steered.tensors, report)
 
 
 def _site(layer: int | str) -> Site:
