@@ -15,6 +15,7 @@ from finesteer_hf.methods.cast import CAST, CASTConfig, best_threshold, first_di
 from finesteer_hf.methods.cast.method import explained_share
 from finesteer_hf.testing import toy_model
 from finesteer_hf.testing.conformance import fit_on_toy
+from finesteer_hf.testing.toy import toy_general_prompts, toy_preferences
 
 
 def test_similarity_is_the_paper_s():
@@ -128,6 +129,29 @@ def test_the_default_is_the_published_steering():
     assert set(met) == {True, False}
 
 
+def test_a_condition_of_means_is_tested_as_the_code_s_default_mode_does():
+    """`condition_threshold_comparison_mode="mean"`; the direction comes from means over all tokens as well."""
+    config = CASTConfig.paper(layers=[1, 2], condition_layers=[1], strength=3.0)
+    _, tokenizer, adapter = fit_on_toy(config)
+    assert adapter.config.requires == ["prompt_mean"]
+    (c,), met = adapter.tensors["conditions"].numpy(), []
+    steered = SteeredModelForCausalLM.from_model(toy_model(), steering=adapter)
+    prompts = [row["prompt"] for row in (*toy_preferences()[:6], *toy_general_prompts()[:6])]
+    for prompt in prompts:
+        ids, plain = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids, toy_model()
+        with torch.no_grad():
+            h = plain(ids, output_hidden_states=True).hidden_states[2][0].mean(dim=0).numpy()
+        projected = np.tanh(np.outer(c, c) / (c @ c) @ h)
+        above = h @ projected / (np.linalg.norm(h) * np.linalg.norm(projected)) > adapter.config.thresholds[0]
+        met.append(bool(above) == (adapter.config.comparators[0] == "above"))
+        for layer, b in zip((1, 2), adapter.tensors["behaviors"], strict=True) if met[-1] else ():
+            plain.model.layers[layer].register_forward_hook(lambda m, args, out, b=b: out + 3.0 * b)
+        said = plain.generate(ids, max_new_tokens=8, do_sample=False)
+        assert steered.generate(ids, max_new_tokens=8, do_sample=False).tolist() == said.tolist()
+    # The rows' prompts meet the condition, the general ones do not, but for a few.
+    assert sum(met[:6]) >= 5 and sum(met[6:]) <= 1
+
+
 @pytest.mark.parametrize("vector", ["pca", "mean"])
 def test_lengths_of_a_behaviour(vector):
     fits = {
@@ -207,6 +231,7 @@ def test_files_of_one_condition_and_one_behaviour_load_and_steer_as_before(tmp_p
 def test_what_paper_and_code_fix():
     config = CASTConfig.paper(layers=[15, 16], strength=1.5)
     assert (config.positions, config.vector, config.length, config.pool) == ("all", "pca", "unit", "answer_mean")
+    assert config.condition_pool == "mean"
     assert (config.layers, config.strength, config.rule) == ([15, 16], 1.5, "or")
     assert CASTConfig.paper(positions="generated").positions == "generated"
 

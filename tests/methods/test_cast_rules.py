@@ -181,10 +181,10 @@ def test_categories_are_told_apart_and_each_has_its_own_behaviour(tmp_path):
 class Prompts:
     """Eight rows of two categories and three general prompts, whose states say which they are."""
 
-    def query(self, site, part):
+    def query(self, site, part, pool):
         return np.arange(8.0)[:, None]
 
-    def general(self, site, part):
+    def general(self, site, part, pool):
         return np.array([[100.0], [101.0], [102.0]])
 
     def prompts(self, part):

@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_recall_curve
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators.linear_algebra import principal_directions
-from finesteer_hf.methods.base import FitData, Part
+from finesteer_hf.methods.base import FitData, Part, Pool
 from finesteer_hf.methods.cast.config import ALL_ROWS
 from finesteer_hf.sites import Site
 
@@ -46,16 +46,22 @@ class Condition:
     f1: float
 
 
-def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS) -> Condition:
+def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS, pool: Pool = "query") -> Condition:
     """The direction between a category's prompts and all others at a layer, with the threshold of the best F1.
 
     Directions are of the `fit` part, thresholds of `calibration`.
+
+    Args:
+        data: captured states.
+        layer: at whose output prompts are read.
+        name: of the category, or `*` for all rows.
+        pool: `query` or `query_mean`.
 
     Raises:
         DatasetError: for too few prompts on a side.
     """
     site = Site("resid_post", layer)
-    wanted, others = sides_of(data, site, "fit", name)
+    wanted, others = sides_of(data, site, "fit", name, pool)
     if min(len(wanted), len(others)) < MIN_ROWS:
         raise DatasetError(
             f"CAST needs at least {MIN_ROWS} rows of {name!r} and {MIN_ROWS} other prompts (general_dataset, or rows of "
@@ -65,15 +71,15 @@ def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS) -> Condition:
     rng = np.random.default_rng(data.seed)
     order = [rng.permutation(pairs) % len(side) for side in (wanted, others)]
     direction = first_direction(wanted[order[0]].astype(np.float64), others[order[1]].astype(np.float64))
-    scores, labels = _scores(data, site, "calibration", name, direction)
+    scores, labels = _scores(data, site, "calibration", name, pool, direction)
     if len(np.unique(labels)) < 2:
-        scores, labels = _scores(data, site, "fit", name, direction)
+        scores, labels = _scores(data, site, "fit", name, pool, direction)
     return Condition(layer, direction, *best_threshold(scores, labels))
 
 
-def sides_of(data: FitData, site: Site, part: Part, name: str) -> tuple[np.ndarray, np.ndarray]:
+def sides_of(data: FitData, site: Site, part: Part, name: str, pool: Pool = "query") -> tuple[np.ndarray, np.ndarray]:
     """States of the prompts that are to meet a condition, and of those that are not, `[prompts, d]` float32 each."""
-    queries, general = data.query(site, part), data.general(site, part)
+    queries, general = data.query(site, part, pool), data.general(site, part, pool)
     own = rows_named(data, part, name)
     return queries[own], np.concatenate([queries[~own], general])
 
@@ -138,9 +144,9 @@ def held_out_f1(labels: NDArray[np.int64], met: NDArray[np.bool_]) -> float | No
 
 
 def _scores(
-    data: FitData, site: Site, part: Part, name: str, direction: NDArray[np.float64]
+    data: FitData, site: Site, part: Part, name: str, pool: Pool, direction: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    wanted, others = sides_of(data, site, part, name)
+    wanted, others = sides_of(data, site, part, name, pool)
     states = torch.from_numpy(np.concatenate([others, wanted]))
     condition = torch.from_numpy(direction.astype(np.float32))
     return similarity(states, condition).double().numpy(), np.repeat([0, 1], [len(others), len(wanted)])

@@ -18,8 +18,8 @@ JOINS = ("or", "and")
 COMPARATORS = ("above", "below")
 # All rows of the data set, whatever their category.
 ALL_ROWS = "*"
-# What a file requires of a reader that knows one condition and one behaviour only.
-SEVERAL = "conditions_and_behaviors"
+# What a file requires of a reader that knows one condition and one behaviour only, read at the last token.
+SEVERAL, PROMPT_MEAN = "conditions_and_behaviors", "prompt_mean"
 
 
 def _help(text: str) -> dict[str, str]:
@@ -54,6 +54,8 @@ class CASTConfig(SteeringConfig):
             the natural one; `variance`: the share of the pairs' variance that it explains, the published code's
             `use_explained_variance`. A condition's length plays no part in its similarity.
         pool: answer states that behaviours are fitted to.
+        condition_pool: h of a condition: state of the prompt's `last` token, or the `mean` over its tokens, which is the
+            published code's default.
         condition_layers: blocks whose outputs are tested, or a list of them for each condition; `auto` tries those between
             20% and 80% of the depth and keeps `num_conditions` of them for each condition.
         num_conditions: how many layers `auto` keeps for a condition, those with the best F1.
@@ -65,7 +67,7 @@ class CASTConfig(SteeringConfig):
     """
 
     steering_type: ClassVar[str] = "CAST"
-    understands: ClassVar[frozenset[str]] = frozenset({SEVERAL})
+    understands: ClassVar[frozenset[str]] = frozenset({SEVERAL, PROMPT_MEAN})
 
     positions: Positions = field(default="all", metadata=_help("Steered tokens: all, prompt or generated."))
     strength: float | str = field(default="auto", metadata=_help("Lambda: a number, auto, kl:<nats> or norm:<share>."))
@@ -88,6 +90,9 @@ class CASTConfig(SteeringConfig):
     )
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata=_help("Pooled answer states: answer_mean or answer_last.")
+    )
+    condition_pool: Literal["last", "mean"] = field(
+        default="last", metadata=_help("Tested state of a prompt: last token, or mean.")
     )
     condition_layers: list[int] | list[list[int]] | str = field(
         default="auto", metadata=_help("Tested decoder blocks, or auto.")
@@ -112,6 +117,7 @@ class CASTConfig(SteeringConfig):
         check_strength(self.strength)
         for name, allowed in (("vector", VECTORS), ("length", LENGTHS), ("pool", POOLS), ("rule", JOINS)):
             check_one_of(name, getattr(self, name), allowed)
+        check_one_of("condition_pool", self.condition_pool, ("last", "mean"))
         check_count("num_conditions", self.num_conditions, 1)
         for name in ("thresholds", "behavior_strengths"):
             for number in getattr(self, name):
@@ -128,7 +134,7 @@ class CASTConfig(SteeringConfig):
     @classmethod
     def paper(cls, **overrides: Any) -> CASTConfig:
         """What paper and code fix for all models: unit directions of pairwise centred PCA, added to all tokens; a condition
-        tested at one layer.
+        tested at one layer, on the mean over the prompt.
 
         They choose strength and layers by hand for each model (behaviours at about the second third of the blocks, with
         1.5 for an 8B model; conditions within the first third): here they stay `auto`.
@@ -141,6 +147,7 @@ class CASTConfig(SteeringConfig):
             "vector": "pca",
             "length": "unit",
             "pool": "answer_mean",
+            "condition_pool": "mean",
             "num_conditions": 1,
             "rule": "or",
         }
@@ -158,7 +165,8 @@ class CASTConfig(SteeringConfig):
         """What a reader must understand of a file with these settings."""
         plain = CASTConfig()
         names = ("conditions", "behaviors", "behavior_strengths", "rules")
-        return [SEVERAL] if any(getattr(self, name) != getattr(plain, name) for name in names) else []
+        several = any(getattr(self, name) != getattr(plain, name) for name in names)
+        return [SEVERAL] * several + [PROMPT_MEAN] * (self.condition_pool == "mean")
 
     def _layers_of_conditions(self) -> list[Any]:
         given = self.condition_layers

@@ -33,6 +33,8 @@ from finesteer_hf.sites import Site
 
 # Lengths of what is added, as shares of the states': a unit vector has no length of its own to begin from.
 DOSES = tuple(np.geomspace(0.02, 1.0, 8).tolist())
+# What a fit captures of the prompts for a condition.
+POOL_OF: dict[str, Pool] = {"last": "query", "mean": "query_mean"}
 
 
 class CAST(SteeringMethod):
@@ -65,8 +67,14 @@ class CAST(SteeringMethod):
         self._condition_of = [number for number, _ in tested]
         self._signs = [1.0 if comparator == "above" else -1.0 for comparator in settings.comparators]
         self._rules = settings.parsed_rules()
+        if settings.condition_pool == "mean":
+            self.query_pool = "mean"
         self.reads = tuple(sorted(set(self._sites)))
         self.writes = tuple(_site(layer) for layer in settings.layers)
+
+    def refused(self) -> Mapping[str, str]:
+        """A mean over the prompt is not to be had where a part of it went by in another call."""
+        return {"carried_cache": "its states are gone"} if self.query_pool == "mean" else {}
 
     def decide(self, queries: QueryStates) -> Decision:
         """Test each row.
@@ -128,7 +136,8 @@ class CAST(SteeringMethod):
         """
         settings = cast(CASTConfig, config)
         layers = {*layers_of(settings.layers, info.num_layers)}.union(*_candidates(settings, info.num_layers))
-        pools: tuple[Pool, ...] = ("query", settings.pool)
+        # Strengths are in units of the states at the prompt's last token.
+        pools: tuple[Pool, ...] = tuple(dict.fromkeys(("query", POOL_OF[settings.condition_pool], settings.pool)))
         return CaptureRequest(tuple(_site(layer) for layer in sorted(layers)), pools)
 
     @classmethod
@@ -198,7 +207,7 @@ def _candidates(config: CASTConfig, num_layers: int) -> list[list[int]]:
 
 def _fitted_condition(data: FitData, config: CASTConfig, name: str, layers: list[int]) -> list[Condition]:
     """A condition at the layers where it is tested: with `auto` those of the best F1."""
-    found = [fit_condition(data, layer, name) for layer in layers]
+    found = [fit_condition(data, layer, name, POOL_OF[config.condition_pool]) for layer in layers]
     if config.condition_layers == "auto":
         found = sorted(found, key=lambda condition: -condition.f1)[: config.num_conditions]
     return sorted(found, key=lambda condition: condition.layer)
@@ -238,10 +247,11 @@ def explained_share(differences: NDArray[np.float64], direction: NDArray[np.floa
 
 def _held_out_f1(data: FitData, processor: CAST) -> float | dict[str, float | None] | None:
     """F1 of the condition on the `validation` part, of several by name; None if it has one side only."""
-    names = cast(CASTConfig, processor.config).conditions
+    settings = cast(CASTConfig, processor.config)
+    names, pool = settings.conditions, POOL_OF[settings.condition_pool]
     found: dict[str, float | None] = {}
     for number, name in enumerate(names):
-        sides = {site: sides_of(data, site, "validation", name) for site in processor.reads}
+        sides = {site: sides_of(data, site, "validation", name, pool) for site in processor.reads}
         sizes = [len(side) for side in next(iter(sides.values()))]
         states = {site: torch.from_numpy(np.concatenate(pair)) for site, pair in sides.items()}
         margins = processor.margins(QueryStates(states, sum(sizes), torch.device("cpu")))
