@@ -9,6 +9,7 @@ from typing import Any
 
 from paired_tests import NOTE, mcnemar_cells
 
+from finesteer_hf.evaluation.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.statistics import proportion
 
 
@@ -26,6 +27,7 @@ evidence of how they rank on large models.
 
 - effect: share of held-out targets with the wanted answer [Wilson, 95%]; p: McNemar's exact test against FineSteer's
   default on the same prompts, {note}.
+- rank: by effect, the best is 1 [95% over draws of the prompts; it does not hold what another fit or seed would change].
 - neither: answers to questions that are neither right nor wrong (garbled, or evasive).
 - identical: held-out general prompts with the same greedy tokens as unsteered; right: solved correctly.
 - fires: held-out targets, and general prompts, on which the gate is at least 1/2; `-`: no gate of queries.
@@ -41,6 +43,7 @@ evidence of how they rank on large models.
 COLUMNS = (
     "method",
     "effect",
+    "rank",
     "p",
     "neither",
     "identical",
@@ -80,7 +83,7 @@ def p_values(rows: Sequence[dict[str, Any]]) -> list[str]:
     return ["" if row["label"] == REFERENCE else next(cells) for row in rows]
 
 
-def line(found: dict[str, Any], p_value: str, nats: float) -> list[str]:
+def line(found: dict[str, Any], rank: str, p_value: str, nats: float) -> list[str]:
     """One method's cells."""
     own, dose = found["own"], found["dose"]
     n, general = len(own["hits"]), own["general"]
@@ -94,6 +97,7 @@ def line(found: dict[str, Any], p_value: str, nats: float) -> list[str]:
     return [
         found["label"],
         share(sum(own["hits"]), n),
+        rank,
         p_value,
         f"{own['neither'] / n:.1%}",
         share(own["identical"], general),
@@ -115,9 +119,10 @@ def table(folder: Path, nats: float) -> list[str]:
     base, n = unsteered["own"], len(unsteered["own"]["hits"])
     general = base["general"]
     first, *others = p_values([unsteered, *rows])
-    top = ["unsteered", share(sum(base["hits"]), n), first]
+    top = ["unsteered", share(sum(base["hits"]), n), "", first]
     top += [f"{base['neither'] / n:.1%}", "100%", f"{base['general_hits'] / general:.1%}"]
-    lines = [line(row, p, nats) for row, p in zip(rows, others, strict=True)]
+    ranks = ranks_with_intervals({row["label"]: row["own"]["hits"] for row in rows}) if rows else {}
+    lines = [line(row, str(ranks[row["label"]]), p, nats) for row, p in zip(rows, others, strict=True)]
     cells = [top + [""] * (len(COLUMNS) - len(top)), *lines]
     notes = [f"{row['label']}: {row['note']}." for row in rows if row["note"]]
     capture = sum(row["seconds"]["capture"] for row in rows)

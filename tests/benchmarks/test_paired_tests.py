@@ -41,7 +41,9 @@ def test_the_page_tests_every_row_but_the_references_own(tmp_path: Path) -> None
         (folder / f"{label.lower()}.json").write_text(json.dumps(result(label, [i < hits for i in range(20)])))
     text = page(tmp_path, 20, 0.05, 8, 32)
     cells = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in text.splitlines() if row.startswith("| ")}
-    assert [cells[name][2] for name in ("unsteered", REFERENCE, "ONE", "TWO")] == [
+    assert [cells[name][2] for name in ("unsteered", "ONE")] == ["", "1 [1, 1]"]
+    assert cells[REFERENCE][2] == cells["TWO"][2] == "2.5 [2, 3]"
+    assert [cells[name][3] for name in ("unsteered", REFERENCE, "ONE", "TWO")] == [
         "0.002* (+0, -10)",
         "",
         "0.031 (+6, -0)",
