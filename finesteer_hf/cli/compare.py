@@ -48,11 +48,11 @@ def compare(
         COST_COLUMNS,
         DUEL_COLUMNS,
         EFFECT_COLUMNS,
-        RANK_NOTE,
         build_report,
         cost_rows,
         duel_rows,
         effect_rows,
+        rank_note,
     )
     from finesteer_hf.evaluation.comparison import HOLM_NOTE
     from finesteer_hf.evaluation.method_comparison import compare_methods, part
@@ -75,7 +75,8 @@ def compare(
     ):
         if rows:
             console.print(table(columns, rows, title=title))
-    console.print(f"{HOLM_NOTE} {RANK_NOTE}", markup=False, highlight=False)
+    for note in (HOLM_NOTE, rank_note(result)):
+        console.print(note, markup=False, highlight=False)
     content = {
         "model": model,
         "rows": {"fit": len(parts.fit), "held_out": len(parts.own), "general_held_out": len(parts.general)},

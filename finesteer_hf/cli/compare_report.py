@@ -10,30 +10,29 @@ from finesteer_hf.evaluation.behaviour import Outcome
 from finesteer_hf.evaluation.comparison import ALPHA, HOLM_NOTE, ComparisonRow, p_text
 from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, Trial
 from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
-from finesteer_hf.evaluation.ranks import Rank, ranks_with_intervals
+from finesteer_hf.evaluation.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
 from finesteer_hf.evaluation.statistics import Mean, Proportion, holm
 from finesteer_hf.methods.base import DosePoint
 
 
-EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p", "rank by MC2")
+EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")
 DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second less first", "p")
 COST_COLUMNS = ("method", "general answers unchanged", "gate fires on rows", "on general", "fit", "size")
-RANK_NOTE = "Ranks: by mean MC2, the best is 1; in brackets 95% intervals, over draws of the prompts."
 SHOWN = 6
 
 
 def effect_rows(result: MethodComparison) -> list[tuple[str, ...]]:
-    """MC1, MC2 and hits of the base and of each method, with their paired p and the methods' ranks by MC2."""
+    """MC1, MC2 and hits of the base and of each method, with their paired p."""
     base = result.own
-    rows: list[tuple[str, ...]] = [("unsteered", *_pair(base, "MC1"), *_pair(base, "MC2"), base.share.brief, "", "")]
-    holds, ranks = effects_that_hold(result), _ranks(result)
+    rows: list[tuple[str, ...]] = [("unsteered", *_pair(base, "MC1"), *_pair(base, "MC2"), base.share.brief, "")]
+    holds = effects_that_hold(result)
     for trial in result.trials:
         cells: list[str] = []
         for metric, row in _effects_of(result, trial).items():
             assert row.steered is not None and row.p_value is not None
             cells += [row.steered.brief, p_text(row.p_value, holds[trial.name, metric])]
-        rows.append((trial.name, *cells, str(ranks[trial.name])))
+        rows.append((trial.name, *cells))
     return rows
 
 
@@ -51,9 +50,12 @@ def _effects_of(result: MethodComparison, trial: Trial) -> dict[str, ComparisonR
     return {metric: figures[metric] for metric in ("MC1", "MC2", HIT)}
 
 
-def _ranks(result: MethodComparison) -> dict[str, Rank]:
+def rank_note(result: MethodComparison) -> str:
+    """The methods from the best mean MC2 down, each rank with its interval."""
     scores = {trial.name: trial.own.choices.mc2 for trial in result.trials if trial.own.choices is not None}
-    return ranks_with_intervals(scores) if scores else {}
+    ranks = sorted(ranks_with_intervals(scores).items(), key=lambda found: found[1].value)
+    shown = "; ".join(f"{name} {rank}" for name, rank in ranks)
+    return f"Ranks by MC2 [95% over draws of the prompts]: {shown}."
 
 
 def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
@@ -134,7 +136,8 @@ def _effects(result: MethodComparison) -> Section:
         [
             "MC1: the first chosen answer is likelier than every rejected one. MC2: the chosen answers' share of the "
             "probability. p: McNemar's exact test for shares, sign flips for MC2. "
-            f"{HOLM_NOTE} Above and below unsteered is said of MC2 after it. {RANK_NOTE}",
+            f"{HOLM_NOTE} Above and below unsteered is said of MC2 after it.",
+            *([rank_note(result)] if len(result.trials) > 1 else []),
             *failed,
         ],
         tables=[

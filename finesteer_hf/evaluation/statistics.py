@@ -223,8 +223,8 @@ def _bootstrapped(data: np.ndarray, confidence: float, seed: int) -> Mean:
     if data.size == 0:
         return Mean(float("nan"), float("nan"), float("nan"), 0)
     value = float(data.mean())
-    # BCa is undefined when resampling cannot change the mean.
-    if data.size == 1 or np.ptp(data) == 0:
+    # BCa is undefined when resampling cannot change the mean but by rounding.
+    if np.ptp(data) <= 1e-12 * np.abs(data).max():
         return Mean(value, value, value, int(data.size))
     result = stats.bootstrap(
         (data,),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from finesteer_hf import CAAConfig, SteeredModelForCausalLM, SteeringAdapter, playground
 from finesteer_hf.cli.commands import app
 from finesteer_hf.cli.compare import make_configs
-from finesteer_hf.cli.compare_report import effect_rows, mark
+from finesteer_hf.cli.compare_report import effect_rows, mark, rank_note
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.behaviour import Outcome, evaluate
 from finesteer_hf.evaluation.generation import Answers
@@ -63,7 +63,7 @@ def test_two_methods_are_compared_on_rows_that_no_fit_saw(data: tuple[str, str],
         "one against another",
         "side effects and cost",
         "Holm's correction",
-        "Ranks",
+        "Ranks by MC2",
     ):
         assert expected in done.stdout
     report = (out / "report.html").read_text()
@@ -147,7 +147,7 @@ def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: fl
     cells = effect_rows(result)[1]
     assert [cell.endswith("*") for cell in cells[2:7:2]] == holds
     assert mark(result, trial) == ({0.5: "good", -0.5: "bad"}[mc2] if holds[1] else "")
-    assert cells[7] == "1 [1, 1]"
+    assert rank_note(result).endswith(": ONE 1 [1, 1].")
 
 
 def test_nothing_is_written_where_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:

@@ -176,6 +176,12 @@ def test_paired_intervals_hold_their_estimate_at_the_edges(gained: int, lost: in
         assert found.high == pytest.approx(z * z / (20 + z * z)) == -found.low
 
 
+def test_a_change_that_is_the_same_everywhere_has_no_width() -> None:
+    first = np.linspace(0, 0.1, 20)
+    found = paired_difference(first, first + 0.3)
+    assert found.low == found.high == found.value == pytest.approx(0.3)
+
+
 def test_rare_changes_are_covered() -> None:
     """Each pair of counts once, with its probability: coverage without simulation."""
     n, gain, loss = 40, 0.04, 0.01
