@@ -80,7 +80,7 @@ def fit(subject: Subject, row: Row) -> SteeringAdapter:
         tokenizer,
         subject.rows,
         row.config(subject.sizes),
-        split="group",
+        split=subject.split,
         general_dataset=subject.general_rows,
         progress=False,
         seed=subject.seed,
@@ -90,7 +90,9 @@ def fit(subject: Subject, row: Row) -> SteeringAdapter:
 def dose_runner(subject: Subject) -> DoseRunner:
     """Measures side effects on the rows and general prompts that the fits hold out."""
     model, tokenizer = subject.base
-    inputs = prepare_inputs(tokenizer, subject.rows, None, subject.general_rows, seed=subject.seed, split="group")
+    inputs = prepare_inputs(
+        tokenizer, subject.rows, None, subject.general_rows, seed=subject.seed, split=subject.split
+    )
     held_out = [inputs.rows[i] for i in inputs.split.rows["validation"]]
     return DoseRunner(model, held_out, inputs.side_effects, subject.seed)
 

@@ -34,6 +34,7 @@ from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.playground_eval import fit_rows, general_prompts, target_prompts
 from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.fitting.splits import SplitBy
 
 
 SUBJECTS = ("playground-truthful", "playground-refusal", "real-truthful", "real-refusal")
@@ -89,6 +90,11 @@ class Subject(abc.ABC):
         """How well a system message does on the fit half."""
 
     @property
+    @abc.abstractmethod
+    def split(self) -> SplitBy:
+        """What the parts of a fit are disjoint by."""
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Of the model."""
         config = self.base[0].config
@@ -109,6 +115,11 @@ class Playground(Subject):
     @functools.cached_property
     def steered(self) -> Any:
         return SteeredModelForCausalLM.from_pretrained(playground.model_path())
+
+    @property
+    def split(self) -> SplitBy:
+        # Variants of a request must not lie on both sides; the rows' category says what are variants.
+        return "group"
 
     @property
     def _task(self) -> Any:
@@ -184,6 +195,10 @@ class Real(Subject):
     def steered(self) -> Any:
         return SteeredModelForCausalLM.from_model(load_model(self.source, torch.bfloat16, self.device)[0])
 
+    @property
+    def split(self) -> SplitBy:
+        return "prompt"
+
     @functools.cached_property
     def _general(self) -> GeneralData:
         return general_data(self.data, self.amounts, self.seed)
@@ -216,6 +231,8 @@ class Real(Subject):
 
     def _truthful(self, condition: Condition, packed: bool) -> dict[str, Any]:
         questions = self._halves[1]
+        # Where a forward costs its launch, batches of many answers are quicker than rows that hold one question's.
+        packed = packed and self.device == "cpu"
         scores = choices(condition, questions, lambda text: None, packed=packed)
         asked_too = [question.question for question in questions[: self.amounts.spoken]]
         said = own_words(condition, asked_too)

@@ -85,8 +85,13 @@ def score_items(
         if packed:
             packed = all(agrees(condition, *pair) for pair in pairs[:CHECKED])
         found = []
-        for prompt, answers in pairs:
-            found.append((in_one_row if packed else in_own_rows)(condition, prompt, answers))
+        if not packed:
+            # All at once, so that batches hold answers of many items.
+            prompts = [prompt for prompt, answers in pairs for _ in answers]
+            found.append(token_log_probs(condition.model, prompts, [ids for _, answers in pairs for ids in answers]))
+            advance(len(pairs))
+        for prompt, answers in pairs if packed else ():
+            found.append(in_one_row(condition, prompt, answers))
             advance(1)
     return AnswerScores(np.concatenate(found), tokens, counts, packed)
 

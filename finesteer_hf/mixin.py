@@ -261,7 +261,8 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
-        misplaced = sorted(OF_GENERATE & kwargs.keys())
+        # Spelt out: torch before 2.13 cannot trace a set that meets the keys of a dict.
+        misplaced = sorted(name for name in kwargs if name in OF_GENERATE)
         if misplaced:
             raise TypeError(
                 f"{misplaced} are arguments of generate(). For a plain forward use `with model.steering(name, scale=...)`, "

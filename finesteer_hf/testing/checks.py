@@ -192,7 +192,7 @@ def check_disable_and_nest(bench: Bench) -> None:
 
 
 def check_unload(bench: Bench) -> None:
-    reference = toy_model()
+    reference = toy_model().to(bench.model.device)
     reference.load_state_dict(bench.model.state_dict())
     bench.model.unload_steering()
     assert type(bench.model) is type(reference), "the class is not restored"
