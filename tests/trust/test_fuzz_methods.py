@@ -79,6 +79,9 @@ FITTED: dict[str, dict[str, Any]] = {
     "SADI hidden": dict(
         elements="hidden", element_layers=[1], num_elements=2, strength=1.0, compat="official", **SIZES
     ),
+    "SADI neurons": dict(
+        elements="neurons", element_layers=[1], num_elements=2, strength=1.0, requires=["elements:neurons"], **SIZES
+    ),
     "SWAI": dict(strength=1.0, **SIZES),
     "TAD": dict(layer=1, strength=1.0, **SIZES),
     "TASKDRIVEN": dict(layer=1, attention_heads=4, strength=1.0, **SIZES),
@@ -88,7 +91,7 @@ FITTED: dict[str, dict[str, Any]] = {
 CONFIGS = {
     name: SteeringConfig.from_dict({"steering_type": name.partition(" ")[0], **f}) for name, f in FITTED.items()
 }
-FREE = {"head_size": 8}
+FREE = {"head_size": 8, "neurons": 64}
 
 
 def sound_tensors(config: SteeringConfig) -> dict[str, torch.Tensor]:
