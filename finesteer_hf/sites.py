@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from finesteer_hf.errors import SiteError, UnsupportedModelError
 
 
-SiteKind = Literal["resid_pre", "head_out", "mlp_act", "resid_post"]
+SiteKind = Literal["resid_pre", "head_out", "attention", "mlp_act", "resid_post"]
 
 # The order in which one forward passes the sites of a block.
-_ORDER: dict[str, int] = {"resid_pre": 0, "head_out": 1, "mlp_act": 2, "resid_post": 3}
+_ORDER: dict[str, int] = {"resid_pre": 0, "head_out": 1, "attention": 2, "mlp_act": 3, "resid_post": 4}
 _PATTERN = re.compile(rf"^({'|'.join(_ORDER)})\[(\d+)\]$")
 
 # Where blocks keep the projection that mixes the heads of their attention.
@@ -51,10 +51,13 @@ _LAST_PROJECTIONS = (
 # Sites that are the input of a projection inside a block: where it is, and what it is.
 _PROJECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "head_out": (_OUTPUT_PROJECTIONS, "attention output projection"),
+    "attention": (_OUTPUT_PROJECTIONS, "attention output projection"),
     "mlp_act": (_LAST_PROJECTIONS, "feed-forward that all tokens pass, with a last projection"),
 }
 # Kinds of sites that are not of the residual stream, and have a width of their own.
 INNER_KINDS = frozenset(_PROJECTIONS)
+# How many tokens before each an `attention` site shows the weights of.
+BACK = 10
 # Names of a decoder's list of blocks, where other lists of that length stand beside it.
 _BLOCK_LIST_NAMES = ("layers", "h", "blocks", "layer")
 # Decoders whose blocks, or whose forwards, do not have the layout that sites are defined by.
@@ -76,14 +79,16 @@ _REFUSED_TYPES = {
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """A place in the decoder: `resid_pre[l]`, `head_out[l]`, `mlp_act[l]` or `resid_post[l]`.
+    """A place in the decoder: `resid_pre[l]`, `head_out[l]`, `attention[l]`, `mlp_act[l]` or `resid_post[l]`.
 
     Sites are ordered as a forward passes them, so `read <= write` says that one pass is enough.
 
     Attributes:
         kind: `resid_pre` is the input of block `layer`, `resid_post` its output, `head_out` the input of the attention
             output projection (width: heads x head size, before the heads are mixed), `mlp_act` the input of the last
-            projection of the feed-forward (width: its neurons, after the activation and the gate's product).
+            projection of the feed-forward (width: its neurons, after the activation and the gate's product). `attention`
+            can be looked at and not written: for each head the weights of a token to the `BACK` before it, the nearest
+            first (width: heads x `BACK`); 0 where there is none.
         layer: index of the block, from 0.
     """
 
@@ -157,6 +162,12 @@ class TextTower:
             raise SiteError(
                 f"Site {site} is out of range: the model has {self.num_layers} layers, 0 to {self.num_layers - 1}."
             )
+        if site.kind == "attention" and not self.shows_attention:
+            raise UnsupportedModelError(
+                f"{site} needs attention weights, which attn_implementation="
+                f"{getattr(self.config, '_attn_implementation', None)!r} does not give. Load the model with "
+                "attn_implementation='eager', or call `model.set_attn_implementation('eager')` first."
+            )
         if site.kind in INNER_KINDS and splits_its_input(self.projection(site)):
             raise UnsupportedModelError(
                 f"{site} cannot be steered under tensor parallelism: each rank holds its own heads or neurons there, not "
@@ -164,8 +175,15 @@ class TextTower:
                 "unsharded."
             )
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the model's attention gives its weights, which only the eager one does."""
+        return getattr(self.config, "_attn_implementation", None) == "eager"
+
     def width(self, site: Site) -> int:
         """Width of the states at a site."""
+        if site.kind == "attention":
+            return self.num_heads * BACK
         if site.kind not in INNER_KINDS:
             return self.hidden_size
         projection: Any = self.projection(site)
@@ -199,14 +217,19 @@ class TextTower:
         Raises:
             SiteError: if the block has none, or it has an unknown name.
         """
+        return self._with_projection(site)[1]
+
+    def _with_projection(self, site: Site) -> tuple[nn.Module, nn.Module]:
+        """The projection of a site and the module that it is part of."""
         block = self.layers[site.layer]
         paths, what = _PROJECTIONS[site.kind]
         for path in paths:
+            owner: Any = None
             projection: Any = block
             for name in path.split("."):
-                projection = getattr(projection, name, None)
+                owner, projection = projection, getattr(projection, name, None)
             if isinstance(projection, nn.Module):
-                return projection
+                return owner, projection
         raise SiteError(
             f"There is no {site}: block {site.layer} ({type(block).__name__}, of "
             f"{[name for name, _ in block.named_children()]}) has no {what} that is known. Steer a resid_pre or "
@@ -216,7 +239,10 @@ class TextTower:
     def module(self, site: Site) -> nn.Module:
         """The module that a hook for this site is put on."""
         self.check(site)
-        return self.projection(site) if site.kind in INNER_KINDS else self.layers[site.layer]
+        if site.kind not in INNER_KINDS:
+            return self.layers[site.layer]
+        owner, projection = self._with_projection(site)
+        return owner if site.kind == "attention" else projection
 
 
 def refuse_layout(model_name: str, config: Any) -> None:
@@ -291,6 +317,37 @@ def stream_of(output: Any, site: Site, width: int) -> torch.Tensor:
             "streams or a sequence-parallel token axis cannot be steered."
         )
     return hidden
+
+
+def attention_of(output: Any, site: Site, heads: int, past: int) -> torch.Tensor:
+    """What an attention module says of the weights of each token to those before it, as an `attention` site shows them.
+
+    Args:
+        output: of the module: the weights `[rows, heads, tokens, keys]` are its second part.
+        site: named in errors.
+        heads: of the block.
+        past: absolute position of the first token.
+
+    Returns:
+        `[rows, tokens, heads * BACK]`, in the weights' dtype.
+
+    Raises:
+        UnsupportedModelError: if the module gives no such weights.
+    """
+    weights = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+    if not isinstance(weights, torch.Tensor) or weights.ndim != 4 or weights.shape[1] != heads:
+        shape = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+        raise UnsupportedModelError(
+            f"{site}: the attention gives no weights [rows, {heads}, tokens, keys], but {shape}. Load the model with "
+            "attn_implementation='eager'; some architectures give none even then."
+        )
+    tokens, keys = weights.shape[2:]
+    # A static cache has room for keys to come; a sliding window has let go of the first ones.
+    own = past if keys > past + tokens else keys - tokens
+    columns = torch.arange(own, own + tokens, device=weights.device)[:, None]
+    behind = columns - torch.arange(1, BACK + 1, device=weights.device)
+    found = weights.gather(3, behind.clamp(min=0).expand(*weights.shape[:3], BACK))
+    return torch.where(behind >= 0, found, 0.0).transpose(1, 2).flatten(2)
 
 
 def with_stream(output: Any, hidden: torch.Tensor) -> Any:

@@ -47,6 +47,7 @@ class Stream:
         seen: columns that went through the model so far.
         makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
         decisions: what each entry decided, by its index in the plan.
+        memory: what each entry keeps of a sequence beside the first one, by its index in the plan.
         adds: for each site and step, what is added: by positions, cast to the stream's dtype.
         decode: for sites with nothing but one add, what a decode step adds.
         compiled: the same, laid out for a compiled step.
@@ -59,6 +60,7 @@ class Stream:
     makes_cache: bool = False
     decisions: dict[int, Decision] = field(default_factory=dict)
     states: dict[Site, torch.Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
     decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
     compiled: dict[Site, torch.Tensor] = field(default_factory=dict)

@@ -28,13 +28,17 @@ Text = Literal["prompt", "chosen", "rejected", "general"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a method may know of the base model before any state is captured."""
+    """What a method may know of the base model before any state is captured.
+
+    `shows_attention`: whether its attention gives weights, for `attention` sites.
+    """
 
     num_layers: int
     hidden_size: int
     num_heads: int
     head_size: int
     vocab_size: int
+    shows_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,11 @@ class SteeringMethod(SteeringProcessor):
         An axis is a size, or `Free` where the config does not say it. A plain tuple is float32, `Indices` are int64.
         """
         raise NotImplementedError
+
+    @classmethod
+    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+        """What an adapter of this config refuses, of `finesteer_hf.testing`'s features: `refuses`, unless it says more."""
+        return cls.refuses
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:

@@ -44,6 +44,8 @@ class ConstantConfig(SteeringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.site == "attention":
+            raise ValueError("site='attention' can be looked at, and not be steered.")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers names a block twice: {self.layers[:50]}.")
         for site in self.sites:
