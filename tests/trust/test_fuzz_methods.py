@@ -84,6 +84,9 @@ FITTED: dict[str, dict[str, Any]] = {
     ),
     "SWAI": dict(strength=1.0, **SIZES),
     "TAD": dict(layer=1, strength=1.0, **SIZES),
+    "TAD recurrent": dict(
+        layer=1, strength=1.0, gate="soft", recurrence=2, requires=["gate:soft", "recurrence"], **SIZES
+    ),
     "TASKDRIVEN": dict(layer=1, attention_heads=4, strength=1.0, **SIZES),
     "TRUTHFLOW": dict(layer=1, rank=3, width=8, levels=3, steps=3, strength=1.0, **SIZES),
     "WAS": dict(read_layers=[0], layers=[1, 2], width=4, strength=1.0, **SIZES),

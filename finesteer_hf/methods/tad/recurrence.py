@@ -8,7 +8,8 @@ it, from the attention to the tokens before, and from their confidences, conditi
 n runs from 1 to N over those tokens before that are judged as well. The features, the target (the quality of the answer
 that a token belongs to) and the two stages of the fit are those of the authors' code. There p_i is the probability that
 the model gave the token, and A are the weights of all heads; here p_i is read from the token's state, and A are those of
-the heads up to the block that is judged: more is not known when the token is steered, see `finesteer_hf.methods.tad`.
+the heads up to the block that is judged: more is not known when the token is steered, see
+`finesteer_hf.methods.tad.method`.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from sklearn.model_selection import GroupKFold
 
 from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.methods import recurrent_score
 from finesteer_hf.methods.fasb import FASBConfig
-from finesteer_hf.methods.recurrent_score import (
+from finesteer_hf.methods.tad import TADConfig, recurrence
+from finesteer_hf.methods.tad.recurrence import (
     AnswerStates,
     Recurrence,
     Weights,
@@ -21,7 +21,6 @@ from finesteer_hf.methods.recurrent_score import (
     fit_score,
     unconditional,
 )
-from finesteer_hf.methods.tad import TADConfig
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import BACK
 from finesteer_hf.testing import toy_model
@@ -62,8 +61,8 @@ def by_formula(p, attention, weights, reach):
 
 
 def some_weights(size, generator):
-    draw = functools.partial(torch.randn, generator=generator)
-    return Weights(0.3 + draw(1) * 0.1, draw(1) * 0.3, draw(N, 3) * 0.2, draw(N, size) * 0.1)
+    draw = functools.partial(torch.rand, generator=generator)
+    return Weights(draw(1) * 0.1, draw(1) * 0.3, draw(N, 3) * 0.15, draw(N, size) * 0.05)
 
 
 def test_scores_are_those_of_the_formula_and_of_texts_in_pieces():
@@ -108,13 +107,13 @@ def planted(rows=40, tokens=8, size=2, seed=0, noise=2.0):
 
 def test_the_fit_has_the_two_stages_of_the_published_code(monkeypatch):
     """The code's loops: targets as confidences first, then those of fold models, each on the features of its text."""
-    monkeypatch.setattr(recurrent_score, "ALPHAS", (0.1,))
+    monkeypatch.setattr(recurrence, "ALPHAS", (0.1,))
     answers = planted(rows=10)
     got = fit_score(answers, N)
     folds = list(GroupKFold(5).split(answers.group, groups=answers.group))
     own = np.zeros(answers.real.shape)
     for learn, rest in folds:
-        weight, bias = recurrent_score._state_head(answers, learn)
+        weight, bias = recurrence._state_head(answers, learn)
         own[rest] = 1 / (1 + np.exp(-(answers.states[rest] @ weight + bias)))
 
     def row_of(text, i, u):
