@@ -6,7 +6,8 @@ A' = A + delta (A * M).
 
 Differences from the published code. It *replaces*: the marked elements of the question's last token become delta times
 the activations that the unsteered question has there, and generated tokens are left alone; `compat="official"` does so. It
-takes K and delta from the best score on the test set; here they are chosen on held-out rows. Its "hidden"
+takes K and delta from the best score on the test set; here they are chosen on held-out rows, out of the published K, and
+with `compat="official"` of the published delta. Its "hidden"
 elements are of the feed-forward's output, here they are of the stream after the block. Its neurons are the activation
 function's outputs; here they are what the last projection takes, which in gated feed-forwards is their product with the up
 projection. Amplifying one amplifies the other alike; which neurons are marked, and what `compat="official"` replaces, is of
@@ -49,6 +50,12 @@ COUNTS = {
     "head": (8, 1, 2, 4, 6, 10),
     "neurons": (100, 3, 5, 10, 30, 50, 200, 300, 400, 500),
     "hidden": (8, 1, 2, 4, 6, 10, 12, 14, 16, 18, 20),
+}
+# The published strengths: what replaces an element is so many times its unsteered activation.
+STRENGTHS = {
+    "head": tuple(range(5, 85, 5)),
+    "neurons": (10, 20, 30, 50, 70, 90),
+    "hidden": tuple(range(5, 85, 5)),
 }
 MIN_ROWS = 2
 
@@ -218,9 +225,16 @@ class SADI(SteeringMethod):
         masks = {count: largest(found, count) for count in counts}
         trials = {count: _trial(data, settings, layers, mask) for count, mask in masks.items()}
         count, tried = counts[0], None
-        if len(counts) > 1:
+        published = STRENGTHS[settings.elements] if settings.compat == "official" else None
+        if len(counts) > 1 and published is None:
             count, tried = try_each(data, trials, settings.strength, what="num_elements")
-        strength, curve, why = trials[count].choose_strength(settings.strength, data)
+        elif len(counts) > 1 and published is not None:
+            # Factors of an element's own activation mean the same for every K.
+            alike = {at: dataclasses.replace(trial, vector_norm=1.0, state_norm=1.0) for at, trial in trials.items()}
+            count, tried = try_each(data, alike, settings.strength, what="num_elements", doses=published)
+        whole = trials[count].strength_of(1.0)
+        doses = None if published is None else [factor / whole for factor in published]
+        strength, curve, why = trials[count].choose_strength(settings.strength, data, doses)
         mask = masks[count]
         held_out = {layer: mean_difference(data, settings.site(layer), ("validation",), heads) for layer in layers}
         order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])

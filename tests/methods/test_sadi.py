@@ -13,7 +13,7 @@ from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, SiteError
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.lint import DatasetWarning
-from finesteer_hf.methods.sadi import COUNTS, SADI, SADIConfig, largest
+from finesteer_hf.methods.sadi import COUNTS, SADI, STRENGTHS, SADIConfig, largest
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
@@ -153,6 +153,18 @@ def test_auto_takes_the_count_that_brings_held_out_answers_nearest(elements):
     assert [row["num_elements"] for row in table] == [count for count in COUNTS[elements] if count <= 128]
     best = max(table, key=lambda row: (not row["broken"], row["preference"]))
     assert found.config.num_elements == best["num_elements"] == int(found.tensors["mask"].sum())
+
+
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_the_published_code_s_strengths_are_what_is_searched_in_its_own_form(elements):
+    config = SADIConfig(elements=elements, layers=[2], compat="official")
+    report = fit_on_toy(config)[2].config.fit["report"]
+    tried = [point["strength"] for point in report["dose_response"]]
+    # The first that breaks a limit ends the curve, and smaller ones are tried where none keeps within them.
+    assert min(STRENGTHS[elements]) in tried
+    looked_up = sorted(set(tried) & {float(factor) for factor in STRENGTHS[elements]})
+    assert looked_up == [float(factor) for factor in STRENGTHS[elements][: len(looked_up)]]
+    assert report["counts_tried"] is not None
 
 
 def activations(elements_of, text):
