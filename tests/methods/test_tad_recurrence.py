@@ -26,6 +26,7 @@ from finesteer_hf.sites import BACK
 from finesteer_hf.testing import toy_model
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
+from finesteer_hf.testing.tiny_models import tiny_model
 
 
 torch.set_num_threads(1)
@@ -245,6 +246,30 @@ def test_the_site_shows_the_weights_of_the_tokens_before(cache):
         for n in range(1, BACK + 1):
             expected = maps[:, :, token, token - n] if token >= n else torch.zeros(2, 4)
             torch.testing.assert_close(seen[:, token, :, n - 1], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "BloomForCausalLM", "FalconH1ForCausalLM"]
+)
+def test_the_site_shows_what_an_architecture_says_of_its_attention(name):
+    model = tiny_model(name)
+    model.set_attn_implementation("eager")
+    model, looking = SteeredModelForCausalLM.from_model(model), Looking(Site("attention", 1))
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 2, "output_attentions": True, "return_dict_in_generate": True, "eos_token_id": None}
+    out = model.generate(ids, do_sample=False, steering_processor=[looking], **settings)
+    for forward, (shown, maps) in enumerate(zip(looking.seen, out.attentions, strict=True)):
+        shown = shown.unflatten(-1, (-1, BACK))
+        for n in (1, 4, BACK):
+            torch.testing.assert_close(shown[:, -1, :, n - 1], maps[1][:, :, -1, 11 + forward - n])
+
+
+def test_an_architecture_that_gives_no_weights_is_refused():
+    model = tiny_model("BertLMHeadModel")
+    model.set_attn_implementation("eager")
+    model = SteeredModelForCausalLM.from_model(model)
+    with pytest.raises(UnsupportedModelError, match=r"attention\[1\]: the attention gives no weights"):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, steering_processor=[Looking(Site("attention", 1))])
 
 
 def test_a_sliding_window_shows_the_weights_of_the_tokens_before():
