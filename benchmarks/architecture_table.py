@@ -35,7 +35,7 @@ A refused model is left as it was: nothing is steered by halves.
 |---|---|
 | blocks | a forward passes the blocks in order, each once, and each takes what the one before returned |
 | greedy | a batch equals a plain hook on `resid_post[1]`, to the bit, and differs from unsteered |
-| resid_pre, head_out | the same at a block's input, and at the input of attention output projections |
+| resid_pre, head_out, mlp_act | the same at a block's input, and at its attention's and feed-forward's last projections' |
 | left padding | a padded batch equals a hook that spares pads, to the bit; its rows equal the rows alone |
 | beams | `num_beams=3, num_return_sequences=2` equals the hook, to the bit |
 | no cache | `use_cache=False` equals the hook, to the bit, and the answer with a cache |

@@ -33,9 +33,9 @@ from finesteer_hf.methods.iti import ITIConfig
 # The blocks between 20% and 80% of the playground's depth, all of which were steered at once.
 MIDDLE = [1, 2, 3, 4]
 TASKS = ("truthful", "refusal")
-HEAD = """Each line is a fit on the fit half of the playground (600 rows, split 0), asked 300 held-out targets and 275 held-out
-general prompts. "Before" is the default that was; where it can still be given, by the settings in brackets. At the end of
-turn: `answer_last` was the state of the last token of the answer with its end of turn, which is emulated here.
+HEAD = """Each line is a fit on the fit half of the playground (600 rows, split 0), asked 300 held-out targets and 275
+held-out general prompts. "Before" is the default that was; where it can still be given, by the settings in brackets. At
+the end of turn: `answer_last` was the state of the last token of the answer with its end of turn, which is emulated here.
 """
 
 

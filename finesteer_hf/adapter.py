@@ -23,6 +23,8 @@ from finesteer_hf.staging import Staging
 from finesteer_hf.tensor_files import (
     DTYPES,
     HEAD_SIZE,
+    NEURONS,
+    Free,
     Shape,
     check_finite,
     check_layout,
@@ -314,30 +316,39 @@ def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower
             )
 
 
-def check_heads(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:
-    """Raise `AdapterMismatchError` if what an adapter writes at attention heads is not as wide as they are.
+def check_widths(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:
+    """Raise `AdapterMismatchError` if what an adapter writes at heads or neurons is not as wide as they are.
 
-    Their sizes are in no config: blocks may have heads of other sizes than the first.
+    Their sizes are in no config: blocks may have others than the first.
     """
-    heads = getattr(adapter.config, "attention_heads", None)
+    heads = getattr(adapter.config, "attention_heads", None) or 0
     own = {
-        size * heads
-        for name, shape in adapter.tensor_shapes().items()
-        for axis, size in zip(shape, adapter.tensors[name].shape, strict=True)
-        if axis == HEAD_SIZE and heads is not None
+        "head_out": {size * heads for size in _sizes(adapter, HEAD_SIZE) if heads},
+        "mlp_act": _sizes(adapter, NEURONS),
     }
     written: Mapping[Site, torch.Tensor] = {}
     if processor.writes and not processor.reads:
         written = processor.decide(QueryStates({}, 1, torch.device("cpu"))).vectors
     for site in processor.sites:
-        if site.kind != "head_out":
+        if site.kind not in own:
             continue
-        got = own if site not in written else {written[site].shape[-1]}
+        got = own[site.kind] if site not in written else {written[site].shape[-1]}
         if any(width != tower.width(site) for width in got):
+            what = "heads" if site.kind == "head_out" else "neurons"
             raise AdapterMismatchError(
-                f"The adapter was fitted for {adapter.config.base_model_name_or_path!r}, whose heads are together "
+                f"The adapter was fitted for {adapter.config.base_model_name_or_path!r}, whose {what} are together "
                 f"{sorted(got)} wide at {site}; those of this model are {tower.width(site)}. Load the base that it names."
             )
+
+
+def _sizes(adapter: SteeringAdapter, axis: Free) -> set[int]:
+    """What an axis is in an adapter's tensors."""
+    return {
+        size
+        for name, shape in adapter.tensor_shapes().items()
+        for own, size in zip(shape, adapter.tensors[name].shape, strict=True)
+        if own == axis
+    }
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ import torch
 from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.methods.constant import ConstantConfig, tensor_name
 from finesteer_hf.processors import QueryStates
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import INNER_KINDS, Site
 
 
 def constant_vectors(adapter: SteeringAdapter) -> dict[Site, torch.Tensor]:
@@ -69,7 +69,7 @@ def constant_adapter(vectors: Mapping[Site, torch.Tensor], **settings: Any) -> S
     if len(widths) != 1 or len(next(iter(widths))) != 1:
         raise ValueError(f"The vectors must be one-dimensional and of one width, got the shapes {sorted(widths)}.")
     kind = next(iter(kinds))
-    if kind != "head_out":
+    if kind not in INNER_KINDS:
         settings.setdefault("hidden_size", next(iter(widths))[0])
     ordered = sorted(vectors)
     config = ConstantConfig(layers=[site.layer for site in ordered], site=kind, **settings)

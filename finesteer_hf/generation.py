@@ -150,7 +150,14 @@ class SteeredGeneration:
     def _validate_generation_mode(self, mode: Any, generation_config: Any, loop: dict[str, Any]) -> None:
         super()._validate_generation_mode(mode, generation_config, loop)  # type: ignore[misc]
         session = current_session(self._steering)
-        if session is not None and session.plan.lookback:
+        if session is None:
+            return
+        if session.plan.remembers and (generation_config.num_beams > 1 or session.plan.lookback):
+            raise ValueError(
+                "The active steering remembers the tokens of each row, and rows change places under beams and where tokens "
+                "are taken back; use greedy search or sampling, without an adapter that takes tokens back."
+            )
+        if session.plan.lookback:
             refuse_what_cannot_go_back(mode, generation_config, loop)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:

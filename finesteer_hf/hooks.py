@@ -12,7 +12,7 @@ from torch import nn
 
 from finesteer_hf.checkpointing import steer_checkpoints
 from finesteer_hf.session import current_session
-from finesteer_hf.sites import Site, stream_of, with_stream
+from finesteer_hf.sites import BACK, Site, attention_of, stream_of, with_stream
 
 
 if TYPE_CHECKING:
@@ -92,6 +92,15 @@ class SiteHook:
         steered = self._visit(output)
         return None if steered is None else with_stream(output, steered)
 
+    def looking(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """For the weights of an attention, which are looked at only."""
+        session = None if torch.compiler.is_compiling() else current_session(self.runtime)
+        if session is None:
+            return
+        shown = attention_of(output, self.site, self.width // BACK, session.past)
+        if session.visit(self.site, shown) is not None:
+            raise ValueError(f"{self.site} can be looked at, and not be written: steer another site.")
+
     def _visit(self, value: Any) -> torch.Tensor | None:
         if torch.compiler.is_compiling():
             return self.runtime.compiled.visit(self.site, stream_of(value, self.site, self.width))
@@ -102,6 +111,8 @@ class SiteHook:
 
     def register(self, module: nn.Module) -> Any:
         """Put the hook on the site's module and return its handle."""
+        if self.site.kind == "attention":
+            return module.register_forward_hook(self.looking)
         if self.site.kind == "resid_post":
             # First of the module's hooks: transformers records `hidden_states` with later ones, which then see the
             # steered stream.

@@ -126,6 +126,11 @@ class Plan:
         return max((entry.processor.lookback for entry in self.entries), default=0)
 
     @cached_property
+    def remembers(self) -> bool:
+        """Whether an entry's rows must keep their places from token to token."""
+        return any(entry.processor.remembers for entry in self.entries)
+
+    @cached_property
     def depends_on_query(self) -> bool:
         """Whether what an entry does to a text depends on where its prompt ends."""
         return any(entry.processor.depends_on_query for entry in self.entries)

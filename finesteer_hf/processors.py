@@ -139,6 +139,8 @@ class SteeringProcessor:
             token on, the first state that produces a generated token).
         strength: multiplies the vectors of `decide`; `steering_scale` multiplies it again at run time.
         lookback: most tokens that `watch` ever drops; 0 if it is not to be asked.
+        remembers: whether what `transform` does to a token hinges on what `state` holds of the tokens before it. Rows that
+            change places, beams and those that go back, are then refused.
     """
 
     reads: tuple[Site, ...] = ()
@@ -148,6 +150,7 @@ class SteeringProcessor:
     positions: Positions = "all"
     strength: float = 1.0
     lookback: int = 0
+    remembers: bool = False
 
     def decide(self, queries: QueryStates) -> Decision:
         """Decide, once per query, what is added at the write sites."""

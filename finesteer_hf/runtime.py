@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import SteeringAdapter, check_heads
+from finesteer_hf.adapter import SteeringAdapter, check_widths
 from finesteer_hf.arguments import Scale, check_rows
 from finesteer_hf.checkpointing import restore_checkpoints
 from finesteer_hf.compiled import CompiledSteering, forget_compiled_graphs
@@ -153,7 +153,7 @@ class SteeringRuntime:
         processor = adapter.build()
         for site in processor.sites:
             self.tower.check(site)
-        check_heads(adapter, processor, self.tower)
+        check_widths(adapter, processor, self.tower)
         with self.lock:
             old = self.adapters.get(name)
             self.hook(processor.sites)

@@ -112,6 +112,9 @@ class CallSession(StreamReader):
         if stream is None:
             stream = self._new_stream(cache, rows, kwargs)
         self.stream = stream
+        if self.plan.remembers and cache is not None and not getattr(cache, "is_compileable", False):
+            # Drafts that were not accepted were cut off. A static cache serves none, and its length is on the device.
+            stream.seen = min(stream.seen, cache_length(cache) or stream.seen)
         # Without a cache every forward brings the whole sequence again.
         self.past = stream.seen if cache is not None else 0
         stream.seen = self.past + self.tokens

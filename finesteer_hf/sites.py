@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from finesteer_hf.errors import SiteError, UnsupportedModelError
 
 
-SiteKind = Literal["resid_pre", "head_out", "resid_post"]
+SiteKind = Literal["resid_pre", "head_out", "attention", "mlp_act", "resid_post"]
 
 # The order in which one forward passes the sites of a block.
-_ORDER: dict[str, int] = {"resid_pre": 0, "head_out": 1, "resid_post": 2}
-_PATTERN = re.compile(r"^(resid_pre|head_out|resid_post)\[(\d+)\]$")
+_ORDER: dict[str, int] = {"resid_pre": 0, "head_out": 1, "attention": 2, "mlp_act": 3, "resid_post": 4}
+_PATTERN = re.compile(rf"^({'|'.join(_ORDER)})\[(\d+)\]$")
 
 # Where blocks keep the projection that mixes the heads of their attention.
 _OUTPUT_PROJECTIONS = (
@@ -41,6 +41,23 @@ _OUTPUT_PROJECTIONS = (
     "mixer.o_proj",
     "temporal_block.o_proj",
 )
+# Where blocks keep the last projection of a feed-forward that all tokens pass: what mixes its neurons. Experts, which some
+# tokens pass, are not among them.
+_LAST_PROJECTIONS = (
+    *(f"mlp.{projection}" for projection in ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "Wo")),
+    *("feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj", "mixer.down_proj"),
+    *("ffn.down_proj", "ffn.2", "output.dense", "fc2"),
+)
+# Sites that are the input of a projection inside a block: where it is, and what it is.
+_PROJECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "head_out": (_OUTPUT_PROJECTIONS, "attention output projection"),
+    "attention": (_OUTPUT_PROJECTIONS, "attention output projection"),
+    "mlp_act": (_LAST_PROJECTIONS, "feed-forward that all tokens pass, with a last projection"),
+}
+# Kinds of sites that are not of the residual stream, and have a width of their own.
+INNER_KINDS = frozenset(_PROJECTIONS)
+# How many tokens before each an `attention` site shows the weights of.
+BACK = 10
 # Names of a decoder's list of blocks, where other lists of that length stand beside it.
 _BLOCK_LIST_NAMES = ("layers", "h", "blocks", "layer")
 # Decoders whose blocks, or whose forwards, do not have the layout that sites are defined by.
@@ -62,13 +79,16 @@ _REFUSED_TYPES = {
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """A place in the decoder: `resid_pre[l]`, `head_out[l]` or `resid_post[l]`.
+    """A place in the decoder: `resid_pre[l]`, `head_out[l]`, `attention[l]`, `mlp_act[l]` or `resid_post[l]`.
 
     Sites are ordered as a forward passes them, so `read <= write` says that one pass is enough.
 
     Attributes:
         kind: `resid_pre` is the input of block `layer`, `resid_post` its output, `head_out` the input of the attention
-            output projection (width: heads x head size, before the heads are mixed).
+            output projection (width: heads x head size, before the heads are mixed), `mlp_act` the input of the last
+            projection of the feed-forward (width: its neurons, after the activation and the gate's product). `attention`
+            can be looked at and not written: for each head the weights of a token to the `BACK` before it, the nearest
+            first (width: heads x `BACK`); 0 where there is none.
         layer: index of the block, from 0.
     """
 
@@ -135,24 +155,38 @@ class TextTower:
         """Raise if the model has no such site.
 
         Raises:
-            SiteError: for a layer out of range, and for a block without a known attention output projection.
-            UnsupportedModelError: for head sites under tensor parallelism.
+            SiteError: for a layer out of range, and for a block without the projection that the site is the input of.
+            UnsupportedModelError: for sites at a projection's input under tensor parallelism.
         """
         if site.layer >= self.num_layers:
             raise SiteError(
                 f"Site {site} is out of range: the model has {self.num_layers} layers, 0 to {self.num_layers - 1}."
             )
-        if site.kind == "head_out" and splits_its_input(self.output_projection(site.layer)):
+        if site.kind == "attention" and not self.shows_attention:
             raise UnsupportedModelError(
-                f"{site} cannot be steered under tensor parallelism: each rank holds its own heads there, not the whole "
-                "state. Steer a resid_pre or resid_post site, which every rank holds whole, or load the model unsharded."
+                f"{site} needs attention weights, which attn_implementation="
+                f"{getattr(self.config, '_attn_implementation', None)!r} does not give. Load the model with "
+                "attn_implementation='eager', or call `model.set_attn_implementation('eager')` first."
             )
+        if site.kind in INNER_KINDS and splits_its_input(self.projection(site)):
+            raise UnsupportedModelError(
+                f"{site} cannot be steered under tensor parallelism: each rank holds its own heads or neurons there, not "
+                "the whole state. Steer a resid_pre or resid_post site, which every rank holds whole, or load the model "
+                "unsharded."
+            )
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the model's attention gives its weights, which only the eager one does."""
+        return getattr(self.config, "_attn_implementation", None) == "eager"
 
     def width(self, site: Site) -> int:
         """Width of the states at a site."""
-        if site.kind != "head_out":
+        if site.kind == "attention":
+            return self.num_heads * BACK
+        if site.kind not in INNER_KINDS:
             return self.hidden_size
-        projection: Any = self.output_projection(site.layer)
+        projection: Any = self.projection(site)
         # Not heads x head size of the config: latent attention has value heads of a size of their own, and some models
         # have heads of different sizes in different blocks.
         width = getattr(projection, "in_features", None)
@@ -177,28 +211,38 @@ class TextTower:
     def _head_size_of_config(self) -> int:
         return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
-    def output_projection(self, layer: int) -> nn.Module:
-        """The attention output projection of a block, in its outermost form (a LoRA wrapper, if there is one).
+    def projection(self, site: Site) -> nn.Module:
+        """The projection that a `head_out` or `mlp_act` site is the input of, in its outermost form (a LoRA wrapper).
 
         Raises:
-            SiteError: if the block has no attention, or its output projection has an unknown name.
+            SiteError: if the block has none, or it has an unknown name.
         """
-        block = self.layers[layer]
-        for path in _OUTPUT_PROJECTIONS:
+        return self._with_projection(site)[1]
+
+    def _with_projection(self, site: Site) -> tuple[nn.Module, nn.Module]:
+        """The projection of a site and the module that it is part of."""
+        block = self.layers[site.layer]
+        paths, what = _PROJECTIONS[site.kind]
+        for path in paths:
+            owner: Any = None
             projection: Any = block
             for name in path.split("."):
-                projection = getattr(projection, name, None)
+                owner, projection = projection, getattr(projection, name, None)
             if isinstance(projection, nn.Module):
-                return projection
+                return owner, projection
         raise SiteError(
-            f"Block {layer} ({type(block).__name__}, of {[name for name, _ in block.named_children()]}) has no attention "
-            "output projection that is known. Steer a resid_pre or resid_post site instead."
+            f"There is no {site}: block {site.layer} ({type(block).__name__}, of "
+            f"{[name for name, _ in block.named_children()]}) has no {what} that is known. Steer a resid_pre or "
+            "resid_post site instead."
         )
 
     def module(self, site: Site) -> nn.Module:
         """The module that a hook for this site is put on."""
         self.check(site)
-        return self.output_projection(site.layer) if site.kind == "head_out" else self.layers[site.layer]
+        if site.kind not in INNER_KINDS:
+            return self.layers[site.layer]
+        owner, projection = self._with_projection(site)
+        return owner if site.kind == "attention" else projection
 
 
 def refuse_layout(model_name: str, config: Any) -> None:
@@ -273,6 +317,37 @@ def stream_of(output: Any, site: Site, width: int) -> torch.Tensor:
             "streams or a sequence-parallel token axis cannot be steered."
         )
     return hidden
+
+
+def attention_of(output: Any, site: Site, heads: int, past: int) -> torch.Tensor:
+    """What an attention module says of the weights of each token to those before it, as an `attention` site shows them.
+
+    Args:
+        output: of the module: the weights `[rows, heads, tokens, keys]` are its second part.
+        site: named in errors.
+        heads: of the block.
+        past: absolute position of the first token.
+
+    Returns:
+        `[rows, tokens, heads * BACK]`, in the weights' dtype.
+
+    Raises:
+        UnsupportedModelError: if the module gives no such weights.
+    """
+    weights = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+    if not isinstance(weights, torch.Tensor) or weights.ndim != 4 or weights.shape[1] != heads:
+        shape = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
+        raise UnsupportedModelError(
+            f"{site}: the attention gives no weights [rows, {heads}, tokens, keys], but {shape}. Load the model with "
+            "attn_implementation='eager'; some architectures give none even then."
+        )
+    tokens, keys = weights.shape[2:]
+    # A static cache has room for keys to come; a sliding window has let go of the first ones.
+    own = past if keys > past + tokens else keys - tokens
+    columns = torch.arange(own, own + tokens, device=weights.device)[:, None]
+    behind = columns - torch.arange(1, BACK + 1, device=weights.device)
+    found = weights.gather(3, behind.clamp(min=0).expand(*weights.shape[:3], BACK))
+    return torch.where(behind >= 0, found, 0.0).transpose(1, 2).flatten(2)
 
 
 def with_stream(output: Any, hidden: torch.Tensor) -> Any:

@@ -49,6 +49,7 @@ class Stream:
         decisions: what each entry decided, by its index in the plan.
         means: means over the prompts at the sites where an entry takes them, `[rows, width]` float32.
         states: states of the queries at the read sites, `[rows, width]` float32.
+        memory: what each entry keeps of a sequence beside the first one, by its index in the plan.
         adds: for each site and step, what is added: by positions, cast to the stream's dtype.
         decode: for sites with nothing but one add, what a decode step adds.
         compiled: the same, laid out for a compiled step.
@@ -62,6 +63,7 @@ class Stream:
     decisions: dict[int, Decision] = field(default_factory=dict)
     means: dict[Site, torch.Tensor] = field(default_factory=dict)
     states: dict[Site, torch.Tensor] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
     decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
     compiled: dict[Site, torch.Tensor] = field(default_factory=dict)

@@ -37,6 +37,8 @@ class Free:
 #: Size of the outputs of one attention head, and of all heads of a block together; the model's own at the steered block.
 HEAD_SIZE = Free("head_size", 1 << 14)
 HEAD_WIDTH = Free("head_width", 1 << 20)
+#: Neurons of a block's feed-forward; the model's own at the steered block.
+NEURONS = Free("neurons", 1 << 18)
 
 Axis = int | Free | None
 Shape = tuple[Axis, ...]

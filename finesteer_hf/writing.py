@@ -27,7 +27,8 @@ class StreamWriter:
         record: whether relative norms are kept.
         past, tokens: columns before the forward, and in it.
         decoding: whether the prompt is done.
-        memory: each entry's own state of the call.
+        memory: each entry's own state of the call, of the first sequence.
+        streams: the call's sequences.
         relative_norms: norm of what each entry adds, as a share of the state's, `[rows]`.
         unchecked: sites that something new is added at, each with the largest magnitude of it.
     """
@@ -39,6 +40,7 @@ class StreamWriter:
     tokens: int
     decoding: bool
     memory: list[dict[str, Any]]
+    streams: list[Stream]
     relative_norms: dict[str, torch.Tensor]
     unchecked: list[tuple[Site, torch.Tensor]]
 
@@ -161,7 +163,7 @@ class StreamWriter:
             last_index=None if self.decoding else window.newest(self.past, self.tokens, device),
             in_prompt=not self.decoding,
             scale=scale[:, None, None],
-            state=self.memory[index],
+            state=self.memory[index] if stream is self.streams[0] else stream.memory.setdefault(index, {}),
             first_column=self.past,
             query_column=window.query,
             decision=stream.decisions.get(index),

@@ -54,7 +54,7 @@ def moved(model: Any, moves: Mapping[Site, Move]) -> Iterator[None]:
 
         if site.kind == "resid_post":
             return tower.layers[site.layer].register_forward_hook(after)
-        module = tower.layers[site.layer] if site.kind == "resid_pre" else tower.output_projection(site.layer)
+        module = tower.layers[site.layer] if site.kind == "resid_pre" else tower.projection(site)
         return module.register_forward_pre_hook(before)
 
     try:

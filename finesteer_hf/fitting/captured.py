@@ -159,4 +159,5 @@ def model_info(tower: TextTower) -> ModelInfo:
         num_heads=heads,
         head_size=tower.head_size if heads else 0,
         vocab_size=int(tower.config.vocab_size),
+        shows_attention=tower.shows_attention,
     )

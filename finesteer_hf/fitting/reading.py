@@ -132,6 +132,8 @@ class ForwardReader:
             self._states[site] = self._wanted.take(stream_of(value, site, self.widths[site]), self.pools)
 
         module = self.tower.module(site)
+        if site.kind == "attention":
+            raise ValueError(f"{site} cannot be captured: attention weights belong to tokens, see `FitData.answers`.")
         if site.kind == "resid_post":
             return module.register_forward_hook(lambda module, args, output: keep(output))
         return module.register_forward_pre_hook(

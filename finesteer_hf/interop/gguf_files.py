@@ -16,6 +16,7 @@ from finesteer_hf.adapter import SteeringAdapter
 from finesteer_hf.algebra import constant_vectors
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import MOST_LAYERS, ForeignVectors, as_layer, as_vector, check_sizes
+from finesteer_hf.sites import INNER_KINDS
 from finesteer_hf.staging import replacing
 
 
@@ -83,7 +84,7 @@ def save_gguf(adapter: SteeringAdapter, path: str | Path) -> Path:
     for site, vector in vectors.items():
         # The input of a block is the output of the one before it.
         layer = site.layer if site.kind == "resid_post" else site.layer - 1
-        if site.kind == "head_out" or layer < 1:
+        if site.kind in INNER_KINDS or layer < 1:
             raise ValueError(
                 f"A control vector cannot say {site}: llama.cpp adds vectors to the outputs of blocks from 1 on."
             )

@@ -30,13 +30,17 @@ Text = Literal["prompt", "chosen", "rejected", "general"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a method may know of the base model before any state is captured."""
+    """What a method may know of the base model before any state is captured.
+
+    `shows_attention`: whether its attention gives weights, for `attention` sites.
+    """
 
     num_layers: int
     hidden_size: int
     num_heads: int
     head_size: int
     vocab_size: int
+    shows_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,11 @@ class SteeringMethod(SteeringProcessor):
         raise NotImplementedError
 
     @classmethod
+    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+        """What an adapter of this config refuses, of `finesteer_hf.testing`'s features: `refuses`, unless it says more."""
+        return cls.refuses
+
+    @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
         """Sites and pools that `fit` will ask for.
 
@@ -288,10 +297,6 @@ class SteeringMethod(SteeringProcessor):
             DatasetError: if there are too few rows for what the config asks.
         """
         raise NotImplementedError
-
-    def refused(self) -> Mapping[str, str]:
-        """What this adapter raises for: the `refuses` of its class, and what its config adds to them."""
-        return self.refuses
 
     @property
     def devices(self) -> list[torch.device]:

@@ -16,7 +16,7 @@ from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
-from finesteer_hf.sites import Site, SiteKind
+from finesteer_hf.sites import INNER_KINDS, Site, SiteKind
 from finesteer_hf.tensor_files import Free, Shape
 
 
@@ -32,16 +32,20 @@ class ConstantConfig(SteeringConfig):
 
     Attributes:
         layers: decoder blocks, each with a tensor `vectors.<layer>`.
-        site: what of each block is steered: `resid_post` (its output), `resid_pre` (its input) or `head_out`.
+        site: what of each block is steered: `resid_post` (its output), `resid_pre` (its input), `head_out` or `mlp_act`.
     """
 
     steering_type: ClassVar[str] = "CONSTANT"
 
     layers: list[int] = field(default_factory=list, metadata={"help": "Steered decoder blocks."})
-    site: SiteKind = field(default="resid_post", metadata={"help": "resid_pre, head_out or resid_post of each block."})
+    site: SiteKind = field(
+        default="resid_post", metadata={"help": "resid_pre, head_out, mlp_act or resid_post of each block."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.site == "attention":
+            raise ValueError("site='attention' can be looked at, and not be steered.")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers names a block twice: {self.layers[:50]}.")
         for site in self.sites:
@@ -77,19 +81,19 @@ class ConstantVectors(SteeringMethod):
 
     @classmethod
     def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
-        """One vector a layer; as wide as the residual stream, or as all heads together at `head_out`.
+        """One vector a layer; as wide as the residual stream, or as all heads or neurons of a block together.
 
         Raises:
             AdapterFileError: if the width of the residual stream is not in the config.
         """
         settings = cast(ConstantConfig, config)
-        if settings.hidden_size is None and settings.site != "head_out":
+        if settings.hidden_size is None and settings.site not in INNER_KINDS:
             raise AdapterFileError(
                 "The CONSTANT config has no hidden_size, so its vectors cannot be told to fit a model."
             )
-        # Heads of different blocks may have different sizes.
+        # Heads and feed-forwards of different blocks may have different sizes.
         return {
-            tensor_name(site): (Free(f"width of {site}") if settings.site == "head_out" else settings.hidden_size,)
+            tensor_name(site): (Free(f"width of {site}") if settings.site in INNER_KINDS else settings.hidden_size,)
             for site in settings.sites
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from finesteer_hf.estimators.probes import (
 )
 from finesteer_hf.methods.base import CaptureRequest, FitData, ModelInfo, Part
 from finesteer_hf.methods.checks import check_count, check_layers, check_one_of, check_strength, filled_in
-from finesteer_hf.methods.strength import median_norm
+from finesteer_hf.methods.search import search
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, SteeringProcessor
 from finesteer_hf.sites import Site
@@ -28,6 +28,10 @@ from finesteer_hf.sites import Site
 
 DIRECTIONS = ("centre", "probe")
 MIN_ROWS = 4
+# Both papers work on models of 32 blocks of 32 heads: their counts are shares of these.
+PUBLISHED_HEADS = 1024
+# What `auto` tries, in units of the published share; the first is taken where no rows are held out.
+SHARES = (1.0, 0.5, 2.0, 4.0)
 # All heads of all blocks side by side; the largest models have a million.
 MOST_NUMBERS = 1 << 26
 
@@ -41,16 +45,21 @@ class HeadsConfig(SteeringConfig):
     """Settings of methods that steer a few attention heads.
 
     Attributes:
-        num_heads: number of heads that are steered, the best on held-out rows; all, if the model has fewer.
+        num_heads: number of heads that are steered, the best on held-out rows; all, if the model has fewer. `auto` takes,
+            of the share of the model's heads that the paper steers and of half, twice and four times as many, the number
+            with the best held-out effect.
         layers: blocks whose heads are probed; `auto` is all of them.
         direction: `centre` (difference of the class means) or `probe` (the probe's weights).
         heads: the chosen `[layer, head]` pairs, filled in by the fit.
         attention_heads: number of heads of each block, filled in by the fit.
     """
 
+    #: Heads that the paper steers, of `PUBLISHED_HEADS`.
+    published_count: ClassVar[int]
+
     positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
     strength: float | str = field(default="auto", metadata=_help("Alpha: a number, auto, kl:<nats> or norm:<share>."))
-    num_heads: int = field(default=48, metadata=_help("Number of steered heads."))
+    num_heads: int | str = field(default="auto", metadata=_help("Number of steered heads, or auto."))
     layers: list[int] | str = field(default="auto", metadata=_help("Probed blocks, or auto for all."))
     direction: Literal["centre", "probe"] = field(default="centre", metadata=_help("centre or probe."))
     heads: list[list[int]] = field(default_factory=list, metadata=written_by_fit("Chosen [layer, head] pairs."))
@@ -63,7 +72,8 @@ class HeadsConfig(SteeringConfig):
         check_one_of("positions", self.positions, ("generated",))
         check_one_of("direction", self.direction, DIRECTIONS)
         check_strength(self.strength)
-        check_count("num_heads", self.num_heads, 1)
+        if self.num_heads != "auto":
+            check_count("num_heads", self.num_heads, 1)
         check_layers(self.layers, self.num_hidden_layers)
         for pair in self.heads:
             if len(pair) != 2:
@@ -141,6 +151,21 @@ def head_sites(config: HeadsConfig, info: ModelInfo) -> CaptureRequest:
     return CaptureRequest(tuple(Site("head_out", layer) for layer in layers), ("answer_last",))
 
 
+def head_counts(config: HeadsConfig, info: ModelInfo, probed: int) -> list[int]:
+    """Numbers of heads to try, the published share first.
+
+    Args:
+        config: `num_heads` is a number or `auto`.
+        info: of the model, of whose heads `auto` takes a share.
+        probed: number of heads that can be chosen.
+    """
+    if not isinstance(config.num_heads, str):
+        return [min(config.num_heads, probed)]
+    published = config.published_count / PUBLISHED_HEADS * info.num_layers * info.num_heads
+    counts = [min(max(1, round(share * published)), probed) for share in SHARES]
+    return list(dict.fromkeys(counts))
+
+
 @dataclass(frozen=True)
 class HeadFit:
     """Chosen heads with their probes and directions; rows as in `heads`.
@@ -149,14 +174,12 @@ class HeadFit:
         heads: `[layer, head]` pairs.
         tensors: `probes.weight` and `directions` `[k, size]`, `probes.bias` and `sigma` `[k]`, float32.
         accuracy: held-out accuracies of the chosen heads.
-        all_accuracy: of all probed heads, by layer.
         state_norm: median norm of the chosen heads' outputs, taken together.
     """
 
     heads: list[list[int]]
     tensors: dict[str, torch.Tensor]
     accuracy: list[float]
-    all_accuracy: dict[str, list[float]]
     state_norm: float
 
     def trial(self, build: Callable[[float], SteeringProcessor]) -> Trial:
@@ -165,16 +188,70 @@ class HeadFit:
 
     def filled_in(self, config: ConfigT, info: ModelInfo, strength: float | str) -> ConfigT:
         """The config with what the fit has chosen."""
-        return filled_in(config, info, strength=strength, heads=self.heads, attention_heads=info.num_heads)
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """Held-out figures."""
-        return {"heads": self.heads, "accuracy": self.accuracy, "all_accuracy": self.all_accuracy}
+        count = len(self.heads) if isinstance(config.num_heads, str) else config.num_heads
+        return filled_in(
+            config, info, strength=strength, num_heads=count, heads=self.heads, attention_heads=info.num_heads
+        )
 
 
-def fit_heads(data: FitData, config: HeadsConfig) -> HeadFit:
-    """Probe all heads on the `fit` part and keep those that tell the `calibration` part best.
+@dataclass(frozen=True)
+class RankedHeads:
+    """All probed heads, those first that tell held-out answers best.
+
+    Attributes:
+        heads: in this order.
+        all_accuracy: held-out accuracies by layer, heads in the model's order.
+    """
+
+    heads: list[ProbedHead]
+    all_accuracy: dict[str, list[float]]
+
+    def best(self, count: int) -> HeadFit:
+        """The first so many heads."""
+        chosen = self.heads[:count]
+        tensors = {
+            "probes.weight": np.stack([head.weight for head in chosen]),
+            "probes.bias": np.array([head.bias for head in chosen]),
+            "directions": np.stack([head.direction for head in chosen]),
+            "sigma": np.array([head.sigma for head in chosen]),
+        }
+        return HeadFit(
+            heads=[[head.site.layer, head.number] for head in chosen],
+            tensors={name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()},
+            accuracy=[head.accuracy for head in chosen],
+            state_norm=float(np.median(np.sqrt(np.sum([head.squares for head in chosen], axis=0)))),
+        )
+
+
+@dataclass(frozen=True)
+class ProbedHead:
+    """A head with its probe and direction.
+
+    Attributes:
+        site: the outputs of its block's heads.
+        number: which of them it is.
+        accuracy: share of held-out answers that its probe tells right.
+        log_loss: mean negative log-likelihood of their labels, in nats.
+        weight: the probe's, `[size]`.
+        bias: the probe's.
+        direction: unit vector, `[size]`.
+        sigma: standard deviation of states along it.
+        squares: squared norms of its outputs at the chosen answers of `fit`, `[rows]`.
+    """
+
+    site: Site
+    number: int
+    accuracy: float
+    log_loss: float
+    weight: np.ndarray
+    bias: float
+    direction: np.ndarray
+    sigma: float
+    squares: np.ndarray
+
+
+def rank_heads(data: FitData, config: HeadsConfig) -> RankedHeads:
+    """Probe all heads on the `fit` part and rank them by how well they tell the `calibration` part.
 
     Means and spreads are taken over both parts.
 
@@ -186,43 +263,54 @@ def fit_heads(data: FitData, config: HeadsConfig) -> HeadFit:
     rows = len(data.prompts("fit"))
     if rows < MIN_ROWS:
         raise DatasetError(f"{config.steering_type} needs at least {MIN_ROWS} rows to fit on, got {rows}.")
-    found: list[_Head] = []
+    found: list[ProbedHead] = []
     for site in sites:
         data.note(f"probing the heads of block {site.layer}")
         found += _probed(data, config, site)
     if len({head.weight.shape for head in found}) > 1:
         raise UnsupportedModelError("The blocks have heads of different sizes; name blocks of one kind in `layers`.")
-    accuracy, log_loss = np.array([h.accuracy for h in found]), np.array([h.log_loss for h in found])
-    chosen = [found[index] for index in best_heads(accuracy, log_loss, config.num_heads)]
-    tensors = {
-        "probes.weight": np.stack([head.weight for head in chosen]),
-        "probes.bias": np.array([head.bias for head in chosen]),
-        "directions": np.stack([head.direction for head in chosen]),
-        "sigma": np.array([head.sigma for head in chosen]),
-    }
-    outputs = [_by_head(data.chosen(h.site, "fit", "answer_last"), data.info)[:, h.number] for h in chosen]
-    return HeadFit(
-        heads=[[head.site.layer, head.number] for head in chosen],
-        tensors={name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()},
-        accuracy=[head.accuracy for head in chosen],
+    order = best_heads(np.array([h.accuracy for h in found]), np.array([h.log_loss for h in found]), len(found))
+    return RankedHeads(
+        heads=[found[index] for index in order],
         all_accuracy={str(s.layer): [round(h.accuracy, 4) for h in found if h.site == s] for s in sites},
-        state_norm=median_norm(np.concatenate(outputs, axis=1)),
     )
 
 
-@dataclass(frozen=True)
-class _Head:
-    site: Site
-    number: int
-    accuracy: float
-    log_loss: float
-    weight: np.ndarray
-    bias: float
-    direction: np.ndarray
-    sigma: float
+def fit_heads(
+    data: FitData, config: HeadsConfig, build: Callable[[HeadFit, float], SteeringProcessor]
+) -> tuple[HeadFit, float, dict[str, Any]]:
+    """Choose the heads on the `calibration` part, their number and the strength by steering on `validation`.
+
+    Args:
+        data: the states.
+        config: the settings.
+        build: makes a processor of chosen heads and a strength.
+
+    Returns:
+        The heads, the strength, and held-out figures.
+
+    Raises:
+        DatasetError: for too few rows.
+        UnsupportedModelError: if blocks have heads of different sizes.
+    """
+    ranked = rank_heads(data, config)
+    fits = {count: ranked.best(count) for count in head_counts(config, data.info, len(ranked.heads))}
+    trials = {
+        count: fit.trial(lambda strength, fit=fit: build(fit, strength))  # type: ignore[misc]
+        for count, fit in fits.items()
+    }
+    found = search(data, config.strength, trials, what="count")
+    chosen = fits[found.key]
+    report = {
+        "heads": chosen.heads,
+        "accuracy": chosen.accuracy,
+        "all_accuracy": ranked.all_accuracy,
+        **found.report,
+    }
+    return chosen, found.strength, report
 
 
-def _probed(data: FitData, config: HeadsConfig, site: Site) -> list[_Head]:
+def _probed(data: FitData, config: HeadsConfig, site: Site) -> list[ProbedHead]:
     states, labels = _labelled(data, site, "fit")
     held_out, held_out_labels = _labelled(data, site, "calibration")
     if not len(held_out):
@@ -234,8 +322,9 @@ def _probed(data: FitData, config: HeadsConfig, site: Site) -> list[_Head]:
     else:
         directions = unit_rows(probes.weight)
     spread = spread_along(both, directions)
+    squares = np.square(states[labels == 1], dtype=np.float64).sum(axis=-1)
     return [
-        _Head(
+        ProbedHead(
             site,
             number,
             float(probes.accuracy[number]),
@@ -244,6 +333,7 @@ def _probed(data: FitData, config: HeadsConfig, site: Site) -> list[_Head]:
             float(probes.bias[number]),
             directions[number],
             float(spread[number]),
+            squares[:, number],
         )
         for number in range(data.info.num_heads)
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -11,8 +10,8 @@ import torch
 
 from finesteer_hf.config import SteeringConfig, register_steering_method
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
-from finesteer_hf.methods.heads import HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
-from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.methods.heads import HeadFit, HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor
 from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
@@ -25,11 +24,12 @@ class ITIConfig(HeadsConfig):
     """
 
     steering_type: ClassVar[str] = "ITI"
+    published_count: ClassVar[int] = 48
 
     @classmethod
     def paper(cls, **overrides: Any) -> ITIConfig:
         """What the paper uses for 7B models: 48 heads, alpha 15, differences of the class means."""
-        return cls(**{"num_heads": 48, "strength": 15.0, "direction": "centre", **overrides})
+        return cls(**{"num_heads": cls.published_count, "strength": 15.0, "direction": "centre", **overrides})
 
 
 class ITI(SteeringMethod):
@@ -69,18 +69,22 @@ class ITI(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Choose the heads on the `calibration` part and alpha on `validation`.
+        """Choose the heads on the `calibration` part, their number and alpha on `validation`.
 
         Raises:
             DatasetError: for too few rows.
         """
         settings = cast(ITIConfig, config)
-        found = fit_heads(data, settings)
-        tensors = {name: found.tensors[name] for name in ("directions", "sigma")}
-        trial = found.trial(lambda strength: cls(found.filled_in(settings, data.info, strength), tensors))
-        strength, curve, why = trial.choose_strength(settings.strength, data)
-        report = {**found.report, "strength": why, "dose_response": [dataclasses.asdict(point) for point in curve]}
-        return FitResult(found.filled_in(settings, data.info, strength), tensors, report)
+
+        def build(found: HeadFit, strength: float) -> SteeringProcessor:
+            return cls(found.filled_in(settings, data.info, strength), _tensors(found))
+
+        found, strength, report = fit_heads(data, settings, build)
+        return FitResult(found.filled_in(settings, data.info, strength), _tensors(found), report)
+
+
+def _tensors(found: HeadFit) -> dict[str, torch.Tensor]:
+    return {name: found.tensors[name] for name in ("directions", "sigma")}
 
 
 register_steering_method("ITI", config_cls=ITIConfig, method_cls=ITI)

@@ -1,19 +1,22 @@
 """SADI: each input's own activations, amplified at the few elements that tell answers apart (arXiv 2410.12299, ICLR 2025).
 
-A binary mask M marks the K elements (attention heads, or dimensions of the stream) of all layers whose mean difference
-between wanted and unwanted answers, at the answers' last token, is largest. Steering is A' = A + delta (A * M).
+A binary mask M marks the K elements (attention heads, neurons of the feed-forwards, or dimensions of the stream) of all
+layers whose mean difference between wanted and unwanted answers, at the answers' last token, is largest. Steering is
+A' = A + delta (A * M).
 
 Differences from the published code. It *replaces*: the marked elements of the question's last token become delta times
 the activations that the unsteered question has there, and generated tokens are left alone; `compat="official"` does so. It
-takes K and delta from the best score on the test set; here they are chosen on held-out rows. Its "hidden"
-elements are of the feed-forward's output, here they are of the stream after the block. Neurons inside the feed-forward are
-not offered: they are no site that this library steers at.
+takes K and delta from the best score on the test set; here they are chosen on held-out rows, out of the published K, and
+with `compat="official"` of the published delta. Its "hidden"
+elements are of the feed-forward's output, here they are of the stream after the block. Its neurons are the activation
+function's outputs; here they are what the last projection takes, which in gated feed-forwards is their product with the up
+projection. Amplifying one amplifies the other alike; which neurons are marked, and what `compat="official"` replaces, is of
+the product.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -32,16 +35,28 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
+from finesteer_hf.methods.search import search
 from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import Trial, candidate_layers, try_each
+from finesteer_hf.methods.trials import RELATIVE_DOSES, Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
-from finesteer_hf.sites import Site
-from finesteer_hf.tensor_files import Indices, Shape
+from finesteer_hf.sites import Site, SiteKind
+from finesteer_hf.tensor_files import NEURONS, Indices, Shape
 
 
-ELEMENTS = ("head", "hidden")
-# What `auto` tries; the first is taken where no rows are held out.
-COUNTS = (8, 1, 2, 4, 16)
+# Where the elements are of which kind.
+SITES: dict[str, SiteKind] = {"head": "head_out", "neurons": "mlp_act", "hidden": "resid_post"}
+# What `auto` tries, as published; the first is taken where no rows are held out.
+COUNTS = {
+    "head": (8, 1, 2, 4, 6, 10),
+    "neurons": (100, 3, 5, 10, 30, 50, 200, 300, 400, 500),
+    "hidden": (8, 1, 2, 4, 6, 10, 12, 14, 16, 18, 20),
+}
+# The published strengths: what replaces an element is so many times its unsteered activation.
+STRENGTHS = {
+    "head": tuple(range(5, 85, 5)),
+    "neurons": (10, 20, 30, 50, 70, 90),
+    "hidden": tuple(range(5, 85, 5)),
+}
 MIN_ROWS = 2
 
 
@@ -54,10 +69,10 @@ class SADIConfig(SteeringConfig):
     """Settings of semantics-adaptive dynamic intervention.
 
     Attributes:
-        elements: what is amplified: whole attention heads (`head`, by the mean over a head's dimensions) or single
-            dimensions of the blocks' outputs (`hidden`).
-        num_elements: K, number of amplified elements; `auto` tries some, where the paper tries 1 to 10 heads and 1 to 20
-            dimensions.
+        elements: what is amplified: whole attention heads (`head`, by the mean over a head's dimensions), neurons inside
+            the feed-forwards (`neurons`) or single dimensions of the blocks' outputs (`hidden`).
+        num_elements: K, number of amplified elements; `auto` tries the published ones: 1 to 10 heads, 3 to 500 neurons, 1
+            to 20 dimensions.
         layers: blocks whose elements are compared; `auto` is all of them.
         compat: `official` replaces the query's elements as the published code does.
         element_layers: the blocks that K elements were found in, ascending; filled in by the fit.
@@ -65,12 +80,14 @@ class SADIConfig(SteeringConfig):
     """
 
     steering_type: ClassVar[str] = "SADI"
-    understands: ClassVar[frozenset[str]] = frozenset({"compat:official"})
+    understands: ClassVar[frozenset[str]] = frozenset({"compat:official", "elements:neurons"})
 
     # The paper steers the newest token of every forward: the prompt's last, then each generated one.
     positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
     strength: float | str = field(default="auto", metadata=_help("Delta: a number, auto, kl:<nats> or norm:<share>."))
-    elements: Literal["head", "hidden"] = field(default="head", metadata=_help("Amplified elements: head or hidden."))
+    elements: Literal["head", "neurons", "hidden"] = field(
+        default="head", metadata=_help("Amplified elements: head, neurons or hidden.")
+    )
     num_elements: int | str = field(default="auto", metadata=_help("Number of amplified elements, or auto."))
     layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
     compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
@@ -82,7 +99,7 @@ class SADIConfig(SteeringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of("positions", self.positions, ("generated",))
-        check_one_of("elements", self.elements, ELEMENTS)
+        check_one_of("elements", self.elements, tuple(SITES))
         check_one_of("compat", self.compat, (None, "official"))
         if self.num_elements != "auto":
             check_count("num_elements", self.num_elements, 1)
@@ -92,11 +109,14 @@ class SADIConfig(SteeringConfig):
         if self.attention_heads is not None:
             check_count("attention_heads", self.attention_heads, 1)
         check_strength(self.strength)
-        self.requires = sorted({*self.requires, *(["compat:official"] if self.compat == "official" else [])})
+        needed = ["compat:official"] * (self.compat == "official") + ["elements:neurons"] * (
+            self.elements == "neurons"
+        )
+        self.requires = sorted({*self.requires, *needed})
 
     def site(self, layer: int) -> Site:
         """Where the elements of a block are."""
-        return Site("head_out" if self.elements == "head" else "resid_post", layer)
+        return Site(SITES[self.elements], layer)
 
 
 class SADI(SteeringMethod):
@@ -107,7 +127,7 @@ class SADI(SteeringMethod):
 
     Args:
         config: a fitted `SADIConfig`.
-        tensors: `mask`, int64 `[element_layers, heads or hidden_size]`, 1 at the chosen elements and 0.
+        tensors: `mask`, int64 `[element_layers, heads, neurons or hidden_size]`, 1 at the chosen elements and 0.
 
     Raises:
         AdapterFileError: if the config is not fitted, or the mask does not fit it.
@@ -118,10 +138,11 @@ class SADI(SteeringMethod):
     def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         settings = cast(SADIConfig, config)
-        (shape,) = self.tensor_shapes(settings).values()
+        ((layers, width),) = self.tensor_shapes(settings).values()
         mask = tensors.get("mask")
-        if mask is None or mask.shape != shape or not set(mask.unique().tolist()) <= {0, 1}:
-            raise AdapterFileError(f"A SADI adapter needs the tensor 'mask' of zeros and ones, {list(shape)}.")
+        fits = mask is not None and mask.ndim == 2 and len(mask) == layers and width in (NEURONS, mask.shape[1])
+        if mask is None or not fits or not set(mask.unique().tolist()) <= {0, 1}:
+            raise AdapterFileError(f"A SADI adapter needs the tensor 'mask' of zeros and ones, [{layers}, {width}].")
         self.maps = tuple(settings.site(layer) for layer in settings.element_layers)
         self._replaces = settings.compat == "official"
         self.reads = self.maps if self._replaces else ()
@@ -155,11 +176,14 @@ class SADI(SteeringMethod):
             AdapterFileError: if the config is not fitted.
         """
         settings = cast(SADIConfig, config)
-        width = "attention_heads" if settings.elements == "head" else "hidden_size"
-        require_fitted(settings, width)
+        if settings.elements == "head":
+            require_fitted(settings, "attention_heads")
+        else:
+            require_fitted(settings)
         if not settings.element_layers:
             raise AdapterFileError("The SADI config names no element_layers, so it is not fitted. Run `fit_steering`.")
-        return {"mask": Indices((len(settings.element_layers), getattr(settings, width)))}
+        widths = {"head": settings.attention_heads, "neurons": NEURONS, "hidden": settings.hidden_size}
+        return {"mask": Indices((len(settings.element_layers), widths[settings.elements]))}
 
     @classmethod
     def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
@@ -181,6 +205,7 @@ class SADI(SteeringMethod):
 
         Raises:
             DatasetError: for too few rows.
+            UnsupportedModelError: if the blocks have feed-forwards of different widths.
         """
         settings = cast(SADIConfig, config)
         layers = _layers(settings, data.info.num_layers)
@@ -188,15 +213,24 @@ class SADI(SteeringMethod):
         parts: tuple[Part, ...] = ("fit", "calibration")
         if sum(len(data.prompts(part)) for part in parts) < MIN_ROWS:
             raise DatasetError(f"SADI needs at least {MIN_ROWS} rows to fit on; the paper uses about 150.")
-        found = np.stack([mean_difference(data, settings.site(layer), parts, heads) for layer in layers])
-        counts = COUNTS if isinstance(settings.num_elements, str) else (settings.num_elements,)
+        differences = [mean_difference(data, settings.site(layer), parts, heads) for layer in layers]
+        if len({len(difference) for difference in differences}) > 1:
+            raise UnsupportedModelError(
+                "The blocks have feed-forwards of different widths; name blocks of one kind in `layers`."
+            )
+        found = np.stack(differences)
+        counts: Sequence[int] = [count for count in COUNTS[settings.elements] if count <= found.size] or [found.size]
+        if not isinstance(settings.num_elements, str):
+            counts = [settings.num_elements]
         masks = {count: largest(found, count) for count in counts}
         trials = {count: _trial(data, settings, layers, mask) for count, mask in masks.items()}
-        count, tried = counts[0], None
-        if len(counts) > 1:
-            count, tried = try_each(data, trials, settings.strength, what="num_elements")
-        strength, curve, why = trials[count].choose_strength(settings.strength, data)
-        mask = masks[count]
+        doses: Sequence[float] = RELATIVE_DOSES
+        if settings.compat == "official":
+            # Factors of an element's own activation, which mean the same for every K.
+            trials = {count: Trial.of_factor(trial.build) for count, trial in trials.items()}
+            doses = STRENGTHS[settings.elements]
+        chosen = search(data, settings.strength, trials, what="count", doses=doses)
+        mask = masks[chosen.key]
         held_out = {layer: mean_difference(data, settings.site(layer), ("validation",), heads) for layer in layers}
         order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])
         report: dict[str, Any] = {
@@ -209,12 +243,9 @@ class SADI(SteeringMethod):
                 }
                 for row, column in order
             ],
-            "counts_tried": tried,
-            "vector": {"vector_norm": trials[count].vector_norm, "state_norm": trials[count].state_norm},
-            "strength": why,
-            "dose_response": [dataclasses.asdict(point) for point in curve],
+            **chosen.report,
         }
-        return FitResult(_config(settings, data.info, layers, mask, strength), _tensors(mask), report)
+        return FitResult(_config(settings, data.info, layers, mask, chosen.strength), _tensors(mask), report)
 
 
 def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
@@ -224,7 +255,7 @@ def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: i
         data: the states.
         site: where they are taken.
         parts: of the rows.
-        heads: number of heads over whose dimensions it is averaged; None for each dimension by itself.
+        heads: number of heads over whose dimensions it is averaged; None for each dimension or neuron by itself.
 
     Returns:
         `[heads]` or `[width]`; zeros where there are no rows.

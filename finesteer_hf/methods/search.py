@@ -26,8 +26,8 @@ OpenPositions = Positions | Literal["auto"]
 
 # Multiples of the dose that was best at a place, from which the strength is then chosen.
 CURVE = (0.5, 0.75, 1.0, 1.33)
-# Many ways are first steered at two doses, on this share of the held-out prompts.
-SCREEN_DOSES, SCREEN_SHARE = (0.1, 0.28), 0.25
+# Many ways are first steered at two of the doses, a low and a middle one, on this share of the held-out prompts.
+SCREENED, SCREEN_SHARE = (0, 2), 0.25
 # A first look at a few takes this share of the held-out prompts, if that leaves so many.
 FIRST_LOOK, ENOUGH_PROMPTS = 0.5, 40
 
@@ -81,7 +81,7 @@ def search(
     """
     screened = None
     if len(trials) > SHORT_LIST:
-        trials, screened = shortlist(data, rule, trials, what=what)
+        trials, screened = shortlist(data, rule, trials, what, doses)
     key, near, tried = _compare(data, rule, trials, what, doses)
     strength, report = settle(data, rule, trials[key], near, doses)
     return Found(key, strength, {f"{what}s_screened": screened, f"{what}s_tried": tried, **report})
@@ -113,7 +113,7 @@ def search_places(
     trials = {Place((layer,), first): trial_of(Place((layer,), first)) for layer in layers}
     screened = None
     if len(trials) > SHORT_LIST:
-        trials, screened = shortlist(data, rule, trials, what="place")
+        trials, screened = shortlist(data, rule, trials, "place", RELATIVE_DOSES)
     if several and len(layers) > 1:
         best = tuple(sorted(place.layers[0] for place in trials))
         together = dict.fromkeys(Place(blocks, first) for blocks in (best, tuple(layers)))
@@ -173,13 +173,13 @@ def settle(
 
 
 def shortlist(
-    data: FitData, rule: float | str, trials: Mapping[Key, Trial], *, what: str
+    data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float]
 ) -> tuple[dict[Key, Trial], list[dict[str, Any]]]:
     """The `SHORT_LIST` best at a first look, best first, and the table of all."""
-    curves = {}
+    curves, two = {}, [doses[min(at, len(doses) - 1)] for at in SCREENED]
     for key, trial in trials.items():
         data.note(f"a first look at {what} {key}")
-        strengths = [float(rule)] if isinstance(rule, (int, float)) else list(map(trial.strength_of, SCREEN_DOSES))
+        strengths = [float(rule)] if isinstance(rule, (int, float)) else list(map(trial.strength_of, two))
         curves[key] = data.dose_response(trial.build, [0.0, *strengths], SCREEN_SHARE)
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
     best = {key: max(curve[1:], key=objective.merit) for key, curve in curves.items()}

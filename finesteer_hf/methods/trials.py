@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-
 from finesteer_hf.methods.base import DosePoint, FitData
 from finesteer_hf.methods.objective import Objective
-from finesteer_hf.methods.strength import STRENGTHS, choose_strength, explore
+from finesteer_hf.methods.strength import choose_strength, explore
 from finesteer_hf.processors import SteeringProcessor
 
 
@@ -52,14 +50,10 @@ class Trial:
         return relative_dose * self.state_norm / self.vector_norm if self.vector_norm > 0 else relative_dose
 
     def choose_strength(
-        self, rule: float | str, data: FitData, doses: Sequence[float] | None = None
+        self, rule: float | str, data: FitData, doses: Sequence[float]
     ) -> tuple[float, list[DosePoint], str]:
-        """Choose by `choose_strength`, over some doses, or from a part of the vector's own length to the state's."""
-        if doses is None:
-            highest = max(STRENGTHS[-1], self.strength_of(1.0))
-            strengths = np.geomspace(STRENGTHS[0], highest, len(STRENGTHS)).tolist()
-        else:
-            strengths = [self.strength_of(dose) for dose in doses]
+        """Choose by `choose_strength`, over some doses."""
+        strengths = [self.strength_of(dose) for dose in doses]
         return choose_strength(
             rule,
             data,

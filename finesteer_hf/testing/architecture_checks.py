@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from finesteer_hf.errors import SiteError
+from finesteer_hf.errors import SiteError, UnsupportedModelError
 from finesteer_hf.mixin import SteeringMixin
 from finesteer_hf.processors import ConstantVector
 from finesteer_hf.sites import Site, SiteKind
@@ -171,16 +171,30 @@ def check_resid_pre(subject: Subject) -> str | None:
 
 def check_head_out(subject: Subject) -> str | None:
     """A write at the input of each attention output projection is that of a plain hook there."""
+    return _check_projections(subject, "head_out")
+
+
+def check_mlp_act(subject: Subject) -> str | None:
+    """A write at the input of each feed-forward's last projection is that of a plain hook there."""
+    return _check_projections(subject, "mlp_act")
+
+
+def _check_projections(subject: Subject, kind: SiteKind) -> str | None:
     tower = subject.model._steering.tower
-    found = []
+    found, missing = [], ""
     for layer in range(len(subject.blocks)):
-        with contextlib.suppress(SiteError):
-            found.append((Site("head_out", layer), tower.output_projection(layer)))
+        try:
+            found.append((Site(kind, layer), tower.projection(Site(kind, layer))))
+        except SiteError as error:
+            missing = str(error).partition(" has no ")[2].partition(" that is known")[0]
     if not found:
-        return "no attention output projection"
+        return f"no {missing}"
     for site, projection in found[:2]:
         vector = torch.randn(tower.width(site), generator=torch.Generator().manual_seed(2)) * 3
-        steered = subject.say(subject.ids, steering_processor=[ConstantVector(site, vector)])
+        try:
+            steered = subject.say(subject.ids, steering_processor=[ConstantVector(site, vector)])
+        except UnsupportedModelError:
+            return f"refused: {kind} is no [rows, tokens, width]"
         with adding(projection, vector, at_input=True):
             expected = subject.say(subject.ids)
         assert same_bits(steered, expected), f"{site} is steered otherwise than by a plain hook"
@@ -306,6 +320,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "greedy": check_greedy,
     "resid_pre": check_resid_pre,
     "head_out": check_head_out,
+    "mlp_act": check_mlp_act,
     "left padding": check_left_padding,
     "beams": check_beams,
     "no cache": check_no_cache,

@@ -194,6 +194,7 @@ def check_disable_and_nest(bench: Bench) -> None:
 def check_unload(bench: Bench) -> None:
     reference = toy_model().to(bench.model.device)
     reference.load_state_dict(bench.model.state_dict())
+    reference.set_attn_implementation(bench.model.config._attn_implementation)
     bench.model.unload_steering()
     assert type(bench.model) is type(reference), "the class is not restored"
     hooks = [m for m in bench.model.modules() if m._forward_hooks or m._forward_pre_hooks]

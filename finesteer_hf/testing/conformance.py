@@ -36,11 +36,11 @@ class FeatureResult:
     reason: str = ""
 
 
-def fit_on_toy(config: SteeringConfig, seed: int = 0) -> tuple[Any, Any, SteeringAdapter]:
-    """Fit a config on the toy data and return model, tokenizer and adapter."""
+def fit_on_toy(config: SteeringConfig, seed: int = 0, model: Any = None) -> tuple[Any, Any, SteeringAdapter]:
+    """Fit a config on the toy data, by default for the toy model, and return model, tokenizer and adapter."""
     from finesteer_hf.fitting import fit_steering
 
-    model, tokenizer = toy_model(seed), toy_tokenizer()
+    model, tokenizer = toy_model(seed) if model is None else model, toy_tokenizer()
     with warnings.catch_warnings():
         # A toy data set is small and its answers alike; the data lint says so, rightly.
         warnings.simplefilter("ignore")
@@ -76,7 +76,7 @@ def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> 
     if feature in method_cls.differs:
         return FeatureResult(feature, "differs", method_cls.differs[feature])
     bench = make_bench(adapter, model)
-    refuses: Mapping[str, str] = adapter.build().refused()
+    refuses: Mapping[str, str] = method_cls.refused_by(adapter.config)
     if feature not in refuses:
         FEATURES[feature](bench)
         return FeatureResult(feature, "passed")

@@ -95,6 +95,29 @@ def test_a_block_without_attention_has_no_head_site():
         model._steering.tower.check(Site("head_out", 1))
 
 
+@pytest.mark.parametrize(("name", "layer"), [("MixtralForCausalLM", 1), ("DeepseekV3ForCausalLM", 2)])
+def test_a_block_of_experts_has_no_neurons_that_all_tokens_pass(name, layer):
+    tower = SteeredModelForCausalLM.from_model(tiny_model(name))._steering.tower
+    with pytest.raises(SiteError, match=rf"no mlp_act\[{layer}\].*no feed-forward that all tokens pass"):
+        tower.check(Site("mlp_act", layer))
+
+
+def test_neurons_without_an_axis_of_tokens_are_refused_in_the_forward():
+    # OPT puts the tokens of all rows behind one another there.
+    model = SteeredModelForCausalLM.from_model(tiny_model("OPTForCausalLM"))
+    with pytest.raises(UnsupportedModelError, match=r"layout at mlp_act\[1\]: expected \[rows, tokens, 64\]"):
+        model.generate(PROMPT, steering_processor=[ConstantVector("mlp_act[1]", torch.ones(64))], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("LlamaForCausalLM", 64), ("GPT2LMHeadModel", 64), ("BloomForCausalLM", 128), ("DeepseekV3ForCausalLM", 64)],
+)
+def test_neurons_are_as_many_as_their_projection_takes(name, width):
+    tower = SteeredModelForCausalLM.from_model(tiny_model(name))._steering.tower
+    assert tower.width(Site("mlp_act", 0)) == width
+
+
 @pytest.mark.parametrize(
     ("name", "width"),
     [("LlamaForCausalLM", 32), ("Gemma4ForCausalLM", 32), ("DeepseekV3ForCausalLM", 32), ("GPT2LMHeadModel", 32)],

@@ -15,6 +15,7 @@ CONFIGS = {
     "florain": FlorainConfig(layer=1, rank=4, epochs=40, strength=1.0),
     "sadi": SADIConfig(num_elements=3, strength=4.0),
     "sadi-hidden": SADIConfig(elements="hidden", num_elements=4, strength=6.0),
+    "sadi-neurons": SADIConfig(elements="neurons", num_elements=40, strength=6.0),
     "inferaligner": InferAlignerConfig(layers=[0, 1], strength=3.0),
     "inferaligner-guard": InferAlignerConfig(layers=[1, 2], guard_layer=2, vector="queries", strength=2.0),
     "sadi-official": SADIConfig(num_elements=3, strength=20.0, compat="official"),

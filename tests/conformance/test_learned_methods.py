@@ -9,7 +9,7 @@ from finesteer_hf.methods.reps import REPSConfig
 from finesteer_hf.methods.tad import TADConfig
 from finesteer_hf.methods.task_driven import TaskDrivenConfig
 from finesteer_hf.methods.was import WASConfig
-from finesteer_hf.testing import FEATURES, check_feature
+from finesteer_hf.testing import FEATURES, check_feature, toy_model
 from finesteer_hf.testing.conformance import check_files, fit_on_toy
 
 
@@ -19,6 +19,8 @@ CONFIGS = {
     "reps": REPSConfig(layer=1, strength=2.0, epochs=2, positions="generated"),
     "tad": TADConfig(layer=1, strength=8.0),
     "tad-soft": TADConfig(layer=1, strength=8.0, gate="soft", uncertainty="entropy"),
+    "tad-recurrent": TADConfig(layer=1, strength=8.0, recurrence=3),
+    "tad-attention": TADConfig(layer=1, strength=8.0, gate="soft", recurrence=3, attention=True),
     "was": WASConfig(strength=20.0, epochs=100),
     "was-official": WASConfig(strength=20.0, epochs=100, compat="official", direction="answers"),
 }
@@ -26,9 +28,17 @@ CONFIGS = {
 QUICK = {"left_padding", "mixed_rows"}
 
 
+def model_for(name):
+    """The toy model, with attention weights where a method takes them in."""
+    model = toy_model()
+    if getattr(CONFIGS[name], "attention", False):
+        model.set_attn_implementation("eager")
+    return model
+
+
 @functools.cache
 def fitted(name):
-    return fit_on_toy(CONFIGS[name])[2]
+    return fit_on_toy(CONFIGS[name], model=model_for(name))[2]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -45,4 +55,4 @@ def test_files(name):
     ],
 )
 def test_feature(name, feature):
-    check_feature(feature, fitted(name))
+    check_feature(feature, fitted(name), model_for(name))

@@ -44,7 +44,7 @@ def by_hand(model: Any, site: Site, passage: Passage) -> torch.Tensor:
     if site.kind == "resid_post":
         handle = tower.layers[site.layer].register_forward_hook(lambda m, a, o: keep(o))
     else:
-        module = tower.layers[site.layer] if site.kind == "resid_pre" else tower.output_projection(site.layer)
+        module = tower.layers[site.layer] if site.kind == "resid_pre" else tower.projection(site)
         handle = module.register_forward_pre_hook(lambda m, a: keep(a))
     with torch.no_grad():
         model(input_ids=torch.tensor([passage.ids]))
@@ -85,6 +85,8 @@ def test_states_are_those_of_each_text_alone(kind: str, shares: bool) -> None:
     sites = [Site("resid_pre", 0), Site("resid_pre", 2), Site("resid_post", 1), Site("resid_post", 3)]
     if kind != "mamba":
         sites.append(Site("head_out", 2))
+    if kind not in ("mamba", "opt"):
+        sites.append(Site("mlp_act", 1))
     request = CaptureRequest(tuple(sites), POOLS)
     rows = random_rows(9)
     store, reader = capture(model, request, rows, batch_size=4)

@@ -44,6 +44,8 @@ INFO = ModelInfo(num_layers=12, hidden_size=16, num_heads=4, head_size=4, vocab_
         ({"strength": float("inf")}, "inf"),
         ({"positions": "last"}, "'last'"),
         ({"layer": 3, "write_site": "head_out[3]"}, "head_out"),
+        ({"layer": 3, "write_site": "mlp_act[3]"}, "mlp_act"),
+        ({"layer": 3, "write_site": "attention[3]"}, "attention"),
         ({"layer": 3, "write_site": "resid_post[4]"}, "disagree"),
         ({"read_site": "resid_post[2]"}, "needs a layer"),
         ({"layer": 3, "write_site": "resid_post[3]", "num_hidden_layers": 3}, "out of range"),

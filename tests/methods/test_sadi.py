@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from planted import PlantedData
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finesteer_hf import Site, SteeredModelForCausalLM
-from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, SiteError
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.lint import DatasetWarning
-from finesteer_hf.methods.sadi import COUNTS, SADI, SADIConfig, largest
+from finesteer_hf.methods.sadi import COUNTS, SADI, STRENGTHS, SADIConfig, largest
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
+from finesteer_hf.testing.tiny_models import tiny_model
 
 
 torch.set_num_threads(1)
@@ -24,6 +26,9 @@ torch.set_num_threads(1)
 @functools.cache
 def fitted(**settings):
     return fit_on_toy(SADIConfig(**{"num_elements": 3, "strength": 4.0, **settings}))[2]
+
+
+ELEMENTS = ["head", "neurons", "hidden"]
 
 
 def dense_masks(found, model):
@@ -40,13 +45,14 @@ def hook_each(model, found, change):
     """Put `change(layer, states)` on the steered sites of a plain model."""
     for layer in dense_masks(found, model):
         block = model.model.layers[layer]
-        if found.config.elements == "head":
-            block.self_attn.o_proj.register_forward_pre_hook(lambda m, args, at=layer: (change(at, args[0]),))
+        inner = {"head": block.self_attn.o_proj, "neurons": block.mlp.down_proj}.get(found.config.elements)
+        if inner is not None:
+            inner.register_forward_pre_hook(lambda m, args, at=layer: (change(at, args[0]),))
         else:
             block.register_forward_hook(lambda m, args, out, at=layer: change(at, out))
 
 
-@pytest.mark.parametrize("elements", ["head", "hidden"])
+@pytest.mark.parametrize("elements", ELEMENTS)
 def test_newest_tokens_are_amplified_as_in_the_paper(elements):
     found, plain = fitted(elements=elements), toy_model()
     masks = dense_masks(found, plain)
@@ -69,10 +75,10 @@ def test_newest_tokens_are_amplified_as_in_the_paper(elements):
     assert bench.generate([0, 1, 2], max_new_tokens=10, steering=None) != [row.tolist() for row in expected]
 
 
-@pytest.mark.parametrize("elements", ["head", "hidden"])
+@pytest.mark.parametrize("elements", ELEMENTS)
 def test_the_published_code_replaces_the_query_s_elements_by_unsteered_ones(elements):
     found, plain = fitted(elements=elements, compat="official"), toy_model()
-    assert len(found.config.element_layers) > 1 and found.config.requires == ["compat:official"]
+    assert len(found.config.element_layers) > 1 and "compat:official" in found.config.requires
     masks, query, first = dense_masks(found, plain), 4, {}
     text = torch.randint(6, 54, (1, 8), generator=torch.Generator().manual_seed(2))
 
@@ -103,7 +109,7 @@ def test_the_published_code_replaces_the_query_s_elements_by_unsteered_ones(elem
     assert not torch.allclose(paper(text, prompt_lengths=torch.tensor([query + 1])).logits, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("elements", ["head", "hidden"])
+@pytest.mark.parametrize("elements", ELEMENTS)
 def test_the_mask_marks_the_largest_mean_differences_of_all_layers(elements):
     data, config = PlantedData(), SADIConfig(elements=elements, num_elements=5, strength=1.0)
     result = SADI.fit(data, config)
@@ -140,12 +146,75 @@ def test_among_equals_the_earlier_and_at_most_all():
     assert largest(np.ones((2, 2)), 9).all()
 
 
-def test_auto_takes_the_count_that_brings_held_out_answers_nearest():
-    _, _, found = fit_on_toy(SADIConfig(elements="hidden", layers=[2]))
-    table = found.config.fit["report"]["counts_tried"]
-    assert [row["num_elements"] for row in table] == list(COUNTS)
-    best = max(table, key=lambda row: (row["kl"] <= 0.1, row["bottleneck"]))
-    assert found.config.num_elements == best["num_elements"] == int(found.tensors["mask"].sum())
+@pytest.mark.parametrize("elements", ["hidden", pytest.param("neurons", marks=pytest.mark.slow)])
+def test_auto_takes_the_count_that_brings_held_out_answers_nearest(elements):
+    _, _, found = fit_on_toy(SADIConfig(elements=elements, layers=[1, 2]))
+    report = found.config.fit["report"]
+    table = report["counts_tried"]
+    assert [row["count"] for row in report["counts_screened"]] == [c for c in COUNTS[elements] if c <= 128]
+    assert {row["count"] for row in table} < {row["count"] for row in report["counts_screened"]}
+    best = max(table, key=lambda row: (not row["broken"], row["preference"]))
+    assert found.config.num_elements == best["count"] == int(found.tensors["mask"].sum())
+
+
+@pytest.mark.parametrize("elements", ELEMENTS)
+def test_the_published_code_s_strengths_are_what_is_searched_in_its_own_form(elements):
+    config = SADIConfig(elements=elements, layers=[2], compat="official")
+    report = fit_on_toy(config)[2].config.fit["report"]
+    low, _, middle = STRENGTHS[elements][:3]
+    assert {row["strength"] for row in report["counts_screened"]} <= {float(low), float(middle)}
+    assert len(report["counts_tried"]) == 4
+
+
+def activations(elements_of, text):
+    """The output of block 1's activation function, and what its last projection takes, `[tokens, neurons]`."""
+    model, seen = toy_model(), []
+    mlp = model.model.layers[1].mlp
+    mlp.act_fn.register_forward_hook(elements_of)
+    mlp.act_fn.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        model(text)
+    return seen
+
+
+def test_amplifying_what_the_activation_function_gives_amplifies_what_the_last_projection_takes():
+    """The published code writes at the activation function, before the product with the up projection."""
+    text = torch.randint(6, 54, (1, 8), generator=torch.Generator().manual_seed(2))
+    scale = torch.ones(64).index_fill(0, torch.tensor([3, 20]), 5.0)
+    _, plain = activations(lambda module, args, output: output, text)
+    inner, taken = activations(lambda module, args, output: output * scale, text)
+    torch.testing.assert_close(taken, plain * scale)
+    assert not torch.allclose(inner, taken, atol=1e-3)
+
+
+def test_a_neuron_that_speaks_for_wanted_answers_is_found():
+    model = model_with_a_truth_dimension(5)
+    with torch.no_grad():
+        # It takes the dimension in, and no other neuron differs so much between the answers.
+        for projection in (model.model.layers[2].mlp.gate_proj, model.model.layers[2].mlp.up_proj):
+            projection.weight[9] = 0.0
+            projection.weight[9, 5] = 30.0
+    config = SADIConfig(elements="neurons", num_elements=1, strength=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DatasetWarning)
+        found = fit_steering(model, toy_tokenizer(), toy_preferences(), config, general_dataset=None, progress=False)
+    assert found.config.element_layers == [2] and found.config.requires == ["elements:neurons"]
+    assert found.tensors["mask"].shape == (1, 64) and found.tensors["mask"].nonzero().tolist() == [[0, 9]]
+
+
+def test_neurons_of_another_width_are_refused():
+    found = fitted(elements="neurons")
+    config = LlamaConfig(**{**toy_model().config.to_dict(), "intermediate_size": 48})
+    with pytest.raises(AdapterMismatchError, match=r"neurons are together \[64\] wide at mlp_act.*are 48"):
+        SteeredModelForCausalLM.from_model(LlamaForCausalLM(config), steering={"a": found})
+
+
+def test_blocks_of_experts_have_no_neurons():
+    model = tiny_model("MixtralForCausalLM")
+    config = SADIConfig(elements="neurons", num_elements=1, strength=1.0)
+    with pytest.raises(SiteError, match=r"no mlp_act\[0\].*MixtralDecoderLayer.*no feed-forward that all tokens pass"):
+        fit_steering(model, toy_tokenizer(), toy_preferences(), config, general_dataset=None, progress=False)
 
 
 def model_with_a_truth_dimension(dimension):
@@ -177,7 +246,7 @@ def test_wanted_answers_become_likelier_where_a_dimension_speaks_for_them():
 
 @pytest.mark.parametrize(
     "field",
-    [{"elements": "neuron"}, {"num_elements": 0}, {"compat": "paper"}, {"positions": "all"}, {"layers": [2, 1]}],
+    [{"elements": "neurones"}, {"num_elements": 0}, {"compat": "paper"}, {"positions": "all"}, {"layers": [2, 1]}],
 )
 def test_nonsense_is_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):

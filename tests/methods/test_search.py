@@ -16,7 +16,7 @@ from finesteer_hf import CAAConfig, ConstantVector
 from finesteer_hf.methods.base import DosePoint
 from finesteer_hf.methods.caa import CAA
 from finesteer_hf.methods.objective import Limits
-from finesteer_hf.methods.search import SCREEN_DOSES, Place, search, search_places, settle
+from finesteer_hf.methods.search import SCREENED, Place, search, search_places, settle
 from finesteer_hf.methods.trials import SHORT_LIST, Trial
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
@@ -93,7 +93,7 @@ def test_many_ways_are_first_looked_at_on_a_few_prompts() -> None:
     factors = dict(zip("abcdef", (-1.0, -0.5, 1.0, -2.0, -1.5, -0.1), strict=True))
     found = search(data, "auto", {name: trial(data, factor) for name, factor in factors.items()}, what="way")
     assert found.key == "c"
-    assert data.looks[: len(factors)] == [(1 + len(SCREEN_DOSES), 0.25)] * len(factors)
+    assert data.looks[: len(factors)] == [(1 + len(SCREENED), 0.25)] * len(factors)
     assert [row["way"] for row in found.report["ways_screened"]] == list(factors)
     tried = [row["way"] for row in found.report["ways_tried"]]
     assert len(tried) == SHORT_LIST and tried[0] == "c"

@@ -12,7 +12,9 @@ from finesteer_hf import Site, SteeredModelForCausalLM, playground
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.methods.base import AnswerRun
-from finesteer_hf.methods.tad import TAD, AnswerTokens, TADConfig, _mean_difference, _tokens_of, fit_head
+from finesteer_hf.methods.tad import TAD, TADConfig
+from finesteer_hf.methods.tad.heads import AnswerTokens, _tokens_of, fit_head
+from finesteer_hf.methods.tad.method import _mean_difference
 from finesteer_hf.testing import toy_model
 from finesteer_hf.testing.conformance import fit_on_toy
 

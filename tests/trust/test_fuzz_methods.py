@@ -102,8 +102,14 @@ FITTED: dict[str, dict[str, Any]] = {
     "SADI hidden": dict(
         elements="hidden", element_layers=[1], num_elements=2, strength=1.0, compat="official", **SIZES
     ),
+    "SADI neurons": dict(
+        elements="neurons", element_layers=[1], num_elements=2, strength=1.0, requires=["elements:neurons"], **SIZES
+    ),
     "SWAI": dict(strength=1.0, **SIZES),
     "TAD": dict(layer=1, strength=1.0, **SIZES),
+    "TAD recurrent": dict(
+        layer=1, strength=1.0, gate="soft", recurrence=2, requires=["gate:soft", "recurrence"], **SIZES
+    ),
     "TASKDRIVEN": dict(layer=1, attention_heads=4, strength=1.0, **SIZES),
     "TRUTHFLOW": dict(layer=1, rank=3, width=8, levels=3, steps=3, strength=1.0, **SIZES),
     "WAS": dict(read_layers=[0], layers=[1, 2], width=4, strength=1.0, **SIZES),
@@ -111,7 +117,7 @@ FITTED: dict[str, dict[str, Any]] = {
 CONFIGS = {
     name: SteeringConfig.from_dict({"steering_type": name.partition(" ")[0], **f}) for name, f in FITTED.items()
 }
-FREE = {"head_size": 8}
+FREE = {"head_size": 8, "neurons": 64}
 
 
 def sound_tensors(config: SteeringConfig) -> dict[str, torch.Tensor]:

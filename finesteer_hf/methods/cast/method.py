@@ -70,9 +70,11 @@ class CAST(SteeringMethod):
         self.reads = tuple(sorted(set(self._sites)))
         self.writes = tuple(_site(layer) for layer in settings.layers)
 
-    def refused(self) -> Mapping[str, str]:
+    @classmethod
+    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
         """A mean over the prompt is not to be had where a part of it went by in another call."""
-        return {"carried_cache": "its states are gone"} if self.query_pool == "mean" else {}
+        mean = cast(CASTConfig, config).condition_pool == "mean"
+        return {"carried_cache": "its states are gone"} if mean else {}
 
     def decide(self, queries: QueryStates) -> Decision:
         """Test each row.

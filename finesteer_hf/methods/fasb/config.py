@@ -40,12 +40,13 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
     """
 
     steering_type: ClassVar[str] = "FASB"
+    published_count: ClassVar[int] = 24
     understands: ClassVar[frozenset[str]] = GATE_FEATURES | {"recheck", "compat:official"}
 
     gate: Gate = field(
         default="always", metadata=_help("First stage: conformal, quantile, logistic, ser, or always for none.")
     )
-    num_heads: int = field(default=24, metadata=_help("Number of tracked and steered heads."))
+    num_heads: int | str = field(default="auto", metadata=_help("Number of tracked and steered heads, or auto."))
     threshold: float = field(default=0.4, metadata=_help("Deviation above which tokens are taken back."))
     backtrack: int = field(default=10, metadata={"help": "Number of tokens that are taken back.", "most": 1 << 20})
     adaptive: bool = field(default=True, metadata=_help("Whether the deviation scales the strength."))
@@ -71,5 +72,5 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
         Args:
             **overrides: fields to change, for instance `direction="probe"`.
         """
-        settings = {"num_heads": 24, "strength": 60.0, "threshold": 0.4, "backtrack": 10, "direction": "centre"}
-        return cls(**{**settings, **overrides})
+        settings = {"strength": 60.0, "threshold": 0.4, "backtrack": 10, "direction": "centre"}
+        return cls(**{"num_heads": cls.published_count, **settings, **overrides})

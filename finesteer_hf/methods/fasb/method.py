@@ -12,7 +12,7 @@ from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.fasb.config import FASBConfig
-from finesteer_hf.methods.heads import dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.methods.heads import HeadFit, dense_shift, fit_heads, head_sites, require_heads
 from finesteer_hf.methods.query_gate import (
     QueryGate,
     candidate_reads,
@@ -22,7 +22,7 @@ from finesteer_hf.methods.query_gate import (
     gate_shapes,
 )
 from finesteer_hf.methods.rows import json_ready
-from finesteer_hf.processors import Decision, QueryStates, StepView, TokenView
+from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, StepView, TokenView
 from finesteer_hf.sites import Site
 from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
@@ -268,23 +268,23 @@ class FASB(SteeringMethod):
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
-        """Fit the gate if there is one, choose the heads on the `calibration` part and alpha on `validation`.
+        """Fit the gate if there is one, choose the heads on the `calibration` part, their number and alpha on `validation`.
 
         What the gate learns from says `fit_gate`; alpha is chosen behind it, on answers steered as in generation.
 
         Raises:
             DatasetError: for too few rows, or a gate that needs general prompts where there are none.
         """
-        settings, tensors, figures = cast(FASBConfig, config), dict[str, torch.Tensor](), dict[str, Any]()
+        settings, gate, figures = cast(FASBConfig, config), dict[str, torch.Tensor](), dict[str, Any]()
         if settings.gate != "always":
-            settings, tensors, figures = _with_gate(data, settings)
-        found = fit_heads(data, settings)
-        tensors = {**tensors, **found.tensors}
-        trial = found.trial(lambda strength: cls(found.filled_in(settings, data.info, strength), tensors))
-        strength, curve, why = trial.choose_strength(settings.strength, data)
-        curve_rows = [dataclasses.asdict(point) for point in curve]
-        report = {**found.report, **figures, "strength": why, "dose_response": curve_rows}
-        return FitResult(found.filled_in(settings, data.info, strength), tensors, report)
+            settings, gate, figures = _with_gate(data, settings)
+
+        def build(found: HeadFit, strength: float) -> SteeringProcessor:
+            return cls(found.filled_in(settings, data.info, strength), {**gate, **found.tensors})
+
+        found, strength, report = fit_heads(data, settings, build)
+        fitted = found.filled_in(settings, data.info, strength)
+        return FitResult(fitted, {**gate, **found.tensors}, {**report, **figures})
 
 
 def _with_gate(data: FitData, config: FASBConfig) -> tuple[FASBConfig, dict[str, torch.Tensor], dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from finesteer_hf.config import SteeringConfig
 from finesteer_hf.methods.checks import check_count, check_number, check_one_of
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import INNER_KINDS, Site
 
 
 Gate = Literal["conformal", "quantile", "logistic", "ser", "always"]
@@ -97,7 +97,7 @@ class QueryGateConfig(SteeringConfig):
 
     def _check_residual(self, text: str, name: str) -> None:
         site = Site.parse(text)
-        if site.kind == "head_out":
+        if site.kind in INNER_KINDS:
             raise ValueError(f"{name} must be resid_pre[layer] or resid_post[layer], got {text!r}.")
         if self.num_hidden_layers is not None and site.layer >= self.num_hidden_layers:
             raise ValueError(f"{name}={text!r} is out of range for a model of {self.num_hidden_layers} layers.")

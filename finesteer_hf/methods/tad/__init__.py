@@ -1,0 +1,10 @@
+"""TAD: a constant vector where the newest token is uncertain."""
+
+from finesteer_hf.config import register_steering_method
+from finesteer_hf.methods.tad.config import TADConfig
+from finesteer_hf.methods.tad.method import TAD
+
+
+register_steering_method("TAD", config_cls=TADConfig, method_cls=TAD)
+
+__all__ = ["TAD", "TADConfig"]

@@ -1,0 +1,82 @@
+"""The settings of TAD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, written_by_fit
+from finesteer_hf.methods.checks import check_layer, check_number, check_one_of, check_strength
+from finesteer_hf.processors import Positions
+from finesteer_hf.sites import BACK
+
+
+UNCERTAINTIES = ("answers", "entropy")
+GATES = ("hard", "soft")
+POOLS = ("answer_mean", "answer_last")
+
+
+@dataclass(kw_only=True)
+class TADConfig(SteeringConfig):
+    """Settings of a token-level gate by uncertainty.
+
+    Attributes:
+        layer: decoder block whose output is judged and steered; `auto` takes, of the three at which the head does best on
+            held-out tokens, the one with the best held-out effect.
+        uncertainty: what the head tells: `answers` (log-odds that the token belongs to a rejected answer, not to a chosen
+            one) or `entropy` (of the model's next-token distribution after it, in nats).
+        gate: `hard` steers a token or leaves it bit-identical; `soft` weighs.
+        quantile: share of trusted tokens whose uncertainty is below the threshold.
+        pool: answer states whose mean difference is the vector.
+        recurrence: N, number of tokens before each that its score takes in; 0 judges each by itself. It goes with
+            `uncertainty="answers"`, and without beams, whose rows change places.
+        attention: whether the score also takes in the attention to these tokens, of all heads up to the block that is
+            judged. It needs a model with `attn_implementation="eager"`: no other gives attention weights.
+        attention_heads: number of heads of each block, filled in by the fit where attention is taken in.
+    """
+
+    steering_type: ClassVar[str] = "TAD"
+    understands: ClassVar[frozenset[str]] = frozenset({"gate:soft", "recurrence", "attention"})
+
+    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    strength: float | str = field(
+        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+    )
+    layer: int | str = field(default="auto", metadata={"help": "Judged and steered decoder block, or auto."})
+    uncertainty: Literal["answers", "entropy"] = field(
+        default="answers", metadata={"help": "What the head tells: answers or entropy."}
+    )
+    gate: Literal["hard", "soft"] = field(default="hard", metadata={"help": "hard or soft."})
+    quantile: float = field(default=0.5, metadata={"help": "Share of trusted tokens below the threshold."})
+    pool: Literal["answer_mean", "answer_last"] = field(
+        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+    )
+    recurrence: int = field(default=0, metadata={"help": "Earlier tokens taken in.", "least": 0, "most": BACK})
+    attention: bool = field(default=False, metadata={"help": "Whether attention to them is taken in."})
+    attention_heads: int | None = field(
+        default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer(self.layer, self.num_hidden_layers)
+        check_strength(self.strength)
+        for name, allowed in (("uncertainty", UNCERTAINTIES), ("gate", GATES), ("pool", POOLS)):
+            check_one_of(name, getattr(self, name), allowed)
+        check_number("quantile", self.quantile, above=0, below=1)
+        if self.recurrence and self.uncertainty != "answers":
+            raise ValueError(
+                f"recurrence={self.recurrence} regresses a confidence, so it goes with uncertainty='answers', not "
+                f"{self.uncertainty!r}."
+            )
+        if self.attention and not self.recurrence:
+            raise ValueError("attention=True is attention to earlier tokens: say how many with `recurrence`.")
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> TADConfig:
+        """The score as the authors' code has it: ten tokens before each, and the attention to them.
+
+        Args:
+            **overrides: fields to change.
+        """
+        return cls(**{"recurrence": 10, "attention": True, "uncertainty": "answers", **overrides})

@@ -1,0 +1,225 @@
+"""TAD: a constant vector where the newest token is uncertain (after "Unconditional Truthfulness", arXiv 2408.10692).
+
+The paper learns an uncertainty of each token that does not hinge on the tokens before it, from the attention to them,
+the token's probability and their own uncertainties, in two stages. It scores text; here such a score is a gate:
+
+    u = w . h + b,    g = 1 if u > threshold else 0    (soft: sigmoid((u - threshold) / spread))
+    h <- h + strength * g * v    for each token by itself
+
+By default this head is a stand-in for the paper's: linear in the state of the token, and of that token alone. What it
+regresses is chosen by `uncertainty`. With `recurrence` = N the paper's regression stands on top of it, see
+`finesteer_hf.methods.tad.recurrence`: the head's probability is the token's own confidence p_i, and the unconditional u_i
+takes in those of the N tokens before, and with `attention` the attention to them. Then the gate is that of 1 - u_i.
+
+The paper's p_i is the probability that the model gave the token. It is no feature here: where the token is steered, it
+would have to be known from the logits of the token before, which in a text that is scored in one forward do not exist yet,
+and which the steering itself changes. All that is taken comes from blocks that the steering has not reached, so that u_i is
+a function of the text alone, whether it is generated, drafted or scored.
+
+The threshold and the spread are those of tokens that can be trusted, the ones of held-out chosen answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finesteer_hf.config import SteeringConfig
+from finesteer_hf.errors import AdapterFileError, UnsupportedModelError
+from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods.checks import filled_in, require_fitted
+from finesteer_hf.methods.moments import mean_difference, median_query_norm
+from finesteer_hf.methods.search import search
+from finesteer_hf.methods.tad.config import TADConfig
+from finesteer_hf.methods.tad.heads import heads_with_memory, post, single_heads
+from finesteer_hf.methods.tad.recurrence import Recurrence, Weights, by_neighbour, unconditional
+from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers
+from finesteer_hf.processors import TokenView
+from finesteer_hf.sites import Site
+
+
+class TAD(SteeringMethod):
+    """`h <- h + strength * g(h) * v` at the output of one block, g from the same token's state, or from u_i.
+
+    Args:
+        config: a fitted `TADConfig`.
+        tensors: `vector` and `gate.weight`, `[hidden_size]`, and `gate.bias`, `[1]`, float32: g is the step function or
+            the sigmoid of weight . h + bias, the threshold and the spread folded in. With a recurrence, p is the sigmoid
+            of weight . h + bias; g that of (1 - u - `gate.threshold`) / `gate.spread`, `[1]` each; and the regression is
+            `recurrence.bias` and `.own`, `[1]`, `.previous`, `[N, 3]` and, of attention, `.attention`, `[N, weights]`.
+
+    Raises:
+        AdapterFileError: if the config is not fitted, or a tensor is missing.
+    """
+
+    config_cls = TADConfig
+
+    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(config, tensors)
+        missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
+        if missing:
+            raise AdapterFileError(f"The TAD adapter lacks the tensors {missing}.")
+        self.settings = settings = cast(TADConfig, config)
+        self.remembers = settings.recurrence > 0
+        blocks = range(int(settings.layer) + 1) if settings.attention else ()
+        self.maps = (*(Site("attention", block) for block in blocks), post(settings.layer))
+
+    def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """Judge each token of `[rows, tokens, hidden_size]`, and push the uncertain ones among the named."""
+        if site.kind == "attention":
+            view.state.setdefault("attention", {})[site] = hidden
+            return hidden
+        gate = (self._remembering(hidden, view) if self.remembers else self.gate(hidden))[..., None]
+        vector = self.parameters_on(hidden.device)["vector"]
+        pushed = hidden + (view.scale * self.strength * gate * vector).to(hidden.dtype)
+        steered = (view.scale != 0) & (gate > 0)
+        if view.mask is not None:
+            steered = steered & view.mask[..., None]
+        return torch.where(steered, pushed, hidden)
+
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """g of tokens `[..., hidden_size]`, any floating dtype, each by itself: `[...]` float32 in [0, 1]."""
+        told = self._told(hidden)
+        return self._open(self._excess(torch.sigmoid(told)) if self.remembers else told)
+
+    def _told(self, hidden: torch.Tensor) -> torch.Tensor:
+        own = self.parameters_on(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ own["gate.weight"] + own["gate.bias"]
+
+    def _excess(self, confidence: torch.Tensor) -> torch.Tensor:
+        own = self.parameters_on(confidence.device)
+        return (1 - confidence - own["gate.threshold"]) / own["gate.spread"]
+
+    def _open(self, excess: torch.Tensor) -> torch.Tensor:
+        return (excess > 0).float() if self.settings.gate == "hard" else torch.sigmoid(excess)
+
+    def _remembering(self, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
+        """g of the named tokens of a forward, `[rows, tokens]`; what it is at others is not used."""
+        reach, own = self.settings.recurrence, self.parameters_on(hidden.device)
+        judged = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if view.mask is not None:
+            judged = judged & view.mask
+        confidence = torch.where(judged, torch.sigmoid(self._told(hidden)), 0.0)
+        memory: Recurrence = view.state.setdefault("recurrence", Recurrence(reach))
+        past = memory.before(view.first_column, confidence)
+        maps = view.state.pop("attention", {})
+        attention = by_neighbour([maps[site] for site in self.maps[:-1]], reach) if maps else None
+        weights = Weights(
+            own["recurrence.bias"],
+            own["recurrence.own"],
+            own["recurrence.previous"],
+            own.get("recurrence.attention", own["recurrence.previous"][:, :0]),
+        )
+        scores = unconditional(
+            confidence, judged, None if attention is None else attention.to(hidden.device), weights, past
+        )
+        memory.note(confidence, scores, judged)
+        return self._open(self._excess(scores))
+
+    @classmethod
+    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+        """A vector and the head, and what stands on top of it."""
+        require_fitted(config, "layer")
+        settings = cast(TADConfig, config)
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "vector": (config.hidden_size,),
+            "gate.weight": (config.hidden_size,),
+            "gate.bias": (1,),
+        }
+        if settings.recurrence:
+            shapes |= dict.fromkeys(("gate.threshold", "gate.spread", "recurrence.bias", "recurrence.own"), (1,))
+            shapes["recurrence.previous"] = (settings.recurrence, 3)
+        if settings.attention:
+            require_fitted(config, "attention_heads")
+            weights = (int(settings.layer) + 1) * cast(int, settings.attention_heads)
+            shapes["recurrence.attention"] = (settings.recurrence, weights)
+        return shapes
+
+    @classmethod
+    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+        """With a recurrence, beams: their rows change places."""
+        if not cast(TADConfig, config).recurrence:
+            return cls.refuses
+        names = ("beams", "mixed_rows_with_beams", "output_steering_of_beams")
+        return {**cls.refuses, **dict.fromkeys(names, "what is remembered of a row does not follow its beam")}
+
+    @classmethod
+    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+        """The outputs of the candidate layers over the answers.
+
+        Raises:
+            ValueError: if the layer is out of range.
+            UnsupportedModelError: if attention is to be taken in, and the model's gives no weights.
+        """
+        settings = cast(TADConfig, config)
+        if settings.attention and not info.shows_attention:
+            raise UnsupportedModelError(
+                "attention=True needs attention weights, which only attn_implementation='eager' gives. Load the model with "
+                "it, or call `model.set_attn_implementation('eager')` before the fit."
+            )
+        pools: tuple[Pool, ...] = ("query", settings.pool)
+        return CaptureRequest(tuple(map(post, candidate_layers(settings.layer, info.num_layers))), pools)
+
+    @classmethod
+    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+        """Fit the head on tokens of `fit`, its threshold on `calibration`; choose layer and strength on `validation`.
+
+        Raises:
+            DatasetError: for too few rows.
+        """
+        settings = cast(TADConfig, config)
+        layers = candidate_layers(settings.layer, data.info.num_layers)
+        data.note("reading tokens")
+        judged = (
+            heads_with_memory(data, settings, layers) if settings.recurrence else single_heads(data, settings, layers)
+        )
+        heads = {layer: of_layer.head for layer, of_layer in judged.items()}
+        promising = sorted(layers, key=lambda layer: -heads[layer].quality)[:SHORT_LIST]
+        tensors = {
+            layer: {**heads[layer].tensors, "vector": _mean_difference(data, settings, layer)} for layer in promising
+        }
+
+        def fitted(layer: int, strength: float) -> TADConfig:
+            requires = ["gate:soft"] * (settings.gate == "soft") + ["recurrence"] * (settings.recurrence > 0)
+            requires += ["attention"] * settings.attention
+            heads = data.info.num_heads if settings.attention else None
+            return filled_in(
+                settings, data.info, layer=layer, strength=strength, requires=requires, attention_heads=heads
+            )
+
+        trials = {
+            layer: Trial(
+                build=lambda strength, at=layer: cls(fitted(at, strength), tensors[at]),  # type: ignore[misc]
+                vector_norm=float(tensors[layer]["vector"].norm()),
+                state_norm=median_query_norm(data, post(layer)),
+            )
+            for layer in promising
+        }
+        found = search(data, settings.strength, trials)
+        layer = found.key
+        gate = cls(fitted(layer, 0.0), tensors[layer]).gate
+        report: dict[str, Any] = {
+            "layer": layer,
+            "layers": [{"layer": at, "quality": heads[at].quality} for at in layers],
+            "open": {
+                **judged[layer].opened(settings),
+                "general": _mean_gate(gate, data.general(post(layer), "calibration")),
+            },
+            **found.report,
+        }
+        return FitResult(fitted(layer, found.strength), tensors[layer], report)
+
+
+def _mean_difference(data: FitData, config: TADConfig, layer: int) -> torch.Tensor:
+    parts = cast(tuple[Part, ...], ("fit", "calibration"))
+    vector, _ = mean_difference(data, ("chosen", "rejected"), post(layer), parts, config.pool)
+    return torch.from_numpy(vector.astype(np.float32))
+
+
+def _mean_gate(gate: Any, states: NDArray[np.float32]) -> float | None:
+    return float(gate(torch.from_numpy(states)).mean()) if len(states) else None
