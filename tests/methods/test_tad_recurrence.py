@@ -11,7 +11,7 @@ from sklearn.model_selection import GroupKFold
 from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.methods.fasb import FASBConfig
-from finesteer_hf.methods.tad import TADConfig, recurrence
+from finesteer_hf.methods.tad import TADConfig, method, recurrence
 from finesteer_hf.methods.tad.recurrence import (
     AnswerStates,
     Recurrence,
@@ -218,6 +218,16 @@ def test_tokens_and_scored_texts_are_those_of_a_plain_loop(settings):
             got = model(text, prompt_lengths=torch.tensor([len(prompt)])).logits[0]
         torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-4)
         assert len(doubts) == NEW
+
+
+def test_a_prompt_is_not_run_through_token_by_token(monkeypatch):
+    lengths, plain = [], method.unconditional
+    monkeypatch.setattr(method, "unconditional", lambda p, *rest: lengths.append(p.shape[1]) or plain(p, *rest))
+    model = SteeredModelForCausalLM.from_model(toy_model(), steering={"a": fitted(attention=False)})
+    ids = torch.randint(6, 54, (2, 30), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids).index_fill(1, torch.arange(4), 0)
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert lengths == [1, 1, 1]
 
 
 class Looking(SteeringProcessor):

@@ -115,9 +115,18 @@ class TAD(SteeringMethod):
             own["recurrence.previous"],
             own.get("recurrence.attention", own["recurrence.previous"][:, :0]),
         )
+        # Of a prompt's tokens only the query is judged: the others are not run through one by one.
+        start = 0
+        if self.positions == "generated" and isinstance(view.query_column, int):
+            start = min(max(view.query_column - view.first_column, 0), hidden.shape[1] - 1)
         scores = unconditional(
-            confidence, judged, None if attention is None else attention.to(hidden.device), weights, past
+            confidence[:, start:],
+            judged[:, start:],
+            None if attention is None else attention[:, start:].to(hidden.device),
+            weights,
+            past if start == 0 else None,
         )
+        scores = torch.nn.functional.pad(scores, (start, 0))
         memory.note(confidence, scores, judged)
         return self._open(self._excess(scores))
 
