@@ -159,7 +159,7 @@ def test_auto_takes_the_count_that_brings_held_out_answers_nearest(elements):
 
 @pytest.mark.parametrize("elements", ELEMENTS)
 def test_the_published_code_s_strengths_are_what_is_searched_in_its_own_form(elements):
-    config = SADIConfig(elements=elements, layers=[2], compat="official")
+    config = SADIConfig(elements=elements, layers=[1, 2], compat="official")
     report = fit_on_toy(config)[2].config.fit["report"]
     low, _, middle = STRENGTHS[elements][:3]
     assert {row["strength"] for row in report["counts_screened"]} <= {float(low), float(middle)}
