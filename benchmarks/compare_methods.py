@@ -12,9 +12,12 @@ which a later run uses again; a method that cannot be made leaves a note and doe
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import functools
 import multiprocessing
+import shutil
+import tempfile
 import time
 import traceback
 import warnings
@@ -84,7 +87,16 @@ def fit(subject: Subject, row: Row) -> SteeringAdapter:
         general_dataset=subject.general_rows,
         progress=False,
         seed=subject.seed,
+        store_dir=states_of(subject.name, subject.seed),
     )
+
+
+@functools.cache
+def states_of(name: str, seed: int) -> Path:
+    """Where this process keeps a subject's states, for its next method."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-{seed}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def dose_runner(subject: Subject) -> DoseRunner:
