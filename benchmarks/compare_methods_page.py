@@ -59,7 +59,12 @@ COLUMNS = (
     "file",
     "splits",
 )
-LIMITS = {"general_kl": "general prompts", "own_words": "own words", "repetition": "repetition"}
+LIMITS = {
+    "general_kl": "general prompts",
+    "general_changed": "general answers",
+    "own_words": "own words",
+    "repetition": "repetition",
+}
 
 
 @dataclass
