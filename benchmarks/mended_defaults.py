@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 import transformers
-from compare_methods import asked, fit
+from compare_methods import asked, fit, states_of
 from compare_rows import Row
 from compare_subjects import Playground
 
@@ -78,8 +78,11 @@ def read_at_the_end_of_turn(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    # States that were read so are kept apart from the others.
+    states_of.cache_clear()
     with mock.patch.object(Passage, "last_content", property(lambda passage: len(passage.ids) - 1)):
         yield
+    states_of.cache_clear()
 
 
 def cells(subject: Playground, line: Line) -> list[str]:
@@ -89,8 +92,10 @@ def cells(subject: Playground, line: Line) -> list[str]:
     found = asked(subject, adapter)
     hits = [score == 1 for score in found["scores"]]
     shown = adapter.config.to_dict()
-    where = shown.get("layers", shown.get("layer", f"{len(shown.get('heads', []))} heads"))
-    where = where if isinstance(where, str) else f"blocks {where}" if isinstance(where, list) else f"block {where}"
+    if shown.get("heads"):
+        where = f"{len(shown['heads'])} heads"
+    else:
+        where = f"blocks {shown['layers']}" if "layers" in shown else f"block {shown['layer']}"
     return [
         line.label,
         subject.task,
@@ -105,6 +110,7 @@ def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, required=True, help="page to write")
+    parser.add_argument("--only", default=None, help="measure lines whose name holds this, to try one")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -114,7 +120,7 @@ def main() -> None:
     columns = ("default", "task", "wanted answers", "general prompts identical", "where", "strength")
     rows = []
     for line in lines():
-        for task in line.tasks:
+        for task in line.tasks if args.only is None or args.only in line.label else ():
             rows.append(cells(subjects[task], line))
             print(" | ".join(rows[-1]), flush=True)
     table = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
