@@ -44,8 +44,8 @@ and is the fit's own.
 - identical: held-out general prompts with the same greedy tokens as unsteered.
 - equal side effects: the same at the highest strength within the same limits for all, on rows that the fit holds out:
   general prompts diverge by at most .05 nats (95th percentile over tokens), own words are at most .2 nats a token less
-  likely under the base, at most .1 more of them is repeated, and of a method that takes tokens back at most 5% of the general
-  answers change; in brackets the limit that binds. `none`: none did.
+  likely under the base, at most .1 more of them is repeated, and at most 5% of the general answers change (counted for
+  methods that take tokens back); in brackets the limit that binds. `none`: none did.
 - fit: seconds of the whole fit, and the size of `steering_model.safetensors`.
 """
 COLUMNS = (
