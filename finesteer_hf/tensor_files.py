@@ -34,9 +34,8 @@ class Free:
         return f"{self.name} (1 to {self.most})"
 
 
-#: Size of the outputs of one attention head, and of all heads of a block together; the model's own at the steered block.
+#: Size of the outputs of one attention head; the model's own at the steered block.
 HEAD_SIZE = Free("head_size", 1 << 14)
-HEAD_WIDTH = Free("head_width", 1 << 20)
 #: Neurons of a block's feed-forward; the model's own at the steered block.
 NEURONS = Free("neurons", 1 << 18)
 
