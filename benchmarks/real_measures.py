@@ -21,7 +21,6 @@ from finesteer_hf.evaluation.likelihood import (
 )
 from finesteer_hf.evaluation.safety import classify_response, repeated_ngram_share
 from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion, choice_items
-from finesteer_hf.evaluation.utility import kl_divergence
 
 
 ANSWER_TOKENS, REFUSAL_TOKENS, GENERAL_TOKENS = 32, 24, 24
@@ -209,6 +208,22 @@ def divergence(condition: Condition, prompts: Sequence[str], answers: Sequence[S
         for row, p, q in zip(rows, reference, other, strict=True):
             found[row] = float(kl_divergence(p, q).mean())
     return found.round(6).tolist()
+
+
+def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> np.ndarray:
+    """KL(reference || other) of each row, in nats.
+
+    Args:
+        reference: log-probabilities `[n, vocabulary]`.
+        other: the same under another condition.
+
+    Returns:
+        `[n]` float64.
+    """
+    p, q = reference.double(), other.double()
+    # 0 log 0 is 0: a token that the reference excludes adds nothing.
+    terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
+    return terms.sum(-1).clamp_min(0).numpy()
 
 
 def answer_distributions(

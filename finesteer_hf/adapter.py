@@ -39,16 +39,16 @@ from finesteer_hf.tensor_files import (
 class LoadReport:
     """What a load found.
 
+    There are no missing keys in it: a method computes with all of its tensors, so an adapter that lacks one is refused.
+
     Attributes:
         adapter_name: the name that the adapter got.
-        missing_keys: empty: an adapter that lacks a parameter is refused, whatever `strict` is.
-        unexpected_keys: tensors of the file that the method does not use (only with `strict=False`).
-        warnings: differences that do not prevent steering, such as another base of the same shape.
+        unexpected_keys: tensors that the method does not use and that were left out, sorted (only with `strict=False`).
+        warnings: differences that do not prevent steering: another base of the same shape, another LoRA than at fit.
         revision: commit that the files came from, if they came from the Hub.
     """
 
     adapter_name: str
-    missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     revision: str | None = None
@@ -63,68 +63,78 @@ class SteeringAdapter:
         tensors: parameters by name; fp32, or int64 for indices.
         revision: commit that it was loaded from, if it came from the Hub.
         source: where it was loaded from: a folder, or `org/name` with the folder in the repo and the revision asked for.
+        unexpected_keys: tensors of its file that the method does not use and that were not read (only with `strict=False`).
     """
 
     config: SteeringConfig
     tensors: dict[str, torch.Tensor]
     revision: str | None = field(default=None, compare=False)
     source: str | None = field(default=None, compare=False)
+    unexpected_keys: tuple[str, ...] = field(default=(), compare=False)
 
     def build(self) -> SteeringMethod:
         """The processor that steers with this adapter."""
         return get_steering_method(self.config.steering_type).method_cls(self.config, self.tensors)
 
-    def check_tensors(self, strict: bool = True) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def check_tensors(self, strict: bool = True) -> tuple[str, ...]:
         """Compare the tensors with what the config calls for.
 
         Args:
-            strict: whether missing and unexpected tensors are errors.
+            strict: whether tensors that the config does not call for are errors.
 
         Returns:
-            Names that are missing and names that are unexpected.
+            Names of those tensors, sorted; empty if strict.
 
         Raises:
-            AdapterFileError: for wrong shapes, wrong dtypes, NaN or infinity, and, if strict, for other names.
+            AdapterFileError: for missing tensors, wrong shapes, wrong dtypes, NaN or infinity, and, if strict, for other
+                names.
         """
         expected = self.tensor_shapes()
         found = {name: (_dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self.tensors.items()}
-        check_layout(f"The {self.config.steering_type} adapter", found, expected, strict)
-        check_finite(self.tensors)
-        return (), tuple(sorted(set(found) - set(expected)))
+        unexpected = check_layout(f"The {self.config.steering_type} adapter", found, expected, strict)
+        check_finite({name: self.tensors[name] for name in expected})
+        return unexpected
 
     def tensor_shapes(self) -> Mapping[str, Shape]:
         """Names and shapes of the tensors that the config calls for."""
         return get_steering_method(self.config.steering_type).method_cls.tensor_shapes(self.config)
 
-    def check_base(self, model: torch.nn.Module, tower: TextTower) -> tuple[str, ...]:
+    def check_base(self, model: torch.nn.Module, tower: TextTower, strict: bool = False) -> tuple[str, ...]:
         """Compare the adapter with a model.
 
         Where the adapter holds a fingerprint of its base, the weights decide, whatever the model is called; otherwise, and
         where none of them can be compared, the names do.
 
+        Args:
+            model: a causal LM of transformers.
+            tower: its text tower.
+            strict: whether another base of the same shape is an error.
+
         Returns:
-            Warnings: another base of the same shape, another LoRA than at fit.
+            Warnings: another base of the same shape (not if strict), another LoRA than at fit.
 
         Raises:
-            AdapterMismatchError: if the widths or the numbers of layers differ.
+            AdapterMismatchError: if the widths or the numbers of layers differ; if strict, also for another base of the
+                same shape, and for an adapter that does not say which base is its own.
         """
         config = self.config
         check_sizes(config, model, tower)
-        loaded, commit = base_of(model)
-        name = loaded or type(model).__name__
-        notes = []
-        if config.base_model_type is not None and config.base_model_type != tower.config.model_type:
-            notes.append(f"fitted on model_type {config.base_model_type!r}, loaded on {tower.config.model_type!r}")
-        else:
-            notes += self._other_base(model, name, commit)
+        notes = self._other_base(model, tower)
+        if strict:
+            _refuse_other_base(config, notes)
         active = active_lora_names(model)
         if active != config.lora:
             notes.append(f"fitted with LoRA {config.lora}, now active: {active}")
         return tuple(notes)
 
-    def _other_base(self, model: torch.nn.Module, name: str, commit: str | None) -> list[str]:
+    def _other_base(self, model: torch.nn.Module, tower: TextTower) -> list[str]:
         config = self.config
+        loaded, commit = base_of(model)
+        name = loaded or type(model).__name__
         fitted_on = f"fitted on {config.base_model_name_or_path or 'a base without a name'!r}"
+        if config.base_model_type is not None and config.base_model_type != tower.config.model_type:
+            of, at = config.base_model_type, tower.config.model_type
+            return [f"{fitted_on} (model_type {of!r}), loaded on {name!r} (model_type {at!r})"]
         weights = compare(model, config.base_model_fingerprint)
         if weights.same:
             return []
@@ -266,7 +276,7 @@ class SteeringAdapter:
         *,
         revision: str | None = None,
         strict: bool = True,
-        accept: Callable[[SteeringConfig], None] | None = None,
+        accept: Callable[[SteeringConfig], object] | None = None,
         **hub_kwargs: Any,
     ) -> SteeringAdapter:
         """Load an adapter from a folder or the Hub.
@@ -274,7 +284,9 @@ class SteeringAdapter:
         Args:
             name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder` names a folder of the repo.
             revision: branch, tag or commit of the adapter's repo.
-            strict: whether tensors that the method does not use are an error.
+            strict: whether tensors that the method does not use are an error. If not, they stay unread, and
+                `unexpected_keys` names them; missing ones are always an error. The base is compared where a model is:
+                `load_steering(strict=True)`.
             accept: called with the config before the tensors are looked for; what it raises ends the load.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
@@ -296,7 +308,7 @@ class SteeringAdapter:
             accept(adapter.config)
         shapes = adapter.tensor_shapes()
         weights = files.weights(digest, most_bytes(shapes))
-        adapter.tensors = read_tensors(weights, shapes, strict=strict, sha256=digest)
+        adapter.tensors, adapter.unexpected_keys = read_tensors(weights, shapes, strict=strict, sha256=digest)
         return adapter
 
 
@@ -314,6 +326,21 @@ def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower
                 f"{base_of(model)[0] or type(model).__name__!r} has {what} {got}. Load the base that the adapter names, or "
                 "fit one for this model."
             )
+
+
+def _refuse_other_base(config: SteeringConfig, differences: list[str]) -> None:
+    """Raise `AdapterMismatchError` for what `strict=True` does not take."""
+    if differences:
+        raise AdapterMismatchError(
+            f"strict=True refuses the adapter: {'; '.join(differences)}. Load it on the base that it names, or fit one for "
+            "this model. The shapes agree, so without strict=True it loads with a warning, and steers a model that it was "
+            "not fitted on."
+        )
+    if config.base_model_name_or_path is None and not config.base_model_fingerprint:
+        raise AdapterMismatchError(
+            f"strict=True refuses the adapter: its {CONFIG_NAME} has neither `base_model_name_or_path` nor "
+            "`base_model_fingerprint`, so nothing says that this model is its base. Without strict=True it loads."
+        )
 
 
 def check_widths(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:

@@ -50,7 +50,7 @@ class SteeredModelForCausalLM:
             steering: `org/name`, `org/name@revision`, a folder, a `SteeringAdapter`, or a dict of adapter name to any
                 of these; the first becomes active.
             steering_revision: branch, tag or commit of the adapter's repo. `revision` is the base model's.
-            steering_kwargs: more arguments of `SteeringAdapter.from_pretrained` (`token`, `cache_dir`, `subfolder`,
+            steering_kwargs: more arguments of `load_steering` (`strict`, `token`, `cache_dir`, `subfolder`,
                 `local_files_only`); token, cache_dir and local_files_only default to those of the model.
             **automodel_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
@@ -61,18 +61,22 @@ class SteeredModelForCausalLM:
             ValueError: if `model_id` is None and no adapter names a base that can be loaded, or the code of that base
                 would be run (`trust_remote_code=True`): whose code runs is not for an adapter to say.
             AdapterFileError: if `model_id` is None and an adapter of the Hub names a base that is not of the Hub.
-            AdapterMismatchError: if an adapter was fitted for a model of another shape.
+            AdapterMismatchError: if an adapter was fitted for a model of another shape; with `strict=True` in
+                `steering_kwargs`, also for another base of the same shape.
         """
         shared: dict[str, Any] = {
             k: automodel_kwargs[k] for k in ("token", "cache_dir", "local_files_only") if k in automodel_kwargs
         }
-        adapters = _load_adapters(steering, steering_revision, {**shared, **(steering_kwargs or {})})
+        more = dict(steering_kwargs or {})
+        strict = more.pop("strict", None)
+        adapters = _load_adapters(steering, steering_revision, {**shared, **more, "strict": strict is not False})
         if model_id is None:
             model_id, base_revision = _named_base(adapters, automodel_kwargs.get("trust_remote_code", False))
             if base_revision is not None:
                 automodel_kwargs.setdefault("revision", base_revision)
         model = AutoModelForCausalLM.from_pretrained(located(str(model_id)), **automodel_kwargs)
-        return cls.from_model(model, steering=adapters or None)
+        steer(_inner_model(model))
+        return _loaded_into(model, adapters, strict)
 
     @classmethod
     def from_model(cls, model: Any, steering: SteeringArgument = None) -> Any:
@@ -88,11 +92,14 @@ class SteeredModelForCausalLM:
         Raises:
             UnsupportedModelError: if its decoder blocks cannot be told.
         """
-        inner = _inner_model(model)
-        steer(inner)
-        for name, adapter in _load_adapters(steering, None, {}).items():
-            inner.load_steering(adapter, name)  # type: ignore[operator]
-        return model
+        steer(_inner_model(model))
+        return _loaded_into(model, _load_adapters(steering, None, {}), None)
+
+
+def _loaded_into(model: Any, adapters: Mapping[str, SteeringAdapter], strict: bool | None) -> Any:
+    for name, adapter in adapters.items():
+        _inner_model(model).load_steering(adapter, name, strict=strict)  # type: ignore[operator]
+    return model
 
 
 def _inner_model(model: Any) -> PreTrainedModel | Any:

@@ -35,9 +35,6 @@ DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
 PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
 _START = "<!-- finesteer_hf:start"
 _END = "<!-- finesteer_hf:end -->"
-_LISTING_START = "<!-- finesteer_hf:adapters:start -->"
-_LISTING_END = "<!-- finesteer_hf:adapters:end -->"
-_LISTING_HEAD = ("## Steering adapters in this repo", "", "| folder | method | base model |", "|---|---|---|")
 # What makes a line a heading, a quote, a fence or a list.
 _BLOCK_START = re.compile(r"[#>=~]|[-+*](?=\s)")
 
@@ -239,40 +236,6 @@ def _written_before(section: Section | None) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return written if isinstance(written, dict) else {}
-
-
-def merge_repo_card(adapter: SteeringAdapter, folder: Path, subfolder: str) -> Path:
-    """List an adapter of a subfolder in the README of its repo, beside whatever that says.
-
-    Args:
-        adapter: the adapter.
-        folder: a copy of the repo's root.
-        subfolder: where in the repo the adapter is.
-
-    Returns:
-        Path of the README. One that cannot be merged is left as it is, with a warning.
-    """
-    path = Path(folder) / CARD_NAME
-    metadata = {name: value for name, value in card_metadata(adapter).items() if name != "model-index"}
-    try:
-        readme = Readme.read(path)
-    except ReadmeError as error:
-        warn_unmerged(path, error)
-        return path
-    section = Section.find(readme.text, _LISTING_START, _LISTING_END)
-    ours = f"| [{code(subfolder)}](./{subfolder}/{CARD_NAME}) |"
-    lines = section.body.splitlines() if section else []
-    rows = lines[lines.index(_LISTING_HEAD[-1]) + 1 :] if _LISTING_HEAD[-1] in lines else []
-    rows = [row for row in rows if row.strip() and not row.startswith(ours)]
-    rows.append(f"{ours} {adapter.config.steering_type} | {code(base_name(adapter) or 'not recorded')} |")
-    listing = "\n".join([_LISTING_START, *_LISTING_HEAD, *sorted(rows), _LISTING_END])
-    merged = merge_metadata(readme.metadata, metadata, {})
-    named = list(dict.fromkeys([*readme.texts("base_model"), *filter(None, [metadata.get("base_model")])]))
-    if len(named) > 1:
-        merged["base_model"] = named
-    with replacing(path) as made:
-        made.write_bytes(readme.write(merged, put_section(readme.text, section, listing)).encode("utf-8"))
-    return path
 
 
 def template_text(name: str) -> str:

@@ -42,7 +42,6 @@ class CompiledSteering:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.processors: list[SteeringProcessor] = []
-        self.names: list[str] = []
         self.scales = torch.zeros(0)
         self.on_logits = False
         self.deltas: dict[Site, torch.Tensor] = {}
@@ -63,7 +62,6 @@ class CompiledSteering:
 
     def sync(self, processors: dict[str, SteeringProcessor], scales: dict[str, float]) -> None:
         """Take over what is loaded and what is active, for plain forwards."""
-        self.names = list(processors)
         self.processors = list(processors.values())
         self.on_logits = any(p.acts_on_logits and scales.get(name, 0.0) != 0 for name, p in processors.items())
         self.scales = torch.tensor([scales.get(name, 0.0) * p.strength for name, p in processors.items()])

@@ -46,13 +46,19 @@ FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
 
 
-def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a config's field that a fit writes and nobody chooses; `text` says what it holds, `more` is
-    kept with it.
+def setting(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a user sets: `finesteer fit --set` takes it, and `fit_steering` honours it.
 
-    All other fields are settings: `finesteer fit --set` takes them, and `fit_steering` honours them.
+    Args:
+        text: what it means, a few words.
+        **more: bounds of the value: `least`, `most`.
     """
-    return {"help": text, "written_by_fit": True, **more}
+    return {"help": text, **more}
+
+
+def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a fit writes and nobody chooses; arguments as for `setting`."""
+    return setting(text, written_by_fit=True, **more)
 
 
 @dataclass(kw_only=True)
@@ -94,9 +100,9 @@ class SteeringConfig:
         default=None, metadata=written_by_fit("Number of decoder blocks.", least=1, most=MOST_LAYERS)
     )
     lora: list[str] = field(default_factory=list, metadata=written_by_fit("LoRA adapters active at fit."))
-    positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
-    strength: float | str = field(default=1.0, metadata={"help": "Lambda of the update."})
-    limits: dict[str, float] = field(default_factory=dict, metadata={"help": "What steering may cost, by name."})
+    positions: Positions = field(default="all", metadata=setting("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(default=1.0, metadata=setting("Lambda of the update."))
+    limits: dict[str, float] = field(default_factory=dict, metadata=setting("What steering may cost, by name."))
     requires: list[str] = field(
         default_factory=list, metadata=written_by_fit("Features that a reader must understand.")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import LoadReport, SteeringAdapter, check_sizes, warn_about
+from finesteer_hf.adapter import LoadReport, SteeringAdapter, warn_about
 from finesteer_hf.arguments import as_number
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.generation import OF_GENERATE, SteeredGeneration
@@ -49,7 +50,7 @@ class SteeringMixin(SteeredGeneration):
         adapter_name: str = "default",
         *,
         revision: str | None = None,
-        strict: bool = True,
+        strict: bool | None = None,
         **hub_kwargs: Any,
     ) -> LoadReport:
         """Load a steering adapter; it becomes active if none is.
@@ -61,35 +62,40 @@ class SteeringMixin(SteeredGeneration):
             steering: `org/name`, `org/name@revision`, a folder, or a `SteeringAdapter`.
             adapter_name: name that the other verbs know it by.
             revision: branch, tag or commit of the adapter's repo.
-            strict: whether tensors that the method does not use are errors; ones that it lacks always are.
+            strict: None: tensors that the method does not use are an error, another base of the same shape a warning.
+                True: both are errors, and so is an adapter that does not say which base is its own. False: such tensors are
+                left out and named in the report. Tensors that the method lacks are an error in each case.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Returns:
             What was found.
 
         Raises:
-            AdapterMismatchError: if it was fitted for a model of another shape.
-            AdapterFileError: if its files are damaged.
+            AdapterMismatchError: if it was fitted for a model of another shape; if strict, for another base.
+            AdapterFileError: if its files are damaged or its tensors are not those of its method.
         """
+        tower = self._steering.tower
         if not isinstance(steering, SteeringAdapter):
             steering = SteeringAdapter.from_pretrained(
                 steering,
                 revision=revision,
-                strict=strict,
-                accept=lambda config: check_sizes(config, self, self._steering.tower),  # type: ignore[arg-type]
+                strict=strict is not False,
+                accept=lambda config: SteeringAdapter(config, {}).check_base(self, tower, strict is True),  # type: ignore[arg-type]
                 **hub_kwargs,
             )
         elif revision is not None or hub_kwargs:
             raise ValueError(
                 f"{sorted({'revision', *hub_kwargs})} apply to a repo or folder, not to a SteeringAdapter object."
             )
-        missing, unexpected = steering.check_tensors(strict)
-        notes = steering.check_base(self, self._steering.tower)  # type: ignore[arg-type]
+        if left_out := steering.check_tensors(strict is not False):
+            kept = {name: tensor for name, tensor in steering.tensors.items() if name not in left_out}
+            steering = dataclasses.replace(steering, tensors=kept, unexpected_keys=left_out)
+        notes = steering.check_base(self, tower, strict is True)  # type: ignore[arg-type]
         warn_about(notes, adapter_name)
         self._steering.add(adapter_name, steering)
         if not self._steering.selection:
             self._steering.selection = ((adapter_name, 1.0),)
-        return LoadReport(adapter_name, missing, unexpected, notes, steering.revision)
+        return LoadReport(adapter_name, steering.unexpected_keys, notes, steering.revision)
 
     def set_steering(self, steering: SelectionLike) -> None:
         """Say what is active for calls that name nothing themselves.

@@ -10,7 +10,7 @@ from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.sites import Site
 
 
-class Passage:
+class ForwardCheck:
     """The sites that one forward has passed; steering that cannot be done is refused instead of done by halves.
 
     Args:

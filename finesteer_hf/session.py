@@ -20,7 +20,7 @@ import torch
 
 from finesteer_hf.arguments import check_rows
 from finesteer_hf.logits import UnsteeredLogits
-from finesteer_hf.passage import Passage
+from finesteer_hf.passage import ForwardCheck
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
 from finesteer_hf.reading import StreamReader
@@ -79,7 +79,7 @@ class CallSession(StreamReader):
         self.carried = False
         self.probing: set[Site] | None = None
         self.text_states: dict[Site, torch.Tensor] | None = None
-        self.passage = Passage(0, 0)
+        self.passage = ForwardCheck(0, 0)
         self.relative_norms: dict[str, torch.Tensor] = {}
         self.unchecked: list[tuple[Site, torch.Tensor]] = []
         self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -126,7 +126,7 @@ class CallSession(StreamReader):
             )
         self.carried = not self.decoding and cache is not None and (self.past > 0 or holds_states(cache))
         self._forward = (args, kwargs)
-        self.passage = Passage(rows, self.tokens)
+        self.passage = ForwardCheck(rows, self.tokens)
         if not self.decoding:
             self._read_means(stream)
             if self._must_read_first(stream):

@@ -122,6 +122,11 @@ class Site:
         return (self.layer, _ORDER[self.kind]) < (other.layer, _ORDER[other.kind])
 
 
+def resid_post(layer: int | str) -> Site:
+    """The output of a block, where most methods steer; `layer` is a number, though configs type it `int | str`."""
+    return Site("resid_post", int(layer))
+
+
 class TextTower:
     """The decoder stack of a causal LM: where its blocks are and how wide its streams are.
 

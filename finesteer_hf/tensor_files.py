@@ -34,9 +34,8 @@ class Free:
         return f"{self.name} (1 to {self.most})"
 
 
-#: Size of the outputs of one attention head, and of all heads of a block together; the model's own at the steered block.
+#: Size of the outputs of one attention head; the model's own at the steered block.
 HEAD_SIZE = Free("head_size", 1 << 14)
-HEAD_WIDTH = Free("head_width", 1 << 20)
 #: Neurons of a block's feed-forward; the model's own at the steered block.
 NEURONS = Free("neurons", 1 << 18)
 
@@ -66,22 +65,23 @@ def most_bytes(shapes: Mapping[str, Shape]) -> int:
 # The header names each tensor once: 100 bytes or so for each. Adapters have tens of them.
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
+_ALL_NEEDED = " strict=False leaves out tensors that are not called for; the method cannot steer without one that is."
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 def read_tensors(
     path: str | Path, shapes: Mapping[str, Shape], *, strict: bool = True, sha256: str | None = None
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Read a safetensors file whose names, dtypes and shapes were checked in its header before any tensor is loaded.
 
     Args:
         path: the file.
         shapes: name and shape of each tensor that is called for.
-        strict: whether other tensors are an error.
+        strict: whether other tensors are an error; if not, they stay unread.
         sha256: hash that the file must have, if it is known.
 
     Returns:
-        float32 and int64 tensors by name.
+        float32 and int64 tensors by name, and the sorted names of what the file holds besides.
 
     Raises:
         AdapterFileError: if the file is truncated, malformed or another one than its hash says, or a tensor is missing,
@@ -100,28 +100,42 @@ def read_tensors(
                 name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
                 for name in file.keys()
             }
-            check_layout(path.name, found, shapes, strict)
-            tensors = {name: file.get_tensor(name) for name in found}
+            unexpected = check_layout(path.name, found, shapes, strict)
+            tensors = {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path.name} is damaged or no safetensors file: {error}") from error
     check_finite(tensors)
-    return tensors
+    return tensors, unexpected
 
 
 def check_layout(
     what: str, found: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Mapping[str, Shape], strict: bool
-) -> None:
-    """Compare names, dtypes and shapes with what is called for; raises `AdapterFileError`."""
+) -> tuple[str, ...]:
+    """Compare names, dtypes and shapes with what is called for.
+
+    Args:
+        what: the file or adapter, for the message.
+        found: dtype, as safetensors names it, and shape of each tensor.
+        shapes: name and shape of each tensor that is called for.
+        strict: whether other tensors are an error.
+
+    Returns:
+        Sorted names of the other tensors.
+
+    Raises:
+        AdapterFileError: for a missing tensor, a wrong shape or dtype and, if strict, for other tensors.
+    """
     missing, unexpected = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     if missing or (unexpected and strict):
         raise AdapterFileError(
             f"{what} does not match its config: missing {missing[:20]}, unexpected {unexpected[:20]}. Called for: "
-            f"{sorted(shapes)[:50]}."
+            f"{sorted(shapes)[:50]}." + ("" if strict or not missing else _ALL_NEEDED)
         )
-    for name, (dtype, _) in found.items():
-        if dtype not in DTYPES or (name in shapes and dtype != dtype_of(shapes[name])):
-            wanted = dtype_of(shapes[name]) if name in shapes else " or ".join(DTYPES)
-            raise AdapterFileError(f"Tensor {name!r} has dtype {dtype}; the config calls for {wanted}.")
+    for name, want in shapes.items():
+        if found[name][0] != dtype_of(want):
+            raise AdapterFileError(
+                f"Tensor {name!r} has dtype {found[name][0]}; the config calls for {dtype_of(want)}."
+            )
     sizes: dict[str, int] = {}
     for name, want in shapes.items():
         shape = found[name][1]
@@ -131,6 +145,7 @@ def check_layout(
                 f"Tensor {name!r} has shape {shape}, the config calls for {want}"
                 + (f", where others of the adapter have {sizes}." if sizes else ".")
             )
+    return tuple(unexpected)
 
 
 def _fits(want: Axis, size: int, sizes: dict[str, int]) -> bool:

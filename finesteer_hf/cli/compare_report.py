@@ -8,7 +8,7 @@ import numpy as np
 
 from finesteer_hf.evaluation.behaviour import Outcome
 from finesteer_hf.evaluation.comparison import ALPHA, HOLM_NOTE, ComparisonRow, p_text
-from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, Trial
+from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, MethodTrial
 from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
 from finesteer_hf.evaluation.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
@@ -45,7 +45,7 @@ def effects_that_hold(result: MethodComparison) -> dict[tuple[str, str], bool]:
     return {key: bool(p < ALPHA) for key, p in zip(figures, corrected, strict=True)}
 
 
-def _effects_of(result: MethodComparison, trial: Trial) -> dict[str, ComparisonRow]:
+def _effects_of(result: MethodComparison, trial: MethodTrial) -> dict[str, ComparisonRow]:
     figures = {row.metric: row for row in trial.against_base(result)[:3]}
     return {metric: figures[metric] for metric in ("MC1", "MC2", HIT)}
 
@@ -100,7 +100,7 @@ def _fires(outcome: Outcome) -> str:
     return "no gate" if fires is None else fires.brief
 
 
-def mark(result: MethodComparison, trial: Trial) -> Mark:
+def mark(result: MethodComparison, trial: MethodTrial) -> Mark:
     """Whether a method's MC2 is above the base model's (`good`), below it (`bad`), or not told apart after Holm."""
     if not effects_that_hold(result)[trial.name, "MC2"]:
         return ""
@@ -119,7 +119,7 @@ def build_report(result: MethodComparison, model: str) -> Report:
     )
 
 
-def _headline(result: MethodComparison, trial: Trial) -> Headline:
+def _headline(result: MethodComparison, trial: MethodTrial) -> Headline:
     change = result.mc2_change(trial)
     same = trial.general.identical_to(result.general)
     words: dict[Mark, str] = {"good": "above unsteered", "bad": "below unsteered", "": "not told from unsteered"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finesteer_hf.cli.demo_run import Arm, DemoResult, Trial, setting
+from finesteer_hf.cli.demo_run import Arm, DemoResult, DemoTrial, setting
 from finesteer_hf.cli.demo_standing import STANDING_COLUMNS, standings
 from finesteer_hf.cli.demo_tables import (
     CAA_NOTE,
@@ -103,7 +103,7 @@ def _standing_section(result: DemoResult) -> Section:
     )
 
 
-def _trial_section(result: DemoResult, trial: Trial) -> Section:
+def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
     name = TASK_NAMES[trial.task]
     split = SPLIT_NAMES[trial.task, trial.split]
     config = trial.adapter.config
@@ -154,7 +154,7 @@ def dose_points(fit: dict[str, Any]) -> list[DosePoint]:
     return [DosePoint.from_report(point) for point in fit.get("report", {}).get("dose_response", [])]
 
 
-def _shares(trial: Trial) -> dict[str, dict[str, Proportion]]:
+def _shares(trial: DemoTrial) -> dict[str, dict[str, Proportion]]:
     conditions: dict[str, Arm] = {"unsteered": trial.base, "FineSteer": trial.finesteer, "CAA (best)": trial.caa}
     shares = {hit_name(trial): {name: arm.target.share for name, arm in conditions.items()}}
     if trial.base.target.choices is not None:

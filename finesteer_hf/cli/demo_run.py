@@ -118,7 +118,7 @@ class GateRow:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DemoTrial:
     """One task under one split.
 
     Attributes:
@@ -158,7 +158,7 @@ class DemoResult:
     """Everything that the tables and the report show."""
 
     settings: DemoSettings
-    trials: list[Trial]
+    trials: list[DemoTrial]
     seconds: float
 
     @property
@@ -178,7 +178,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
     jobs = [(task, split) for split in settings.splits for task in TASKS]
     workers = min(len(jobs), os.cpu_count() or 1)
     say(f"fitting and asking: {len(jobs)} trials on {workers} core{'s' if workers > 1 else ''}")
-    trials: dict[tuple[Task, Split], Trial] = {}
+    trials: dict[tuple[Task, Split], DemoTrial] = {}
     # A new process each: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
         try:
@@ -206,7 +206,7 @@ def _start() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
-def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
+def run_trial(task: Task, split: Split, settings: DemoSettings) -> DemoTrial:
     """Fit FineSteer and CAA on one half, save them, load them, and ask the other half."""
     start = time.perf_counter()
     model, tokenizer = playground.load()
@@ -253,7 +253,7 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> Trial:
             some = ask(targets[: settings.caa_targets], adapter="caa", scale=dose, choices=False)
             sweep.append(ConstantDose(at, dose * float(caa.config.strength), dose, some.share))
         steered.delete_steering("caa")
-    trial = Trial(
+    trial = DemoTrial(
         task=task,
         split=split,
         folder=folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from finesteer_hf.cli.demo_run import DemoResult, Trial
+from finesteer_hf.cli.demo_run import DemoResult, DemoTrial
 from finesteer_hf.cli.demo_tables import hit_name
 from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.report import Mark
@@ -69,7 +69,7 @@ def standings(result: DemoResult) -> list[Standing]:
     return [replace(standing, holds=bool(p < ALPHA)) for standing, p in zip(found, corrected, strict=True)]
 
 
-def _of(trial: Trial) -> list[Standing]:
+def _of(trial: DemoTrial) -> list[Standing]:
     unseen = UNSEEN[trial.task, trial.split]
     base, fine, caa = trial.base, trial.finesteer, trial.caa
     same = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from finesteer_hf.cli.demo_run import DemoResult, Trial
+from finesteer_hf.cli.demo_run import DemoResult, DemoTrial
 from finesteer_hf.evaluation.behaviour import Outcome
 from finesteer_hf.evaluation.playground_eval import Task
 from finesteer_hf.evaluation.statistics import proportion
@@ -32,12 +32,12 @@ GATE_NOTE = (
 )
 
 
-def hit_name(trial: Trial) -> str:
+def hit_name(trial: DemoTrial) -> str:
     """What a hit of the task is called."""
     return "truthful answers" if trial.task == "truthful" else "refusals"
 
 
-def trial_columns(trial: Trial) -> tuple[str, ...]:
+def trial_columns(trial: DemoTrial) -> tuple[str, ...]:
     """Column names of a trial's table."""
     return (
         "held out",
@@ -48,7 +48,7 @@ def trial_columns(trial: Trial) -> tuple[str, ...]:
     )
 
 
-def trial_rows(trial: Trial) -> list[tuple[str, ...]]:
+def trial_rows(trial: DemoTrial) -> list[tuple[str, ...]]:
     """All figures of a trial, one row each: n, unsteered, FineSteer and CAA."""
     arms = (trial.base, trial.finesteer, trial.caa)
     targets, general = str(trial.base.target.share.n), str(trial.base.general.share.n)
@@ -73,7 +73,7 @@ def _fires(outcome: Outcome) -> str:
     return "always on" if fires is None else fires.brief
 
 
-def paired_note(trial: Trial) -> str:
+def paired_note(trial: DemoTrial) -> str:
     """McNemar's tests of a trial in a sentence."""
     base = trial.finesteer.target.against(trial.base.target)
     caa = trial.finesteer.target.against(trial.caa.target)
@@ -115,7 +115,7 @@ def gate_rows(result: DemoResult, task: Task) -> list[tuple[str, ...]]:
     ]
 
 
-def examples(trial: Trial, count: int) -> list[int]:
+def examples(trial: DemoTrial, count: int) -> list[int]:
     """Prompts to show, spread evenly over the categories and drawn without regard to the outcome."""
     by_category: dict[str, list[int]] = {}
     for index, item in enumerate(trial.base.target.prompts):

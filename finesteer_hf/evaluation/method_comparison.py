@@ -30,7 +30,7 @@ OWN, GENERAL = "held-out rows", "general prompts, held out"
 
 
 @dataclass(frozen=True)
-class Trial:
+class MethodTrial:
     """A method on the held-out prompts.
 
     Attributes:
@@ -93,7 +93,7 @@ class MethodComparison:
 
     own: Outcome
     general: Outcome
-    trials: list[Trial]
+    trials: list[MethodTrial]
     failed: dict[str, str]
     fitted: int
 
@@ -111,7 +111,7 @@ class MethodComparison:
             for a, b in pairs
         ]
 
-    def mc2_change(self, trial: Trial) -> Mean:
+    def mc2_change(self, trial: MethodTrial) -> Mean:
         """Change of MC2 from the base model to a method, paired."""
         return paired_difference(_choices(self.own).mc2, _choices(trial.own).mc2)
 
@@ -273,7 +273,7 @@ def compare_methods(
             seconds = time.perf_counter() - start
             model.load_steering(adapter, name)
             trials.append(
-                Trial(name, adapter, ask(parts.own, adapter=name), ask(parts.general, adapter=name), seconds)
+                MethodTrial(name, adapter, ask(parts.own, adapter=name), ask(parts.general, adapter=name), seconds)
             )
             model.delete_steering(name)
             note(f"{name}: fitted in {seconds:.0f} s, strength {adapter.config.strength:g}")

@@ -7,19 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.likelihood import (
-    batches_by_length,
-    forward_logits,
     is_steerable,
-    model_device,
-    pad_right,
     token_log_probs,
 )
-from finesteer_hf.evaluation.prompts import Prompt, encode_pairs, encode_prompt
+from finesteer_hf.evaluation.prompts import Prompt, encode_pairs
 
 
 def steered_as(model: nn.Module, adapter: str | None, scale: float = 1.0) -> AbstractContextManager[Any]:
@@ -74,25 +69,3 @@ def answer_log_probs(
         raise DatasetError(f"Got {len(prompts)} prompts for {len(answers)} answers.")
     prompt_ids, answer_ids = encode_pairs(tokenizer, prompts, answers)
     return token_log_probs(model, prompt_ids, answer_ids, per_token=per_token, batch_tokens=batch_tokens)
-
-
-@torch.inference_mode()
-def next_token_log_probs(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, batch_tokens: int = 4096
-) -> torch.Tensor:
-    """Log-probabilities of the first generated token after each prompt.
-
-    Returns:
-        `[n, vocabulary]` float32 on the CPU.
-    """
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    device = model_device(model)
-    found: list[torch.Tensor | None] = [None] * len(prompt_ids)
-    for rows in batches_by_length([len(ids) for ids in prompt_ids], batch_tokens):
-        ids, mask = pad_right([prompt_ids[row] for row in rows])
-        lengths = mask.sum(1)
-        logits = forward_logits(model, ids.to(device), mask.to(device), lengths.to(device))
-        last = logits[torch.arange(len(rows)), lengths - 1].float().log_softmax(-1).cpu()
-        for row, values in zip(rows, last, strict=True):
-            found[row] = values
-    return torch.stack([values for values in found if values is not None])

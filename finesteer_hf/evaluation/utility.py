@@ -1,4 +1,4 @@
-"""What steering costs elsewhere: general tasks, identical answers, shifts of the next-token distribution."""
+"""What steering costs elsewhere: general tasks, and answers that stay the same."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.sources import column, read_rows
@@ -71,19 +68,3 @@ def identical_share(first: Sequence[Sequence[int]], second: Sequence[Sequence[in
     if len(first) != len(second):
         raise ValueError(f"Paired conditions need the same prompts: got {len(first)} and {len(second)}.")
     return proportion(list(a) == list(b) for a, b in zip(first, second, strict=True))
-
-
-def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> np.ndarray:
-    """KL(reference || other) of each row, in nats.
-
-    Args:
-        reference: log-probabilities `[n, vocabulary]`.
-        other: the same under another condition.
-
-    Returns:
-        `[n]` float64.
-    """
-    p, q = reference.double(), other.double()
-    # 0 log 0 is 0: a token that the reference excludes adds nothing.
-    terms = torch.where(p.isneginf(), torch.zeros_like(p), p.exp() * (p - q))
-    return terms.sum(-1).clamp_min(0).numpy()

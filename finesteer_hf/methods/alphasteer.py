@@ -17,7 +17,7 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators.linear_algebra import gram_eigen
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
@@ -59,15 +59,15 @@ class AlphaSteerConfig(SteeringConfig):
     steering_type: ClassVar[str] = "ALPHASTEER"
 
     # The published code steers in the prefill only.
-    positions: Positions = field(default="prompt", metadata={"help": "Steered tokens: all, prompt or generated."})
+    positions: Positions = field(default="prompt", metadata=setting("Steered tokens: all, prompt or generated."))
     strength: float | str = field(
-        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layers: list[int] | str = field(default="auto", metadata={"help": "Steered decoder blocks, or auto."})
-    null_space: float = field(default=0.5, metadata={"help": "Share of directions that make the null space."})
-    ridge: float = field(default=10.0, metadata={"help": "Penalty on the map."})
+    layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
+    null_space: float = field(default=0.5, metadata=setting("Share of directions that make the null space."))
+    ridge: float = field(default=10.0, metadata=setting("Penalty on the map."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
 
     def __post_init__(self) -> None:

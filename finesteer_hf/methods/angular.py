@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -65,15 +65,15 @@ class AngularConfig(SteeringConfig):
     steering_type: ClassVar[str] = "ANGULAR"
     understands: ClassVar[frozenset[str]] = frozenset(f"mode:{name}" for name in MODES)
 
-    strength: float | str = field(default="auto", metadata={"help": "Share of the turn: a number, auto or kl:<nats>."})
+    strength: float | str = field(default="auto", metadata=setting("Share of the turn: a number, auto or kl:<nats>."))
     mode: Literal["angular", "adaptive", "selective"] = field(
-        default="angular", metadata={"help": "angular, adaptive or selective."}
+        default="angular", metadata=setting("angular, adaptive or selective.")
     )
-    layers: list[int] | str = field(default="auto", metadata={"help": "Rotated decoder blocks, or auto."})
-    angle: float | str = field(default="auto", metadata={"help": "Degrees to turn to, or by; or auto."})
-    threshold: float = field(default=0.0, metadata={"help": "Product with b1 up to which adaptive leaves a token."})
+    layers: list[int] | str = field(default="auto", metadata=setting("Rotated decoder blocks, or auto."))
+    angle: float | str = field(default="auto", metadata=setting("Degrees to turn to, or by; or auto."))
+    threshold: float = field(default=0.0, metadata=setting("Product with b1 up to which adaptive leaves a token."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
 
     def __post_init__(self) -> None:

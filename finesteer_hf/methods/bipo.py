@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finesteer_hf.config import register_steering_method
+from finesteer_hf.config import register_steering_method, setting
 from finesteer_hf.methods.checks import check_number
 from finesteer_hf.methods.preference_training import PairScores, PreferenceRows, TrainedShift
 from finesteer_hf.methods.preference_vector import PreferenceVector, PreferenceVectorConfig
@@ -39,7 +39,7 @@ class BIPOConfig(PreferenceVectorConfig):
 
     steering_type: ClassVar[str] = "BIPO"
 
-    beta: float = field(default=0.1, metadata={"help": "Factor of the log-probabilities."})
+    beta: float = field(default=0.1, metadata=setting("Factor of the log-probabilities."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
@@ -52,17 +52,17 @@ class CAAConfig(SteeringConfig):
     allowed_positions: ClassVar[tuple[str, ...]] = (*POSITIONS, "auto")
 
     positions: OpenPositions = field(  # type: ignore[assignment]
-        default="auto", metadata={"help": "Steered tokens: auto, all, prompt or generated."}
+        default="auto", metadata=setting("Steered tokens: auto, all, prompt or generated.")
     )
     strength: float | str = field(
-        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
     vector: Literal["answers", "queries", "gradient"] = field(
-        default="answers", metadata={"help": "What the vector is made of: answers, queries or gradient."}
+        default="answers", metadata=setting("What the vector is made of: answers, queries or gradient.")
     )
 
     def __post_init__(self) -> None:

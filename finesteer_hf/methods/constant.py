@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
@@ -37,9 +37,9 @@ class ConstantConfig(SteeringConfig):
 
     steering_type: ClassVar[str] = "CONSTANT"
 
-    layers: list[int] = field(default_factory=list, metadata={"help": "Steered decoder blocks."})
+    layers: list[int] = field(default_factory=list, metadata=setting("Steered decoder blocks."))
     site: SiteKind = field(
-        default="resid_post", metadata={"help": "resid_pre, head_out, mlp_act or resid_post of each block."}
+        default="resid_post", metadata=setting("resid_pre, head_out, mlp_act or resid_post of each block.")
     )
 
     def __post_init__(self) -> None:

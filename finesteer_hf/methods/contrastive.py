@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from transformers import LogitsProcessor
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.caa import CAA, CAAConfig
@@ -45,14 +45,14 @@ class ContrastiveConfig(SteeringConfig):
 
     steering_type: ClassVar[str] = "CONTRASTIVE"
 
-    positions: Positions = field(default="generated", metadata={"help": "Tokens that get the vector."})
-    strength: float | str = field(default="auto", metadata={"help": "Alpha: a number, auto or kl:<nats>."})
-    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
+    positions: Positions = field(default="generated", metadata=setting("Tokens that get the vector."))
+    strength: float | str = field(default="auto", metadata=setting("Alpha: a number, auto or kl:<nats>."))
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
     vector_strength: float | str = field(
-        default="auto", metadata={"help": "Factor of the vector: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Factor of the vector: a number, auto, kl:<nats> or norm:<share>.")
     )
 
     def __post_init__(self) -> None:

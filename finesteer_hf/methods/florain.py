@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
 from finesteer_hf.estimators.probes import fit_head_probes
@@ -48,10 +48,6 @@ MIN_ROWS = 4
 VALUES = 1 << 26
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(kw_only=True)
 class FlorainConfig(SteeringConfig):
     """Settings of FLORAIN.
@@ -76,16 +72,16 @@ class FlorainConfig(SteeringConfig):
     steering_type: ClassVar[str] = "FLORAIN"
 
     # The paper maps the last position of every forward.
-    positions: Positions = field(default="generated", metadata=_help("Steered tokens: all, prompt or generated."))
-    strength: float | str = field(default="auto", metadata=_help("Share of the way: a number, auto or kl:<nats>."))
-    layer: int | str = field(default="auto", metadata=_help("Steered decoder block, or auto."))
-    rank: int = field(default=8, metadata=_help("Rank of the maps."))
-    delta: float = field(default=1.0, metadata=_help("How far beyond the wanted mean to aim."))
-    alpha: float = field(default=0.2, metadata=_help("Share of the question's own shift."))
-    shrink: float = field(default=1.0, metadata=_help("Divides the region's squared radius."))
-    epochs: int = field(default=200, metadata=_help("Passes over the answers."))
-    batch_size: int = field(default=100, metadata=_help("Answers a step."))
-    learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of Adam."))
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(default="auto", metadata=setting("Share of the way: a number, auto or kl:<nats>."))
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
+    rank: int = field(default=8, metadata=setting("Rank of the maps."))
+    delta: float = field(default=1.0, metadata=setting("How far beyond the wanted mean to aim."))
+    alpha: float = field(default=0.2, metadata=setting("Share of the question's own shift."))
+    shrink: float = field(default=1.0, metadata=setting("Divides the region's squared radius."))
+    epochs: int = field(default=200, metadata=setting("Passes over the answers."))
+    batch_size: int = field(default=100, metadata=setting("Answers a step."))
+    learning_rate: float = field(default=2e-3, metadata=setting("Learning rate of Adam."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of the block.", least=1, most=MOST_HEADS)
     )

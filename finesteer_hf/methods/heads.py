@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 import torch
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, written_by_fit
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.probes import (
     best_heads,
@@ -36,10 +36,6 @@ SHARES = (1.0, 0.5, 2.0, 4.0)
 MOST_NUMBERS = 1 << 26
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(kw_only=True)
 class HeadsConfig(SteeringConfig):
     """Settings of methods that steer a few attention heads.
@@ -57,11 +53,13 @@ class HeadsConfig(SteeringConfig):
     #: Heads that the paper steers, of `PUBLISHED_HEADS`.
     published_count: ClassVar[int]
 
-    positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
-    strength: float | str = field(default="auto", metadata=_help("Alpha: a number, auto, kl:<nats> or norm:<share>."))
-    num_heads: int | str = field(default="auto", metadata=_help("Number of steered heads, or auto."))
-    layers: list[int] | str = field(default="auto", metadata=_help("Probed blocks, or auto for all."))
-    direction: Literal["centre", "probe"] = field(default="centre", metadata=_help("centre or probe."))
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: generated."))
+    strength: float | str = field(
+        default="auto", metadata=setting("Alpha: a number, auto, kl:<nats> or norm:<share>.")
+    )
+    num_heads: int | str = field(default="auto", metadata=setting("Number of steered heads, or auto."))
+    layers: list[int] | str = field(default="auto", metadata=setting("Probed blocks, or auto for all."))
+    direction: Literal["centre", "probe"] = field(default="centre", metadata=setting("centre or probe."))
     heads: list[list[int]] = field(default_factory=list, metadata=written_by_fit("Chosen [layer, head] pairs."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)

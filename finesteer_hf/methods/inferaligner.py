@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -38,7 +38,7 @@ from finesteer_hf.methods.screening import relative_norm, state_norms
 from finesteer_hf.methods.search import Place, search_layers
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import resid_post
 
 
 VECTORS = ("answers", "queries", "sibling")
@@ -62,20 +62,20 @@ class InferAlignerConfig(SteeringConfig):
 
     steering_type: ClassVar[str] = "INFERALIGNER"
 
-    positions: Positions = field(default="all", metadata={"help": "Steered tokens: all, prompt or generated."})
+    positions: Positions = field(default="all", metadata=setting("Steered tokens: all, prompt or generated."))
     strength: float | str = field(
-        default="auto", metadata={"help": "Alpha: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Alpha: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layers: list[int] | str = field(default="auto", metadata={"help": "Steered decoder blocks, or auto."})
-    guard_layer: int | None = field(default=None, metadata={"help": "Block whose gate decides for all layers."})
+    layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
+    guard_layer: int | None = field(default=None, metadata=setting("Block whose gate decides for all layers."))
     vector: Literal["answers", "queries", "sibling"] = field(
-        default="answers", metadata={"help": "What is added: answers, queries or sibling."}
+        default="answers", metadata=setting("What is added: answers, queries or sibling.")
     )
     sibling: str | None = field(
-        default=None, metadata={"help": "INFERALIGNER adapter of the aligned sibling.", "may_be_path": True}
+        default=None, metadata=setting("INFERALIGNER adapter of the aligned sibling.", may_be_path=True)
     )
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
 
     def __post_init__(self) -> None:
@@ -118,8 +118,8 @@ class InferAligner(SteeringMethod):
         missing = sorted(set(self.tensor_shapes(settings)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The INFERALIGNER adapter lacks the tensors {missing}.")
-        self.reads = tuple(_site(layer) for layer in settings.gate_layers)
-        self.writes = tuple(_site(layer) for layer in settings.layers)
+        self.reads = tuple(resid_post(layer) for layer in settings.gate_layers)
+        self.writes = tuple(resid_post(layer) for layer in settings.layers)
 
     def decide(self, queries: QueryStates) -> Decision:
         """Open the layers' gates; recorded are `score` `[rows]`, the highest <h, s> + b, and the share `open_layers`."""
@@ -160,7 +160,7 @@ class InferAligner(SteeringMethod):
             sibling_vectors(settings, info)
         layers = sorted({*map(int, settings.layers), *settings.gate_layers})
         pools: tuple[Pool, ...] = ("query", settings.pool) if settings.vector == "answers" else ("query",)
-        return CaptureRequest(tuple(_site(layer) for layer in layers), pools)
+        return CaptureRequest(tuple(resid_post(layer) for layer in layers), pools)
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -175,7 +175,7 @@ class InferAligner(SteeringMethod):
         layers = [int(layer) for layer in settings.layers]
         gates = {layer: safety_gate(*_queries(data, layer)) for layer in sorted({*layers, *settings.gate_layers})}
         vectors = _safety_vectors(data, settings, layers, gates)
-        norms = state_norms(data, [_site(layer) for layer in layers])
+        norms = state_norms(data, [resid_post(layer) for layer in layers])
 
         def fitted(place: Place, strength: float) -> InferAlignerConfig:
             chosen = dataclasses.replace(settings, layers=list(place.layers), positions=place.positions)
@@ -191,9 +191,12 @@ class InferAligner(SteeringMethod):
             return {name: torch.from_numpy(values.astype(np.float32)) for name, values in found.items()}
 
         def trial_of(place: Place) -> Trial:
-            tensors, states = tensors_of(place), {_site(layer): norms[_site(layer)] for layer in place.layers}
-            added = {_site(layer): vectors[layer][None] for layer in place.layers}
-            first = states[_site(place.layers[0])]
+            tensors, states = (
+                tensors_of(place),
+                {resid_post(layer): norms[resid_post(layer)] for layer in place.layers},
+            )
+            added = {resid_post(layer): vectors[layer][None] for layer in place.layers}
+            first = states[resid_post(place.layers[0])]
             return Trial(
                 build=lambda strength: cls(fitted(place, strength), tensors),
                 vector_norm=relative_norm(added, states) * first,
@@ -244,7 +247,7 @@ def _safety_vectors(
         return dict(zip(layers, sibling_vectors(config, data.info), strict=True))
     parts: tuple[Part, ...] = ("fit", "calibration")
     sides: tuple[Side, Side] = ("chosen", "rejected")
-    return {layer: mean_difference(data, sides, _site(layer), parts, config.pool)[0] for layer in layers}
+    return {layer: mean_difference(data, sides, resid_post(layer), parts, config.pool)[0] for layer in layers}
 
 
 def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.float64]:
@@ -279,10 +282,6 @@ def _sibling(config: InferAlignerConfig) -> tuple[InferAlignerConfig, torch.Tens
     return adapter.config, adapter.tensors["srv"]
 
 
-def _site(layer: int | str) -> Site:
-    return Site("resid_post", int(layer))
-
-
 def _with_layers(config: InferAlignerConfig, info: ModelInfo) -> InferAlignerConfig:
     if config.guard_layer is not None:
         candidate_layers(config.guard_layer, info.num_layers)
@@ -296,7 +295,7 @@ def _with_layers(config: InferAlignerConfig, info: ModelInfo) -> InferAlignerCon
 
 def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     parts: tuple[Part, ...] = ("fit", "calibration")
-    site = _site(layer)
+    site = resid_post(layer)
     harmful, harmless = (np.concatenate([side(site, part) for part in parts]) for side in (data.query, data.general))
     return harmful, harmless
 
@@ -304,8 +303,8 @@ def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np
 def _held_out(data: FitData, layer: int, srv: NDArray[np.float64], bias: float) -> dict[str, float | None]:
     """Shares of held-out rows and of held-out general prompts that open a gate; None without any."""
     sides = {
-        "opened": data.query(_site(layer), "validation"),
-        "false_alarms": data.general(_site(layer), "validation"),
+        "opened": data.query(resid_post(layer), "validation"),
+        "false_alarms": data.general(resid_post(layer), "validation"),
     }
     return {
         name: float((states.astype(np.float64) @ srv + bias > 0).mean()) if len(states) else None

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import SteeringConfig, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -38,7 +38,7 @@ from finesteer_hf.methods.preference_training import (
 from finesteer_hf.methods.search import search
 from finesteer_hf.methods.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 2
@@ -50,10 +50,6 @@ TRAINED_LAYERS = 2
 REACH = 3.0
 KEEPS = ("best", "last")
 SCHEDULES = ("constant", "linear", "cosine")
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass(kw_only=True)
@@ -77,21 +73,23 @@ class PreferenceVectorConfig(SteeringConfig):
     """
 
     # Both papers steer every token of prompt and answer.
-    positions: Positions = field(default="all", metadata=_help("Steered tokens: all, prompt or generated."))
-    strength: float | str = field(default="auto", metadata=_help("Lambda: a number, auto, kl:<nats> or norm:<share>."))
-    layer: int | str = field(default="auto", metadata=_help("Steered decoder block, or auto."))
-    num_rows: int | None = field(default=128, metadata=_help("Rows that are learned from."))
-    epochs: int = field(default=5, metadata=_help("Passes over the rows."))
-    batch_size: int = field(default=8, metadata=_help("Rows a step."))
-    learning_rate: float | str = field(default="auto", metadata=_help("Learning rate of AdamW, or auto."))
-    weight_decay: float = field(default=0.0, metadata=_help("Weight decay of AdamW."))
-    schedule: Literal["constant", "linear", "cosine"] = field(
-        default="linear", metadata=_help("How the learning rate falls: constant, linear or cosine.")
+    positions: Positions = field(default="all", metadata=setting("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    warmup_steps: int = field(default=0, metadata=_help("Steps over which the learning rate rises."))
-    clip: float | None = field(default=None, metadata=_help("Greatest norm of the gradient."))
-    norm_cap: float | None = field(default=None, metadata=_help("Greatest norm, as a share of the state's."))
-    keep: Literal["best", "last"] = field(default="best", metadata=_help("Which epoch's vector: best or last."))
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
+    num_rows: int | None = field(default=128, metadata=setting("Rows that are learned from."))
+    epochs: int = field(default=5, metadata=setting("Passes over the rows."))
+    batch_size: int = field(default=8, metadata=setting("Rows a step."))
+    learning_rate: float | str = field(default="auto", metadata=setting("Learning rate of AdamW, or auto."))
+    weight_decay: float = field(default=0.0, metadata=setting("Weight decay of AdamW."))
+    schedule: Literal["constant", "linear", "cosine"] = field(
+        default="linear", metadata=setting("How the learning rate falls: constant, linear or cosine.")
+    )
+    warmup_steps: int = field(default=0, metadata=setting("Steps over which the learning rate rises."))
+    clip: float | None = field(default=None, metadata=setting("Greatest norm of the gradient."))
+    norm_cap: float | None = field(default=None, metadata=setting("Greatest norm, as a share of the state's."))
+    keep: Literal["best", "last"] = field(default="best", metadata=setting("Which epoch's vector: best or last."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +133,7 @@ class PreferenceVector(SteeringMethod):
         require_fitted(config, "layer")
         if "vector" not in tensors:
             raise AdapterFileError(f"The {config.steering_type} adapter lacks the tensor 'vector'.")
-        self.site = _site(cast(PreferenceVectorConfig, config).layer)
+        self.site = resid_post(cast(PreferenceVectorConfig, config).layer)
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -198,7 +196,7 @@ class PreferenceVector(SteeringMethod):
             ValueError: if the layer is out of range.
         """
         layers = candidate_layers(cast(PreferenceVectorConfig, config).layer, info.num_layers)
-        return CaptureRequest(tuple(map(_site, layers)), ("query",))
+        return CaptureRequest(tuple(map(resid_post, layers)), ("query",))
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -213,7 +211,7 @@ class PreferenceVector(SteeringMethod):
             raise DatasetError(f"{name} needs at least {MIN_ROWS} rows to fit on, got {found}.")
         rows = PreferenceRows.draw(data, "fit", settings.num_rows)
         held_out = PreferenceRows.draw(data, "calibration", settings.num_rows)
-        sites = [_site(layer) for layer in candidate_layers(settings.layer, data.info.num_layers)]
+        sites = [resid_post(layer) for layer in candidate_layers(settings.layer, data.info.num_layers)]
         norms = {site: median_query_norm(data, site) for site in sites}
         if len(sites) > 1:
             slopes = first_order(
@@ -243,7 +241,7 @@ class PreferenceVector(SteeringMethod):
             layer: Trial(
                 build=lambda strength, at=layer: cls(fitted(at, strength), {"vector": vectors[at]}),  # type: ignore[misc]
                 vector_norm=float(vector.norm()),
-                state_norm=norms[_site(layer)],
+                state_norm=norms[resid_post(layer)],
             )
             for layer, vector in vectors.items()
         }
@@ -305,7 +303,3 @@ class PreferenceVector(SteeringMethod):
             note=data.note,
         )
         return vector.detach() * settings.unit, history
-
-
-def _site(layer: int | str) -> Site:
-    return Site("resid_post", int(layer))

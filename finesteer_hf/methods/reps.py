@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finesteer_hf.config import register_steering_method
+from finesteer_hf.config import register_steering_method, setting
 from finesteer_hf.methods.checks import check_number, check_one_of
 from finesteer_hf.methods.preference_training import PairScores, PreferenceRows, TrainedShift
 from finesteer_hf.methods.preference_vector import PreferenceVector, PreferenceVectorConfig
@@ -54,13 +54,13 @@ class REPSConfig(PreferenceVectorConfig):
     steering_type: ClassVar[str] = "REPS"
 
     factors: list[float] = field(
-        default_factory=lambda: list(PAPER_FACTORS), metadata={"help": "Factors of the vector in training."}
+        default_factory=lambda: list(PAPER_FACTORS), metadata=setting("Factors of the vector in training.")
     )
     negative: Literal["null", "subtract"] = field(
-        default="null", metadata={"help": "Negative steering in training: null or subtract."}
+        default="null", metadata=setting("Negative steering in training: null or subtract.")
     )
     compat: Literal["official"] | None = field(
-        default=None, metadata={"help": "official: divide by the length of prompt and answer."}
+        default=None, metadata=setting("official: divide by the length of prompt and answer.")
     )
 
     def __post_init__(self) -> None:

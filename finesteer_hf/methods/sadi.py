@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -35,6 +35,7 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
+from finesteer_hf.methods.moments import mean_difference
 from finesteer_hf.methods.search import search
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import RELATIVE_DOSES, Trial, candidate_layers
@@ -60,10 +61,6 @@ STRENGTHS = {
 MIN_ROWS = 2
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(kw_only=True)
 class SADIConfig(SteeringConfig):
     """Settings of semantics-adaptive dynamic intervention.
@@ -83,14 +80,16 @@ class SADIConfig(SteeringConfig):
     understands: ClassVar[frozenset[str]] = frozenset({"compat:official", "elements:neurons"})
 
     # The paper steers the newest token of every forward: the prompt's last, then each generated one.
-    positions: Positions = field(default="generated", metadata=_help("Steered tokens: generated."))
-    strength: float | str = field(default="auto", metadata=_help("Delta: a number, auto, kl:<nats> or norm:<share>."))
-    elements: Literal["head", "neurons", "hidden"] = field(
-        default="head", metadata=_help("Amplified elements: head, neurons or hidden.")
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: generated."))
+    strength: float | str = field(
+        default="auto", metadata=setting("Delta: a number, auto, kl:<nats> or norm:<share>.")
     )
-    num_elements: int | str = field(default="auto", metadata=_help("Number of amplified elements, or auto."))
-    layers: list[int] | str = field(default="auto", metadata=_help("Compared blocks, or auto for all."))
-    compat: str | None = field(default=None, metadata=_help("official: replace the query's elements."))
+    elements: Literal["head", "neurons", "hidden"] = field(
+        default="head", metadata=setting("Amplified elements: head, neurons or hidden.")
+    )
+    num_elements: int | str = field(default="auto", metadata=setting("Number of amplified elements, or auto."))
+    layers: list[int] | str = field(default="auto", metadata=setting("Compared blocks, or auto for all."))
+    compat: str | None = field(default=None, metadata=setting("official: replace the query's elements."))
     element_layers: list[int] = field(default_factory=list, metadata=written_by_fit("Blocks of the elements."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
@@ -213,7 +212,7 @@ class SADI(SteeringMethod):
         parts: tuple[Part, ...] = ("fit", "calibration")
         if sum(len(data.prompts(part)) for part in parts) < MIN_ROWS:
             raise DatasetError(f"SADI needs at least {MIN_ROWS} rows to fit on; the paper uses about 150.")
-        differences = [mean_difference(data, settings.site(layer), parts, heads) for layer in layers]
+        differences = [element_differences(data, settings.site(layer), parts, heads) for layer in layers]
         if len({len(difference) for difference in differences}) > 1:
             raise UnsupportedModelError(
                 "The blocks have feed-forwards of different widths; name blocks of one kind in `layers`."
@@ -231,7 +230,7 @@ class SADI(SteeringMethod):
             doses = STRENGTHS[settings.elements]
         chosen = search(data, settings.strength, trials, what="count", doses=doses)
         mask = masks[chosen.key]
-        held_out = {layer: mean_difference(data, settings.site(layer), ("validation",), heads) for layer in layers}
+        held_out = {layer: element_differences(data, settings.site(layer), ("validation",), heads) for layer in layers}
         order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])
         report: dict[str, Any] = {
             "elements": [
@@ -248,7 +247,7 @@ class SADI(SteeringMethod):
         return FitResult(_config(settings, data.info, layers, mask, chosen.strength), _tensors(mask), report)
 
 
-def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
+def element_differences(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
     """Mean over rows of the wanted answers' last states less those of the unwanted.
 
     Args:
@@ -260,12 +259,9 @@ def mean_difference(data: FitData, site: Site, parts: tuple[Part, ...], heads: i
     Returns:
         `[heads]` or `[width]`; zeros where there are no rows.
     """
-    chosen, rejected = (
-        np.concatenate([side(site, part, "answer_last") for part in parts]) for side in (data.chosen, data.rejected)
-    )
-    if not len(chosen):
-        return np.zeros(heads or chosen.shape[1])
-    difference = chosen.mean(axis=0, dtype=np.float64) - rejected.mean(axis=0, dtype=np.float64)
+    difference, (rows, _) = mean_difference(data, ("chosen", "rejected"), site, parts, "answer_last")
+    if not rows:
+        return np.zeros(heads or data.chosen(site, parts[0], "answer_last").shape[1])
     return difference if heads is None else difference.reshape(heads, -1).mean(axis=1)
 
 

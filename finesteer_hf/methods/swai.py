@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessor
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import check_count, check_number, check_strength, filled_in
@@ -50,11 +50,11 @@ class SWAIConfig(SteeringConfig):
     steering_type: ClassVar[str] = "SWAI"
 
     # Logits choose generated tokens; there are none to be steered in the prompt.
-    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: generated."})
-    strength: float | str = field(default="auto", metadata={"help": "Lambda: a number, auto or kl:<nats>."})
-    top_k: int = field(default=50, metadata={"help": "Number of candidates, those with the largest logits."})
-    top_m: int | None = field(default=None, metadata={"help": "Number of candidates that are raised; None for all."})
-    prior: float = field(default=1000.0, metadata={"help": "Sum of the prior counts."})
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: generated."))
+    strength: float | str = field(default="auto", metadata=setting("Lambda: a number, auto or kl:<nats>."))
+    top_k: int = field(default=50, metadata=setting("Number of candidates, those with the largest logits."))
+    top_m: int | None = field(default=None, metadata=setting("Number of candidates that are raised; None for all."))
+    prior: float = field(default=1000.0, metadata=setting("Sum of the prior counts."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, written_by_fit
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.sparse_group import proximal_descent
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
@@ -63,15 +63,15 @@ class TaskDrivenConfig(SteeringConfig):
 
     steering_type: ClassVar[str] = "TASKDRIVEN"
 
-    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: all, prompt or generated."))
     strength: float | str = field(
-        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
-    num_rows: int = field(default=32, metadata={"help": "Number of prompts that are learned from."})
-    l1: float = field(default=0.02, metadata={"help": "Penalty on coordinates, as a share of the largest useful one."})
-    group: float = field(default=0.1, metadata={"help": "Penalty on heads, as a share of the largest useful one."})
-    iterations: int = field(default=30, metadata={"help": "Most steps of the descent."})
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
+    num_rows: int = field(default=32, metadata=setting("Number of prompts that are learned from."))
+    l1: float = field(default=0.02, metadata=setting("Penalty on coordinates, as a share of the largest useful one."))
+    group: float = field(default=0.1, metadata=setting("Penalty on heads, as a share of the largest useful one."))
+    iterations: int = field(default=30, metadata=setting("Most steps of the descent."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of the block.", least=1, most=MOST_HEADS)
     )

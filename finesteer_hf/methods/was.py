@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.methods.checks import (
@@ -46,7 +46,7 @@ from finesteer_hf.methods.search import settle
 from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 DIRECTIONS = ("embeddings", "answers")
@@ -82,21 +82,21 @@ class WASConfig(SteeringConfig):
     steering_type: ClassVar[str] = "WAS"
     understands: ClassVar[frozenset[str]] = frozenset({"compat:official"})
 
-    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: all, prompt or generated."))
     strength: float | str = field(
-        default="auto", metadata={"help": "Kappa: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Kappa: a number, auto, kl:<nats> or norm:<share>.")
     )
-    read_layers: list[int] | str = field(default="auto", metadata={"help": "Blocks that are read, or auto."})
-    layers: list[int] | str = field(default="auto", metadata={"help": "Steered decoder blocks, or auto."})
+    read_layers: list[int] | str = field(default="auto", metadata=setting("Blocks that are read, or auto."))
+    layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
     direction: Literal["embeddings", "answers"] = field(
-        default="embeddings", metadata={"help": "Direction of the push: embeddings or answers."}
+        default="embeddings", metadata=setting("Direction of the push: embeddings or answers.")
     )
-    width: int = field(default=64, metadata={"help": "Hidden units of the controller."})
-    weight_pull: float = field(default=0.1, metadata={"help": "How strongly layer weights are held near 1/2."})
-    epochs: int = field(default=60, metadata={"help": "Passes over the prompts."})
-    batch_size: int = field(default=32, metadata={"help": "Prompts a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
-    compat: Literal["official"] | None = field(default=None, metadata={"help": "official: steer with the raw logit."})
+    width: int = field(default=64, metadata=setting("Hidden units of the controller."))
+    weight_pull: float = field(default=0.1, metadata=setting("How strongly layer weights are held near 1/2."))
+    epochs: int = field(default=60, metadata=setting("Passes over the prompts."))
+    batch_size: int = field(default=32, metadata=setting("Prompts a step."))
+    learning_rate: float = field(default=1e-3, metadata=setting("Learning rate of AdamW."))
+    compat: Literal["official"] | None = field(default=None, metadata=setting("official: steer with the raw logit."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,8 +140,8 @@ class WAS(SteeringMethod):
         if missing:
             raise AdapterFileError(f"The WAS adapter lacks the tensors {missing}.")
         self.settings = cast(WASConfig, config)
-        self.read_sites = tuple(_site(layer) for layer in self.settings.read_layers)
-        self.write_sites = tuple(_site(layer) for layer in self.settings.layers)
+        self.read_sites = tuple(resid_post(layer) for layer in self.settings.read_layers)
+        self.write_sites = tuple(resid_post(layer) for layer in self.settings.layers)
         self.maps = (*self.read_sites, *self.write_sites)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
@@ -197,7 +197,7 @@ class WAS(SteeringMethod):
         settings = cast(WASConfig, config)
         reads, writes = split_layers(settings, info.num_layers)
         first = (EMBEDDINGS,) if settings.direction == "embeddings" else ()
-        return CaptureRequest((*first, *map(_site, reads), *map(_site, writes)), ("query", "answer_mean"))
+        return CaptureRequest((*first, *map(resid_post, reads), *map(resid_post, writes)), ("query", "answer_mean"))
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -227,7 +227,7 @@ class WAS(SteeringMethod):
         trial = Trial(
             build=build,
             vector_norm=float(pushes[torch.from_numpy(wanted) > 0].median()),
-            state_norm=float(np.median([median_norm(data.query(_site(layer), "fit")) for layer in writes])),
+            state_norm=float(np.median([median_norm(data.query(resid_post(layer), "fit")) for layer in writes])),
         )
         strength, settled = settle(data, settings.strength, trial, None)
         report: dict[str, Any] = {
@@ -304,10 +304,6 @@ def train_controller(
     }
 
 
-def _site(layer: int | str) -> Site:
-    return Site("resid_post", int(layer))
-
-
 def _check_order(reads: list[int], writes: list[int]) -> None:
     if reads[-1] >= writes[0]:
         raise ValueError(
@@ -321,7 +317,7 @@ def _prompts(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """States of the rows' prompts and of the general ones, `[n, reads * d]`, and 1 for the rows', 0 for the others."""
     sides = [
-        np.concatenate([np.concatenate([side(_site(layer), part) for layer in reads], axis=1) for part in parts])
+        np.concatenate([np.concatenate([side(resid_post(layer), part) for layer in reads], axis=1) for part in parts])
         for side in (data.query, data.general)
     ]
     labels = np.repeat(np.array([1, 0], dtype=np.float32), [len(side) for side in sides])
@@ -329,7 +325,7 @@ def _prompts(
 
 
 def _direction(data: FitData, config: WASConfig, layer: int) -> torch.Tensor:
-    site = EMBEDDINGS if config.direction == "embeddings" else _site(layer)
+    site = EMBEDDINGS if config.direction == "embeddings" else resid_post(layer)
     parts = cast(tuple[Part, ...], ("fit", "calibration"))
     difference, _ = mean_difference(data, ("chosen", "rejected"), site, parts)
     length = np.linalg.norm(difference)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.methods.base import SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
@@ -19,8 +19,8 @@ class ProbeConfig(SteeringConfig):
     """Config of `Probe`: the site that it reads and the one that it writes."""
 
     steering_type = "PROBE"
-    read: str = field(default="resid_post[0]", metadata={"help": "Site whose query state decides."})
-    write: str = field(default="resid_post[1]", metadata={"help": "Site that is steered."})
+    read: str = field(default="resid_post[0]", metadata=setting("Site whose query state decides."))
+    write: str = field(default="resid_post[1]", metadata=setting("Site that is steered."))
 
 
 class Probe(SteeringMethod):

@@ -12,7 +12,7 @@ from evaluation_toys import half_plane_adapter
 from peft import LoraConfig, get_peft_model
 from real_choices import score_items
 from real_conditions import Condition
-from real_measures import divergence, own_words
+from real_measures import divergence, kl_divergence, own_words
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem
@@ -28,6 +28,18 @@ def items(system: str | None = None) -> list[ChoiceItem]:
         ChoiceItem(as_chat(QUESTIONS[1], system), ("they are small",), ("they are large", "blue", "many green dogs")),
         ChoiceItem(as_chat(QUESTIONS[2], system), ("yes here is how", "no"), ("sorry , no",)),
     ]
+
+
+def test_a_divergence_is_that_of_the_formula() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 3, 8).log_softmax(-1)
+    found = kl_divergence(p, q)
+    for row in range(3):
+        a, b = p[row].double().exp(), q[row].double().exp()
+        assert found[row] == pytest.approx(float((a * (a / b).log()).sum()), rel=1e-5)
+    assert kl_divergence(p, p).max() == 0
+    never = torch.tensor([[float("-inf"), 0.0]])
+    assert kl_divergence(never, torch.tensor([[0.5, 0.5]]).log()) == pytest.approx(np.log(2))
 
 
 def one_at_a_time(condition: Condition, asked: list[ChoiceItem]) -> np.ndarray:

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from finesteer_hf import SteeringAdapter, SteeringConfig
 from finesteer_hf.base_models import is_hub_id
 from finesteer_hf.card_facts import adapter_facts, flatten
-from finesteer_hf.cards import DOSE_PLOT, GATE_PLOT, merge_repo_card, template_text, write_card
+from finesteer_hf.cards import DOSE_PLOT, GATE_PLOT, template_text, write_card
 from finesteer_hf.evaluation.statistics import proportion
 from finesteer_hf.methods.base import DosePoint
 
@@ -160,19 +160,7 @@ def test_line_ends_and_comments_of_a_user_survive_a_second_save(tmp_path: Path) 
     assert path.read_bytes() == before
 
 
-def test_a_repo_lists_the_adapters_of_its_folders(tmp_path: Path) -> None:
-    path = tmp_path / "README.md"
-    path.write_text("# Collection\n\nMine.\n")
-    for folder, base in (("b", "org/one"), ("a", "org/two"), ("b", "org/one")):
-        merge_repo_card(adapter(base), tmp_path, folder)
-    card = ModelCard.load(path)
-    assert card.text.strip().startswith("# Collection\n\nMine.")
-    rows = [line for line in card.text.splitlines() if line.startswith("| [")]
-    assert rows == ["| [`a`](./a/README.md) | CAA | `org/two` |", "| [`b`](./b/README.md) | CAA | `org/one` |"]
-    assert card.data.base_model == ["org/one", "org/two"] and card.data.library_name == "finesteer_hf"
-    before = path.read_text()
-    merge_repo_card(adapter("org/one"), tmp_path, "b")
-    assert path.read_text() == before
+def test_the_card_of_a_folder_says_how_to_load_from_it(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     own = write_card(adapter(), tmp_path / "c", repo_id="me/many", subfolder="c").read_text()
     assert 'steering="me/many", steering_kwargs={"subfolder": "c"}' in own

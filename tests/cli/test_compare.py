@@ -20,7 +20,7 @@ from finesteer_hf.evaluation.generation import Answers
 from finesteer_hf.evaluation.method_comparison import (
     HIT,
     MethodComparison,
-    Trial,
+    MethodTrial,
     compare_methods,
     nearer_to_chosen,
     part,
@@ -140,7 +140,7 @@ def outcome(mc1: int, mc2: float, hits: int) -> Outcome:
 @pytest.mark.parametrize(("mc1", "mc2", "hits"), [(6, 0.0, 10), (6, 0.5, 0), (0, -0.5, 0), (5, 0.0, 5)])
 def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: float, hits: int) -> None:
     base, steered = outcome(0, 0.5, 0), outcome(mc1, 0.5 + mc2, hits)
-    trial = Trial("ONE", SteeringAdapter(CAAConfig(), {}), steered, base, 1.0)
+    trial = MethodTrial("ONE", SteeringAdapter(CAAConfig(), {}), steered, base, 1.0)
     result = MethodComparison(base, base, [trial], {}, 20)
     figures = {row.metric: row.p_value for row in trial.against_base(result)[:3]}
     holds = (holm([figures[metric] for metric in ("MC1", "MC2", HIT)]) < 0.05).tolist()

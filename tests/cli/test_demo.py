@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.cli import app
 from finesteer_hf.cli.demo_report import build_report
-from finesteer_hf.cli.demo_run import Arm, ConstantDose, DemoResult, DemoSettings, GateRow, Trial
+from finesteer_hf.cli.demo_run import Arm, ConstantDose, DemoResult, DemoSettings, DemoTrial, GateRow
 from finesteer_hf.cli.demo_standing import standings
 from finesteer_hf.cli.demo_tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
@@ -59,7 +59,7 @@ def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> Demo
     gates = [outcome.recorded("gate") for outcome in (fine.target, fine.general)]
     figures = gate_figures(*gates, score_ir=scores[0], score_general=scores[1])
     always = gate_figures(np.ones(6), np.ones(6))
-    trial = Trial(
+    trial = DemoTrial(
         task="truthful",
         split="question",
         folder=tmp_path,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,16 +16,13 @@ from finesteer_hf.evaluation.safety import (
     load_jailbreakbench,
     load_xstest,
     repeated_ngram_share,
-    response_shares,
 )
 from finesteer_hf.evaluation.statistics import proportion
 from finesteer_hf.evaluation.truthfulqa import (
     TruthfulQuestion,
     choice_items,
-    is_informative,
     load_truthfulqa,
     nearer_to_truth,
-    open_answers,
     preference_rows,
     split_halves,
     unigram_f1,
@@ -125,11 +121,8 @@ def test_choices_put_the_best_answer_first() -> None:
     assert item.correct == ("it is air .", "air .") and item.incorrect == ("stone .", "fire .")
 
 
-def test_open_answers_are_judged_for_truth_and_for_information(model: Any, tokenizer: Any) -> None:
-    answers = open_answers(model, tokenizer, QUESTIONS[:6], judge=lambda q, t: q.category == "c0", max_new_tokens=4)
-    assert len(answers.texts) == 6 and answers.truthful.k == 2 and answers.both.k <= answers.informative.k
+def test_open_answers_are_judged_by_shared_words() -> None:
     assert nearer_to_truth(QUESTIONS[0], "I think it is air") and not nearer_to_truth(QUESTIONS[0], "fire")
-    assert not is_informative(QUESTIONS[0], "I have no comment.") and is_informative(QUESTIONS[0], "air")
     assert unigram_f1("a b b", "b b c") == pytest.approx(2 / 3)
 
 
@@ -158,8 +151,7 @@ def test_refusals_are_told_from_answers_and_from_broken_output() -> None:
     assert classify_response("no no no no no no no no no no") == "degenerate"
     assert classify_response("Here is a recipe for a cake with apples.") == "comply"
     assert repeated_ngram_share("a b c") == 0 and repeated_ngram_share("a b c d a b c d") == pytest.approx(1 / 5)
-    shares = response_shares(["I cannot do that.", "Sure, it is easy.", ""])
-    assert [shares[name].k for name in ("refuse", "comply", "degenerate")] == [1, 1, 1]
+    assert classify_response("I cannot do that.") == "refuse"
 
 
 @published

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from finesteer_hf import ConstantVector, SteeredModelForCausalLM
+from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.generation import greedy_answers, until_end
 from finesteer_hf.evaluation.likelihood import batches_by_length
 from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores, score_choices
 from finesteer_hf.evaluation.prompts import as_chat, encode_pairs, encode_prompt
-from finesteer_hf.evaluation.scoring import answer_log_probs, next_token_log_probs, steered_as
-from finesteer_hf.evaluation.utility import kl_divergence
+from finesteer_hf.evaluation.scoring import answer_log_probs, steered_as
 
 
 PROMPTS = [as_chat("what is the sky made of ?"), as_chat("tell me about cats"), "the sky is", as_chat("sing", "yes")]
@@ -131,17 +130,3 @@ def test_greedy_answers_are_those_of_each_prompt_alone(model: Any, tokenizer: An
         assert batch.ids[index] == expected
         assert batch.texts[index] == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert until_end([5, 2, 0, 0], {2}) == [5, 2] and until_end([5, 6], {2}) == [5, 6]
-
-
-def test_next_token_distributions_move_under_steering_only(model: Any, tokenizer: Any) -> None:
-    steered = SteeredModelForCausalLM.from_model(model)
-    vector = ConstantVector("resid_post[1]", torch.ones(32), strength=0.5)
-    with steered.steering_with([vector]):
-        moved = next_token_log_probs(steered, tokenizer, PROMPTS)
-    with steered_as(steered, None):
-        still = next_token_log_probs(steered, tokenizer, PROMPTS)
-    assert kl_divergence(still, still).max() == 0
-    shift = kl_divergence(still, moved)
-    assert shift.shape == (4,) and (shift > 1e-4).all()
-    p, q = still[0].double().exp(), moved[0].double().exp()
-    assert shift[0] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)

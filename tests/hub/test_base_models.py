@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, playground
 from finesteer_hf.adapter import tensors_equal
 from finesteer_hf.base_models import base_of, located, public_name
-from finesteer_hf.errors import AdapterFileError
+from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.fingerprint import CONFIG_KEY, compare, fingerprint
 from finesteer_hf.methods.inferaligner import InferAlignerConfig
 
@@ -110,6 +110,120 @@ def test_what_cannot_be_compared_is_left_out_and_never_raises() -> None:
     assert compare(resized, printed).same
     strange = {"model.norm.weight": "nonsense", "no.such.weight": "1-a-b", CONFIG_KEY: "x"}
     assert compare(model, strange).differing == (CONFIG_KEY,)
+
+
+def named(model: Any, name: str) -> Any:
+    model.config._name_or_path = name
+    return model
+
+
+def packed(model: Any) -> Any:
+    """Without a weight that can be compared, as a quantiser that packs everything leaves it."""
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False))
+    return model
+
+
+def merged(seed: int) -> Any:
+    tuned = get_peft_model(tiny_llama(seed), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    return tuned.merge_and_unload()
+
+
+OTHER_BASES: dict[str, Any] = {
+    "other weights under another name": lambda: (
+        named(tiny_llama(1), "org/other"),
+        {},
+        "'org/other', .* other weights",
+    ),
+    "other weights under the same name": lambda: (
+        named(tiny_llama(1), "org/tiny"),
+        {},
+        "'org/tiny', .* other weights",
+    ),
+    "other weights without a name": lambda: (tiny_llama(1), {}, "'LlamaForCausalLM', .* other weights"),
+    "a LoRA merged for good": lambda: (named(merged(0), "org/tiny"), {}, "'org/tiny', .* other weights"),
+    "no fingerprint, another name": lambda: (
+        named(tiny_llama(), "org/other"),
+        {"base_model_fingerprint": {}},
+        "loaded on 'org/other'",
+    ),
+    "no weight to compare, another name": lambda: (named(packed(tiny_llama()), "org/other"), {}, "on 'org/other'"),
+    "another kind of model": lambda: (
+        named(tiny_llama(), "org/other"),
+        {"base_model_type": "qwen2"},
+        "'qwen2'.*'org/other' .*'llama'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_BASES)
+def test_strict_refuses_another_base_and_names_both(case: str, tmp_path: Path) -> None:
+    base, settings, words = OTHER_BASES[case]()
+    adapter = small_adapter(**{"base_model_fingerprint": fingerprint(tiny_llama(0)), **settings})
+    folder = str(adapter.save_pretrained(tmp_path / "a"))
+    (tmp_path / "a" / "steering_model.safetensors").write_bytes(b"not looked at before the base is")
+    model = SteeredModelForCausalLM.from_model(base)
+    for source in (adapter, folder):
+        with pytest.raises(AdapterMismatchError, match=f"(?s)'org/tiny'.*{words}.*without strict=True"):
+            model.load_steering(source, strict=True)
+    assert not model.steering_adapters and not model.active_steering
+    for strict in (None, False):
+        with pytest.warns(UserWarning, match=words):
+            report = model.load_steering(adapter, strict=strict)
+        assert len(report.warnings) == 1 and report.unexpected_keys == ()
+
+
+SAME_BASES: dict[str, Any] = {
+    "the same name": lambda: named(tiny_llama(), "org/tiny"),
+    "without a name": tiny_llama,
+    "another name": lambda: named(tiny_llama(), "org/mirror"),
+    "half precision": lambda: tiny_llama().to(torch.bfloat16),
+    "no weight to compare": lambda: named(packed(tiny_llama()), "org/tiny"),
+    "a LoRA beside it": lambda: get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM")),
+}
+
+
+@pytest.mark.parametrize("case", SAME_BASES)
+def test_strict_takes_the_base_under_any_name(case: str) -> None:
+    base = SAME_BASES[case]()
+    lora = ["default"] if "LoRA" in case else []
+    adapter = fitted(tiny_llama(), lora=lora)
+    model = SteeredModelForCausalLM.from_model(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.load_steering(adapter, strict=True).warnings == ()
+        # Neither is stricter where nobody asks for it.
+        assert model.load_steering(adapter).warnings == model.load_steering(adapter, strict=False).warnings == ()
+
+
+def test_strict_is_about_the_base_and_not_about_a_lora() -> None:
+    tuned = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    model = SteeredModelForCausalLM.from_model(tuned)
+    with pytest.warns(UserWarning, match=r"fitted with LoRA \[\], now active: \['default'\]"):
+        assert len(model.load_steering(fitted(tiny_llama()), strict=True).warnings) == 1
+
+
+def test_strict_wants_to_know_the_base() -> None:
+    model = SteeredModelForCausalLM.from_model(tiny_llama())
+    nameless = small_adapter(base_model_name_or_path=None)
+    with pytest.raises(AdapterMismatchError, match="neither `base_model_name_or_path` nor `base_model_fingerprint`"):
+        model.load_steering(nameless, strict=True)
+    assert model.load_steering(nameless).warnings == ()
+    assert model.load_steering(fitted(tiny_llama(), base_model_name_or_path=None), strict=True).warnings == ()
+
+
+def test_strict_reaches_the_adapter_from_every_door(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    tiny_llama(0).save_pretrained(mine)
+    tiny_llama(1).save_pretrained(other)
+    folder = fitted(tiny_llama(0)).save_pretrained(tmp_path / "a")
+    strict: dict[str, Any] = {"steering": str(folder), "steering_kwargs": {"strict": True}}
+    assert SteeredModelForCausalLM.from_pretrained(mine, **strict).active_steering == {"default": 1.0}
+    with pytest.raises(AdapterMismatchError, match=r"'org/tiny'.*'local:other'"):
+        SteeredModelForCausalLM.from_pretrained(other, **strict)
+    with pytest.warns(UserWarning, match=r"'org/tiny'.*'local:other'"):
+        SteeredModelForCausalLM.from_pretrained(other, steering=str(folder))
 
 
 def test_lora_around_the_base_does_not_change_it_and_merged_lora_does() -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from small_adapters import LAYERS, PROMPT, small_adapter, tiny_llama, tokens_of
 from transformers import CompileConfig
 
-from finesteer_hf import Site, SteeredModelForCausalLM, SteeringProcessor
+from finesteer_hf import Site, SteeredModelForCausalLM, SteeringAdapter, SteeringProcessor
 from finesteer_hf.adapter import tensors_equal
 from finesteer_hf.algebra import combine, constant_adapter, constant_vectors
 from finesteer_hf.errors import AdapterFileError
@@ -21,8 +21,8 @@ from finesteer_hf.fingerprint import fingerprint
 from finesteer_hf.tensor_files import write_tensors
 
 
-# The tiny model has no name to compare with the adapters' base.
-pytestmark = pytest.mark.filterwarnings("ignore:Steering adapter .* loaded on 'LlamaForCausalLM'")
+# The tiny model has no name that is that of the adapters' base.
+pytestmark = pytest.mark.filterwarnings("ignore:Steering adapter .* loaded on '(LlamaForCausalLM|local.base)'")
 
 
 @pytest.fixture
@@ -58,13 +58,47 @@ def test_tensors_of_other_names_are_an_error_or_reported(model: Any, tmp_path: P
     with pytest.raises(AdapterFileError, match=r"unexpected \['left.over'\]"):
         model.load_steering(str(folder), "x")
     report = model.load_steering(str(folder), "x", strict=False)
-    assert (report.adapter_name, report.missing_keys, report.unexpected_keys) == ("x", (), ("left.over",))
+    assert (report.adapter_name, report.unexpected_keys) == ("x", ("left.over",))
     assert tokens_of(model, steering="x") == tokens_of(model, steering="a")
     write_tensors(folder / "steering_model.safetensors", dict(list(tensors.items())[:1]))
-    for strict in (True, False):
-        with pytest.raises(AdapterFileError, match=r"missing \['vectors.1'\]"):
+    messages = {}
+    model.config._name_or_path = "org/tiny"
+    for strict in (None, True, False):
+        with pytest.raises(AdapterFileError, match=r"missing \['vectors.1'\]") as found:
             model.load_steering(str(folder), "y", strict=strict)
+        messages[strict] = str(found.value)
+    assert messages[None] == messages[True] and "strict" not in messages[None]
+    assert "strict=False leaves out tensors that are not called for" in messages[False]
     assert "y" not in model.steering_adapters
+
+
+def test_what_is_left_out_is_in_no_adapter(model: Any, tmp_path: Path) -> None:
+    """However it comes, and whatever its dtype and values: it is no part of what steers or is saved."""
+    surplus = {"left.over": torch.full((3,), torch.nan, dtype=torch.bfloat16), "b": torch.ones(2)}
+    mixed = SteeringAdapter(small_adapter(1).config, {**small_adapter(1).tensors, **surplus})
+    with pytest.raises(AdapterFileError, match=r"unexpected \['b', 'left.over'\]"):
+        model.load_steering(mixed, "object")
+    folder = small_adapter(1).write_files(tmp_path / "mixed")
+    write_tensors(folder / "steering_model.safetensors", mixed.tensors)
+    config = json.loads((folder / "steering_config.json").read_text())
+    (folder / "steering_config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+    assert SteeringAdapter.from_pretrained(folder, strict=False).unexpected_keys == ("b", "left.over")
+    for name, source in {"object": mixed, "folder": str(folder)}.items():
+        assert model.load_steering(source, name, strict=False).unexpected_keys == ("b", "left.over")
+        assert tensors_equal(model.steering_adapters[name].tensors, small_adapter(1).tensors)
+        assert tokens_of(model, steering=name) == tokens_of(model, steering="a")
+        model.save_steering(tmp_path / name, name)
+        assert model.load_steering(str(tmp_path / name), name).unexpected_keys == ()
+    assert set(mixed.tensors) > set(surplus)
+    loaded = SteeredModelForCausalLM.from_pretrained(
+        tiny_llama_at(tmp_path / "base"), steering=str(folder), steering_kwargs={"strict": False}
+    )
+    assert tensors_equal(loaded.steering_adapters["default"].tensors, small_adapter(1).tensors)
+
+
+def tiny_llama_at(folder: Path) -> Path:
+    tiny_llama().save_pretrained(folder)
+    return folder
 
 
 def test_another_base_of_the_same_shape_is_an_error_where_warnings_are() -> None:

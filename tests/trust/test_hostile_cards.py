@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from small_adapters import small_adapter
 from typer.testing import CliRunner
 
-from finesteer_hf.cards import code, escape_markdown, merge_repo_card, write_card
+from finesteer_hf.cards import code, escape_markdown, write_card
 from finesteer_hf.hub.repo_card import write_repo_card
 from finesteer_hf.readme import MOST_README_BYTES
 
@@ -22,7 +22,6 @@ START, END = "<!-- finesteer_hf:start", "<!-- finesteer_hf:end -->"
 LISTING = "<!-- finesteer_hf:adapters:start -->"
 WRITERS = {
     "card": lambda folder: write_card(small_adapter(), folder),
-    "listing": lambda folder: merge_repo_card(small_adapter(), folder, "x"),
     "root": lambda folder: write_repo_card(small_adapter(), folder, "x"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from finesteer_hf.config import SteeringConfig, written_by_fit
+from finesteer_hf.config import SteeringConfig, setting, written_by_fit
 from finesteer_hf.methods.cast.rules import Rule
 from finesteer_hf.methods.checks import check_count, check_layers, check_number, check_one_of, check_strength
 from finesteer_hf.processors import Positions
@@ -20,10 +20,6 @@ COMPARATORS = ("above", "below")
 ALL_ROWS = "*"
 # What a file requires of a reader that knows one condition and one behaviour only, read at the last token.
 SEVERAL, PROMPT_MEAN = "conditions_and_behaviors", "prompt_mean"
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass(kw_only=True)
@@ -70,36 +66,38 @@ class CASTConfig(SteeringConfig):
     steering_type: ClassVar[str] = "CAST"
     understands: ClassVar[frozenset[str]] = frozenset({SEVERAL, PROMPT_MEAN})
 
-    positions: Positions = field(default="all", metadata=_help("Steered tokens: all, prompt or generated."))
-    strength: float | str = field(default="auto", metadata=_help("Lambda: a number, auto, kl:<nats> or norm:<share>."))
-    layers: list[int] | str = field(default="auto", metadata=_help("Steered decoder blocks, or auto."))
+    positions: Positions = field(default="all", metadata=setting("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
+    )
+    layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
     conditions: list[str] = field(
-        default_factory=lambda: [ALL_ROWS], metadata=_help("Category of each condition, or * for all rows.")
+        default_factory=lambda: [ALL_ROWS], metadata=setting("Category of each condition, or * for all rows.")
     )
     behaviors: list[str] = field(
-        default_factory=lambda: [ALL_ROWS], metadata=_help("Category of each behaviour, or * for all rows.")
+        default_factory=lambda: [ALL_ROWS], metadata=setting("Category of each behaviour, or * for all rows.")
     )
     behavior_strengths: list[float] = field(
-        default_factory=list, metadata=_help("Of each behaviour, times strength; none: 1 each.")
+        default_factory=list, metadata=setting("Of each behaviour, times strength; none: 1 each.")
     )
     rules: list[str] = field(
-        default_factory=lambda: ["if C1 then B1"], metadata=_help("Such as: if C1 and not C2 then B1.")
+        default_factory=lambda: ["if C1 then B1"], metadata=setting("Such as: if C1 and not C2 then B1.")
     )
-    vector: Literal["pca", "mean"] = field(default="pca", metadata=_help("Direction of a behaviour: pca or mean."))
+    vector: Literal["pca", "mean"] = field(default="pca", metadata=setting("Direction of a behaviour: pca or mean."))
     length: Literal["unit", "mean", "variance"] = field(
-        default="unit", metadata=_help("Length of a behaviour: unit, mean or variance.")
+        default="unit", metadata=setting("Length of a behaviour: unit, mean or variance.")
     )
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata=_help("Pooled answer states: answer_mean or answer_last.")
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
     condition_pool: Literal["last", "mean"] = field(
-        default="last", metadata=_help("Tested state of a prompt: last token, or mean.")
+        default="last", metadata=setting("Tested state of a prompt: last token, or mean.")
     )
     condition_layers: list[int] | list[list[int]] | str = field(
-        default="auto", metadata=_help("Tested decoder blocks, or auto.")
+        default="auto", metadata=setting("Tested decoder blocks, or auto.")
     )
-    num_conditions: int = field(default=1, metadata=_help("Number of tested blocks that auto keeps a condition."))
-    rule: Literal["or", "and"] = field(default="or", metadata=_help("Joins a condition's tested blocks: or, and."))
+    num_conditions: int = field(default=1, metadata=setting("Number of tested blocks that auto keeps a condition."))
+    rule: Literal["or", "and"] = field(default="or", metadata=setting("Joins a condition's tested blocks: or, and."))
     thresholds: list[float] = field(default_factory=list, metadata=written_by_fit("Threshold at each tested block."))
     comparators: list[str] = field(
         default_factory=list, metadata=written_by_fit("above or below, at each tested block.")

@@ -28,7 +28,7 @@ from finesteer_hf.methods.screening import relative_norm, state_norms
 from finesteer_hf.methods.search import Place, search_layers
 from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Decision, QueryStates
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import resid_post
 
 
 # What a fit captures of the prompts for a condition.
@@ -61,14 +61,14 @@ class CAST(SteeringMethod):
                 f"The CAST config tests {len(tested)} layers, but has {len(settings.thresholds)} thresholds and "
                 f"{len(settings.comparators)} comparators."
             )
-        self._sites = [_site(layer) for _, layer in tested]
+        self._sites = [resid_post(layer) for _, layer in tested]
         self._condition_of = [number for number, _ in tested]
         self._signs = [1.0 if comparator == "above" else -1.0 for comparator in settings.comparators]
         self._rules = settings.parsed_rules()
         if settings.condition_pool == "mean":
             self.query_pool = "mean"
         self.reads = tuple(sorted(set(self._sites)))
-        self.writes = tuple(_site(layer) for layer in settings.layers)
+        self.writes = tuple(resid_post(layer) for layer in settings.layers)
 
     @classmethod
     def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
@@ -138,7 +138,7 @@ class CAST(SteeringMethod):
         layers = {*layers_of(settings.layers, info.num_layers)}.union(*_candidates(settings, info.num_layers))
         # Strengths are in units of the states at the prompt's last token.
         pools: tuple[Pool, ...] = tuple(dict.fromkeys(("query", POOL_OF[settings.condition_pool], settings.pool)))
-        return CaptureRequest(tuple(_site(layer) for layer in sorted(layers)), pools)
+        return CaptureRequest(tuple(resid_post(layer) for layer in sorted(layers)), pools)
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -162,7 +162,7 @@ class CAST(SteeringMethod):
             (name, layer): _behavior(data, settings, name, layer) for name in settings.behaviors for layer in layers
         }
         factors = settings.behavior_strengths or [1.0] * len(settings.behaviors)
-        norms = state_norms(data, [_site(layer) for layer in layers])
+        norms = state_norms(data, [resid_post(layer) for layer in layers])
         chosen: dict[str, Any] = {
             "condition_layers": tested if len(tested) > 1 else tested[0],
             "thresholds": [condition.threshold for condition in flat],
@@ -177,10 +177,10 @@ class CAST(SteeringMethod):
             return cls(filled_in(settings, data.info, **own), tensors)
 
         def trial_of(place: Place) -> Trial:
-            first = norms[_site(place.layers[0])]
+            first = norms[resid_post(place.layers[0])]
             # Of several behaviours the strongest counts.
             shares = [
-                relative_norm({_site(at): factor * behaviors[name, at][None] for at in place.layers}, norms)
+                relative_norm({resid_post(at): factor * behaviors[name, at][None] for at in place.layers}, norms)
                 for name, factor in zip(settings.behaviors, factors, strict=True)
             ]
             return Trial(lambda strength: processor(place, strength), max(shares) * first, first)
@@ -198,10 +198,6 @@ class CAST(SteeringMethod):
             **found.report,
         }
         return FitResult(steered.config, steered.tensors, report)
-
-
-def _site(layer: int | str) -> Site:
-    return Site("resid_post", int(layer))
 
 
 def _candidates(config: CASTConfig, num_layers: int) -> list[list[int]]:
@@ -224,7 +220,9 @@ def _behavior(data: FitData, config: CASTConfig, name: str, layer: int) -> NDArr
     parts: tuple[Part, ...] = ("fit", "calibration")
     rows = [rows_named(data, part, name) for part in parts]
     chosen, rejected = (
-        np.concatenate([side(_site(layer), part, config.pool)[own] for part, own in zip(parts, rows, strict=True)])
+        np.concatenate(
+            [side(resid_post(layer), part, config.pool)[own] for part, own in zip(parts, rows, strict=True)]
+        )
         for side in (data.chosen, data.rejected)
     )
     if len(chosen) < MIN_ROWS:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from finesteer_hf.config import setting
 from finesteer_hf.methods.checks import check_count, check_number, check_one_of
 from finesteer_hf.methods.heads import HeadsConfig
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, QueryGateConfig
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass(kw_only=True)
@@ -44,14 +41,14 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
     understands: ClassVar[frozenset[str]] = GATE_FEATURES | {"recheck", "compat:official"}
 
     gate: Gate = field(
-        default="always", metadata=_help("First stage: conformal, quantile, logistic, ser, or always for none.")
+        default="always", metadata=setting("First stage: conformal, quantile, logistic, ser, or always for none.")
     )
-    num_heads: int | str = field(default="auto", metadata=_help("Number of tracked and steered heads, or auto."))
-    threshold: float = field(default=0.4, metadata=_help("Deviation above which tokens are taken back."))
-    backtrack: int = field(default=10, metadata={"help": "Number of tokens that are taken back.", "most": 1 << 20})
-    adaptive: bool = field(default=True, metadata=_help("Whether the deviation scales the strength."))
-    recheck: bool = field(default=False, metadata=_help("Whether steered rows are judged again."))
-    compat: str | None = field(default=None, metadata=_help("official: the published code's positions."))
+    num_heads: int | str = field(default="auto", metadata=setting("Number of tracked and steered heads, or auto."))
+    threshold: float = field(default=0.4, metadata=setting("Deviation above which tokens are taken back."))
+    backtrack: int = field(default=10, metadata=setting("Number of tokens that are taken back.", most=1 << 20))
+    adaptive: bool = field(default=True, metadata=setting("Whether the deviation scales the strength."))
+    recheck: bool = field(default=False, metadata=setting("Whether steered rows are judged again."))
+    compat: str | None = field(default=None, metadata=setting("official: the published code's positions."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

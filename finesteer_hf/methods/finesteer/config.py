@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from finesteer_hf.config import setting
 from finesteer_hf.methods.checks import check_count, check_one_of, check_strength
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, GateScore, QueryGateConfig
 from finesteer_hf.processors import POSITIONS, Positions
@@ -22,10 +23,6 @@ RESIDUALS: tuple[Residual, ...] = ("pca", "orthogonal")
 TARGETS: tuple[Target, ...] = ("auto", "difference", "gradient")
 # What a file requires of a reader where the vector is added at several sites.
 SEVERAL_SITES = "several_write_sites"
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass(kw_only=True)
@@ -70,25 +67,25 @@ class FineSteerConfig(QueryGateConfig):
     allowed_positions: ClassVar[tuple[str, ...]] = (*POSITIONS, "auto")
 
     positions: Positions | Literal["auto"] = field(  # type: ignore[assignment]
-        default="auto", metadata=_help("Steered tokens: auto, all, prompt or generated.")
+        default="auto", metadata=setting("Steered tokens: auto, all, prompt or generated.")
     )
     strength: float | str = field(
-        default="auto", metadata=_help("Lambda of the update: a number, auto, kl:<nats> or norm:<share>.")
+        default="auto", metadata=setting("Lambda of the update: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layer: int | str = field(default="auto", metadata=_help("Steered decoder block, or auto."))
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
     write_site: str | list[str] | None = field(
-        default=None, metadata=_help("Where the vector is added, once or often.")
+        default=None, metadata=setting("Where the vector is added, once or often.")
     )
-    target: Target = field(default="auto", metadata=_help("auto, difference or gradient."))
-    refine: int | str = field(default="auto", metadata=_help("Epochs of training through the model, or auto."))
-    experts: Experts = field(default="auto", metadata=_help("auto, mixture, reduced_rank or paper."))
-    residual: Residual = field(default="pca", metadata=_help("Residual basis of the paper's experts."))
-    num_experts: int | str = field(default="auto", metadata=_help("Number of prototypes, or auto."))
-    residual_rank: int | str = field(default="auto", metadata=_help("Rank of the residual map, or auto."))
-    key_dim: int | None = field(default=None, metadata=_help("Width of the paper's routing keys."))
-    hidden_dim: int | None = field(default=None, metadata=_help("Width of the paper's residual network."))
+    target: Target = field(default="auto", metadata=setting("auto, difference or gradient."))
+    refine: int | str = field(default="auto", metadata=setting("Epochs of training through the model, or auto."))
+    experts: Experts = field(default="auto", metadata=setting("auto, mixture, reduced_rank or paper."))
+    residual: Residual = field(default="pca", metadata=setting("Residual basis of the paper's experts."))
+    num_experts: int | str = field(default="auto", metadata=setting("Number of prototypes, or auto."))
+    residual_rank: int | str = field(default="auto", metadata=setting("Rank of the residual map, or auto."))
+    key_dim: int | None = field(default=None, metadata=setting("Width of the paper's routing keys."))
+    hidden_dim: int | None = field(default=None, metadata=setting("Width of the paper's residual network."))
     compat: str | None = field(
-        default=None, metadata=_help("official: as the published code, which reads one block early.")
+        default=None, metadata=setting("official: as the published code, which reads one block early.")
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import SteeringConfig, setting
 from finesteer_hf.methods.checks import check_count, check_number, check_one_of
 from finesteer_hf.sites import INNER_KINDS, Site
 
@@ -23,10 +23,6 @@ CALIBRATIONS: tuple[GateCalibration, ...] = ("auto", "rows", "kinds")
 GATE_FEATURES = frozenset(
     [f"gate:{name}" for name in GATES] + [f"score:{name}" for name in GATE_SCORES if name != "auto"]
 )
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass(kw_only=True)
@@ -54,16 +50,16 @@ class QueryGateConfig(SteeringConfig):
         subspace_rank: number of principal directions of the intervention-required queries.
     """
 
-    read_site: str | None = field(default=None, metadata=_help("Where the query's state is read."))
-    gate: Gate = field(default="conformal", metadata=_help("conformal, quantile, logistic, ser or always."))
-    gate_score: GateScore = field(default="auto", metadata=_help("auto, ser, t2q or state."))
-    gate_epsilon: float = field(default=0.05, metadata=_help("Share of queries that the gate may miss."))
-    gate_false_alarms: float = field(default=0.02, metadata=_help("Share of general prompts that it may open on."))
-    gate_gamma: float = field(default=2.0, metadata=_help("How fast the gate closes below its threshold."))
-    gate_guarantee: str = field(default="marginal", metadata=_help("marginal or pac."))
-    gate_delta: float = field(default=0.05, metadata=_help("Probability that the pac guarantee does not hold."))
-    gate_calibration: GateCalibration = field(default="auto", metadata=_help("auto, rows or kinds."))
-    subspace_rank: int | str = field(default="auto", metadata=_help("Principal directions of the queries, or auto."))
+    read_site: str | None = field(default=None, metadata=setting("Where the query's state is read."))
+    gate: Gate = field(default="conformal", metadata=setting("conformal, quantile, logistic, ser or always."))
+    gate_score: GateScore = field(default="auto", metadata=setting("auto, ser, t2q or state."))
+    gate_epsilon: float = field(default=0.05, metadata=setting("Share of queries that the gate may miss."))
+    gate_false_alarms: float = field(default=0.02, metadata=setting("Share of general prompts that it may open on."))
+    gate_gamma: float = field(default=2.0, metadata=setting("How fast the gate closes below its threshold."))
+    gate_guarantee: str = field(default="marginal", metadata=setting("marginal or pac."))
+    gate_delta: float = field(default=0.05, metadata=setting("Probability that the pac guarantee does not hold."))
+    gate_calibration: GateCalibration = field(default="auto", metadata=setting("auto, rows or kinds."))
+    subspace_rank: int | str = field(default="auto", metadata=setting("Principal directions of the queries, or auto."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

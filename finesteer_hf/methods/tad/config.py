@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, written_by_fit
+from finesteer_hf.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
 from finesteer_hf.methods.checks import check_layer, check_number, check_one_of, check_strength
 from finesteer_hf.processors import Positions
 from finesteer_hf.sites import BACK
@@ -38,21 +38,21 @@ class TADConfig(SteeringConfig):
     steering_type: ClassVar[str] = "TAD"
     understands: ClassVar[frozenset[str]] = frozenset({"gate:soft", "recurrence", "attention"})
 
-    positions: Positions = field(default="generated", metadata={"help": "Steered tokens: all, prompt or generated."})
+    positions: Positions = field(default="generated", metadata=setting("Steered tokens: all, prompt or generated."))
     strength: float | str = field(
-        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layer: int | str = field(default="auto", metadata={"help": "Judged and steered decoder block, or auto."})
+    layer: int | str = field(default="auto", metadata=setting("Judged and steered decoder block, or auto."))
     uncertainty: Literal["answers", "entropy"] = field(
-        default="answers", metadata={"help": "What the head tells: answers or entropy."}
+        default="answers", metadata=setting("What the head tells: answers or entropy.")
     )
-    gate: Literal["hard", "soft"] = field(default="hard", metadata={"help": "hard or soft."})
-    quantile: float = field(default=0.5, metadata={"help": "Share of trusted tokens below the threshold."})
+    gate: Literal["hard", "soft"] = field(default="hard", metadata=setting("hard or soft."))
+    quantile: float = field(default=0.5, metadata=setting("Share of trusted tokens below the threshold."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
-    recurrence: int = field(default=0, metadata={"help": "Earlier tokens taken in.", "least": 0, "most": BACK})
-    attention: bool = field(default=False, metadata={"help": "Whether attention to them is taken in."})
+    recurrence: int = field(default=0, metadata=setting("Earlier tokens taken in.", least=0, most=BACK))
+    attention: bool = field(default=False, metadata=setting("Whether attention to them is taken in."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
     )

@@ -21,18 +21,13 @@ from finesteer_hf.estimators import StateScore
 from finesteer_hf.methods.base import AnswerRun, FitData, Part
 from finesteer_hf.methods.tad.config import TADConfig
 from finesteer_hf.methods.tad.recurrence import AnswerStates, FittedScore, auroc, fit_score, read_answers
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 4
 # Tokens of a side and a part that the head is fitted to: a linear head learns no more from many thousands.
 MAX_ROWS, MAX_TOKENS = 200, 1000
 RIDGES = np.logspace(0, 6, 13)
-
-
-def post(layer: int | str) -> Site:
-    """What is judged and steered: the output of a block."""
-    return Site("resid_post", int(layer))
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Judged:
 def single_heads(data: FitData, config: TADConfig, layers: Sequence[int]) -> dict[int, Judged]:
     """Heads that judge each token by itself."""
     parts = {
-        part: AnswerTokens.of(data, part, list(map(post, layers)))
+        part: AnswerTokens.of(data, part, list(map(resid_post, layers)))
         for part in cast(tuple[Part, ...], ("fit", "calibration"))
     }
     _require_rows(parts["fit"].rows)
@@ -68,7 +63,7 @@ def single_heads(data: FitData, config: TADConfig, layers: Sequence[int]) -> dic
     for layer in layers:
         head = fit_head(parts["fit"], held_out, layer, config)
         weight, bias = head.tensors["gate.weight"].numpy(), head.tensors["gate.bias"].numpy()
-        excess = {side: held_out.states[side][post(layer)] @ weight + bias for side in ("chosen", "rejected")}
+        excess = {side: held_out.states[side][resid_post(layer)] @ weight + bias for side in ("chosen", "rejected")}
         found[layer] = Judged(head, excess)
     return found
 
@@ -181,7 +176,7 @@ def fit_head(fit: AnswerTokens, held_out: AnswerTokens, layer: int, config: TADC
 
     Its quality is the area under the curve for `answers`, the rank correlation for `entropy`.
     """
-    site, name = post(layer), config.uncertainty
+    site, name = resid_post(layer), config.uncertainty
     states, target = fit.both(site).astype(np.float64), fit.target(name)
     if name == "answers":
         head = StateScore(C=1.0).fit(states[target == 1], states[target == 0])

@@ -35,11 +35,11 @@ from finesteer_hf.methods.checks import filled_in, require_fitted
 from finesteer_hf.methods.moments import mean_difference, median_query_norm
 from finesteer_hf.methods.search import search
 from finesteer_hf.methods.tad.config import TADConfig
-from finesteer_hf.methods.tad.heads import heads_with_memory, post, single_heads
+from finesteer_hf.methods.tad.heads import heads_with_memory, single_heads
 from finesteer_hf.methods.tad.recurrence import Recurrence, Weights, by_neighbour, unconditional
 from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers
 from finesteer_hf.processors import TokenView
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 class TAD(SteeringMethod):
@@ -66,7 +66,7 @@ class TAD(SteeringMethod):
         self.settings = settings = cast(TADConfig, config)
         self.remembers = settings.recurrence > 0
         blocks = range(int(settings.layer) + 1) if settings.attention else ()
-        self.maps = (*(Site("attention", block) for block in blocks), post(settings.layer))
+        self.maps = (*(Site("attention", block) for block in blocks), resid_post(settings.layer))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
         """Judge each token of `[rows, tokens, hidden_size]`, and push the uncertain ones among the named."""
@@ -172,7 +172,7 @@ class TAD(SteeringMethod):
                 "it, or call `model.set_attn_implementation('eager')` before the fit."
             )
         pools: tuple[Pool, ...] = ("query", settings.pool)
-        return CaptureRequest(tuple(map(post, candidate_layers(settings.layer, info.num_layers))), pools)
+        return CaptureRequest(tuple(map(resid_post, candidate_layers(settings.layer, info.num_layers))), pools)
 
     @classmethod
     def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
@@ -205,7 +205,7 @@ class TAD(SteeringMethod):
             layer: Trial(
                 build=lambda strength, at=layer: cls(fitted(at, strength), tensors[at]),  # type: ignore[misc]
                 vector_norm=float(tensors[layer]["vector"].norm()),
-                state_norm=median_query_norm(data, post(layer)),
+                state_norm=median_query_norm(data, resid_post(layer)),
             )
             for layer in promising
         }
@@ -217,7 +217,7 @@ class TAD(SteeringMethod):
             "layers": [{"layer": at, "quality": heads[at].quality} for at in layers],
             "open": {
                 **judged[layer].opened(settings),
-                "general": _mean_gate(gate, data.general(post(layer), "calibration")),
+                "general": _mean_gate(gate, data.general(resid_post(layer), "calibration")),
             },
             **found.report,
         }
@@ -226,7 +226,7 @@ class TAD(SteeringMethod):
 
 def _mean_difference(data: FitData, config: TADConfig, layer: int) -> torch.Tensor:
     parts = cast(tuple[Part, ...], ("fit", "calibration"))
-    vector, _ = mean_difference(data, ("chosen", "rejected"), post(layer), parts, config.pool)
+    vector, _ = mean_difference(data, ("chosen", "rejected"), resid_post(layer), parts, config.pool)
     return torch.from_numpy(vector.astype(np.float32))
 
 

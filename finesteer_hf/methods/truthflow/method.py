@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import SteeringConfig, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators import RidgePath, held_out_r2, mean_cosine
 from finesteer_hf.estimators.linear_algebra import principal_directions, row_space
@@ -63,21 +63,21 @@ class TruthFlowConfig(SteeringConfig):
     steering_type: ClassVar[str] = "TRUTHFLOW"
 
     strength: float | str = field(
-        default="auto", metadata={"help": "Lambda: a number, auto, kl:<nats> or norm:<share>."}
+        default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
-    layer: int | str = field(default="auto", metadata={"help": "Steered decoder block, or auto."})
+    layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
     pool: Literal["answer_mean", "answer_last"] = field(
-        default="answer_mean", metadata={"help": "Pooled answer states: answer_mean or answer_last."}
+        default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
     rank: int = field(
-        default=20, metadata={"help": "Number of singular vectors that vectors are projected on.", "most": 1 << 16}
+        default=20, metadata=setting("Number of singular vectors that vectors are projected on.", most=1 << 16)
     )
-    width: int = field(default=256, metadata={"help": "Width of the network's first level.", "most": 1 << 16})
-    levels: int = field(default=4, metadata={"help": "Number of levels of the network.", "most": 16})
-    steps: int = field(default=15, metadata={"help": "Steps of the integration.", "most": 256})
-    epochs: int = field(default=200, metadata={"help": "Passes over the rows."})
-    batch_size: int = field(default=136, metadata={"help": "Rows a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
+    width: int = field(default=256, metadata=setting("Width of the network's first level.", most=1 << 16))
+    levels: int = field(default=4, metadata=setting("Number of levels of the network.", most=16))
+    steps: int = field(default=15, metadata=setting("Steps of the integration.", most=256))
+    epochs: int = field(default=200, metadata=setting("Passes over the rows."))
+    batch_size: int = field(default=136, metadata=setting("Rows a step."))
+    learning_rate: float = field(default=1e-3, metadata=setting("Learning rate of AdamW."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
