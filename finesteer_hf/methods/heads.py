@@ -150,7 +150,9 @@ def head_sites(config: HeadsConfig, info: ModelInfo) -> CaptureRequest:
 
 
 def head_counts(config: HeadsConfig, info: ModelInfo, probed: int) -> list[int]:
-    """Numbers of heads to try, the published share first.
+    """Numbers of heads to try: the published share of the model's, parts and multiples of it, and the published number.
+
+    A small model has few heads, and of a share of them too few are left to push with.
 
     Args:
         config: `num_heads` is a number or `auto`.
@@ -160,8 +162,8 @@ def head_counts(config: HeadsConfig, info: ModelInfo, probed: int) -> list[int]:
     if not isinstance(config.num_heads, str):
         return [min(config.num_heads, probed)]
     published = config.published_count / PUBLISHED_HEADS * info.num_layers * info.num_heads
-    counts = [min(max(1, round(share * published)), probed) for share in SHARES]
-    return list(dict.fromkeys(counts))
+    counts = [max(1, round(share * published)) for share in SHARES]
+    return list(dict.fromkeys(min(count, probed) for count in (*counts, config.published_count)))
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,15 @@ def test_the_choice_is_the_published_one(method, config_cls):
     [
         (ITIConfig(), 32, 32, [48, 24, 96, 192]),
         (FASBConfig(), 32, 32, [24, 12, 48, 96]),
-        (ITIConfig(), 30, 9, [13, 6, 25, 51]),
-        (ITIConfig(), 3, 4, [1, 2]),
+        (ITIConfig(), 30, 9, [13, 6, 25, 51, 48]),
+        (ITIConfig(), 3, 4, [1, 2, 12]),
+        (FASBConfig(), 6, 4, [1, 2, 24]),
         (ITIConfig(num_heads=48), 3, 4, [12]),
         (ITIConfig.paper(), 32, 32, [48]),
         (FASBConfig.paper(), 32, 32, [24]),
     ],
 )
-def test_counts_are_the_published_share_of_the_models_heads(config, layers, size, counts):
+def test_counts_are_the_published_share_of_the_models_heads_and_the_published_number(config, layers, size, counts):
     info = ModelInfo(num_layers=layers, hidden_size=64, num_heads=size, head_size=4, vocab_size=50)
     assert heads.head_counts(config, info, layers * size) == counts
 
@@ -128,7 +129,7 @@ def test_the_number_of_heads_is_chosen_by_steering_and_probes_are_fitted_once(mo
     found = fit_on_toy(ITIConfig())[2]
     assert len(probed) == 3
     report, all_heads = found.config.fit["report"], fitted(num_heads=12).config.heads
-    assert [row["count"] for row in report["counts_tried"]] == [1, 2]
+    assert [row["count"] for row in report["counts_tried"]] == [1, 2, 12]
     best = max(report["counts_tried"], key=lambda row: (not row["broken"], row["preference"]))
     assert found.config.num_heads == best["count"] == len(found.config.heads)
     assert found.config.heads == all_heads[: best["count"]]
