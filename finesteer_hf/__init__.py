@@ -9,25 +9,26 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 
-# ruff: noqa: F401  (for type checkers; at run time the names come from `_HOMES` and from the registry)
+# For type checkers, to whom `as` says that a name is public; at run time the names come from `_HOMES` and the registry.
 if TYPE_CHECKING:
-    from finesteer_hf.adapter import LoadReport, SteeringAdapter
-    from finesteer_hf.auto import SteeredModelForCausalLM
-    from finesteer_hf.config import SteeringConfig, register_steering_method, steering_methods
-    from finesteer_hf.fitting import fit_steering
-    from finesteer_hf.hub import list_adapters
-    from finesteer_hf.methods.caa import CAAConfig
-    from finesteer_hf.methods.finesteer import FineSteerConfig
-    from finesteer_hf.mixin import SteeringMixin
-    from finesteer_hf.processors import (
-        ConstantVector,
-        Decision,
-        QueryStates,
-        SteeringProcessor,
-        SteeringProcessorList,
-        TokenView,
-    )
-    from finesteer_hf.sites import Site
+    from finesteer_hf.adapter import LoadReport as LoadReport
+    from finesteer_hf.adapter import SteeringAdapter as SteeringAdapter
+    from finesteer_hf.auto import SteeredModelForCausalLM as SteeredModelForCausalLM
+    from finesteer_hf.config import SteeringConfig as SteeringConfig
+    from finesteer_hf.config import register_steering_method as register_steering_method
+    from finesteer_hf.config import steering_methods as steering_methods
+    from finesteer_hf.fitting import fit_steering as fit_steering
+    from finesteer_hf.hub import list_adapters as list_adapters
+    from finesteer_hf.methods.caa import CAAConfig as CAAConfig
+    from finesteer_hf.methods.finesteer import FineSteerConfig as FineSteerConfig
+    from finesteer_hf.mixin import SteeringMixin as SteeringMixin
+    from finesteer_hf.processors import ConstantVector as ConstantVector
+    from finesteer_hf.processors import Decision as Decision
+    from finesteer_hf.processors import QueryStates as QueryStates
+    from finesteer_hf.processors import SteeringProcessor as SteeringProcessor
+    from finesteer_hf.processors import SteeringProcessorList as SteeringProcessorList
+    from finesteer_hf.processors import TokenView as TokenView
+    from finesteer_hf.sites import Site as Site
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 from finesteer_hf.errors import AdapterFileError, UnknownMethodError
 from finesteer_hf.json_files import read_json_object
@@ -325,7 +336,7 @@ class MethodSpec:
 
     name: str
     config_cls: type[SteeringConfig]
-    method_cls: type[SteeringMethod]
+    method_cls: type[SteeringMethod[Any]]
 
     @property
     def summary(self) -> str:
@@ -341,17 +352,43 @@ class MethodSpec:
 _REGISTRY: dict[str, MethodSpec] = {}
 
 
+@overload
+def register_steering_method(method: type[SteeringMethod[Any]], /) -> MethodSpec: ...
+
+
+@overload
 def register_steering_method(
-    name: str, *, config_cls: type[SteeringConfig], method_cls: type[SteeringMethod]
+    name: str, *, config_cls: type[SteeringConfig], method_cls: type[SteeringMethod[Any]]
+) -> MethodSpec: ...
+
+
+def register_steering_method(
+    name: str | type[SteeringMethod[Any]],
+    *,
+    config_cls: type[SteeringConfig] | None = None,
+    method_cls: type[SteeringMethod[Any]] | None = None,
 ) -> MethodSpec:
-    """Make a steering method known under a name.
+    """Make a steering method known under its config's `steering_type`: `register_steering_method(MyMethod)`.
 
     A package may do so at import and name its module in the entry point group `finesteer_hf.methods`: then the method is
-    found without anybody importing it.
+    found without anybody importing it. A method of this package has its module in `finesteer_hf.methods.BUILT_IN`.
+
+    Packages for earlier versions give name, config and method, all three.
 
     Raises:
-        ValueError: if another class already has the name, or the config's `steering_type` is another.
+        TypeError: if the method does not say which class its config is.
+        ValueError: if another class already has the name, if the config has no `steering_type`, or another one than `name`.
     """
+    method_cls = method_cls if isinstance(name, str) else name
+    config_cls = config_cls or getattr(method_cls, "config_cls", None)
+    if method_cls is None or config_cls is None:
+        raise TypeError(
+            f"{name if method_cls is None else method_cls.__name__} names no config. Write `class MyMethod(SteeringMethod["
+            "MyConfig])`, then `register_steering_method(MyMethod)`."
+        )
+    name = name if isinstance(name, str) else config_cls.steering_type
+    if not name:
+        raise ValueError(f"{config_cls.__name__} has no steering_type; it is the method's name, in files too.")
     if config_cls.steering_type != name:
         raise ValueError(f"{config_cls.__name__}.steering_type is {config_cls.steering_type!r}, expected {name!r}.")
     known = _REGISTRY.get(name)
@@ -365,9 +402,16 @@ def _declared_methods() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
+def _register_built_in() -> None:
+    """Import the methods of this package, each of which registers itself."""
+    # Not at the top: methods import this module.
+    for module in importlib.import_module("finesteer_hf.methods").BUILT_IN:
+        importlib.import_module(f"finesteer_hf.methods.{module}")
+
+
 def steering_methods() -> list[str]:
     """Names of all methods that are registered or declared by an installed package."""
-    importlib.import_module("finesteer_hf.methods")
+    _register_built_in()
     return sorted({*_REGISTRY, *_declared_methods()})
 
 
@@ -377,7 +421,7 @@ def get_steering_method(name: str) -> MethodSpec:
     Raises:
         UnknownMethodError: if there is none of that name.
     """
-    importlib.import_module("finesteer_hf.methods")
+    _register_built_in()
     if name not in _REGISTRY:
         declared = _declared_methods()
         if name in declared:

@@ -1,29 +1,10 @@
-"""The built-in steering methods; importing this package registers them."""
+"""The built-in steering methods.
 
-from finesteer_hf.methods import (
-    alphasteer,
-    angular,
-    bipo,
-    caa,
-    cast,
-    constant,
-    contrastive,
-    fasb,
-    finesteer,
-    florain,
-    inferaligner,
-    iti,
-    reps,
-    sadi,
-    swai,
-    tad,
-    task_driven,
-    truthflow,
-    was,
-)
+Nothing is imported here, so that methods may import what they need. Whoever asks the registry for a method has the modules
+of `BUILT_IN` imported, and each registers its own.
+"""
 
-
-__all__ = [
+BUILT_IN = (
     "alphasteer",
     "angular",
     "bipo",
@@ -43,4 +24,4 @@ __all__ = [
     "task_driven",
     "truthflow",
     "was",
-]
+)

@@ -79,7 +79,7 @@ class AlphaSteerConfig(SteeringConfig):
         check_number("ridge", self.ridge, above=0)
 
 
-class AlphaSteer(SteeringMethod):
+class AlphaSteer(SteeringMethod[AlphaSteerConfig]):
     """`H_l <- H_l + strength * r_l (w_l . h_l)` at the inputs of some blocks, h_l the query's unsteered state there.
 
     The published code reads each layer where earlier ones have already written. Here all are read from the unsteered
@@ -90,14 +90,12 @@ class AlphaSteer(SteeringMethod):
         tensors: `refusal` and `probe`, `[layers, hidden_size]` float32: r and w of each layer.
     """
 
-    config_cls = AlphaSteerConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: AlphaSteerConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         require_fitted(config, "layers")
         if not {"refusal", "probe"} <= set(tensors):
             raise AdapterFileError("An ALPHASTEER adapter needs the tensors 'refusal' and 'probe'.")
-        self.reads = self.writes = tuple(_site(layer) for layer in cast(AlphaSteerConfig, config).layers)
+        self.reads = self.writes = tuple(_site(layer) for layer in config.layers)
 
     def decide(self, queries: QueryStates) -> Decision:
         """The map's value at each layer, `[rows, hidden_size]`; recorded is `score`, the mean over layers of w . h."""
@@ -110,26 +108,25 @@ class AlphaSteer(SteeringMethod):
         return Decision(vectors=vectors, record={"score": torch.stack(scores).mean(dim=0)})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: AlphaSteerConfig) -> dict[str, tuple[int | None, ...]]:
         """Two vectors a layer."""
         require_fitted(config, "layers")
-        shape = (len(cast(AlphaSteerConfig, config).layers), config.hidden_size)
+        shape = (len(config.layers), config.hidden_size)
         return {"refusal": shape, "probe": shape}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: AlphaSteerConfig, info: ModelInfo) -> CaptureRequest:
         """The inputs of the layers, at the query and over the answers.
 
         Raises:
             ValueError: if a layer is out of range.
         """
-        settings = cast(AlphaSteerConfig, config)
-        sites = tuple(_site(layer) for layer in layers_of(settings.layers, info.num_layers, FIRST_LAYER))
-        pools: tuple[Pool, ...] = ("query", settings.pool)
+        sites = tuple(_site(layer) for layer in layers_of(config.layers, info.num_layers, FIRST_LAYER))
+        pools: tuple[Pool, ...] = ("query", config.pool)
         return CaptureRequest(sites, pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: AlphaSteerConfig) -> FitResult:
         """Fit each layer on the `fit` and `calibration` parts; choose layers and strength on `validation`.
 
         The rows' prompts are the malicious queries, the general prompts the benign ones.
@@ -137,12 +134,11 @@ class AlphaSteer(SteeringMethod):
         Raises:
             DatasetError: for too few rows, or no general prompts.
         """
-        settings = cast(AlphaSteerConfig, config)
-        layers = layers_of(settings.layers, data.info.num_layers, FIRST_LAYER)
+        layers = layers_of(config.layers, data.info.num_layers, FIRST_LAYER)
         vectors, figures = {}, []
         for layer in layers:
             data.note(f"fitting layer {layer}")
-            vectors[layer] = _fit_layer(data, settings, layer)
+            vectors[layer] = _fit_layer(data, config, layer)
             figures.append({"layer": layer, **_judge(data, layer, vectors[layer][1])})
         norms = {layer: median_norm(_queries(data, layer, ("fit",))) for layer in layers}
         pushes = {
@@ -157,14 +153,14 @@ class AlphaSteer(SteeringMethod):
                 name: torch.from_numpy(np.stack(values).astype(np.float32))
                 for name, values in zip(("refusal", "probe"), pairs, strict=True)
             }
-            return cls(filled_in(settings, data.info, **chosen), tensors)
+            return cls(filled_in(config, data.info, **chosen), tensors)
 
         def trial_of(place: Place) -> Trial:
             first = norms[place.layers[0]]
             share = float(np.linalg.norm([pushes[layer] / max(norms[layer], 1e-12) for layer in place.layers]))
             return Trial(lambda strength: processor(place, strength), share * first, first)
 
-        found = search_layers(data, settings, layers, trial_of)
+        found = search_layers(data, config, layers, trial_of)
         steered = processor(found.key, found.strength)
         report: dict[str, Any] = {"layers": figures, **found.report}
         return FitResult(steered.config, steered.tensors, report)
@@ -229,4 +225,4 @@ def _judge(data: FitData, layer: int, probe: NDArray[np.float64]) -> dict[str, f
     }
 
 
-register_steering_method("ALPHASTEER", config_cls=AlphaSteerConfig, method_cls=AlphaSteer)
+register_steering_method(AlphaSteer)

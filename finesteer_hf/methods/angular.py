@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -128,7 +128,7 @@ def rotate(
     return (state + moved @ plane).to(hidden.dtype)
 
 
-class Angular(SteeringMethod):
+class Angular(SteeringMethod[AngularConfig]):
     """Rotate tokens in the plane of b1 and b2, at the outputs of some blocks.
 
     Args:
@@ -139,23 +139,20 @@ class Angular(SteeringMethod):
         AdapterFileError: if the config is not fitted, or the plane is not orthonormal.
     """
 
-    config_cls = AngularConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: AngularConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(AngularConfig, config)
-        require_fitted(settings, "layers", "angle")
+        require_fitted(config, "layers", "angle")
         plane = tensors.get("plane")
         if plane is None or not torch.allclose(plane @ plane.T, torch.eye(2), atol=ORTHONORMAL):
             raise AdapterFileError(
                 "An ANGULAR adapter needs the tensor 'plane' with two orthonormal rows: any other would change norms."
             )
-        self.maps = tuple(Site("resid_post", int(layer)) for layer in settings.layers)
-        self.angle = math.radians(float(settings.angle))
+        self.maps = tuple(Site("resid_post", int(layer)) for layer in config.layers)
+        self.angle = math.radians(float(config.angle))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
         """Rotate the named tokens of `[rows, tokens, hidden_size]` by the row's share of the turn."""
-        settings = cast(AngularConfig, self.config)
+        settings = self.config
         rotated = rotate(
             hidden,
             self.parameters_on(hidden.device)["plane"],
@@ -170,52 +167,50 @@ class Angular(SteeringMethod):
         return torch.where(steered, rotated, hidden)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: AngularConfig) -> dict[str, tuple[int | None, ...]]:
         """The plane."""
         require_fitted(config, "layers", "angle")
         return {"plane": (2, config.hidden_size)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: AngularConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the layers, over the answers.
 
         Raises:
             ValueError: if a layer is out of range.
         """
-        settings = cast(AngularConfig, config)
-        sites = tuple(Site("resid_post", layer) for layer in layers_of(settings.layers, info.num_layers))
-        pools: tuple[Pool, ...] = ("query", settings.pool)
+        sites = tuple(Site("resid_post", layer) for layer in layers_of(config.layers, info.num_layers))
+        pools: tuple[Pool, ...] = ("query", config.pool)
         return CaptureRequest(sites, pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: AngularConfig) -> FitResult:
         """Find the plane, the layers and the angle on the `fit` part, the share of the turn on `validation`.
 
         Raises:
             DatasetError: for too few rows; if the sides do not differ; if no layer is fit for `selective`.
         """
-        settings = cast(AngularConfig, config)
-        layers = layers_of(settings.layers, data.info.num_layers)
-        sides = {layer: _sides(data, settings, layer) for layer in layers}
+        layers = layers_of(config.layers, data.info.num_layers)
+        sides = {layer: _sides(data, config, layer) for layer in layers}
         if min(len(side) for pair in sides.values() for side in pair) < MIN_ROWS:
             raise DatasetError(f"ANGULAR needs at least {MIN_ROWS} rows to fit on; hundreds are advised.")
         plane = find_plane(list(sides.values()))
         projections = {layer: _projections(pair, plane) for layer, pair in sides.items()}
-        if settings.mode == "selective" and settings.layers == "auto":
+        if config.mode == "selective" and config.layers == "auto":
             layers = [layer for layer in layers if np.prod(np.sign(projections[layer])) < 0]
             if not layers:
                 raise DatasetError(
                     "mode='selective' rotates layers at which chosen and rejected answers project on the feature with "
                     f"opposite signs, and there is none among {list(projections)}. Name layers, or use mode='adaptive'."
                 )
-        angle = _angle(settings, [sides[layer] for layer in layers], plane)
+        angle = _angle(config, [sides[layer] for layer in layers], plane)
         tensors = {"plane": torch.from_numpy(plane.astype(np.float32))}
 
         def build(strength: float) -> Angular:
-            chosen = {"layers": layers, "angle": angle, "strength": strength, "requires": [f"mode:{settings.mode}"]}
-            return cls(filled_in(settings, data.info, **chosen), tensors)
+            chosen = {"layers": layers, "angle": angle, "strength": strength, "requires": [f"mode:{config.mode}"]}
+            return cls(filled_in(config, data.info, **chosen), tensors)
 
-        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, SHARES)
+        strength, settled = settle(data, config.strength, Trial.of_factor(build), None, SHARES)
         report: dict[str, Any] = {
             "layers": [
                 {"layer": layer, "rejected_projection": rejected, "chosen_projection": chosen}
@@ -294,4 +289,4 @@ def _angle(config: AngularConfig, sides: list[Sides], plane: NDArray[np.float64]
     return float(np.degrees(np.angle(np.exp(1j * np.array(turns)).mean())))
 
 
-register_steering_method("ANGULAR", config_cls=AngularConfig, method_cls=Angular)
+register_steering_method(Angular)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, get_args, get_origin
 
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.config import ConfigT, SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
@@ -232,10 +232,11 @@ class FitResult:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class SteeringMethod(SteeringProcessor):
+class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
     """Base of all methods: a `SteeringProcessor` made of a config and tensors.
 
-    A subclass sets `config_cls`, reads its parameters in `__init__`, and implements `needs` and `fit`. Nothing else in
+    A subclass names its config in brackets, `class CAA(SteeringMethod[CAAConfig])`, which types `self.config` and sets
+    `config_cls`. It reads its parameters in `__init__`, and implements `tensor_shapes`, `needs` and `fit`. Nothing else in
     the package names it.
 
     Args:
@@ -246,13 +247,21 @@ class SteeringMethod(SteeringProcessor):
         AdapterFileError: if a parameter is missing, left over, of a wrong shape or not finite.
     """
 
+    #: Class of the config: the one in brackets, unless a subclass sets another.
     config_cls: ClassVar[type[SteeringConfig]]
     #: Features of `finesteer_hf.testing` that the method raises for, each with the reason.
     refuses: ClassVar[Mapping[str, str]] = {}
     #: Features that the method defines otherwise than the suite does, each with the reason; they are not checked.
     differs: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            named = get_args(base)[:1]
+            if "config_cls" not in cls.__dict__ and _is_method(get_origin(base)) and isinstance(named[0], type):
+                cls.config_cls = named[0]
+
+    def __init__(self, config: ConfigT, tensors: Mapping[str, torch.Tensor]) -> None:
         if not isinstance(config.strength, (int, float)):
             raise AdapterFileError(
                 f"The {config.steering_type} config has strength={config.strength!r}; only a fitted adapter, whose "
@@ -268,7 +277,7 @@ class SteeringMethod(SteeringProcessor):
                 raise AdapterFileError(f"Tensor {name!r} of the {config.steering_type} adapter holds NaN or infinity.")
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> Mapping[str, Shape]:
+    def tensor_shapes(cls, config: ConfigT) -> Mapping[str, Shape]:
         """Names and shapes of the parameters that a config calls for.
 
         An axis is a size, or `Free` where the config does not say it. A plain tuple is float32, `Indices` are int64.
@@ -276,12 +285,12 @@ class SteeringMethod(SteeringProcessor):
         raise NotImplementedError
 
     @classmethod
-    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+    def refused_by(cls, config: ConfigT) -> Mapping[str, str]:
         """What an adapter of this config refuses, of `finesteer_hf.testing`'s features: `refuses`, unless it says more."""
         return cls.refuses
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: ConfigT, info: ModelInfo) -> CaptureRequest:
         """Sites and pools that `fit` will ask for.
 
         Raises:
@@ -290,7 +299,7 @@ class SteeringMethod(SteeringProcessor):
         raise NotImplementedError
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: ConfigT) -> FitResult:
         """Fit the method on captured states.
 
         Raises:
@@ -308,3 +317,7 @@ class SteeringMethod(SteeringProcessor):
         if device not in self._on_device:
             self._on_device[device] = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         return self._on_device[device]
+
+
+def _is_method(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, SteeringMethod)

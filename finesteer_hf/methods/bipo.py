@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def bipo_loss(steered: PairScores, plain: PairScores, direction: float, beta: fl
     return -logsigmoid(direction * beta * (steered.margins - plain.margins))
 
 
-class BIPO(PreferenceVector):
+class BIPO(PreferenceVector[BIPOConfig]):
     """`H <- H + strength * v` at the output of one block, whatever the query.
 
     Args:
@@ -90,14 +90,12 @@ class BIPO(PreferenceVector):
         tensors: `vector`, `[hidden_size]` float32.
     """
 
-    config_cls = BIPOConfig
-
     @classmethod
     def first_losses(
-        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: Any
+        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: BIPOConfig
     ) -> torch.Tensor:
         """The loss in the direction 1; at zero its slope is that of the other direction, too."""
-        return bipo_loss(rows.steered(which, steering), rows.plain[which], 1.0, cast(BIPOConfig, config).beta)
+        return bipo_loss(rows.steered(which, steering), rows.plain[which], 1.0, config.beta)
 
     @classmethod
     def losses(
@@ -106,19 +104,18 @@ class BIPO(PreferenceVector):
         which: Sequence[int],
         site: Site,
         vector: torch.Tensor,
-        config: Any,
+        config: BIPOConfig,
         rng: np.random.Generator | None,
     ) -> torch.Tensor:
         """The loss in a direction that is drawn, or the mean of both."""
-        settings = cast(BIPOConfig, config)
 
         def towards(direction: float) -> torch.Tensor:
-            steering = TrainedShift({site: vector}, positions=settings.positions, factor=direction)
-            return bipo_loss(rows.steered(which, steering), rows.plain[which], direction, settings.beta)
+            steering = TrainedShift({site: vector}, positions=config.positions, factor=direction)
+            return bipo_loss(rows.steered(which, steering), rows.plain[which], direction, config.beta)
 
         if rng is None:
             return (towards(1.0) + towards(-1.0)) / 2
         return towards(float(rng.choice((-1.0, 1.0))))
 
 
-register_steering_method("BIPO", config_cls=BIPOConfig, method_cls=BIPO)
+register_steering_method(BIPO)

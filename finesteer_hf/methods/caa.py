@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class CAAConfig(SteeringConfig):
         return cls(**{"positions": "generated", "pool": "answer_last", **overrides})
 
 
-class CAA(SteeringMethod):
+class CAA(SteeringMethod[CAAConfig]):
     """`H <- H + strength * v` at the output of one block, whatever the query.
 
     Args:
@@ -89,14 +89,12 @@ class CAA(SteeringMethod):
         tensors: `vector`, `[hidden_size]` float32.
     """
 
-    config_cls = CAAConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: CAAConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         require_fitted(config, "layer")
         if "vector" not in tensors:
             raise AdapterFileError("The CAA adapter lacks the tensor 'vector'.")
-        self.site = Site("resid_post", int(cast(CAAConfig, config).layer))
+        self.site = Site("resid_post", int(config.layer))
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -104,7 +102,7 @@ class CAA(SteeringMethod):
         return Decision(vectors={self.site: self.parameters_on(queries.device)["vector"][None]})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: CAAConfig) -> dict[str, tuple[int | None, ...]]:
         """One vector of the residual stream.
 
         Raises:
@@ -114,32 +112,30 @@ class CAA(SteeringMethod):
         return {"vector": (config.hidden_size,)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: CAAConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the candidate layers.
 
         Raises:
             ValueError: if the layer is out of range.
         """
-        settings = cast(CAAConfig, config)
-        layers = candidate_layers(settings.layer, info.num_layers)
-        pools: dict[str, tuple[Pool, ...]] = {"answers": (settings.pool,), "queries": (), "gradient": ("gradient",)}
+        layers = candidate_layers(config.layer, info.num_layers)
+        pools: dict[str, tuple[Pool, ...]] = {"answers": (config.pool,), "queries": (), "gradient": ("gradient",)}
         sites = tuple(Site("resid_post", layer) for layer in layers)
-        return CaptureRequest(sites, ("query", *pools[settings.vector]))
+        return CaptureRequest(sites, ("query", *pools[config.vector]))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: CAAConfig) -> FitResult:
         """Average the differences of the `fit` and `calibration` parts; choose layer and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows, or for a vector of queries without general prompts.
         """
-        settings = cast(CAAConfig, config)
-        layers = candidate_layers(settings.layer, data.info.num_layers)
-        vectors = {layer: _mean_difference(data, settings, Site("resid_post", layer)) for layer in layers}
+        layers = candidate_layers(config.layer, data.info.num_layers)
+        vectors = {layer: _mean_difference(data, config, Site("resid_post", layer)) for layer in layers}
 
         def fitted(place: Place, strength: float) -> CAAConfig:
             (layer,) = place.layers
-            return filled_in(settings, data.info, layer=layer, positions=place.positions, strength=strength)
+            return filled_in(config, data.info, layer=layer, positions=place.positions, strength=strength)
 
         def trial_of(place: Place) -> Trial:
             (layer,) = place.layers
@@ -149,7 +145,7 @@ class CAA(SteeringMethod):
                 state_norm=median_query_norm(data, Site("resid_post", layer)),
             )
 
-        found = search_places(data, settings.strength, layers, trial_of, positions=settings.positions, several=False)
+        found = search_places(data, config.strength, layers, trial_of, positions=config.positions, several=False)
         (layer,) = found.key.layers
         report = {"layer": layer, **found.report}
         return FitResult(fitted(found.key, found.strength), {"vector": vectors[layer]}, report)
@@ -175,4 +171,4 @@ def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tens
     return torch.from_numpy(vector.astype(np.float32))
 
 
-register_steering_method("CAA", config_cls=CAAConfig, method_cls=CAA)
+register_steering_method(CAA)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 
@@ -58,7 +58,7 @@ class ConstantConfig(SteeringConfig):
         return tuple(Site(self.site, layer) for layer in self.layers)
 
 
-class ConstantVectors(SteeringMethod):
+class ConstantVectors(SteeringMethod[ConstantConfig]):
     """`H <- H + strength * v_l` at the site of each block l.
 
     Args:
@@ -66,11 +66,9 @@ class ConstantVectors(SteeringMethod):
         tensors: `vectors.<layer>`, `[width]` float32.
     """
 
-    config_cls = ConstantConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ConstantConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        self.writes = cast(ConstantConfig, config).sites
+        self.writes = config.sites
         if not self.writes:
             raise AdapterFileError("The CONSTANT adapter names no layer, so it would steer nothing.")
 
@@ -80,30 +78,29 @@ class ConstantVectors(SteeringMethod):
         return Decision(vectors={site: tensors[tensor_name(site)][None] for site in self.writes})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: ConstantConfig) -> dict[str, Shape]:
         """One vector a layer; as wide as the residual stream, or as all heads or neurons of a block together.
 
         Raises:
             AdapterFileError: if the width of the residual stream is not in the config.
         """
-        settings = cast(ConstantConfig, config)
-        if settings.hidden_size is None and settings.site not in INNER_KINDS:
+        if config.hidden_size is None and config.site not in INNER_KINDS:
             raise AdapterFileError(
                 "The CONSTANT config has no hidden_size, so its vectors cannot be told to fit a model."
             )
         # Heads and feed-forwards of different blocks may have different sizes.
         return {
-            tensor_name(site): (Free(f"width of {site}") if settings.site in INNER_KINDS else settings.hidden_size,)
-            for site in settings.sites
+            tensor_name(site): (Free(f"width of {site}") if config.site in INNER_KINDS else config.hidden_size,)
+            for site in config.sites
         }
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: ConstantConfig, info: ModelInfo) -> CaptureRequest:
         """Raises `ValueError`: there is nothing to fit."""
         raise ValueError(_NOT_FITTED)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: ConstantConfig) -> FitResult:
         """Raises `ValueError`: there is nothing to fit."""
         raise ValueError(_NOT_FITTED)
 
@@ -113,4 +110,4 @@ def tensor_name(site: Site) -> str:
     return f"vectors.{site.layer}"
 
 
-register_steering_method("CONSTANT", config_cls=ConstantConfig, method_cls=ConstantVectors)
+register_steering_method(ConstantVectors)

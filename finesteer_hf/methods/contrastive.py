@@ -94,7 +94,7 @@ class ContrastWithUnsteered(LogitsProcessor):
         return torch.where((scale == 0) | scores.isinf(), scores, contrast.to(scores.dtype))
 
 
-class Contrastive(SteeringMethod):
+class Contrastive(SteeringMethod[ContrastiveConfig]):
     """Add a constant vector in the stream, and contrast what comes of it with the unsteered model's logits.
 
     `steering_scale` multiplies alpha, not the vector. The logits that are contrasted are those that transformers'
@@ -105,20 +105,18 @@ class Contrastive(SteeringMethod):
         tensors: `vector`, `[hidden_size]` float32.
     """
 
-    config_cls = ContrastiveConfig
     refuses = {
         "inputs_embeds": "the unsteered model needs the text as token ids",
         "carried_cache": "a loop of plain forwards has no cache for the unsteered model",
     }
 
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ContrastiveConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(ContrastiveConfig, config)
-        require_fitted(settings, "layer")
-        if "vector" not in tensors or not isinstance(settings.vector_strength, (int, float)):
+        require_fitted(config, "layer")
+        if "vector" not in tensors or not isinstance(config.vector_strength, (int, float)):
             raise AdapterFileError("A CONTRASTIVE adapter needs the tensor 'vector' and a number as vector_strength.")
-        self.maps = (Site("resid_post", int(settings.layer)),)
-        self.vector_strength = float(settings.vector_strength)
+        self.maps = (Site("resid_post", int(config.layer)),)
+        self.vector_strength = float(config.vector_strength)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
         """Add the vector to the named tokens of rows that are steered at all, whatever their scale."""
@@ -135,37 +133,36 @@ class Contrastive(SteeringMethod):
         return [ContrastWithUnsteered(unsteered, scale, self.strength)]
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: ContrastiveConfig) -> dict[str, tuple[int | None, ...]]:
         """One vector of the residual stream."""
         return {"vector": (config.hidden_size,)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: ContrastiveConfig, info: ModelInfo) -> CaptureRequest:
         """What CAA needs.
 
         Raises:
             ValueError: if the layer is out of range.
         """
-        return CAA.needs(cast(ContrastiveConfig, config).vector_config(), info)
+        return CAA.needs(config.vector_config(), info)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: ContrastiveConfig) -> FitResult:
         """Fit the vector as CAA does, then choose alpha on `validation`.
 
         Raises:
             DatasetError: for too few rows.
         """
-        settings = cast(ContrastiveConfig, config)
-        vector = CAA.fit(data, settings.vector_config())
+        vector = CAA.fit(data, config.vector_config())
         own = cast(CAAConfig, vector.config)
 
         def build(strength: float) -> Contrastive:
             chosen = {"layer": own.layer, "vector_strength": own.strength, "strength": strength}
-            return cls(filled_in(settings, data.info, **chosen), vector.tensors)
+            return cls(filled_in(config, data.info, **chosen), vector.tensors)
 
-        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, STRENGTHS)
+        strength, settled = settle(data, config.strength, Trial.of_factor(build), None, STRENGTHS)
         report: dict[str, Any] = {**settled, "vector": vector.report}
         return FitResult(build(strength).config, vector.tensors, report)
 
 
-register_steering_method("CONTRASTIVE", config_cls=ContrastiveConfig, method_cls=Contrastive)
+register_steering_method(Contrastive)

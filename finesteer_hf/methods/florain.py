@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -110,7 +110,7 @@ class FlorainConfig(SteeringConfig):
         return cls(**{**settings, **overrides})
 
 
-class Florain(SteeringMethod):
+class Florain(SteeringMethod[FlorainConfig]):
     """`a <- a + strength * (f(a) - a)` for the output a of each head of one block.
 
     Args:
@@ -121,12 +121,9 @@ class Florain(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing.
     """
 
-    config_cls = FlorainConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: FlorainConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(FlorainConfig, config)
-        require_fitted(settings, "layer", "attention_heads")
+        require_fitted(config, "layer", "attention_heads")
         missing = sorted(set(TENSORS) - set(tensors))
         if missing:
             raise AdapterFileError(f"The FLORAIN adapter lacks the tensors {missing}.")
@@ -136,7 +133,7 @@ class Florain(SteeringMethod):
             raise AdapterFileError(
                 f"The tensors of a FLORAIN adapter must agree in heads and their size, got {found}."
             )
-        self.site = Site("head_out", int(settings.layer))
+        self.site = Site("head_out", int(config.layer))
         self.maps = (self.site,)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
@@ -156,19 +153,18 @@ class Florain(SteeringMethod):
         return torch.where(steered, mapped, hidden)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: FlorainConfig) -> dict[str, Shape]:
         """One map a head; the size of a head is the model's.
 
         Raises:
             AdapterFileError: if the config is not fitted.
         """
         require_fitted(config, "layer", "attention_heads")
-        settings = cast(FlorainConfig, config)
-        shape: Shape = (settings.attention_heads, HEAD_SIZE, settings.rank)
+        shape: Shape = (config.attention_heads, HEAD_SIZE, config.rank)
         return {name: shape[:2] if name == "shift" else shape for name in TENSORS}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: FlorainConfig, info: ModelInfo) -> CaptureRequest:
         """The head outputs of the candidate blocks, at the last token of each answer.
 
         Raises:
@@ -177,37 +173,36 @@ class Florain(SteeringMethod):
         """
         if not info.num_heads:
             raise UnsupportedModelError("FLORAIN maps the outputs of attention heads, and the model has none.")
-        layers = candidate_layers(cast(FlorainConfig, config).layer, info.num_layers)
+        layers = candidate_layers(config.layer, info.num_layers)
         return CaptureRequest(tuple(Site("head_out", layer) for layer in layers), ("answer_last",))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: FlorainConfig) -> FitResult:
         """Train on the `fit` part, stop on `calibration`, choose layer and share of the way on `validation`.
 
         Raises:
             DatasetError: for too few rows, or answers that do not differ.
         """
-        settings = cast(FlorainConfig, config)
         if len(data.prompts("fit")) < MIN_ROWS:
             raise DatasetError(f"FLORAIN needs at least {MIN_ROWS} rows to fit on, got {len(data.prompts('fit'))}.")
-        layers = candidate_layers(settings.layer, data.info.num_layers)
+        layers = candidate_layers(config.layer, data.info.num_layers)
         accuracy = {} if len(layers) == 1 else {layer: _told_apart(data, layer) for layer in layers}
         promising = sorted(layers, key=lambda layer: accuracy.get(layer, (0.0, 0.0)), reverse=True)[:SHORT_LIST]
-        fits = {layer: _fit_layer(data, settings, layer) for layer in promising}
+        fits = {layer: _fit_layer(data, config, layer) for layer in promising}
         trials = {layer: fit.trial for layer, fit in fits.items()}
-        chosen = search(data, settings.strength, trials)
+        chosen = search(data, config.strength, trials)
         layer, found = chosen.key, fits[chosen.key]
-        every = max(1, settings.epochs // 20)
+        every = max(1, config.epochs // 20)
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "probe_accuracy": of[0]} for at, of in accuracy.items()],
             "training_loss": found.trained.training[::every],
             "calibration_loss": found.trained.held_out[::every],
-            "validation_loss": _judge(found, _answers(data, layer, "validation"), settings),
+            "validation_loss": _judge(found, _answers(data, layer, "validation"), config),
             **chosen.report,
         }
         fitted = filled_in(
-            settings, data.info, layer=layer, attention_heads=data.info.num_heads, strength=chosen.strength
+            config, data.info, layer=layer, attention_heads=data.info.num_heads, strength=chosen.strength
         )
         return FitResult(fitted, tensors_of(found.trained.map), report)
 
@@ -319,4 +314,4 @@ def _judge(found: LayerFit, answers: Answers, config: FlorainConfig) -> dict[str
     return {name: float(region_loss(at, centre, radius, whitening).mean()) for name, at in losses.items()}
 
 
-register_steering_method("FLORAIN", config_cls=FlorainConfig, method_cls=Florain)
+register_steering_method(Florain)

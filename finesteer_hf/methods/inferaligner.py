@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class InferAlignerConfig(SteeringConfig):
         return [int(layer) for layer in self.layers] if self.guard_layer is None else [self.guard_layer]
 
 
-class InferAligner(SteeringMethod):
+class InferAligner(SteeringMethod[InferAlignerConfig]):
     """`H_l <- H_l + strength * 1[<h_l, s_l> + b_l > 0] * theta_l`, h_l the query's unsteered state at the layer.
 
     Args:
@@ -110,16 +110,13 @@ class InferAligner(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing.
     """
 
-    config_cls = InferAlignerConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: InferAlignerConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(InferAlignerConfig, config)
-        missing = sorted(set(self.tensor_shapes(settings)) - set(tensors))
+        missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The INFERALIGNER adapter lacks the tensors {missing}.")
-        self.reads = tuple(resid_post(layer) for layer in settings.gate_layers)
-        self.writes = tuple(resid_post(layer) for layer in settings.layers)
+        self.reads = tuple(resid_post(layer) for layer in config.gate_layers)
+        self.writes = tuple(resid_post(layer) for layer in config.layers)
 
     def decide(self, queries: QueryStates) -> Decision:
         """Open the layers' gates; recorded are `score` `[rows]`, the highest <h, s> + b, and the share `open_layers`."""
@@ -136,26 +133,25 @@ class InferAligner(SteeringMethod):
         return Decision(vectors=vectors, gate=is_open.any(dim=0).float(), record=record)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: InferAlignerConfig) -> dict[str, tuple[int | None, ...]]:
         """A vector and a bias a gate, a vector a steered layer.
 
         Raises:
             AdapterFileError: if the config is not fitted.
         """
         require_fitted(config, "layers")
-        settings = cast(InferAlignerConfig, config)
-        gates = len(settings.gate_layers)
-        width = settings.hidden_size
-        return {"srv": (gates, width), "bias": (gates,), "ssv": (len(settings.layers), width)}
+        gates = len(config.gate_layers)
+        width = config.hidden_size
+        return {"srv": (gates, width), "bias": (gates,), "ssv": (len(config.layers), width)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: InferAlignerConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the layers, at the query and, for `vector="answers"`, over the answers.
 
         Raises:
             ValueError: if a layer is out of range, or the sibling's adapter does not fit the model.
         """
-        settings = _with_layers(cast(InferAlignerConfig, config), info)
+        settings = _with_layers(config, info)
         if settings.sibling is not None:
             sibling_vectors(settings, info)
         layers = sorted({*map(int, settings.layers), *settings.gate_layers})
@@ -163,7 +159,7 @@ class InferAligner(SteeringMethod):
         return CaptureRequest(tuple(resid_post(layer) for layer in layers), pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: InferAlignerConfig) -> FitResult:
         """Average on the `fit` and `calibration` parts; choose layers and strength on `validation`.
 
         The rows' prompts are the harmful queries, the general prompts the harmless ones.
@@ -171,7 +167,7 @@ class InferAligner(SteeringMethod):
         Raises:
             DatasetError: for too few rows, or no general prompts.
         """
-        settings = _with_layers(cast(InferAlignerConfig, config), data.info)
+        settings = _with_layers(config, data.info)
         layers = [int(layer) for layer in settings.layers]
         gates = {layer: safety_gate(*_queries(data, layer)) for layer in sorted({*layers, *settings.gate_layers})}
         vectors = _safety_vectors(data, settings, layers, gates)
@@ -203,7 +199,7 @@ class InferAligner(SteeringMethod):
                 state_norm=first,
             )
 
-        open_layers = dataclasses.replace(settings, layers=cast(InferAlignerConfig, config).layers)
+        open_layers = dataclasses.replace(settings, layers=config.layers)
         found = search_layers(data, open_layers, layers, trial_of)
         config = fitted(found.key, found.strength)
         report: dict[str, Any] = {
@@ -312,4 +308,4 @@ def _held_out(data: FitData, layer: int, srv: NDArray[np.float64], bias: float) 
     }
 
 
-register_steering_method("INFERALIGNER", config_cls=InferAlignerConfig, method_cls=InferAligner)
+register_steering_method(InferAligner)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method
+from finesteer_hf.config import register_steering_method
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.heads import HeadFit, HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor
@@ -32,7 +32,7 @@ class ITIConfig(HeadsConfig):
         return cls(**{"num_heads": cls.published_count, "strength": 15.0, "direction": "centre", **overrides})
 
 
-class ITI(SteeringMethod):
+class ITI(SteeringMethod[ITIConfig]):
     """`x^{l,h} <- x^{l,h} + strength * sigma^{l,h} * theta^{l,h}` at the outputs of the chosen heads.
 
     Args:
@@ -40,16 +40,13 @@ class ITI(SteeringMethod):
         tensors: `directions` `[k, head size]` of length 1, and `sigma` `[k]`, float32.
     """
 
-    config_cls = ITIConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ITIConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(ITIConfig, config)
-        require_heads(settings, tensors, ("directions", "sigma"))
-        of_site = settings.of_site
+        require_heads(config, tensors, ("directions", "sigma"))
+        of_site = config.of_site
         self.writes = tuple(of_site)
         shifts = tensors["sigma"][:, None] * tensors["directions"]
-        self.tensors = {str(site): dense_shift(settings, rows, shifts) for site, rows in of_site.items()}
+        self.tensors = {str(site): dense_shift(config, rows, shifts) for site, rows in of_site.items()}
 
     def decide(self, queries: QueryStates) -> Decision:
         """The shifts, `[1, heads * head size]` at each block."""
@@ -57,34 +54,33 @@ class ITI(SteeringMethod):
         return Decision(vectors={site: own[str(site)][None] for site in self.writes})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: ITIConfig) -> dict[str, Shape]:
         """One row a head."""
-        count = len(cast(ITIConfig, config).heads)
+        count = len(config.heads)
         return {"directions": (count, HEAD_SIZE), "sigma": (count,)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: ITIConfig, info: ModelInfo) -> CaptureRequest:
         """The head outputs of the probed blocks; see `head_sites`."""
-        return head_sites(cast(ITIConfig, config), info)
+        return head_sites(config, info)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: ITIConfig) -> FitResult:
         """Choose the heads on the `calibration` part, their number and alpha on `validation`.
 
         Raises:
             DatasetError: for too few rows.
         """
-        settings = cast(ITIConfig, config)
 
         def build(found: HeadFit, strength: float) -> SteeringProcessor:
-            return cls(found.filled_in(settings, data.info, strength), _tensors(found))
+            return cls(found.filled_in(config, data.info, strength), _tensors(found))
 
-        found, strength, report = fit_heads(data, settings, build)
-        return FitResult(found.filled_in(settings, data.info, strength), _tensors(found), report)
+        found, strength, report = fit_heads(data, config, build)
+        return FitResult(found.filled_in(config, data.info, strength), _tensors(found), report)
 
 
 def _tensors(found: HeadFit) -> dict[str, torch.Tensor]:
     return {name: found.tensors[name] for name in ("directions", "sigma")}
 
 
-register_steering_method("ITI", config_cls=ITIConfig, method_cls=ITI)
+register_steering_method(ITI)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -115,7 +115,10 @@ class PreferenceVectorConfig(SteeringConfig):
         return 1.0
 
 
-class PreferenceVector(SteeringMethod):
+PreferenceConfigT = TypeVar("PreferenceConfigT", bound=PreferenceVectorConfig)
+
+
+class PreferenceVector(SteeringMethod[PreferenceConfigT]):
     """`H <- H + strength * v` at the output of one block, whatever the query.
 
     A subclass says what the loss is.
@@ -128,12 +131,12 @@ class PreferenceVector(SteeringMethod):
         AdapterFileError: if the config is not fitted, or there is no vector.
     """
 
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: PreferenceConfigT, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         require_fitted(config, "layer")
         if "vector" not in tensors:
             raise AdapterFileError(f"The {config.steering_type} adapter lacks the tensor 'vector'.")
-        self.site = resid_post(cast(PreferenceVectorConfig, config).layer)
+        self.site = resid_post(config.layer)
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -144,7 +147,7 @@ class PreferenceVector(SteeringMethod):
 
     @classmethod
     def first_losses(
-        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: Any
+        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: PreferenceConfigT
     ) -> torch.Tensor:
         """Losses `[rows]` under a processor that adds vectors; their slope at zero says which blocks are promising."""
         raise NotImplementedError
@@ -156,7 +159,7 @@ class PreferenceVector(SteeringMethod):
         which: Sequence[int],
         site: Site,
         vector: torch.Tensor,
-        config: Any,
+        config: PreferenceConfigT,
         rng: np.random.Generator | None,
     ) -> torch.Tensor:
         """Losses of some rows, `[rows]`.
@@ -166,7 +169,7 @@ class PreferenceVector(SteeringMethod):
             which: positions of some of them.
             site: where the vector acts.
             vector: `[hidden_size]` float32.
-            config: the settings.
+            config: the config.
             rng: of what a step draws; None for what is drawn on average.
         """
         raise NotImplementedError
@@ -179,7 +182,7 @@ class PreferenceVector(SteeringMethod):
     # -- the fit ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: PreferenceConfigT) -> dict[str, tuple[int | None, ...]]:
         """One vector of the residual stream.
 
         Raises:
@@ -189,42 +192,41 @@ class PreferenceVector(SteeringMethod):
         return {"vector": (config.hidden_size,)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: PreferenceConfigT, info: ModelInfo) -> CaptureRequest:
         """The outputs of the candidate layers, for the size of their states.
 
         Raises:
             ValueError: if the layer is out of range.
         """
-        layers = candidate_layers(cast(PreferenceVectorConfig, config).layer, info.num_layers)
+        layers = candidate_layers(config.layer, info.num_layers)
         return CaptureRequest(tuple(map(resid_post, layers)), ("query",))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: PreferenceConfigT) -> FitResult:
         """Train on `fit`, stop by `calibration`, choose layer and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows; if the loss does not depend on the vector, or training does not lower it.
         """
-        settings = cast(PreferenceVectorConfig, config)
-        name = settings.steering_type
+        name = config.steering_type
         if (found := len(data.prompts("fit"))) < MIN_ROWS:
             raise DatasetError(f"{name} needs at least {MIN_ROWS} rows to fit on, got {found}.")
-        rows = PreferenceRows.draw(data, "fit", settings.num_rows)
-        held_out = PreferenceRows.draw(data, "calibration", settings.num_rows)
-        sites = [resid_post(layer) for layer in candidate_layers(settings.layer, data.info.num_layers)]
+        rows = PreferenceRows.draw(data, "fit", config.num_rows)
+        held_out = PreferenceRows.draw(data, "calibration", config.num_rows)
+        sites = [resid_post(layer) for layer in candidate_layers(config.layer, data.info.num_layers)]
         norms = {site: median_query_norm(data, site) for site in sites}
         if len(sites) > 1:
             slopes = first_order(
-                lambda which, steering: cls.first_losses(rows, which, steering, settings),
+                lambda which, steering: cls.first_losses(rows, which, steering, config),
                 len(rows),
                 dict.fromkeys(sites, data.info.hidden_size),
-                settings.positions,
+                config.positions,
             )
             sites = sorted(sites, key=lambda site: -norms[site] * float(slopes[site].norm()))[:TRAINED_LAYERS]
         vectors, histories = {}, {}
         for site in sites:
             data.note(f"{name}: training a vector at layer {site.layer}")
-            vector, history = cls._trained(data, rows, held_out, site, norms[site], settings)
+            vector, history = cls._trained(data, rows, held_out, site, norms[site], config)
             histories[site.layer] = history
             if history.kept and vector.any():
                 vectors[site.layer] = vector
@@ -234,8 +236,8 @@ class PreferenceVector(SteeringMethod):
                 "is without training. Give more rows (num_rows), another learning_rate or another layer, or keep='last'."
             )
 
-        def fitted(layer: int, strength: float) -> PreferenceVectorConfig:
-            return filled_in(settings, data.info, layer=layer, strength=strength)
+        def fitted(layer: int, strength: float) -> PreferenceConfigT:
+            return filled_in(config, data.info, layer=layer, strength=strength)
 
         trials = {
             layer: Trial(
@@ -245,7 +247,7 @@ class PreferenceVector(SteeringMethod):
             )
             for layer, vector in vectors.items()
         }
-        chosen = search(data, settings.strength, trials)
+        chosen = search(data, config.strength, trials)
         layer = chosen.key
         report: dict[str, Any] = {
             "layer": layer,
@@ -262,39 +264,39 @@ class PreferenceVector(SteeringMethod):
         held_out: PreferenceRows,
         site: Site,
         state_norm: float,
-        settings: PreferenceVectorConfig,
+        config: PreferenceConfigT,
     ) -> tuple[torch.Tensor, History]:
         """The vector at a site, `[hidden_size]` float32, and how its training went."""
         width = data.info.hidden_size
         training = Training(
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
             learning_rate=1.0,
-            weight_decay=settings.weight_decay,
-            schedule=settings.schedule,
-            warmup_steps=settings.warmup_steps,
-            clip=settings.clip,
+            weight_decay=config.weight_decay,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            clip=config.clip,
         )
-        rate = settings.learning_rate
+        rate = config.learning_rate
         if isinstance(rate, str):
             # Adam moves each coordinate by about the rate.
-            steps = training.steps(len(rows)) * (1.0 if settings.schedule == "constant" else 0.5)
-            rate = REACH * state_norm / (settings.unit * width**0.5 * steps)
+            steps = training.steps(len(rows)) * (1.0 if config.schedule == "constant" else 0.5)
+            rate = REACH * state_norm / (config.unit * width**0.5 * steps)
         vector = cls.start(width, rate, np.random.default_rng(data.seed)).requires_grad_(True)
 
         def judge() -> float | None:
-            if settings.keep == "last" or not len(held_out):
+            if config.keep == "last" or not len(held_out):
                 return None
             every = range(len(held_out))
-            return float(cls.losses(held_out, every, site, vector.detach(), settings, None).mean())
+            return float(cls.losses(held_out, every, site, vector.detach(), config, None).mean())
 
         def cap() -> None:
-            if settings.norm_cap is not None:
-                cap_norm(vector, settings.norm_cap * state_norm / settings.unit)
+            if config.norm_cap is not None:
+                cap_norm(vector, config.norm_cap * state_norm / config.unit)
 
         history = train(
             [vector],
-            lambda which, rng: cls.losses(rows, which, site, vector, settings, rng),
+            lambda which, rng: cls.losses(rows, which, site, vector, config, rng),
             len(rows),
             dataclasses.replace(training, learning_rate=rate),
             seed=data.seed,
@@ -302,4 +304,4 @@ class PreferenceVector(SteeringMethod):
             after_step=cap,
             note=data.note,
         )
-        return vector.detach() * settings.unit, history
+        return vector.detach() * config.unit, history

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -150,15 +150,13 @@ class NulledDirection(SteeringProcessor):
         return hidden - (shown if view.mask is None else view.mask[..., None] * shown).to(hidden.dtype)
 
 
-class REPS(PreferenceVector):
+class REPS(PreferenceVector[REPSConfig]):
     """`H <- H + strength * v` at the output of one block, whatever the query.
 
     Args:
         config: a fitted `REPSConfig`.
         tensors: `vector`, `[hidden_size]` float32.
     """
-
-    config_cls = REPSConfig
 
     @classmethod
     def start(cls, width: int, learning_rate: float, rng: np.random.Generator) -> torch.Tensor:
@@ -167,10 +165,10 @@ class REPS(PreferenceVector):
 
     @classmethod
     def first_losses(
-        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: Any
+        cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: REPSConfig
     ) -> torch.Tensor:
         """The positive half, the one that has a slope at zero."""
-        lengths = _lengths(rows, which, cast(REPSConfig, config))
+        lengths = _lengths(rows, which, config)
         return positive_half(rows.steered(which, steering), rows.plain[which], *lengths)
 
     @classmethod
@@ -180,24 +178,23 @@ class REPS(PreferenceVector):
         which: Sequence[int],
         site: Site,
         vector: torch.Tensor,
-        config: Any,
+        config: REPSConfig,
         rng: np.random.Generator | None,
     ) -> torch.Tensor:
         """The loss at factors that are drawn, one for each half, or at their mean."""
-        settings = cast(REPSConfig, config)
 
         def drawn() -> float:
-            return settings.unit if rng is None else float(rng.choice(settings.factors))
+            return config.unit if rng is None else float(rng.choice(config.factors))
 
-        added = TrainedShift({site: vector}, positions=settings.positions, factor=drawn())
-        taken: SteeringProcessor = NulledDirection(site, vector, settings.positions)
-        if settings.negative == "subtract":
-            taken = TrainedShift({site: vector}, positions=settings.positions, factor=-drawn())
+        added = TrainedShift({site: vector}, positions=config.positions, factor=drawn())
+        taken: SteeringProcessor = NulledDirection(site, vector, config.positions)
+        if config.negative == "subtract":
+            taken = TrainedShift({site: vector}, positions=config.positions, factor=-drawn())
         return reps_loss(
             rows.steered(which, added),
             rows.steered(which, taken),
             rows.plain[which],
-            *_lengths(rows, which, settings),
+            *_lengths(rows, which, config),
         )
 
 
@@ -208,4 +205,4 @@ def _lengths(rows: PreferenceRows, which: Sequence[int], config: REPSConfig) -> 
     return plain.chosen_tokens + prompt, plain.rejected_tokens + prompt
 
 
-register_steering_method("REPS", config_cls=REPSConfig, method_cls=REPS)
+register_steering_method(REPS)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class SADIConfig(SteeringConfig):
         return Site(SITES[self.elements], layer)
 
 
-class SADI(SteeringMethod):
+class SADI(SteeringMethod[SADIConfig]):
     """`A <- A + strength * (A * M)` at the newest token, M the mask of the chosen elements.
 
     With `compat="official"`, `A <- strength * A_q` at the chosen elements of the query token alone, A_q its unsteered
@@ -132,18 +132,15 @@ class SADI(SteeringMethod):
         AdapterFileError: if the config is not fitted, or the mask does not fit it.
     """
 
-    config_cls = SADIConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: SADIConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(SADIConfig, config)
-        ((layers, width),) = self.tensor_shapes(settings).values()
+        ((layers, width),) = self.tensor_shapes(config).values()
         mask = tensors.get("mask")
         fits = mask is not None and mask.ndim == 2 and len(mask) == layers and width in (NEURONS, mask.shape[1])
         if mask is None or not fits or not set(mask.unique().tolist()) <= {0, 1}:
             raise AdapterFileError(f"A SADI adapter needs the tensor 'mask' of zeros and ones, [{layers}, {width}].")
-        self.maps = tuple(settings.site(layer) for layer in settings.element_layers)
-        self._replaces = settings.compat == "official"
+        self.maps = tuple(config.site(layer) for layer in config.element_layers)
+        self._replaces = config.compat == "official"
         self.reads = self.maps if self._replaces else ()
         self.tensors = {str(site): row.bool() for site, row in zip(self.maps, mask, strict=True)}
 
@@ -168,75 +165,72 @@ class SADI(SteeringMethod):
         return torch.where(chosen, torch.lerp(state, target, view.scale), state).to(hidden.dtype)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: SADIConfig) -> dict[str, Shape]:
         """One row a block with chosen elements.
 
         Raises:
             AdapterFileError: if the config is not fitted.
         """
-        settings = cast(SADIConfig, config)
-        if settings.elements == "head":
-            require_fitted(settings, "attention_heads")
+        if config.elements == "head":
+            require_fitted(config, "attention_heads")
         else:
-            require_fitted(settings)
-        if not settings.element_layers:
+            require_fitted(config)
+        if not config.element_layers:
             raise AdapterFileError("The SADI config names no element_layers, so it is not fitted. Run `fit_steering`.")
-        widths = {"head": settings.attention_heads, "neurons": NEURONS, "hidden": settings.hidden_size}
-        return {"mask": Indices((len(settings.element_layers), widths[settings.elements]))}
+        widths = {"head": config.attention_heads, "neurons": NEURONS, "hidden": config.hidden_size}
+        return {"mask": Indices((len(config.element_layers), widths[config.elements]))}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: SADIConfig, info: ModelInfo) -> CaptureRequest:
         """The compared blocks, at the last token of each answer.
 
         Raises:
             ValueError: if a layer is out of range.
             UnsupportedModelError: if heads are asked for and the model has none.
         """
-        settings = cast(SADIConfig, config)
-        if settings.elements == "head" and not info.num_heads:
+        if config.elements == "head" and not info.num_heads:
             raise UnsupportedModelError("SADI with elements='head' amplifies attention heads; the model has none.")
-        layers = _layers(settings, info.num_layers)
-        return CaptureRequest(tuple(settings.site(layer) for layer in layers), ("answer_last",))
+        layers = _layers(config, info.num_layers)
+        return CaptureRequest(tuple(config.site(layer) for layer in layers), ("answer_last",))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: SADIConfig) -> FitResult:
         """Find the masks on the `fit` and `calibration` parts, K and the strength on `validation`.
 
         Raises:
             DatasetError: for too few rows.
             UnsupportedModelError: if the blocks have feed-forwards of different widths.
         """
-        settings = cast(SADIConfig, config)
-        layers = _layers(settings, data.info.num_layers)
-        heads = data.info.num_heads if settings.elements == "head" else None
+        layers = _layers(config, data.info.num_layers)
+        heads = data.info.num_heads if config.elements == "head" else None
         parts: tuple[Part, ...] = ("fit", "calibration")
         if sum(len(data.prompts(part)) for part in parts) < MIN_ROWS:
             raise DatasetError(f"SADI needs at least {MIN_ROWS} rows to fit on; the paper uses about 150.")
-        differences = [element_differences(data, settings.site(layer), parts, heads) for layer in layers]
+        differences = [element_differences(data, config.site(layer), parts, heads) for layer in layers]
         if len({len(difference) for difference in differences}) > 1:
             raise UnsupportedModelError(
                 "The blocks have feed-forwards of different widths; name blocks of one kind in `layers`."
             )
         found = np.stack(differences)
-        counts: Sequence[int] = [count for count in COUNTS[settings.elements] if count <= found.size] or [found.size]
-        if not isinstance(settings.num_elements, str):
-            counts = [settings.num_elements]
+        counts: Sequence[int] = [count for count in COUNTS[config.elements] if count <= found.size] or [found.size]
+        if not isinstance(config.num_elements, str):
+            counts = [config.num_elements]
         masks = {count: largest(found, count) for count in counts}
-        trials = {count: _trial(data, settings, layers, mask) for count, mask in masks.items()}
+        trials = {count: _trial(data, config, layers, mask) for count, mask in masks.items()}
         doses: Sequence[float] = RELATIVE_DOSES
-        if settings.compat == "official":
+        if config.compat == "official":
             # Factors of an element's own activation, which mean the same for every K.
             trials = {count: Trial.of_factor(trial.build) for count, trial in trials.items()}
-            doses = STRENGTHS[settings.elements]
-        chosen = search(data, settings.strength, trials, what="count", doses=doses)
+            doses = STRENGTHS[config.elements]
+        chosen = search(data, config.strength, trials, what="count", doses=doses)
         mask = masks[chosen.key]
-        held_out = {layer: element_differences(data, settings.site(layer), ("validation",), heads) for layer in layers}
+        held_out = {layer: element_differences(data, config.site(layer), ("validation",), heads) for layer in layers}
         order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda at: -found[at])
         report: dict[str, Any] = {
             "elements": [
                 {
                     "layer": layers[row],
-                    settings.elements: int(column),
+                    config.elements: int(column),
                     "difference": float(found[row, column]),
                     "held_out_difference": float(held_out[layers[row]][column]),
                 }
@@ -244,7 +238,7 @@ class SADI(SteeringMethod):
             ],
             **chosen.report,
         }
-        return FitResult(_config(settings, data.info, layers, mask, chosen.strength), _tensors(mask), report)
+        return FitResult(_config(config, data.info, layers, mask, chosen.strength), _tensors(mask), report)
 
 
 def element_differences(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
@@ -309,4 +303,4 @@ def _layers(config: SADIConfig, num_layers: int) -> list[int]:
     return [candidate_layers(layer, num_layers)[0] for layer in config.layers]
 
 
-register_steering_method("SADI", config_cls=SADIConfig, method_cls=SADI)
+register_steering_method(SADI)

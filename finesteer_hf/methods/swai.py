@@ -111,7 +111,7 @@ class TokenScores(LogitsProcessor):
         return self._table
 
 
-class SWAI(SteeringMethod):
+class SWAI(SteeringMethod[SWAIConfig]):
     """Add `strength * z` to the logits of likely tokens.
 
     In `generate` this comes after the repetition penalty and before temperature and top-p; the softmax renormalises.
@@ -121,9 +121,7 @@ class SWAI(SteeringMethod):
         tensors: `token_ids`, `[n]` int64, and `scores`, `[n]` float32.
     """
 
-    config_cls = SWAIConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: SWAIConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         ids, scores = tensors.get("token_ids"), tensors.get("scores")
         if ids is None or scores is None or ids.shape != scores.shape:
@@ -133,23 +131,23 @@ class SWAI(SteeringMethod):
 
     def logits_processors(self, scale: torch.Tensor | float) -> list[Any]:
         """The processor for a call's rows."""
-        settings = cast(SWAIConfig, self.config)
+        settings = self.config
         ids, scores = self.tensors["token_ids"], self.tensors["scores"]
         return [TokenScores(ids, scores, scale * self.strength, settings.top_k, settings.top_m)]
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: SWAIConfig) -> dict[str, Shape]:
         """Tokens and their scores, as many as occur."""
         tokens = Free("tokens")
         return {"token_ids": Indices((tokens,)), "scores": (tokens,)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: SWAIConfig, info: ModelInfo) -> CaptureRequest:
         """No states: tokens are counted."""
         return CaptureRequest(sites=(), pools=())
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: SWAIConfig) -> FitResult:
         """Count the tokens of the `fit` and `calibration` parts; choose the strength on `validation`.
 
         A token that ends every answer, as a template's end of turn does, is not counted: it says nothing of an answer.
@@ -157,7 +155,6 @@ class SWAI(SteeringMethod):
         Raises:
             DatasetError: if the two sides do not differ in any token.
         """
-        settings = cast(SWAIConfig, config)
         parts = cast(tuple[Part, ...], ("fit", "calibration"))
         chosen, rejected = (
             [ids for part in parts for ids in data.tokens(side, part)] for side in ("chosen", "rejected")
@@ -167,7 +164,7 @@ class SWAI(SteeringMethod):
             chosen, rejected = [ids[:-1] for ids in chosen], [ids[:-1] for ids in rejected]
         general = [ids for part in parts for ids in data.tokens("general", part)]
         counts = [_count(texts, data.info.vocab_size) for texts in (chosen, rejected, general)]
-        scores = log_odds(counts[0], counts[1], sum(counts[1:], counts[0]), settings.prior)
+        scores = log_odds(counts[0], counts[1], sum(counts[1:], counts[0]), config.prior)
         ids = np.flatnonzero(np.abs(scores) >= LEAST_SCORE)
         if not len(ids):
             raise DatasetError("Chosen and rejected answers use every token alike, so there is nothing to prefer.")
@@ -177,9 +174,9 @@ class SWAI(SteeringMethod):
         }
 
         def build(strength: float) -> SWAI:
-            return cls(filled_in(settings, data.info, strength=strength), tensors)
+            return cls(filled_in(config, data.info, strength=strength), tensors)
 
-        strength, settled = settle(data, settings.strength, Trial.of_factor(build), None, STRENGTHS)
+        strength, settled = settle(data, config.strength, Trial.of_factor(build), None, STRENGTHS)
         ranked = ids[np.argsort(-scores[ids])]
         report: dict[str, Any] = {
             "tokens": len(ids),
@@ -220,4 +217,4 @@ def _count(texts: list[NDArray[np.int64]], vocabulary: int) -> NDArray[np.int64]
     return np.bincount(ids, minlength=vocabulary)[: max(vocabulary, int(ids.max(initial=0)) + 1)]
 
 
-register_steering_method("SWAI", config_cls=SWAIConfig, method_cls=SWAI)
+register_steering_method(SWAI)

@@ -89,7 +89,7 @@ class TaskDrivenConfig(SteeringConfig):
                 raise ValueError(f"{name} must be at least 0 and less than 1, where nothing is steered; got {value}.")
 
 
-class TaskDriven(SteeringMethod):
+class TaskDriven(SteeringMethod[TaskDrivenConfig]):
     """`x^{l,h} <- x^{l,h} + strength * u_h` at the outputs of one block's heads, whatever the query.
 
     Args:
@@ -100,19 +100,16 @@ class TaskDriven(SteeringMethod):
         AdapterFileError: if the config is not fitted, or `shifts` has not one row a head.
     """
 
-    config_cls = TaskDrivenConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: TaskDrivenConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         require_fitted(config, "layer", "attention_heads")
-        settings = cast(TaskDrivenConfig, config)
         shifts = tensors.get("shifts")
-        if shifts is None or shifts.ndim != 2 or len(shifts) != settings.attention_heads:
+        if shifts is None or shifts.ndim != 2 or len(shifts) != config.attention_heads:
             raise AdapterFileError(
-                f"A TASKDRIVEN adapter for {settings.attention_heads} heads needs the tensor 'shifts' with one row a head, "
+                f"A TASKDRIVEN adapter for {config.attention_heads} heads needs the tensor 'shifts' with one row a head, "
                 f"got {None if shifts is None else list(shifts.shape)}."
             )
-        self.site = _site(settings.layer)
+        self.site = _site(config.layer)
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -120,13 +117,13 @@ class TaskDriven(SteeringMethod):
         return Decision(vectors={self.site: self.parameters_on(queries.device)["shifts"].reshape(1, -1)})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: TaskDrivenConfig) -> dict[str, Shape]:
         """One row a head."""
         require_fitted(config, "layer", "attention_heads")
-        return {"shifts": (cast(TaskDrivenConfig, config).attention_heads, HEAD_SIZE)}
+        return {"shifts": (config.attention_heads, HEAD_SIZE)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: TaskDrivenConfig, info: ModelInfo) -> CaptureRequest:
         """The head outputs of the candidate blocks, for the size of their states.
 
         Raises:
@@ -135,29 +132,28 @@ class TaskDriven(SteeringMethod):
         """
         if not info.num_heads:
             raise UnsupportedModelError("TASKDRIVEN steers attention heads, and the model has none.")
-        layers = candidate_layers(cast(TaskDrivenConfig, config).layer, info.num_layers)
+        layers = candidate_layers(config.layer, info.num_layers)
         return CaptureRequest(tuple(_site(layer) for layer in layers), ("query",))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: TaskDrivenConfig) -> FitResult:
         """Learn from a few rows of `fit`, stop by `calibration`, choose layer and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows; if the loss does not depend on the shifts, or they do not lower it.
         """
-        settings = cast(TaskDrivenConfig, config)
-        loss = TaskLoss.of(data, settings)
-        sites = [_site(layer) for layer in candidate_layers(settings.layer, data.info.num_layers)]
+        loss = TaskLoss.of(data, config)
+        sites = [_site(layer) for layer in candidate_layers(config.layer, data.info.num_layers)]
         norms = {site: median_query_norm(data, site) for site in sites}
         slopes = first_order(loss, sites, data.info.num_heads)
         promising = sorted(sites, key=lambda site: -norms[site] * float(slopes[site].norm()))[:SHORT_LIST]
         learned = {}
         for site in promising:
             data.note(f"learning shifts of layer {site.layer}")
-            learned[site.layer] = learn(loss, site, slopes[site], norms[site], settings)
+            learned[site.layer] = learn(loss, site, slopes[site], norms[site], config)
 
         def fitted(layer: int, strength: float) -> TaskDrivenConfig:
-            return filled_in(settings, data.info, layer=layer, strength=strength, attention_heads=data.info.num_heads)
+            return filled_in(config, data.info, layer=layer, strength=strength, attention_heads=data.info.num_heads)
 
         trials = {
             layer: Trial(
@@ -173,7 +169,7 @@ class TaskDriven(SteeringMethod):
                 f"No shift of a head at the layers {list(learned)} makes other prompts' answers likelier than they are. "
                 "Give more rows (num_rows), smaller penalties (l1, group), or another layer."
             )
-        found = search(data, settings.strength, trials)
+        found = search(data, config.strength, trials)
         layer = found.key
         report: dict[str, Any] = {
             "layer": layer,
@@ -337,4 +333,4 @@ def _site(layer: int | str) -> Site:
     return Site("head_out", int(layer))
 
 
-register_steering_method("TASKDRIVEN", config_cls=TaskDrivenConfig, method_cls=TaskDriven)
+register_steering_method(TaskDriven)

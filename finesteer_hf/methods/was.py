@@ -120,7 +120,7 @@ class WASConfig(SteeringConfig):
         return cls(**{**settings, **overrides})
 
 
-class WAS(SteeringMethod):
+class WAS(SteeringMethod[WASConfig]):
     """`h_l <- h_l + strength * m * w_l * r_l`, with m and w_l from the same token's states further down.
 
     Args:
@@ -132,14 +132,12 @@ class WAS(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing.
     """
 
-    config_cls = WASConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: WASConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The WAS adapter lacks the tensors {missing}.")
-        self.settings = cast(WASConfig, config)
+        self.settings = config
         self.read_sites = tuple(resid_post(layer) for layer in self.settings.read_layers)
         self.write_sites = tuple(resid_post(layer) for layer in self.settings.layers)
         self.maps = (*self.read_sites, *self.write_sites)
@@ -174,13 +172,12 @@ class WAS(SteeringMethod):
         return magnitude * torch.sigmoid(out[..., 1:])
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: WASConfig) -> dict[str, tuple[int | None, ...]]:
         """The controller and a direction a steered layer."""
         require_fitted(config, "read_layers", "layers")
-        settings = cast(WASConfig, config)
-        width, writes, size = settings.width, len(settings.layers), int(settings.hidden_size or 0)
+        width, writes, size = config.width, len(config.layers), int(config.hidden_size or 0)
         return {
-            "hidden.weight": (width, len(settings.read_layers) * size),
+            "hidden.weight": (width, len(config.read_layers) * size),
             "hidden.bias": (width,),
             "out.weight": (1 + writes, width),
             "out.bias": (1 + writes,),
@@ -188,26 +185,24 @@ class WAS(SteeringMethod):
         }
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: WASConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the read and of the steered blocks, and for `embeddings` the input of the first.
 
         Raises:
             ValueError: if a layer is out of range, or reads do not come before writes.
         """
-        settings = cast(WASConfig, config)
-        reads, writes = split_layers(settings, info.num_layers)
-        first = (EMBEDDINGS,) if settings.direction == "embeddings" else ()
+        reads, writes = split_layers(config, info.num_layers)
+        first = (EMBEDDINGS,) if config.direction == "embeddings" else ()
         return CaptureRequest((*first, *map(resid_post, reads), *map(resid_post, writes)), ("query", "answer_mean"))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: WASConfig) -> FitResult:
         """Train the controller on the prompts of `fit` and `calibration`; choose the strength on `validation`.
 
         Raises:
             DatasetError: for too few rows, or no general prompts.
         """
-        settings = cast(WASConfig, config)
-        reads, writes = split_layers(settings, data.info.num_layers)
+        reads, writes = split_layers(config, data.info.num_layers)
         states, wanted = _prompts(data, reads, ("fit", "calibration"))
         if min(wanted.sum(), (1 - wanted).sum()) < MIN_ROWS:
             raise DatasetError(
@@ -215,13 +210,13 @@ class WAS(SteeringMethod):
                 f"{int(wanted.sum())} and {int((1 - wanted).sum())}."
             )
         data.note("training the controller")
-        tensors = train_controller(states, wanted, len(writes), settings, data.seed)
-        tensors["directions"] = torch.stack([_direction(data, settings, layer) for layer in writes])
-        requires = [f"compat:{settings.compat}"] if settings.compat else []
+        tensors = train_controller(states, wanted, len(writes), config, data.seed)
+        tensors["directions"] = torch.stack([_direction(data, config, layer) for layer in writes])
+        requires = [f"compat:{config.compat}"] if config.compat else []
 
         def build(strength: float) -> WAS:
             chosen = {"read_layers": reads, "layers": writes, "strength": strength, "requires": requires}
-            return cls(filled_in(settings, data.info, **chosen), tensors)
+            return cls(filled_in(config, data.info, **chosen), tensors)
 
         pushes = build(0.0).pushes(torch.from_numpy(states))
         trial = Trial(
@@ -229,7 +224,7 @@ class WAS(SteeringMethod):
             vector_norm=float(pushes[torch.from_numpy(wanted) > 0].median()),
             state_norm=float(np.median([median_norm(data.query(resid_post(layer), "fit")) for layer in writes])),
         )
-        strength, settled = settle(data, settings.strength, trial, None)
+        strength, settled = settle(data, config.strength, trial, None)
         report: dict[str, Any] = {
             "read_layers": reads,
             "layers": writes,
@@ -272,7 +267,7 @@ def train_controller(
         states: `[n, reads * hidden_size]`; standardised for training, which is then folded into the first layer.
         wanted: `[n]`, 1 for prompts that are to be steered, else 0.
         layers: number of steered blocks.
-        config: sizes and settings.
+        config: sizes and config.
         seed: of the weights and of the order.
 
     Returns:
@@ -347,4 +342,4 @@ def _judge(data: FitData, processor: WAS) -> dict[str, float | None]:
     }
 
 
-register_steering_method("WAS", config_cls=WASConfig, method_cls=WAS)
+register_steering_method(WAS)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from finesteer_hf.adapter import SteeringAdapter, tensors_equal
 from finesteer_hf.auto import SteeredModelForCausalLM
@@ -25,6 +27,8 @@ from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_prefere
 FEATURES: dict[str, Callable[[Bench], None]] = {
     name.removeprefix("check_"): function for name, function in vars(checks).items() if name.startswith("check_")
 }
+
+Prompts: TypeAlias = Sequence[Sequence[int] | torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,26 +60,36 @@ def fit_on_toy(config: SteeringConfig, seed: int = 0, model: Any = None) -> tupl
     return model, tokenizer, adapter
 
 
-def make_bench(adapter: SteeringAdapter, model: Any = None) -> Bench:
-    """A model steered by an adapter, with prompts on which steering changes what is said."""
+def make_bench(adapter: SteeringAdapter, model: Any = None, prompts: Prompts | None = None) -> Bench:
+    """A model steered by an adapter, with prompts on which steering changes what is said; raises as `Bench.of`."""
     model = toy_model() if model is None else model
     SteeredModelForCausalLM.from_model(model, steering={"a": adapter})
-    return Bench.of(model)
+    return Bench.of(model, prompts)
 
 
-def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> FeatureResult:
-    """Check one feature of one adapter on the toy model.
+def check_feature(
+    feature: str, adapter: SteeringAdapter, model: Any = None, *, prompts: Prompts | None = None
+) -> FeatureResult:
+    """Check one feature of one adapter.
+
+    Args:
+        feature: a name out of `FEATURES`.
+        adapter: what steers.
+        model: None for the toy model.
+        prompts: token ids of at least four prompts, not all of one length, on which the adapter steers; None for prompts
+            of the toy data.
 
     Raises:
-        AssertionError: if the feature is neither honoured nor refused.
-        ValueError: for a feature that the suite does not have.
+        AssertionError: if the feature is neither honoured nor refused; before it is checked, if the gate is shut on all
+            prompts, or if steering changes nothing.
+        ValueError: for a feature that the suite does not have, and for prompts that cannot be used.
     """
     if feature not in FEATURES:
         raise ValueError(f"Unknown feature {feature!r}. The suite has: {sorted(FEATURES)}.")
     method_cls = get_steering_method(adapter.config.steering_type).method_cls
     if feature in method_cls.differs:
         return FeatureResult(feature, "differs", method_cls.differs[feature])
-    bench = make_bench(adapter, model)
+    bench = make_bench(adapter, model, prompts)
     refuses: Mapping[str, str] = method_cls.refused_by(adapter.config)
     if feature not in refuses:
         FEATURES[feature](bench)
@@ -90,7 +104,11 @@ def check_feature(feature: str, adapter: SteeringAdapter, model: Any = None) -> 
 
 
 def check_steering_method(
-    config: SteeringConfig, *, features: Iterable[str] | None = None, seed: int = 0
+    config: SteeringConfig,
+    *,
+    features: Iterable[str] | None = None,
+    seed: int = 0,
+    prompts: Prompts | None = None,
 ) -> list[FeatureResult]:
     """Hold a steering method to the suite.
 
@@ -98,19 +116,26 @@ def check_steering_method(
         config: a config to fit; small settings (a fixed layer, few experts) keep it quick.
         features: names out of `FEATURES`; None for all.
         seed: seed of the toy model and of the fit.
+        prompts: as for `check_feature`; by default those of the toy data, which the config is fitted on.
 
     Returns:
         One result a feature.
 
     Raises:
-        AssertionError: naming the first feature that fails.
+        AssertionError: naming the first feature that fails; before any feature, if the gate is shut on all prompts, or if
+            steering changes nothing.
+        ValueError: for prompts that cannot be used.
     """
     _, _, adapter = fit_on_toy(config, seed)
     check_files(adapter)
+    try:
+        make_bench(adapter, toy_model(seed), prompts)
+    except AssertionError as error:
+        raise AssertionError(f"{config.steering_type} cannot be checked: {error}") from error
     results = []
     for feature in FEATURES if features is None else features:
         try:
-            results.append(check_feature(feature, adapter, toy_model(seed)))
+            results.append(check_feature(feature, adapter, toy_model(seed), prompts=prompts))
         except AssertionError as error:
             raise AssertionError(f"{config.steering_type} fails the feature {feature!r}: {error}") from error
     return results

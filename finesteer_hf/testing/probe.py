@@ -23,24 +23,21 @@ class ProbeConfig(SteeringConfig):
     write: str = field(default="resid_post[1]", metadata=setting("Site that is steered."))
 
 
-class Probe(SteeringMethod):
+class Probe(SteeringMethod[ProbeConfig]):
     """Adds `length * roll(h / |h|)` where the query's state h leans towards a direction.
 
     Tensors: `direction` `[width]`, whose length is that of the vectors and whose direction is the gate's.
     """
 
-    config_cls = ProbeConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: ProbeConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        assert isinstance(config, ProbeConfig)
         self.reads = (Site.parse(config.read),)
         self.writes = (Site.parse(config.write),)
         self.direction = self.tensors["direction"]
         self.threshold = -1.0
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: ProbeConfig) -> dict[str, tuple[int | None, ...]]:
         return {"direction": (config.hidden_size,)}
 
     def score(self, states: torch.Tensor) -> torch.Tensor:
@@ -69,4 +66,4 @@ def probe_adapter(read: Site, write: Site, direction: torch.Tensor) -> SteeringA
     return SteeringAdapter(config, {"direction": direction.detach().float()})
 
 
-register_steering_method("PROBE", config_cls=ProbeConfig, method_cls=Probe)
+register_steering_method(Probe)

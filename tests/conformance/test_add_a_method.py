@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from finesteer_hf.testing import toy_model
 
 
 HERE = Path(__file__).parent
-GUIDE = (HERE.parents[1] / "docs" / "add_a_method.md").read_text()
+ROOT = HERE.parents[1]
+GUIDE = (ROOT / "docs" / "add_a_method.md").read_text()
 
 
 def blocks(language):
@@ -49,6 +52,8 @@ def test_the_guide_s_entry_point_is_the_one_that_is_read():
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
     """An installed package that brings a method, and a folder with an adapter of it; the registry is put back."""
+    # What is built in registers once, so it must be there before the registry is copied.
+    steering_methods()
     monkeypatch.setattr(config, "_REGISTRY", dict(config._REGISTRY))
     site = tmp_path / "site-packages"
     info = site / "strangers_method-0.1.dist-info"
@@ -88,3 +93,54 @@ def test_without_the_package_the_error_says_what_is_missing(stranger):
     shutil.rmtree(site)
     with pytest.raises(UnknownMethodError, match="install the package that provides the method"):
         SteeringAdapter.from_pretrained(folder)
+
+
+IN_THE_TREE = """
+import sys
+import finesteer_hf.methods.base, finesteer_hf.adapter
+from finesteer_hf.methods import BUILT_IN
+assert "toy_method" in BUILT_IN
+assert not [name for name in BUILT_IN if f"finesteer_hf.methods.{name}" in sys.modules]
+from finesteer_hf import ToyConfig, steering_methods
+from finesteer_hf.testing import check_steering_method
+assert "TOY" in steering_methods()
+assert ToyConfig.__module__ == "finesteer_hf.methods.toy_method"
+print(check_steering_method(ToyConfig(layer=1), features=["left_padding"])[0].outcome)
+"""
+
+
+def test_in_the_tree_a_method_is_one_file_and_one_line(tmp_path):
+    package = tmp_path / "finesteer_hf"
+    package.mkdir()
+    for entry in (ROOT / "finesteer_hf").iterdir():
+        if entry.name not in ("methods", "__pycache__"):
+            (package / entry.name).symlink_to(entry)
+    shutil.copytree(
+        ROOT / "finesteer_hf" / "methods", package / "methods", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    # What a method may want of the layers above must not run in a circle.
+    source = "from finesteer_hf import SteeringAdapter, fit_steering\n" + (HERE / "toy_method.py").read_text()
+    future = "from __future__ import annotations\n"
+    (package / "methods" / "toy_method.py").write_text(future + source.replace(future, ""))
+    (block,) = blocks("diff")
+    (added,) = re.findall(r"^\+(.*\n)", block, flags=re.MULTILINE)
+    (before,) = re.findall(r"^ (.*\n)\+", block, flags=re.MULTILINE)
+    listed = package / "methods" / "__init__.py"
+    assert listed.read_text().count(before) == 1
+    listed.write_text(listed.read_text().replace(before, before + added))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_TREE], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "passed\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_guide_s_method_is_clean_under_mypy_strict(tmp_path):
+    """As beside an installed package: what is imported gives its types and no errors."""
+    (tmp_path / "toy_method.py").write_text(blocks("python")[0])
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", "toy_method.py"]
+    environment = {**os.environ, "MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -26,10 +26,8 @@ class ToyConfig(SteeringConfig):
             raise ValueError(f"share must lie between 0 and 1, got {self.share}.")
 
 
-class ToyMethod(SteeringMethod):
+class ToyMethod(SteeringMethod[ToyConfig]):
     """`H <- H + strength * g(h_q) * (shift + map h_q)`, g = 1 where shift . h_q is above a threshold."""
-
-    config_cls = ToyConfig
 
     def __init__(self, config: ToyConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
@@ -67,4 +65,4 @@ class ToyMethod(SteeringMethod):
         return FitResult(replace(config, strength=1.0), tensors, {"held_out_share": float(held_out.float().mean())})
 
 
-register_steering_method("TOY", config_cls=ToyConfig, method_cls=ToyMethod)
+register_steering_method(ToyMethod)

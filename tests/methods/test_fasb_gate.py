@@ -177,17 +177,19 @@ def test_files():
 
 
 def gated_for_the_suite():
-    """With a gate that shuts out one of the suite's prompts, and lets one through in part and two whole."""
+    """With a gate that shuts out one of `PROMPTS`, and lets one through in part and two whole."""
     found = fitted(**{**GATE, "gate_score": "ser", "subspace_rank": 4, "gate_epsilon": 0.25})
     # Between the scores of the two prompts below the threshold.
     return SteeringAdapter(found.config, {**found.tensors, "gate.floor": torch.tensor(0.1)})
 
 
+_RNG = torch.Generator().manual_seed(3)
+PROMPTS = [torch.randint(6, 54, (n,), generator=_RNG) for n in (7, 4, 9, 6)]
 QUICK_GATED = {"left_padding", "mixed_rows", "chunked_prefill", "output_steering", "carried_cache"}
 
 
 def test_the_suite_meets_gates_of_all_kinds():
-    bench = make_bench(gated_for_the_suite())
+    bench = make_bench(gated_for_the_suite(), prompts=PROMPTS)
     out = bench.model.generate(
         **bench.batch(ROWS), max_new_tokens=2, do_sample=False, output_steering=True, return_dict_in_generate=True
     )
@@ -199,4 +201,4 @@ def test_the_suite_meets_gates_of_all_kinds():
     "feature", [pytest.param(f, marks=[] if f in QUICK_GATED else pytest.mark.slow) for f in sorted(FEATURES)]
 )
 def test_feature_behind_a_gate(feature):
-    check_feature(feature, gated_for_the_suite())
+    check_feature(feature, gated_for_the_suite(), prompts=PROMPTS)

@@ -16,6 +16,6 @@ from finesteer_hf.methods.cast.method import CAST
 from finesteer_hf.methods.cast.rules import Rule
 
 
-register_steering_method("CAST", config_cls=CASTConfig, method_cls=CAST)
+register_steering_method(CAST)
 
 __all__ = ["CAST", "CASTConfig", "Rule", "best_threshold", "first_direction", "fit_condition", "similarity"]

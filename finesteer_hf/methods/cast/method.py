@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
 from finesteer_hf.methods.cast.conditions import (
@@ -35,7 +34,7 @@ from finesteer_hf.sites import resid_post
 POOL_OF: dict[str, Pool] = {"last": "query", "mean": "query_mean"}
 
 
-class CAST(SteeringMethod):
+class CAST(SteeringMethod[CASTConfig]):
     """`H_l <- H_l + strength * sum of b_l` over the behaviours that the rules call for; each row has its own answer.
 
     Args:
@@ -47,33 +46,30 @@ class CAST(SteeringMethod):
         AdapterFileError: if the config is not fitted.
     """
 
-    config_cls = CASTConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: CASTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(CASTConfig, config)
-        require_fitted(settings, "layers", "condition_layers")
+        require_fitted(config, "layers", "condition_layers")
         if not {"behaviors", "conditions"} <= set(tensors):
             raise AdapterFileError("A CAST adapter needs the tensors 'behaviors' and 'conditions'.")
-        tested = [(number, layer) for number, layers in enumerate(settings.tested_layers()) for layer in layers]
-        if not len(settings.thresholds) == len(settings.comparators) == len(tested):
+        tested = [(number, layer) for number, layers in enumerate(config.tested_layers()) for layer in layers]
+        if not len(config.thresholds) == len(config.comparators) == len(tested):
             raise AdapterFileError(
-                f"The CAST config tests {len(tested)} layers, but has {len(settings.thresholds)} thresholds and "
-                f"{len(settings.comparators)} comparators."
+                f"The CAST config tests {len(tested)} layers, but has {len(config.thresholds)} thresholds and "
+                f"{len(config.comparators)} comparators."
             )
         self._sites = [resid_post(layer) for _, layer in tested]
         self._condition_of = [number for number, _ in tested]
-        self._signs = [1.0 if comparator == "above" else -1.0 for comparator in settings.comparators]
-        self._rules = settings.parsed_rules()
-        if settings.condition_pool == "mean":
+        self._signs = [1.0 if comparator == "above" else -1.0 for comparator in config.comparators]
+        self._rules = config.parsed_rules()
+        if config.condition_pool == "mean":
             self.query_pool = "mean"
         self.reads = tuple(sorted(set(self._sites)))
-        self.writes = tuple(resid_post(layer) for layer in settings.layers)
+        self.writes = tuple(resid_post(layer) for layer in config.layers)
 
     @classmethod
-    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+    def refused_by(cls, config: CASTConfig) -> Mapping[str, str]:
         """A mean over the prompt is not to be had where a part of it went by in another call."""
-        mean = cast(CASTConfig, config).condition_pool == "mean"
+        mean = config.condition_pool == "mean"
         return {"carried_cache": "its states are gone"} if mean else {}
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -83,7 +79,7 @@ class CAST(SteeringMethod):
         where a behaviour is added; and, where there are several, `conditions` `[rows, conditions]`, likewise, and
         `behaviors` `[rows, behaviors]`, 1 where one is added.
         """
-        settings, tensors = cast(CASTConfig, self.config), self.parameters_on(queries.device)
+        settings, tensors = self.config, self.parameters_on(queries.device)
         margins = self.margins(queries)
         met = margins >= 0
         called = [
@@ -108,7 +104,7 @@ class CAST(SteeringMethod):
 
     def margins(self, queries: QueryStates) -> torch.Tensor:
         """How far each condition is on its side of its thresholds, `[rows, conditions]`; it is met from 0 on."""
-        settings, tensors = cast(CASTConfig, self.config), self.parameters_on(queries.device)
+        settings, tensors = self.config, self.parameters_on(queries.device)
         of_conditions: list[list[torch.Tensor]] = [[] for _ in settings.conditions]
         for number, site, direction, threshold, sign in zip(
             self._condition_of, self._sites, tensors["conditions"], settings.thresholds, self._signs, strict=True
@@ -118,80 +114,77 @@ class CAST(SteeringMethod):
         return torch.stack([t.amax(dim=0) if settings.rule == "or" else t.amin(dim=0) for t in tests], dim=1)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: CASTConfig) -> dict[str, tuple[int | None, ...]]:
         """One vector a behaviour and steered layer, one direction a condition and tested layer."""
         require_fitted(config, "layers", "condition_layers")
-        settings = cast(CASTConfig, config)
         return {
-            "behaviors": (len(settings.behaviors) * len(settings.layers), settings.hidden_size),
-            "conditions": (sum(map(len, settings.tested_layers())), settings.hidden_size),
+            "behaviors": (len(config.behaviors) * len(config.layers), config.hidden_size),
+            "conditions": (sum(map(len, config.tested_layers())), config.hidden_size),
         }
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: CASTConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the layers, at the query and over the answers.
 
         Raises:
             ValueError: if a layer is out of range.
         """
-        settings = cast(CASTConfig, config)
-        layers = {*layers_of(settings.layers, info.num_layers)}.union(*_candidates(settings, info.num_layers))
+        layers = {*layers_of(config.layers, info.num_layers)}.union(*_candidates(config, info.num_layers))
         # Strengths are in units of the states at the prompt's last token.
-        pools: tuple[Pool, ...] = tuple(dict.fromkeys(("query", POOL_OF[settings.condition_pool], settings.pool)))
+        pools: tuple[Pool, ...] = tuple(dict.fromkeys(("query", POOL_OF[config.condition_pool], config.pool)))
         return CaptureRequest(tuple(resid_post(layer) for layer in sorted(layers)), pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: CASTConfig) -> FitResult:
         """Find directions on `fit`, thresholds on `calibration`, layers and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows, no general prompts where all rows are one side of a condition, or a category
                 that the rows do not have.
         """
-        settings = cast(CASTConfig, config)
-        layers = layers_of(settings.layers, data.info.num_layers)
-        candidates = _candidates(settings, data.info.num_layers)
+        layers = layers_of(config.layers, data.info.num_layers)
+        candidates = _candidates(config, data.info.num_layers)
         conditions = [
-            _fitted_condition(data, settings, name, of_condition)
-            for name, of_condition in zip(settings.conditions, candidates, strict=True)
+            _fitted_condition(data, config, name, of_condition)
+            for name, of_condition in zip(config.conditions, candidates, strict=True)
         ]
         flat = [condition for of_condition in conditions for condition in of_condition]
         directions = torch.from_numpy(np.stack([c.direction for c in flat]).astype(np.float32))
         tested = [[condition.layer for condition in of_condition] for of_condition in conditions]
         behaviors = {
-            (name, layer): _behavior(data, settings, name, layer) for name in settings.behaviors for layer in layers
+            (name, layer): _behavior(data, config, name, layer) for name in config.behaviors for layer in layers
         }
-        factors = settings.behavior_strengths or [1.0] * len(settings.behaviors)
+        factors = config.behavior_strengths or [1.0] * len(config.behaviors)
         norms = state_norms(data, [resid_post(layer) for layer in layers])
         chosen: dict[str, Any] = {
             "condition_layers": tested if len(tested) > 1 else tested[0],
             "thresholds": [condition.threshold for condition in flat],
             "comparators": [condition.comparator for condition in flat],
-            "requires": settings.features(),
+            "requires": config.features(),
         }
 
         def processor(place: Place, strength: float) -> CAST:
-            vectors = [behaviors[name, layer] for name in settings.behaviors for layer in place.layers]
+            vectors = [behaviors[name, layer] for name in config.behaviors for layer in place.layers]
             tensors = {"behaviors": torch.from_numpy(np.stack(vectors).astype(np.float32)), "conditions": directions}
             own = {**chosen, "layers": list(place.layers), "positions": place.positions, "strength": strength}
-            return cls(filled_in(settings, data.info, **own), tensors)
+            return cls(filled_in(config, data.info, **own), tensors)
 
         def trial_of(place: Place) -> Trial:
             first = norms[resid_post(place.layers[0])]
             # Of several behaviours the strongest counts.
             shares = [
                 relative_norm({resid_post(at): factor * behaviors[name, at][None] for at in place.layers}, norms)
-                for name, factor in zip(settings.behaviors, factors, strict=True)
+                for name, factor in zip(config.behaviors, factors, strict=True)
             ]
             return Trial(lambda strength: processor(place, strength), max(shares) * first, first)
 
-        found = search_layers(data, settings, layers, trial_of)
+        found = search_layers(data, config, layers, trial_of)
         steered = processor(found.key, found.strength)
         report: dict[str, Any] = {
             "layers": list(found.key.layers),
             "conditions": [
                 {"name": name, "layer": c.layer, "f1": c.f1, "threshold": c.threshold, "comparator": c.comparator}
-                for name, of_condition in zip(settings.conditions, conditions, strict=True)
+                for name, of_condition in zip(config.conditions, conditions, strict=True)
                 for c in of_condition
             ],
             "held_out_f1": _held_out_f1(data, steered),
@@ -251,8 +244,8 @@ def explained_share(differences: NDArray[np.float64], direction: NDArray[np.floa
 
 def _held_out_f1(data: FitData, processor: CAST) -> float | dict[str, float | None] | None:
     """F1 of the condition on the `validation` part, of several by name; None if it has one side only."""
-    settings = cast(CASTConfig, processor.config)
-    names, pool = settings.conditions, POOL_OF[settings.condition_pool]
+    config = processor.config
+    names, pool = config.conditions, POOL_OF[config.condition_pool]
     found: dict[str, float | None] = {}
     for number, name in enumerate(names):
         sides = {site: sides_of(data, site, "validation", name, pool) for site in processor.reads}

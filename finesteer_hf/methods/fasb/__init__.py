@@ -5,6 +5,6 @@ from finesteer_hf.methods.fasb.config import FASBConfig
 from finesteer_hf.methods.fasb.method import FASB
 
 
-register_steering_method("FASB", config_cls=FASBConfig, method_cls=FASB)
+register_steering_method(FASB)
 
 __all__ = ["FASB", "FASBConfig"]

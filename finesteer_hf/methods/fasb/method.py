@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 
-from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods.fasb.config import FASBConfig
@@ -33,7 +32,7 @@ NEVER = 1 << 40
 _CUTS = "tokens cannot be taken back there: "
 
 
-class FASB(SteeringMethod):
+class FASB(SteeringMethod[FASBConfig]):
     """`x^{l,h} <- x^{l,h} + r * sigma^{l,h} * theta^{l,h}`, with r from the deviation of the heads' states.
 
     The deviation of a state is the mean over the heads of 1 - p(wanted). Once `backtrack` tokens exist, and when a text
@@ -54,7 +53,6 @@ class FASB(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
     """
 
-    config_cls = FASBConfig
     refuses: ClassVar[Mapping[str, str]] = {
         "beams": _CUTS + "beams are candidates of one length",
         "mixed_rows_with_beams": _CUTS + "beams are candidates of one length",
@@ -71,9 +69,9 @@ class FASB(SteeringMethod):
         "prompt_lengths": "a text says what was kept, not what was taken back: scoring judges the text that it is given"
     }
 
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: FASBConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        self.settings = settings = cast(FASBConfig, config)
+        self.settings = settings = config
         require_heads(settings, tensors, TENSORS)
         self.maps = tuple(settings.of_site)
         self.lookback = settings.backtrack
@@ -241,33 +239,31 @@ class FASB(SteeringMethod):
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: FASBConfig) -> dict[str, Shape]:
         """One row a head, and the gate's."""
-        settings = cast(FASBConfig, config)
-        count = len(settings.heads)
+        count = len(config.heads)
         return {
             "probes.weight": (count, HEAD_SIZE),
             "probes.bias": (count,),
             "directions": (count, HEAD_SIZE),
             "sigma": (count,),
-            **gate_shapes(settings),
+            **gate_shapes(config),
         }
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: FASBConfig, info: ModelInfo) -> CaptureRequest:
         """The head outputs of the probed blocks, see `head_sites`; with a gate, the queries where it may read.
 
         Raises:
             ValueError: if a block or the read site is out of the model's range.
         """
-        settings = cast(FASBConfig, config)
-        heads = head_sites(settings, info)
-        if settings.gate == "always":
+        heads = head_sites(config, info)
+        if config.gate == "always":
             return heads
-        return CaptureRequest((*heads.sites, *candidate_reads(settings, info)), ("query", *heads.pools))
+        return CaptureRequest((*heads.sites, *candidate_reads(config, info)), ("query", *heads.pools))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: FASBConfig) -> FitResult:
         """Fit the gate if there is one, choose the heads on the `calibration` part, their number and alpha on `validation`.
 
         What the gate learns from says `fit_gate`; alpha is chosen behind it, on answers steered as in generation.
@@ -275,7 +271,7 @@ class FASB(SteeringMethod):
         Raises:
             DatasetError: for too few rows, or a gate that needs general prompts where there are none.
         """
-        settings, gate, figures = cast(FASBConfig, config), dict[str, torch.Tensor](), dict[str, Any]()
+        settings, gate, figures = config, dict[str, torch.Tensor](), dict[str, Any]()
         if settings.gate != "always":
             settings, gate, figures = _with_gate(data, settings)
 

@@ -8,6 +8,6 @@ from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.method import FineSteer
 
 
-register_steering_method("FINESTEER", config_cls=FineSteerConfig, method_cls=FineSteer)
+register_steering_method(FineSteer)
 
 __all__ = ["FineSteer", "FineSteerConfig"]

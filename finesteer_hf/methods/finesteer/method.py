@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 
-from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.estimators import VECTOR_FUNCTIONS, expert_weights
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
@@ -24,7 +23,7 @@ from finesteer_hf.tensor_files import Shape
 Formula = Callable[..., torch.Tensor]
 
 
-class FineSteer(SteeringMethod):
+class FineSteer(SteeringMethod[FineSteerConfig]):
     """`H <- H + strength * g(h_q) * v(h_q)`, with g and v from the unsteered state h_q of the query (Eq. 6-15).
 
     All of it is float32 on the device of the query's state, without a branch on a value.
@@ -37,23 +36,20 @@ class FineSteer(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
     """
 
-    config_cls = FineSteerConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: FineSteerConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(FineSteerConfig, config)
-        missing = sorted(set(expected_shapes(settings)) - set(tensors))
+        missing = sorted(set(expected_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config calls for.")
         check_values(tensors)
-        self.read_site = Site.parse(str(settings.read_site))
-        self.reads, self.writes = (self.read_site,), settings.write_sites
+        self.read_site = Site.parse(str(config.read_site))
+        self.reads, self.writes = (self.read_site,), config.write_sites
         self._gate: QueryGate | None = None
-        if settings.gate != "always":
-            self._gate = QueryGate(settings)
+        if config.gate != "always":
+            self._gate = QueryGate(config)
             self.tensors |= self._gate.lay_out(self.tensors)
-        self._vector = cast("Formula", VECTOR_FUNCTIONS[settings.experts])
-        self._expert_names = EXPERT_TENSORS[settings.experts]
+        self._vector = cast("Formula", VECTOR_FUNCTIONS[config.experts])
+        self._expert_names = EXPERT_TENSORS[config.experts]
 
     def decide(self, queries: QueryStates) -> Decision:
         """Score each query, open the gate by its score, and mix its vector.
@@ -81,33 +77,32 @@ class FineSteer(SteeringMethod):
         return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, Shape]:
+    def tensor_shapes(cls, config: FineSteerConfig) -> dict[str, Shape]:
         """Names and shapes of the tensors of a fitted config.
 
         Raises:
             AdapterFileError: if the config is not fitted.
         """
-        return expected_shapes(cast(FineSteerConfig, config))
+        return expected_shapes(config)
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: FineSteerConfig, info: ModelInfo) -> CaptureRequest:
         """The read and write sites of every candidate layer, at the query and over the answers, and gradients there.
 
         Raises:
             ValueError: if the layer is out of the model's range.
         """
-        settings = cast(FineSteerConfig, config)
-        sites = {site for read, writes in candidate_sites(settings, info).values() for site in (read, *writes)}
+        sites = {site for read, writes in candidate_sites(config, info).values() for site in (read, *writes)}
         pools: list[Pool] = ["query"]
-        pools += ["answer_mean"] if settings.target != "gradient" else []
-        pools += ["gradient"] if wants_gradients(settings) else []
+        pools += ["answer_mean"] if config.target != "gradient" else []
+        pools += ["gradient"] if wants_gradients(config) else []
         return CaptureRequest(sites=tuple(sorted(sites)), pools=tuple(pools))
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: FineSteerConfig) -> FitResult:
         """Choose the layer, fit the gate and the experts, choose the strength.
 
         Raises:
             DatasetError: if there are too few rows, or no general prompts where the gate needs them.
         """
-        return fit_finesteer(data, cast(FineSteerConfig, config), cls)
+        return fit_finesteer(data, config, cls)

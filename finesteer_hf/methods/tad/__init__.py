@@ -5,6 +5,6 @@ from finesteer_hf.methods.tad.config import TADConfig
 from finesteer_hf.methods.tad.method import TAD
 
 
-register_steering_method("TAD", config_cls=TADConfig, method_cls=TAD)
+register_steering_method(TAD)
 
 __all__ = ["TAD", "TADConfig"]

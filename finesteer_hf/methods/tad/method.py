@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError, UnsupportedModelError
 from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
 from finesteer_hf.methods.checks import filled_in, require_fitted
@@ -42,7 +41,7 @@ from finesteer_hf.processors import TokenView
 from finesteer_hf.sites import Site, resid_post
 
 
-class TAD(SteeringMethod):
+class TAD(SteeringMethod[TADConfig]):
     """`h <- h + strength * g(h) * v` at the output of one block, g from the same token's state, or from u_i.
 
     Args:
@@ -56,14 +55,12 @@ class TAD(SteeringMethod):
         AdapterFileError: if the config is not fitted, or a tensor is missing.
     """
 
-    config_cls = TADConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: TADConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The TAD adapter lacks the tensors {missing}.")
-        self.settings = settings = cast(TADConfig, config)
+        self.settings = settings = config
         self.remembers = settings.recurrence > 0
         blocks = range(int(settings.layer) + 1) if settings.attention else ()
         self.maps = (*(Site("attention", block) for block in blocks), resid_post(settings.layer))
@@ -131,74 +128,69 @@ class TAD(SteeringMethod):
         return self._open(self._excess(scores))
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: TADConfig) -> dict[str, tuple[int | None, ...]]:
         """A vector and the head, and what stands on top of it."""
         require_fitted(config, "layer")
-        settings = cast(TADConfig, config)
         shapes: dict[str, tuple[int | None, ...]] = {
             "vector": (config.hidden_size,),
             "gate.weight": (config.hidden_size,),
             "gate.bias": (1,),
         }
-        if settings.recurrence:
+        if config.recurrence:
             shapes |= dict.fromkeys(("gate.threshold", "gate.spread", "recurrence.bias", "recurrence.own"), (1,))
-            shapes["recurrence.previous"] = (settings.recurrence, 3)
-        if settings.attention:
+            shapes["recurrence.previous"] = (config.recurrence, 3)
+        if config.attention:
             require_fitted(config, "attention_heads")
-            weights = (int(settings.layer) + 1) * cast(int, settings.attention_heads)
-            shapes["recurrence.attention"] = (settings.recurrence, weights)
+            weights = (int(config.layer) + 1) * cast(int, config.attention_heads)
+            shapes["recurrence.attention"] = (config.recurrence, weights)
         return shapes
 
     @classmethod
-    def refused_by(cls, config: SteeringConfig) -> Mapping[str, str]:
+    def refused_by(cls, config: TADConfig) -> Mapping[str, str]:
         """With a recurrence, beams: their rows change places."""
-        if not cast(TADConfig, config).recurrence:
+        if not config.recurrence:
             return cls.refuses
         names = ("beams", "mixed_rows_with_beams", "output_steering_of_beams")
         return {**cls.refuses, **dict.fromkeys(names, "what is remembered of a row does not follow its beam")}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: TADConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the candidate layers over the answers.
 
         Raises:
             ValueError: if the layer is out of range.
             UnsupportedModelError: if attention is to be taken in, and the model's gives no weights.
         """
-        settings = cast(TADConfig, config)
-        if settings.attention and not info.shows_attention:
+        if config.attention and not info.shows_attention:
             raise UnsupportedModelError(
                 "attention=True needs attention weights, which only attn_implementation='eager' gives. Load the model with "
                 "it, or call `model.set_attn_implementation('eager')` before the fit."
             )
-        pools: tuple[Pool, ...] = ("query", settings.pool)
-        return CaptureRequest(tuple(map(resid_post, candidate_layers(settings.layer, info.num_layers))), pools)
+        pools: tuple[Pool, ...] = ("query", config.pool)
+        return CaptureRequest(tuple(map(resid_post, candidate_layers(config.layer, info.num_layers))), pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: TADConfig) -> FitResult:
         """Fit the head on tokens of `fit`, its threshold on `calibration`; choose layer and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows.
         """
-        settings = cast(TADConfig, config)
-        layers = candidate_layers(settings.layer, data.info.num_layers)
+        layers = candidate_layers(config.layer, data.info.num_layers)
         data.note("reading tokens")
-        judged = (
-            heads_with_memory(data, settings, layers) if settings.recurrence else single_heads(data, settings, layers)
-        )
+        judged = heads_with_memory(data, config, layers) if config.recurrence else single_heads(data, config, layers)
         heads = {layer: of_layer.head for layer, of_layer in judged.items()}
         promising = sorted(layers, key=lambda layer: -heads[layer].quality)[:SHORT_LIST]
         tensors = {
-            layer: {**heads[layer].tensors, "vector": _mean_difference(data, settings, layer)} for layer in promising
+            layer: {**heads[layer].tensors, "vector": _mean_difference(data, config, layer)} for layer in promising
         }
 
         def fitted(layer: int, strength: float) -> TADConfig:
-            requires = ["gate:soft"] * (settings.gate == "soft") + ["recurrence"] * (settings.recurrence > 0)
-            requires += ["attention"] * settings.attention
-            heads = data.info.num_heads if settings.attention else None
+            requires = ["gate:soft"] * (config.gate == "soft") + ["recurrence"] * (config.recurrence > 0)
+            requires += ["attention"] * config.attention
+            heads = data.info.num_heads if config.attention else None
             return filled_in(
-                settings, data.info, layer=layer, strength=strength, requires=requires, attention_heads=heads
+                config, data.info, layer=layer, strength=strength, requires=requires, attention_heads=heads
             )
 
         trials = {
@@ -209,14 +201,14 @@ class TAD(SteeringMethod):
             )
             for layer in promising
         }
-        found = search(data, settings.strength, trials)
+        found = search(data, config.strength, trials)
         layer = found.key
         gate = cls(fitted(layer, 0.0), tensors[layer]).gate
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "quality": heads[at].quality} for at in layers],
             "open": {
-                **judged[layer].opened(settings),
+                **judged[layer].opened(config),
                 "general": _mean_gate(gate, data.general(resid_post(layer), "calibration")),
             },
             **found.report,

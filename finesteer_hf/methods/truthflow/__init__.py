@@ -4,6 +4,6 @@ from finesteer_hf.config import register_steering_method
 from finesteer_hf.methods.truthflow.method import TruthFlow, TruthFlowConfig
 
 
-register_steering_method("TRUTHFLOW", config_cls=TruthFlowConfig, method_cls=TruthFlow)
+register_steering_method(TruthFlow)
 
 __all__ = ["TruthFlow", "TruthFlowConfig"]

@@ -104,7 +104,7 @@ class TruthFlowConfig(SteeringConfig):
         return FlowNetwork(int(self.hidden_size or 0), self.width, self.levels)
 
 
-class TruthFlow(SteeringMethod):
+class TruthFlow(SteeringMethod[TruthFlowConfig]):
     """`H <- H + strength * V V' x_1`, x_1 the end of the flow that begins at the query's state.
 
     States go through the network in units of their root mean square in the fit, `scale`; the paths stay straight under
@@ -115,23 +115,20 @@ class TruthFlow(SteeringMethod):
         tensors: `basis` `[rank, hidden_size]`, `scale` `[1]` and the network's, under `flow.`; float32.
     """
 
-    config_cls = TruthFlowConfig
-
-    def __init__(self, config: SteeringConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, config: TruthFlowConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
-        settings = cast(TruthFlowConfig, config)
-        missing = sorted(set(self.tensor_shapes(settings)) - set(tensors))
+        missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The TRUTHFLOW adapter lacks the tensors {missing}, which its config calls for.")
-        self.site = Site("resid_post", int(settings.layer))
+        self.site = Site("resid_post", int(config.layer))
         self.reads = self.writes = (self.site,)
         with torch.device("meta"):
             # The structure alone; each call brings the parameters, on the device of its states.
-            self._network = settings.network().eval()
+            self._network = config.network().eval()
 
     def decide(self, queries: QueryStates) -> Decision:
         """Carry each query's state along the flow and project where it ends, `[rows, hidden_size]`."""
-        settings, tensors = cast(TruthFlowConfig, self.config), self.parameters_on(queries.device)
+        settings, tensors = self.config, self.parameters_on(queries.device)
         weights = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
         # The weights are lent to the module itself, so threads cannot share it.
         network = copy.deepcopy(self._network)
@@ -143,48 +140,45 @@ class TruthFlow(SteeringMethod):
         return Decision(vectors={self.site: (end @ tensors["basis"].T) @ tensors["basis"]})
 
     @classmethod
-    def tensor_shapes(cls, config: SteeringConfig) -> dict[str, tuple[int | None, ...]]:
+    def tensor_shapes(cls, config: TruthFlowConfig) -> dict[str, tuple[int | None, ...]]:
         """The basis, the scale and the network's parameters and running statistics."""
         require_fitted(config, "layer")
-        settings = cast(TruthFlowConfig, config)
         with torch.device("meta"):
-            network = settings.network().state_dict()
-        shapes: dict[str, tuple[int | None, ...]] = {"basis": (settings.rank, settings.hidden_size), "scale": (1,)}
+            network = config.network().state_dict()
+        shapes: dict[str, tuple[int | None, ...]] = {"basis": (config.rank, config.hidden_size), "scale": (1,)}
         return shapes | {PREFIX + n: tuple(t.shape) for n, t in network.items() if not n.endswith(_COUNTER)}
 
     @classmethod
-    def needs(cls, config: SteeringConfig, info: ModelInfo) -> CaptureRequest:
+    def needs(cls, config: TruthFlowConfig, info: ModelInfo) -> CaptureRequest:
         """The outputs of the candidate layers, at the query and over the answers.
 
         Raises:
             ValueError: if the layer is out of range.
         """
-        settings = cast(TruthFlowConfig, config)
-        layers = candidate_layers(settings.layer, info.num_layers)
-        pools: tuple[Pool, ...] = ("query", settings.pool)
+        layers = candidate_layers(config.layer, info.num_layers)
+        pools: tuple[Pool, ...] = ("query", config.pool)
         return CaptureRequest(tuple(Site("resid_post", layer) for layer in layers), pools)
 
     @classmethod
-    def fit(cls, data: FitData, config: SteeringConfig) -> FitResult:
+    def fit(cls, data: FitData, config: TruthFlowConfig) -> FitResult:
         """Train the flow on the `fit` and `calibration` parts; choose the strength on `validation`.
 
         Raises:
             DatasetError: for too few rows, or answers that do not differ.
         """
-        settings = cast(TruthFlowConfig, config)
         parts = cast(tuple[Part, ...], ("fit", "calibration"))
-        layers = candidate_layers(settings.layer, data.info.num_layers)
-        rows = {layer: _rows(data, settings, layer, parts) for layer in layers}
+        layers = candidate_layers(config.layer, data.info.num_layers)
+        rows = {layer: _rows(data, config, layer, parts) for layer in layers}
         queries, shifts = rows[layers[0]]
         if len(queries) < MIN_ROWS:
             raise DatasetError(f"TRUTHFLOW needs at least {MIN_ROWS} rows to fit on, got {len(queries)}.")
         predicted = {} if len(layers) == 1 else {layer: _ridge_r2(*pair) for layer, pair in rows.items()}
         layer = max(predicted, key=lambda at: predicted[at]) if predicted else layers[0]
         queries, shifts = rows[layer]
-        basis = principal_directions(shifts.astype(np.float64), min(settings.rank, *shifts.shape))[1]
+        basis = principal_directions(shifts.astype(np.float64), min(config.rank, *shifts.shape))[1]
         if not basis.shape[1]:
             raise DatasetError("Chosen and rejected answers have the same states: there is nothing to flow to.")
-        fitted = filled_in(settings, data.info, layer=layer, rank=basis.shape[1], strength=0.0)
+        fitted = filled_in(config, data.info, layer=layer, rank=basis.shape[1], strength=0.0)
         flow, losses = _train(fitted, queries, shifts, data)
         tensors = {"basis": torch.from_numpy(np.ascontiguousarray(basis.T, dtype=np.float32)), **flow}
 
@@ -193,8 +187,8 @@ class TruthFlow(SteeringMethod):
 
         site = Site("resid_post", layer)
         trial = Trial(build, median_norm(_vectors(build(1.0), queries)), median_norm(data.query(site, "fit")))
-        chosen = search(data, settings.strength, {layer: trial})
-        held_out = _rows(data, settings, layer, ("validation",))
+        chosen = search(data, config.strength, {layer: trial})
+        held_out = _rows(data, config, layer, ("validation",))
         report: dict[str, Any] = {
             "layer": layer,
             "layers": [{"layer": at, "ridge_r2": r2} for at, r2 in predicted.items()],
