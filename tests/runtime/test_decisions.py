@@ -86,12 +86,11 @@ def test_once_a_call_of_generate(model, inputs):
 
 
 def test_once_a_compiled_forward(model, inputs):
-    chain = SteeringProcessorList([Everywhere(), Everywhere(SITES[:1])])
-    with model.steering_with(SteeringProcessorList([chain[1]])):
+    marks = Marks()
+    with model.steering_with(SteeringProcessorList(entries())):
         expected = model(**inputs).logits
-        marks = Marks()
         found = torch.compile(model, backend=marks, fullgraph=True)(**inputs).logits
-    assert marks.runs == [1]
+    assert marks.runs == [len(entries())]
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real])
 
@@ -126,3 +125,37 @@ def test_a_late_reader_joins_what_a_chunk_before_it_adds(model, inputs):
         ).scores[0]  # fmt: skip
 
     torch.testing.assert_close(said(prefill_chunk_size=3), said(), atol=1e-5, rtol=1e-5)
+
+
+class Precise(SteeringProcessor):
+    """Decides by a product that half precision would round; as it writes, it says in what it was taken."""
+
+    reads = SITES[:1]
+    writes = SITES[:2]
+
+    def decide(self, queries):
+        product = queries[self.reads[0]] @ torch.eye(WIDTH)
+        return Decision(dict.fromkeys(self.writes, torch.full((1, WIDTH), float(product.element_size()))))
+
+
+def test_a_compiled_forward_decides_outside_of_autocast(model, inputs):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with model.steering_with(SteeringProcessorList([Precise()])), torch.autocast("cpu", torch.bfloat16):
+        expected, found = model(**inputs).logits, compiled(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(found[real], expected[real])
+
+
+def test_a_decision_outlives_a_graph_that_breaks(model, inputs):
+    class Breaks(Everywhere):
+        def decide(self, queries):
+            torch._dynamo.graph_break()
+            return super().decide(queries)
+
+    marks = Marks()
+    with model.steering_with(SteeringProcessorList([Breaks(SITES[:1])])):
+        expected = model(**inputs).logits
+        found = torch.compile(model, backend=marks)(**inputs).logits
+    assert sum(marks.runs) == 1
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(found[real], expected[real])
