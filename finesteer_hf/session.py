@@ -269,8 +269,10 @@ class CallSession:
     @property
     def can_decode_compiled(self) -> bool:
         """Whether the prompt is done and every step from here on adds the same vectors."""
-        if self.of_forward or any(entry.processor.maps for entry in self.plan.entries):
-            return False
+        for entry in self.plan.entries:
+            # In `generate` a list of logits processors acts on logits; a plain forward does so itself.
+            if entry.processor.maps or (self.of_forward and entry.processor.acts_on_logits):
+                return False
         return bool(self.streams) and self.streams[0].seen >= self.streams[0].window.prompt_end
 
     def compiled_deltas(self, sites: Mapping[Site, int]) -> dict[Site, torch.Tensor]:

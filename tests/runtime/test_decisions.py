@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 from finesteer_hf import ConstantVector
 from finesteer_hf.processors import Decision, SteeringProcessor, SteeringProcessorList
@@ -146,6 +146,7 @@ def test_a_compiled_forward_decides_outside_of_autocast(model, inputs):
     assert torch.equal(found[real], expected[real])
 
 
+@pytest.mark.slow
 def test_a_decision_outlives_a_graph_that_breaks(model, inputs):
     class Breaks(Everywhere):
         def decide(self, queries):
@@ -159,3 +160,24 @@ def test_a_decision_outlives_a_graph_that_breaks(model, inputs):
     assert sum(marks.runs) == 1
     real = inputs["attention_mask"].bool()
     assert torch.equal(found[real], expected[real])
+
+
+def test_once_a_decoding_loop_written_by_hand(model, inputs):
+    """On a model that is compiled in place: the forward over the prompt decides, and its cache takes that along."""
+    marks, processors = Marks(), entries()
+
+    def loop():
+        cache, mask, ids = DynamicCache(config=model.config), inputs["attention_mask"], inputs["input_ids"]
+        scores = []
+        with torch.no_grad(), model.steering_with(SteeringProcessorList(processors)):
+            for token in range(3):
+                out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                scores.append(out.logits[:, -1])
+                ids, mask = torch.full((3, 1), 9 + token), torch.nn.functional.pad(mask, (0, 1), value=1)
+        return torch.stack(scores)
+
+    expected = loop()
+    model.compile(backend=marks)
+    torch.testing.assert_close(loop(), expected)
+    assert marks.runs and not any(marks.runs)
+    assert [entry.asked for entry in processors] == [2, 2, 2], "one call was eager, one compiled"
