@@ -6,7 +6,7 @@ whose values change and whose shapes stay. A scale, a swap of adapters of one sh
 recompiles nothing; rows that are not steered add -0.0, which changes no bit.
 
 `generate` prefills eagerly (the session reads, decides and steers as always) and binds what each site adds before it runs
-the compiled decode step. A compiled plain forward decides inside the graph.
+the compiled decode step. A compiled plain forward reads and decides inside the graph, with the functions of the eager one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from typing import Any
 import torch
 
 from finesteer_hf.errors import UnsupportedModelError
-from finesteer_hf.processors import QueryStates, SteeringProcessor
+from finesteer_hf.positions import Window
+from finesteer_hf.processors import Decision, SteeringProcessor
 from finesteer_hf.prompt_ends import leading_ignored
+from finesteer_hf.reading import decision_of
 from finesteer_hf.session import CallSession
 from finesteer_hf.sites import Site
+from finesteer_hf.streams import forward_inputs
+from finesteer_hf.writing import addend, merged, written
 
 
 class CompiledSteering:
@@ -34,9 +38,11 @@ class CompiledSteering:
         deltas: what each written site adds in a bound decode step, `[rows, 1, width]` in the stream's dtype.
         on_logits: whether an active one acts on logits.
         bound: whether a decode step is running, rather than a plain forward that decides for itself.
-        mask: the plain forward's 2-D attention mask, or None.
-        lengths: its `prompt_lengths`, or None.
+        lengths: the plain forward's `prompt_lengths`, or None.
         labels: its `labels`, or None.
+        window: its columns, counted from its own first one.
+        states: what was read in it, by `query_pool` and site.
+        decisions: what each processor decided in it, by its index.
     """
 
     def __init__(self) -> None:
@@ -46,10 +52,14 @@ class CompiledSteering:
         self.on_logits = False
         self.deltas: dict[Site, torch.Tensor] = {}
         self.bound = False
-        self.mask: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.window: Window | None = None
         self.states: dict[str, dict[Site, torch.Tensor]] = {"last": {}, "mean": {}}
+        self.decisions: dict[int, Decision] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lock"}
@@ -92,21 +102,30 @@ class CompiledSteering:
 
     # -- inside the graph ---------------------------------------------------------------------------------------------
 
-    def begin_forward(self, kwargs: dict[str, Any]) -> None:
-        """Note the mask of a plain forward."""
-        mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        self.states = {"last": {}, "mean": {}}
+    def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the queries of a plain forward."""
+        self._forget()
+        if not self.bound:
+            self.window = traced_window(
+                forward_inputs(args, kwargs), kwargs.get("attention_mask"), self.lengths, self.labels
+            )
+
+    def end_forward(self) -> None:
+        """Let go of what a plain forward read and decided, so that its graph need not return it."""
+        self._forget()
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
         """What a site's hook puts back, as tensor arithmetic without branches on values."""
         if self.bound:
             return hidden + self.deltas[site] if site in self.deltas else None
+        window = self.window
+        assert window is not None
         for processor in self.processors:
             if site in processor.reads:
-                pooled = self._prompt_mean if processor.query_pool == "mean" else self._query_state
-                self.states[processor.query_pool][site] = pooled(hidden)
-        steered = hidden
+                mean = processor.query_pool == "mean"
+                state = window.prompt_mean(hidden) if mean else window.query_state(hidden, 0)
+                self.states[processor.query_pool][site] = state
+        addends = []
         for index, processor in enumerate(self.processors):
             if site in processor.maps:
                 raise UnsupportedModelError(
@@ -114,40 +133,15 @@ class CompiledSteering:
                     "`generate`, which runs such steps uncompiled, or an uncompiled forward."
                 )
             if site in processor.writes:
-                steered = steered + self._delta(index, processor, site, hidden)
-        return None if steered is hidden else steered
+                decision = self._decision(index, processor, hidden)
+                scale = self.scales[index].to(hidden.device)
+                addends.append((processor.positions, addend(decision, site, scale, hidden.device)))
+        return written(hidden, merged(addends, hidden.dtype), window, 0) if addends else None
 
-    def _query_state(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return hidden[rows, self._query_index(hidden)].float()
-
-    def _prompt_mean(self, hidden: torch.Tensor) -> torch.Tensor:
-        named = self._up_to_query(hidden)
-        return torch.where(named[..., None], hidden.float(), 0.0).sum(dim=1) / named.sum(dim=1, keepdim=True)
-
-    def _up_to_query(self, hidden: torch.Tensor) -> torch.Tensor:
-        columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        named = columns <= self._query_index(hidden)[:, None]
-        return named if self.mask is None else named & self.mask[:, -hidden.shape[1] :].bool()
-
-    def _query_index(self, hidden: torch.Tensor) -> torch.Tensor:
-        tokens = hidden.shape[1]
-        if self.mask is None:
-            first = torch.zeros(hidden.shape[0], dtype=torch.long, device=hidden.device)
-            last = torch.full_like(first, tokens - 1)
-        else:
-            real = self.mask[:, -tokens:].int()
-            first = real.argmax(dim=1)
-            last = tokens - 1 - real.flip(1).argmax(dim=1)
-        if self.lengths is not None:
-            return first + self.lengths.to(hidden.device) - 1
-        if self.labels is None or self.labels.shape != hidden.shape[:2]:
-            return last
-        real = torch.ones_like(self.labels) if self.mask is None else self.mask[:, -tokens:]
-        lengths = leading_ignored(self.labels, real.bool())
-        return torch.where(lengths == 0, last, first + lengths - 1)
-
-    def _delta(self, index: int, processor: SteeringProcessor, site: Site, hidden: torch.Tensor) -> torch.Tensor:
+    def _decision(self, index: int, processor: SteeringProcessor, hidden: torch.Tensor) -> Decision:
+        """What a processor decides: it is asked at the first site that it writes at."""
+        if index in self.decisions:
+            return self.decisions[index]
         states = self.states[processor.query_pool]
         missing = [read for read in processor.reads if read not in states]
         earlier = [
@@ -158,23 +152,38 @@ class CompiledSteering:
                 "This stack of adapters needs a second pass over the prompt (one writes before another has read), which a "
                 "compiled plain forward cannot make. Use `generate`, or an uncompiled forward."
             )
-        decision = processor.decide(QueryStates(states, hidden.shape[0], hidden.device))
-        coefficient = self.scales[index].to(hidden.device)
-        if decision.gate is not None:
-            coefficient = coefficient * decision.gate
-        coefficient = coefficient.reshape(-1, 1)
-        delta = torch.where(coefficient == 0, -0.0, coefficient * decision.vectors[site]).to(hidden.dtype)[:, None]
-        tokens = hidden.shape[1]
-        columns = torch.arange(tokens, device=hidden.device)[None]
-        query = self._query_index(hidden)[:, None]
-        named = torch.ones_like(columns, dtype=torch.bool)
-        if processor.positions == "prompt":
-            named = columns <= query
-        elif processor.positions == "generated":
-            named = columns >= query
-        if self.mask is not None:
-            named = named & self.mask[:, -tokens:].bool()
-        return torch.where(named[..., None], delta, -0.0)
+        self.decisions[index] = decision_of(processor, states, hidden.shape[0], hidden.device)
+        return self.decisions[index]
+
+
+def traced_window(
+    inputs: torch.Tensor, mask: Any, lengths: torch.Tensor | None, labels: torch.Tensor | None
+) -> Window:
+    """The columns of a plain forward, found without a look at values.
+
+    Args:
+        inputs: ids `[rows, tokens]`, or embeddings.
+        mask: the attention mask; anything but a tensor `[rows, past + tokens]` says that there are no pads.
+        lengths: numbers of real prompt tokens, `[rows]`, or None.
+        labels: int64 `[rows, tokens]`, or None; asked where there are no lengths.
+    """
+    rows, tokens = inputs.shape[:2]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        mask = mask[:, -tokens:].bool()
+        first = mask.int().argmax(dim=1)
+        query = tokens - 1 - mask.int().flip(1).argmax(dim=1)
+    else:
+        mask = None
+        first = torch.zeros(rows, dtype=torch.long, device=inputs.device)
+        query = torch.full_like(first, tokens - 1)
+    if lengths is not None:
+        query = first + lengths.to(first.device) - 1
+    elif labels is not None and labels.shape == (rows, tokens):
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+        trained_from = leading_ignored(labels, real)
+        query = torch.where(trained_from == 0, query, first + trained_from - 1)
+    # Which columns these are is known on the device only.
+    return Window(tokens, mask, query, 0, tokens - 1)
 
 
 def forward_is_compiled(model: torch.nn.Module) -> bool:

@@ -21,7 +21,7 @@ from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.prompt_ends import PROMPT_ENDS, told
 from finesteer_hf.runtime import SteeringRuntime
 from finesteer_hf.session import CallSession, current_session
-from finesteer_hf.streams import Prompt, cache_length
+from finesteer_hf.streams import Prompt, cache_length, forward_cache
 
 
 class _Unset:
@@ -238,12 +238,19 @@ class SteeredGeneration:
         runtime, session = self._steering, current_session(self._steering)
         if session is None:
             runtime.warn_of_blocks_elsewhere()
-            runtime.check_prompt_ends(args, kwargs)
-            with runtime.compiled.lock:
-                runtime.sync_compiled()
-                runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
-                return call(*args, **kwargs)
-        if session.can_decode_compiled:
+            cache, plan = forward_cache(kwargs), runtime.plan(*runtime.active(), 1.0)
+            if cache is None or not plan.depends_on_query:
+                runtime.check_prompt_ends(args, kwargs)
+                with runtime.compiled.lock:
+                    runtime.sync_compiled()
+                    runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
+                    return call(*args, **kwargs)
+            # A decoding loop written by hand: its steps add what the forward over the prompt decided.
+            session = runtime.plain_session_of(cache, plan)
+            decided = session is not None and session.can_decode_compiled
+        else:
+            decided = session.can_decode_compiled and not session.of_forward
+        if session is not None and decided:
             return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)
         # The prompt is read and decided on eagerly, as it is when `generate` compiles by itself.
         with torch.compiler.set_stance("force_eager"):
@@ -256,7 +263,7 @@ class SteeredGeneration:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             session = current_session(runtime)
-            if session is None or not session.can_decode_compiled:
+            if session is None or session.of_forward or not session.can_decode_compiled:
                 return self(*args, **kwargs)
             return runtime.compiled.run_bound(session, runtime.hooked_widths(), compiled, *args, **kwargs)
 

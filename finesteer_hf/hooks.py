@@ -33,10 +33,10 @@ class DecoderHook:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling():
-            self.runtime.compiled.begin_forward(kwargs)
+            self.runtime.compiled.begin_forward(args, kwargs)
             return None
         session = current_session(self.runtime)
-        if session is not None and session.of_forward and session.probing is None:
+        if session is not None and session.of_forward and not session.runs_ahead:
             # Left by a forward that an interrupt ended: the hook after a forward runs for errors, not for those.
             session.__exit__()
             session = None
@@ -53,9 +53,10 @@ class DecoderHook:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
+            self.runtime.compiled.end_forward()
             return
         session = current_session(self.runtime)
-        if session is None or session.probing is not None:
+        if session is None or session.runs_ahead:
             return
         if session.of_forward:
             session.__exit__()
@@ -95,9 +96,9 @@ class SiteHook:
     def looking(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """For the weights of an attention, which are looked at only."""
         session = None if torch.compiler.is_compiling() else current_session(self.runtime)
-        if session is None:
+        if session is None or session.forward is None:
             return
-        shown = attention_of(output, self.site, self.width // BACK, session.past)
+        shown = attention_of(output, self.site, self.width // BACK, session.forward.past)
         if session.visit(self.site, shown) is not None:
             raise ValueError(f"{self.site} can be looked at, and not be written: steer another site.")
 

@@ -151,7 +151,7 @@ def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...]
         )
 
     def unsteered() -> torch.Tensor:
-        if session.past or bound.get("past_key_values") is not None:
+        if (session.forward is not None and session.forward.past) or bound.get("past_key_values") is not None:
             raise UnsupportedModelError(
                 "The active steering compares with the unsteered model, whose cache a plain forward does not have. Give "
                 "the whole text in one forward, or use `generate`."
@@ -170,14 +170,14 @@ def _steered_logits(
     session: CallSession, logits: torch.Tensor, arguments: dict[str, Any], unsteered: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
     """Logits `[rows, kept, vocabulary]` of a plain forward, those from the query on steered."""
-    stream = session.stream
-    assert stream is not None
-    named = stream.window.token_mask("generated", session.past, session.tokens, logits.device)
+    assert session.forward is not None
+    past, tokens = session.forward.past, session.forward.tokens
+    named = session.forward.stream.window.token_mask("generated", past, tokens, logits.device)
     if named is None:
-        named = torch.ones(1, session.tokens, dtype=torch.bool, device=logits.device)
-    columns = torch.arange(session.tokens, device=logits.device)
+        named = torch.ones(1, tokens, dtype=torch.bool, device=logits.device)
+    columns = torch.arange(tokens, device=logits.device)
     keep = arguments.get("logits_to_keep", 0)
-    columns = columns[keep] if isinstance(keep, torch.Tensor) else columns[session.tokens - logits.shape[1] :]
+    columns = columns[keep] if isinstance(keep, torch.Tensor) else columns[tokens - logits.shape[1] :]
     base: list[torch.Tensor] = []
 
     def unsteered_at(number: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -190,7 +190,7 @@ def _steered_logits(
 
     ids = arguments.get("input_ids")
     if ids is None:
-        ids = torch.zeros(logits.shape[0], session.tokens, dtype=torch.long, device=logits.device)
+        ids = torch.zeros(logits.shape[0], tokens, dtype=torch.long, device=logits.device)
     steered = []
     for number, column in enumerate(columns.tolist()):
         scores = logits[:, number]

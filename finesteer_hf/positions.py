@@ -127,9 +127,12 @@ class Window:
 
     def shared_columns(self, positions: Positions, past: int, tokens: int) -> slice | None:
         """Columns within a forward that `positions` names, where no row has pads and all agree; None where they do not."""
-        if not isinstance(self.query, int) or (self.mask is not None and past < self.prompt_end):
+        if past >= self.prompt_end:
+            query = -1
+        elif isinstance(self.query, int) and self.mask is None:
+            query = min(max(self.query - past, -1), tokens)
+        else:
             return None
-        query = min(max(self.query - past, -1), tokens)
         return {
             "all": slice(0, tokens),
             "prompt": slice(0, min(query + 1, tokens)),

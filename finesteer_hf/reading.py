@@ -7,181 +7,205 @@ ahead, as far as the deepest read site and no further.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
-from finesteer_hf.plan import PlanEntry
-from finesteer_hf.processors import QueryStates
-from finesteer_hf.sites import Site
-from finesteer_hf.streams import Stream, forward_inputs, in_lockstep, mask_fits
-from finesteer_hf.writing import StreamWriter
+from finesteer_hf.plan import Plan
+from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor
+from finesteer_hf.sites import Site, TextTower
+from finesteer_hf.streams import Forward, Stream, forward_inputs, in_lockstep, mask_fits
+from finesteer_hf.writing import token_view
 
 
-if TYPE_CHECKING:
-    from finesteer_hf.runtime import SteeringRuntime
+@torch.no_grad()
+def decision_of(
+    processor: SteeringProcessor, states: Mapping[Site, torch.Tensor], rows: int, device: torch.device
+) -> Decision:
+    """Ask a processor what it decides; a compiled forward does so inside its graph.
+
+    Args:
+        processor: which is asked.
+        states: of the queries, or means over the prompts, at least at its `reads`: `[rows, width]` float32.
+        rows: of the batch.
+        device: where the states are put.
+    """
+    queries = QueryStates({site: states[site].to(device) for site in processor.reads}, rows, device)
+    if not torch.is_autocast_enabled(device.type):
+        return processor.decide(queries)
+    # Under autocast the method's products would be taken in half precision.
+    with torch.autocast(device.type, enabled=False):
+        return processor.decide(queries)
 
 
 class StopForward(Exception):
     """Ends a forward whose deepest needed site has been read."""
 
 
-class StreamReader(StreamWriter):
-    """The reading half of a `CallSession`, which says where in the sequence the forward is.
+class QueryPass:
+    """Reads the queries of a call and asks each entry once what it decides.
+
+    What is read and decided is kept on the stream, so that a second sequence can take over the first one's decisions.
+
+    Args:
+        plan: what the call steers with.
+        tower: the model's decoder.
 
     Attributes:
-        runtime: the model's run time.
-        streams: the sequences of the call, the one that is generated first.
-        carried: whether the forward's cache held something before the prompt.
-        probing: the sites that a forward run ahead is to show; None outside of one.
-        text_states: where such a forward keeps whole streams, `[rows, tokens, width]`, instead of the query's states.
+        running: the sites that a forward run ahead is to show; None outside of one.
     """
 
-    runtime: SteeringRuntime
-    streams: list[Stream]
-    carried: bool
-    probing: set[Site] | None
-    text_states: dict[Site, torch.Tensor] | None
-    _forward: tuple[tuple[Any, ...], dict[str, Any]]
+    def __init__(self, plan: Plan, tower: TextTower) -> None:
+        self.plan = plan
+        self.tower = tower
+        self.running: set[Site] | None = None
+        # Where a forward run ahead keeps whole streams, `[rows, tokens, width]`, instead of the query's states.
+        self._texts: dict[Site, torch.Tensor] | None = None
 
-    def _must_read_first(self, stream: Stream) -> bool:
-        if all(i in stream.decisions for i, entry in enumerate(self.plan.entries) if entry.processor.reads):
+    # -- before a forward ---------------------------------------------------------------------------------------------
+
+    def before(self, forward: Forward) -> None:
+        """Run the prompt ahead of a forward over it, if the forward cannot read what it needs on the way.
+
+        Raises:
+            ValueError: if a mean over the prompt is needed and the call does not bring the tokens that are in the cache
+                already.
+        """
+        self._read_means(forward)
+        if self._must_read_first(forward):
+            self._read_whole_prompt(forward)
+
+    def _must_read_first(self, forward: Forward) -> bool:
+        window = forward.stream.window
+        readers = {i: entry.processor for i, entry in enumerate(self.plan.entries) if entry.processor.reads}
+        if all(index in forward.stream.decisions for index in readers):
             return False
         if self.plan.writes_before_reading:
             return True
-        if self.carried and self.plan.writes_before_a_read:
+        if forward.carried and self.plan.writes_before_a_read:
             # In the middle of a forward the cache can no longer be put back: states of linear attention do not crop.
             return True
-        if stream.window.query_within(self.past, self.tokens):
+        if forward.has_query:
             return False
         # A chunk that ends before the query: what steers the prompt must be known before it is steered.
-        late = all(e.processor.positions == "generated" for e in self.plan.entries if e.processor.reads)
-        return not (late and stream.window.uniform)
+        late = all(processor.positions == "generated" for processor in readers.values())
+        return not (late and window.uniform)
 
-    def _sees_whole_prompt(self, stream: Stream) -> bool:
-        return self.past == 0 and not self.carried and self.tokens > stream.window.last_query
-
-    def _read_means(self, stream: Stream) -> None:
+    def _read_means(self, forward: Forward) -> None:
         """Decide the entries that take a mean over the prompt, where no forward passes the prompt in one piece.
 
         The whole prompt is run ahead, without the cache: what that holds may have been steered, and shows no states.
-
-        Raises:
-            ValueError: if the call does not bring the tokens that are in the cache already.
         """
+        stream = forward.stream
         waiting = {i: e for i, e in enumerate(self.plan.entries) if e.averages and i not in stream.decisions}
-        if not waiting or self._sees_whole_prompt(stream):
+        if not waiting or forward.has_whole_prompt:
             return
-        known = self.prompt.columns if self.prompt is not None and self.prompt.inputs else 0
-        if stream is not self.streams[0] or known < stream.window.prompt_end:
+        known = stream.prompt.columns if stream.prompt is not None and stream.prompt.inputs else 0
+        if known < stream.window.prompt_end:
             raise ValueError(
                 f"{', '.join(repr(entry.name) for entry in waiting.values())} decides from the mean over the whole prompt, "
                 "but a part of the prompt is in a cache that was filled before this call, and its states are gone. Give "
                 "`generate` the whole text as `input_ids` beside the cache, or leave the cache out."
             )
-        args, kwargs = self._prompt_from(0, stream)
+        kwargs = _prompt_from(0, forward)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "cache_params")}
-        self.text_states = {}
-        try:
-            self._probe(stream, args, kwargs, set(self.plan.averaged))
-            stream.means = {site: stream.window.prompt_mean(hidden) for site, hidden in self.text_states.items()}
-        finally:
-            self.text_states = None
+        for site, hidden in self._texts_at(set(self.plan.averaged), forward, (), kwargs).items():
+            stream.means[site] = stream.window.prompt_mean(hidden)
         for index, entry in waiting.items():
-            self._decide(index, entry, stream, stream.means[max(entry.processor.reads)].device)
+            self._decide(index, stream, stream.means[max(entry.processor.reads)].device)
 
-    def _prompt_from(self, column: int, stream: Stream) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The running forward's arguments, with the prompt from a column on in place of its own tokens."""
-        assert self.prompt is not None
-        # Where the forward's own columns stand in the cache says nothing of these.
-        own = ("input_ids", "inputs_embeds", "cache_position")
-        kwargs = {name: value for name, value in self._forward[1].items() if name not in own}
-        width, mask = stream.window.prompt_end - column, stream.window.mask
-        kwargs |= {name: value[:, -width:] for name, value in self.prompt.inputs.items()}
-        if "position_ids" in kwargs:
-            positions = stream.window.position_ids(stream.rows, next(iter(self.prompt.inputs.values())).device)
-            kwargs["position_ids"] = positions[:, column:]
-        kwargs["attention_mask"] = None if mask is None else mask.long()
-        return (), kwargs
-
-    def _read_whole_prompt(self, stream: Stream) -> None:
+    def _read_whole_prompt(self, forward: Forward) -> None:
         """Run the unsteered prompt up to the deepest read site, and no further."""
-        args, kwargs = self._forward
-        complete = self.prompt is not None and stream is self.streams[0] and bool(self.prompt.inputs)
-        if complete and self.past + self.tokens < stream.window.prompt_end:
-            args, kwargs = self._prompt_from(self.past, stream)
-        self._probe(stream, args, kwargs, {site for entry in self.plan.entries for site in entry.processor.reads})
+        args, kwargs, stream = forward.args, forward.kwargs, forward.stream
+        complete = stream.prompt is not None and bool(stream.prompt.inputs)
+        if complete and forward.past + forward.tokens < stream.window.prompt_end:
+            args, kwargs = (), _prompt_from(forward.past, forward)
+        self._run(forward, args, kwargs, {site for entry in self.plan.entries for site in entry.processor.reads})
         for site in sorted(stream.states):
             self._decide_after(site, stream)
 
-    def _probe(self, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any], sites: set[Site]) -> None:
+    def review(self, forward: Forward) -> None:
+        """Show processors that would have gone back while it was generated the whole text, unsteered."""
+        entries = [(i, entry.processor) for i, entry in enumerate(self.plan.entries) if entry.processor.lookback]
+        sites = {site for _, processor in entries for site in processor.maps}
+        if not sites:
+            return
+        texts = self._texts_at(sites, forward, forward.args, forward.kwargs)
+        device = next(iter(texts.values())).device
+        for index, processor in entries:
+            states = {site: texts[site] for site in processor.maps}
+            processor.review(states, token_view(self.plan, index, forward, device))
+
+    # -- running ahead ------------------------------------------------------------------------------------------------
+
+    def _texts_at(
+        self, sites: set[Site], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[Site, torch.Tensor]:
+        texts: dict[Site, torch.Tensor] = {}
+        self._texts = texts
+        try:
+            self._run(forward, args, kwargs, sites)
+        finally:
+            self._texts = None
+        return texts
+
+    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], sites: set[Site]) -> None:
         kwargs = dict(kwargs)
         for name in ("past_key_values", "cache_params"):
             cache = kwargs.get(name)
             if cache is not None:
                 # Nothing of this forward is in the cache yet, see `_must_read_first`.
-                kwargs[name] = copy.deepcopy(cache) if self.carried else None
-        if not mask_fits(kwargs.get("attention_mask"), self.past + self.tokens):
-            real = stream.window.real(0, self.past + self.tokens, forward_inputs(args, kwargs).device)
+                kwargs[name] = copy.deepcopy(cache) if forward.carried else None
+        end = forward.past + forward.tokens
+        if not mask_fits(kwargs.get("attention_mask"), end):
+            real = forward.stream.window.real(0, end, forward_inputs(args, kwargs).device)
             kwargs["attention_mask"] = None if real is None else real.long()
         # Mamba-like models look at a cache of states only if they are told to use one; this one is a copy.
         kwargs["use_cache"] = kwargs.get("cache_params") is not None
-        self.probing = sites
+        self.running = sites
         try:
             with torch.no_grad():
-                self.runtime.tower.decoder(*args, **kwargs)
+                self.tower.decoder(*args, **kwargs)
         except StopForward:
             pass
         finally:
-            self.probing = None
+            self.running = None
 
-    def _note(self, wanted: set[Site], site: Site, hidden: torch.Tensor, stream: Stream) -> None:
-        """Keep what a forward of `_probe` shows at a site, and end it at the deepest one that is wanted."""
-        if site not in wanted:
+    def note(self, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
+        """Keep what a forward run ahead shows at a site, and end it at the deepest one that is wanted."""
+        assert self.running is not None
+        if site not in self.running:
             return
-        if self.text_states is not None:
-            self.text_states[site] = hidden.detach()
+        if self._texts is not None:
+            self._texts[site] = hidden.detach()
         else:
-            self._keep(site, hidden, stream)
-        if site == max(wanted):
+            _keep(self.plan, site, hidden, forward)
+        if site == max(self.running):
             raise StopForward
 
-    def _review(self, stream: Stream) -> None:
-        """Show processors that would have gone back while it was generated the whole text, unsteered."""
-        entries = [
-            (index, entry.processor) for index, entry in enumerate(self.plan.entries) if entry.processor.lookback
-        ]
-        sites = {site for _, processor in entries for site in processor.maps}
-        if not sites:
-            return
-        self.text_states = {}
-        try:
-            self._probe(stream, *self._forward, sites)
-            device = next(iter(self.text_states.values())).device
-            for index, processor in entries:
-                states = {site: self.text_states[site] for site in processor.maps}
-                processor.review(states, self._view(index, stream, device))
-        finally:
-            self.text_states = None
+    # -- within a forward ---------------------------------------------------------------------------------------------
 
-    def _read(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
-        if not stream.window.query_within(self.past, self.tokens):
+    def read(self, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
+        """Take the states of the queries from a forward that passes a read site, and decide what waits for them."""
+        stream = forward.stream
+        if not forward.has_query:
             return
         if site in self.plan.averaged and all(index in stream.decisions for index in self.plan.readers[site]):
             return
         if site not in stream.states:
             if self._fired_before(site, stream):
-                args, kwargs = self._forward
-                self._probe(stream, args, kwargs, {later for later in self.plan.readers if later >= site})
+                later = {reader for reader in self.plan.readers if reader >= site}
+                self._run(forward, forward.args, forward.kwargs, later)
             else:
-                self._keep(site, hidden, stream)
+                _keep(self.plan, site, hidden, forward)
         self._decide_after(site, stream)
 
-    def _keep(self, site: Site, hidden: torch.Tensor, stream: Stream) -> None:
-        stream.states[site] = stream.window.query_state(hidden, self.past)
-        # In other forwards what takes a mean has decided, see `_read_means`.
-        if site in self.plan.averaged and self._sees_whole_prompt(stream):
-            stream.means[site] = stream.window.prompt_mean(hidden)
+    def decide_unread(self, entries: Iterable[int], stream: Stream, device: torch.device) -> None:
+        """Decide those of some entries that read nothing, before they first write."""
+        for index in entries:
+            if index not in stream.decisions and not self.plan.entries[index].processor.reads:
+                self._decide(index, stream, device)
 
     def _fired_before(self, site: Site, stream: Stream) -> bool:
         """Whether a write of this forward has already changed the stream that is about to be read."""
@@ -203,16 +227,33 @@ class StreamReader(StreamWriter):
     def _decide_after(self, site: Site, stream: Stream) -> None:
         for index, entry in enumerate(self.plan.entries):
             if index not in stream.decisions and entry.deepest_read == site:
-                self._decide(index, entry, stream, stream.states[site].device)
+                self._decide(index, stream, stream.states[site].device)
 
-    @torch.no_grad()
-    def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
-        kept = stream.means if entry.averages else stream.states
-        states = {site: kept[site].to(device) for site in entry.processor.reads}
-        queries = QueryStates(states, stream.rows, device)
-        if not torch.is_autocast_enabled(device.type):
-            stream.decisions[index] = entry.processor.decide(queries)
-            return
-        # Under autocast the method's products would be taken in half precision.
-        with torch.autocast(device.type, enabled=False):
-            stream.decisions[index] = entry.processor.decide(queries)
+    def _decide(self, index: int, stream: Stream, device: torch.device) -> None:
+        entry = self.plan.entries[index]
+        states = stream.means if entry.averages else stream.states
+        stream.decisions[index] = decision_of(entry.processor, states, stream.rows, device)
+
+
+def _keep(plan: Plan, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
+    stream = forward.stream
+    stream.states[site] = stream.window.query_state(hidden, forward.past)
+    # In other forwards what takes a mean has decided, see `_read_means`.
+    if site in plan.averaged and forward.has_whole_prompt:
+        stream.means[site] = stream.window.prompt_mean(hidden)
+
+
+def _prompt_from(column: int, forward: Forward) -> dict[str, Any]:
+    """A forward's arguments by name, with the prompt from a column on in place of its own tokens."""
+    stream, window = forward.stream, forward.stream.window
+    assert stream.prompt is not None
+    # Where the forward's own columns stand in the cache says nothing of these.
+    own = ("input_ids", "inputs_embeds", "cache_position")
+    kwargs = {name: value for name, value in forward.kwargs.items() if name not in own}
+    width = window.prompt_end - column
+    kwargs |= {name: value[:, -width:] for name, value in stream.prompt.inputs.items()}
+    if "position_ids" in kwargs:
+        positions = window.position_ids(stream.rows, next(iter(stream.prompt.inputs.values())).device)
+        kwargs["position_ids"] = positions[:, column:]
+    kwargs["attention_mask"] = None if window.mask is None else window.mask.long()
+    return kwargs

@@ -368,14 +368,23 @@ class SteeringRuntime:
                 "switch steering off with `model.set_steering(None)`."
             )
         cache = forward_cache(kwargs)
-        if cache is not None and ends.lengths is None:
-            earlier = self._plain.get(cache)
-            if earlier is not None and earlier.plan == plan:
-                earlier.streams[0].cache = cache
-                return earlier
+        earlier = None if cache is None else self.plain_session_of(cache, plan)
+        if earlier is not None:
+            earlier.streams[0].cache = cache
+            return earlier
         if not plan:
             return None
         return CallSession(self, plan, self._plain_prompt(plan, ends, args, kwargs))
+
+    def plain_session_of(self, cache: Any, plan: Plan) -> CallSession | None:
+        """The session of the plain forward that filled a cache, if a forward from there on is to go on with it.
+
+        It is not where the plan is another one, or `prompt_lengths` ask for a new decision.
+        """
+        if PROMPT_ENDS.get().lengths is not None:
+            return None
+        earlier = self._plain.get(cache)
+        return earlier if earlier is not None and earlier.plan == plan else None
 
     def _plain_prompt(
         self, plan: Plan, ends: PromptEnds, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,10 +4,11 @@ Nothing of a call is kept on the model. A session lives in a `ContextVar` of the
 `generate` (or of one plain forward), so threads that share a model never see each other's steering, and an exception
 ends the session with the call.
 
-A session holds one *stream* a cache: the sequence being generated is one; the unconditional sequence of classifier-free
-guidance is another, and takes the decisions of the first. Tokens are told apart by their absolute position, from the
-cache's length before the forward: chunked prefill, candidates of assisted decoding and caches of earlier turns need no
-special case.
+A session owns a `QueryPass`, which reads the queries and asks each entry once what it decides, and an `Update`, which
+adds what was decided. It holds one *stream* a cache: the sequence being generated is one; the unconditional sequence of
+classifier-free guidance is another, and takes the decisions of the first. Tokens are told apart by their absolute
+position, from the cache's length before the forward: chunked prefill, candidates of assisted decoding and caches of
+earlier turns need no special case.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from finesteer_hf.logits import UnsteeredLogits
 from finesteer_hf.passage import ForwardCheck
 from finesteer_hf.plan import Plan, PlanEntry, row_scales
 from finesteer_hf.positions import Window
-from finesteer_hf.reading import StreamReader
+from finesteer_hf.reading import QueryPass
 from finesteer_hf.sites import Site
-from finesteer_hf.streams import Prompt, Stream, cache_length, forward_cache, forward_inputs, holds_states
+from finesteer_hf.streams import Forward, Prompt, Stream, cache_length, forward_cache, forward_inputs, holds_states
+from finesteer_hf.writing import Update
 
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 _CURRENT: ContextVar[CallSession | None] = ContextVar("finesteer_hf_session", default=None)
 
 
-class CallSession(StreamReader):
+class CallSession:
     """The steering of one call.
 
     Args:
@@ -47,6 +49,11 @@ class CallSession(StreamReader):
 
     Attributes:
         of_forward: whether the session ends with the forward that made it.
+        query_pass: reads and decides.
+        update: adds what was decided.
+        memory: each entry's own state of the call, of the first sequence.
+        streams: the sequences of the call, the one that is generated first.
+        forward: the forward that is running or went last.
         takes_back: whether the decoding loop can take tokens back.
         blocks: number of open `with model.steering(...)` blocks that were entered inside the call; what they ask of the
             model is no part of it.
@@ -65,24 +72,15 @@ class CallSession(StreamReader):
         self.plan = plan
         self.prompt = prompt
         self.rows = rows
-        self.record = record
+        self.query_pass = QueryPass(plan, runtime.tower)
+        self.update = Update(plan, record)
         self.of_forward = False
         self.takes_back = False
         self.blocks = 0
         self.outer: CallSession | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in plan.entries]
         self.streams: list[Stream] = []
-        self.stream: Stream | None = None
-        self.past = 0
-        self.tokens = 0
-        self.decoding = False
-        self.carried = False
-        self.probing: set[Site] | None = None
-        self.text_states: dict[Site, torch.Tensor] | None = None
-        self.passage = ForwardCheck(0, 0)
-        self.relative_norms: dict[str, torch.Tensor] = {}
-        self.unchecked: list[tuple[Site, torch.Tensor]] = []
-        self._forward: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.forward: Forward | None = None
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -97,42 +95,44 @@ class CallSession(StreamReader):
     def forget_forward(self) -> None:
         """Let go of the last forward's cache and arguments."""
         self.streams[0].cache = None
-        self._forward = ((), {})
+        assert self.forward is not None
+        self.forward.args, self.forward.kwargs = (), {}
 
     # -- a forward begins ---------------------------------------------------------------------------------------------
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the forward that runs is one of the query pass."""
+        return self.query_pass.running is not None
+
     def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Place a forward of the decoder on its stream; called by the decoder's pre-hook."""
-        if self.probing is not None:
+        if self.runs_ahead:
             return
         inputs = forward_inputs(args, kwargs)
-        rows, self.tokens = int(inputs.shape[0]), int(inputs.shape[1])
+        rows, tokens = int(inputs.shape[0]), int(inputs.shape[1])
         cache = forward_cache(kwargs)
-        stream = self._stream_of(cache, rows)
+        stream = self._stream_of(cache, rows, tokens)
         if stream is None:
-            stream = self._new_stream(cache, rows, kwargs)
-        self.stream = stream
+            stream = self._new_stream(cache, rows, tokens, kwargs)
         if self.plan.remembers and cache is not None and not getattr(cache, "is_compileable", False):
             # Drafts that were not accepted were cut off. A static cache serves none, and its length is on the device.
             stream.seen = min(stream.seen, cache_length(cache) or stream.seen)
         # Without a cache every forward brings the whole sequence again.
-        self.past = stream.seen if cache is not None else 0
-        stream.seen = self.past + self.tokens
-        self.decoding = cache is not None and self.past >= stream.window.prompt_end
-        if self.decoding and self.plan.lookback and not self.takes_back:
+        past = stream.seen if cache is not None else 0
+        stream.seen = past + tokens
+        decoding = cache is not None and past >= stream.window.prompt_end
+        if decoding and self.plan.lookback and not self.takes_back:
             raise ValueError(
                 "The active steering takes generated tokens back, which only `generate` can do, with its own greedy search "
                 "or sampling. To score a text, give the model prompt and answer in one forward, with `prompt_lengths`."
             )
-        self.carried = not self.decoding and cache is not None and (self.past > 0 or holds_states(cache))
-        self._forward = (args, kwargs)
-        self.passage = ForwardCheck(rows, self.tokens)
-        if not self.decoding:
-            self._read_means(stream)
-            if self._must_read_first(stream):
-                self._read_whole_prompt(stream)
+        carried = not decoding and cache is not None and (past > 0 or holds_states(cache))
+        self.forward = Forward(stream, past, tokens, decoding, carried, args, kwargs, ForwardCheck(rows, tokens))
+        if not decoding:
+            self.query_pass.before(self.forward)
         if self.plan.lookback and self.prompt is not None and self.prompt.lengths is not None:
-            self._review(stream)
+            self.query_pass.review(self.forward)
 
     def end_forward(self, output: Any, training: bool) -> None:
         """Look back at a forward of the decoder; called by the decoder's hook, with None after an error.
@@ -141,18 +141,20 @@ class CallSession(StreamReader):
             UnsupportedModelError: if a site was not passed.
             ValueError: if what was added is not finite.
         """
-        if output is not None and self.unchecked:
-            self._check_finite()
+        if self.forward is None:
+            return
+        if output is not None:
+            self.update.check_finite()
         # Layer drop leaves blocks out in training.
-        if output is None or self.decoding or training:
-            self.passage.end((), 0)
+        if output is None or self.forward.decoding or training:
+            self.forward.passage.end((), 0)
             return
         # A draft that leaves the model early shortens the config for the time being.
-        self.passage.end(self.plan.sites, int(self.runtime.tower.config.num_hidden_layers))
+        self.forward.passage.end(self.plan.sites, int(self.runtime.tower.config.num_hidden_layers))
 
-    def _stream_of(self, cache: Any, rows: int) -> Stream | None:
+    def _stream_of(self, cache: Any, rows: int, tokens: int) -> Stream | None:
         for stream in self.streams:
-            same_sequence = cache is not None or self.tokens >= stream.window.prompt_end
+            same_sequence = cache is not None or tokens >= stream.window.prompt_end
             if stream.cache is cache and stream.rows == rows and same_sequence:
                 return stream
         for stream in self.streams:
@@ -162,7 +164,7 @@ class CallSession(StreamReader):
                 return stream
         return None
 
-    def _new_stream(self, cache: Any, rows: int, kwargs: dict[str, Any]) -> Stream:
+    def _new_stream(self, cache: Any, rows: int, tokens: int, kwargs: dict[str, Any]) -> Stream:
         past = 0 if cache is None else cache_length(cache)
         prompt = self.prompt if self.prompt is not None and not self.streams else None
         if prompt is not None:
@@ -171,16 +173,21 @@ class CallSession(StreamReader):
             past = past or prompt.length - prompt.columns
         else:
             mask = kwargs.get("attention_mask")
-            end = past + self.tokens
+            end = past + tokens
             usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == (rows, end)
             window = self._window(end, mask if usable else None, None)
         makes_cache = cache is None and bool(kwargs.get("use_cache"))
-        stream = Stream(window, cache, past, rows, makes_cache)
+        memory = self.memory if not self.streams else [{} for _ in self.plan.entries]
+        stream = Stream(window, cache, past, rows, memory, prompt, self._expand, makes_cache)
         if self.streams:
             # Guidance runs a second sequence beside the first; the query, and so the decision, is the first one's.
             stream.decisions = self.streams[0].decisions
         self.streams.append(stream)
         return stream
+
+    @property
+    def _expand(self) -> int:
+        return self.prompt.expand if self.prompt is not None else 1
 
     def _window(self, end: int, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> Window:
         if not self.plan:
@@ -192,24 +199,26 @@ class CallSession(StreamReader):
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
         """What a site's hook puts back, or None to leave the stream as it is."""
-        if self.decoding and self.stream is not None and site in self.stream.decode:
-            delta = self.stream.decode[site]
+        forward = self.forward
+        if forward is None or not self.plan:
+            return None
+        stream = forward.stream
+        if forward.decoding and site in stream.decode:
+            delta = stream.decode[site]
             return None if delta is None else hidden + delta
-        stream = self.stream
-        if stream is None or not self.plan:
+        if self.runs_ahead:
+            self.query_pass.note(site, hidden, forward)
             return None
-        if self.probing is not None:
-            self._note(self.probing, site, hidden, stream)
-            return None
-        self.passage.check(site, hidden)
+        forward.passage.check(site, hidden)
         if site in self.plan.readers:
-            self._read(site, hidden, stream)
+            self.query_pass.read(site, hidden, forward)
         steered = hidden
-        for number, step in enumerate(self.plan.steps.get(site, ())):
+        for step in self.plan.steps.get(site, ()):
             if step.map is not None:
-                steered = self._transform(step.map, site, steered, stream)
+                steered = self.update.transform(step.map, site, steered, forward)
             else:
-                steered = self._add(site, number, step.adds, steered, stream)
+                self.query_pass.decide_unread(step.adds, stream, hidden.device)
+                steered = self.update.add(site, step.adds, steered, forward)
         return None if steered is hidden else steered
 
     # -- what generate asks -------------------------------------------------------------------------------------------
@@ -248,8 +257,8 @@ class CallSession(StreamReader):
 
     def row_scale(self, entry: PlanEntry, device: torch.device) -> torch.Tensor | float:
         """The scale of an entry for the rows of the forward that went last: a number, or `[rows]` float32."""
-        assert self.stream is not None
-        return row_scales(entry.scale, self.stream.rows, self.prompt.expand if self.prompt else 1, device)
+        assert self.forward is not None
+        return row_scales(entry.scale, self.forward.stream.rows, self._expand, device)
 
     def unsteered(self) -> CallSession:
         """A session for forwards of the same model in the midst of this call that nothing steers."""
@@ -260,21 +269,16 @@ class CallSession(StreamReader):
     @property
     def can_decode_compiled(self) -> bool:
         """Whether the prompt is done and every step from here on adds the same vectors."""
-        if self.of_forward or any(entry.processor.maps for entry in self.plan.entries):
-            return False
+        for entry in self.plan.entries:
+            # In `generate` a list of logits processors acts on logits; a plain forward does so itself.
+            if entry.processor.maps or (self.of_forward and entry.processor.acts_on_logits):
+                return False
         return bool(self.streams) and self.streams[0].seen >= self.streams[0].window.prompt_end
 
     def compiled_deltas(self, sites: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
         """What a decode step adds at each hooked site, `[rows, 1, width]`; -0.0 where the call does not steer."""
-        main = self.streams[0]
-        for site, width in sites.items():
-            if site not in main.compiled:
-                delta = main.decode.get(site)
-                model = self.runtime.tower.decoder
-                if delta is None:
-                    delta = torch.full((1, 1, width), -0.0, dtype=model.dtype, device=model.device)  # type: ignore[call-overload]
-                main.compiled[site] = delta.expand(main.rows, 1, width).contiguous()
-        return main.compiled
+        decoder = self.runtime.tower.decoder
+        return self.update.for_decoding(self.streams[0], sites, decoder.dtype, decoder.device)  # type: ignore[arg-type]
 
     # -- what the user sees -------------------------------------------------------------------------------------------
 
@@ -283,7 +287,7 @@ class CallSession(StreamReader):
         if not self.streams:
             return {}
         main = self.streams[0]
-        expand = self.prompt.expand if self.prompt is not None else 1
+        expand = self._expand
         # All rows of a query agree: take its first, once for each sequence that is returned of it.
         rows = torch.arange(0, main.rows, expand).repeat_interleave(sequences * expand // main.rows)
         result: dict[str, dict[str, torch.Tensor]] = {}
@@ -292,8 +296,8 @@ class CallSession(StreamReader):
             values = {} if decision is None else dict(decision.record)
             if decision is not None and decision.gate is not None:
                 values["gate"] = decision.gate
-            if entry.name in self.relative_norms:
-                values["relative_norm"] = self.relative_norms[entry.name]
+            if entry.name in self.update.relative_norms:
+                values["relative_norm"] = self.update.relative_norms[entry.name]
             own = entry.processor.records(self.memory[index])
             if decision is not None or own:
                 result[entry.name] = {name: value[rows.to(value.device)] for name, value in values.items()} | own

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finesteer_hf.passage import ForwardCheck
 from finesteer_hf.positions import Window
 from finesteer_hf.processors import Decision, Positions
 from finesteer_hf.sites import Site
@@ -45,12 +46,16 @@ class Stream:
         window: which of its columns are prompt, query, pad.
         cache: the cache object, held so that its identity stays its own.
         seen: columns that went through the model so far.
+        rows: of each forward.
+        memory: what each entry keeps of the sequence, by its index in the plan.
+        prompt: what is known of the prompts; None for a sequence beside the first one.
+        expand: rows of a forward per row of the user's batch.
         makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
         decisions: what each entry decided, by its index in the plan.
         means: means over the prompts at the sites where an entry takes them, `[rows, width]` float32.
         states: states of the queries at the read sites, `[rows, width]` float32.
-        memory: what each entry keeps of a sequence beside the first one, by its index in the plan.
-        adds: for each site and step, what is added: by positions, cast to the stream's dtype.
+        adds: for each site and the entries that add there in one step: what they add, by positions, cast to the
+            stream's dtype.
         decode: for sites with nothing but one add, what a decode step adds.
         compiled: the same, laid out for a compiled step.
     """
@@ -59,14 +64,50 @@ class Stream:
     cache: Any
     seen: int
     rows: int
+    memory: list[dict[str, Any]]
+    prompt: Prompt | None = None
+    expand: int = 1
     makes_cache: bool = False
     decisions: dict[int, Decision] = field(default_factory=dict)
     means: dict[Site, torch.Tensor] = field(default_factory=dict)
     states: dict[Site, torch.Tensor] = field(default_factory=dict)
-    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
-    adds: dict[tuple[Site, int], dict[Positions, torch.Tensor]] = field(default_factory=dict)
+    adds: dict[tuple[Site, tuple[int, ...]], dict[Positions, torch.Tensor]] = field(default_factory=dict)
     decode: dict[Site, torch.Tensor | None] = field(default_factory=dict)
     compiled: dict[Site, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Forward:
+    """One forward of the decoder, and where on its stream it is.
+
+    Attributes:
+        stream: the sequence that it continues.
+        past: columns before it, 0 where it brings the whole sequence again.
+        tokens: columns in it.
+        decoding: whether the prompt is done.
+        carried: whether its cache held something before the prompt.
+        args, kwargs: what the decoder was called with.
+        passage: the sites that it has passed.
+    """
+
+    stream: Stream
+    past: int
+    tokens: int
+    decoding: bool
+    carried: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    passage: ForwardCheck
+
+    @property
+    def has_query(self) -> bool:
+        """Whether every row's query is in it."""
+        return self.stream.window.query_within(self.past, self.tokens)
+
+    @property
+    def has_whole_prompt(self) -> bool:
+        """Whether all of the prompt, up to every row's query, is in it."""
+        return self.past == 0 and not self.carried and self.tokens > self.stream.window.last_query
 
 
 def forward_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

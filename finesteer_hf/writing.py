@@ -2,124 +2,156 @@
 
 What is added is computed once for a stream, in fp32, and cast to the stream's dtype; from then on a decode step adds it in
 one op. Rows that are not steered add -0.0, the additive identity of IEEE arithmetic: x + -0.0 is x to the bit.
+
+`addend`, `merged` and `written` are the update itself. A compiled forward calls them inside its graph.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from finesteer_hf.plan import Plan, PlanEntry, row_scales
+from finesteer_hf.plan import Plan, row_scales
 from finesteer_hf.positions import Window
-from finesteer_hf.processors import Positions, TokenView
+from finesteer_hf.processors import Decision, Positions, TokenView
 from finesteer_hf.sites import Site
-from finesteer_hf.streams import Prompt, Stream
+from finesteer_hf.streams import Forward, Stream
 
 
-class StreamWriter:
-    """The writing half of a `CallSession`, which says where in the sequence the forward is and makes the decisions.
+@torch.no_grad()
+def addend(decision: Decision, site: Site, scale: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """What one entry adds at a site, `[rows or 1, width]` float32; -0.0 in rows of gate or scale 0.
+
+    Args:
+        decision: with a vector for the site.
+        site: where it is added.
+        scale: run-time scale times strength: a number, or a tensor of one number or one a row.
+        device: of the stream.
+    """
+    vector = decision.vectors[site].to(device=device, dtype=torch.float32)
+    if decision.gate is not None:
+        scale = scale * decision.gate.to(device, torch.float32)
+    if not isinstance(scale, torch.Tensor):
+        return scale * vector
+    scale = scale.reshape(-1, 1)
+    return (scale * vector).masked_fill_(scale == 0, -0.0)
+
+
+def merged(addends: Iterable[tuple[Positions, torch.Tensor]], dtype: torch.dtype) -> dict[Positions, torch.Tensor]:
+    """One addend for all entries of the same positions, `[rows or 1, 1, width]` in the stream's dtype."""
+    total: dict[Positions, torch.Tensor] = {}
+    for positions, delta in addends:
+        delta = delta.to(dtype)[:, None]
+        total[positions] = total[positions] + delta if positions in total else delta
+    return total
+
+
+def written(hidden: torch.Tensor, adds: Mapping[Positions, torch.Tensor], window: Window, past: int) -> torch.Tensor:
+    """The stream with something added to the named tokens; of tensors of its size only the result is made.
+
+    Args:
+        hidden: `[rows, tokens, width]`.
+        adds: what is added, see `merged`.
+        window: which columns are named.
+        past: absolute position of the first token.
+    """
+    for positions, delta in adds.items():
+        hidden = _written(hidden, delta, positions, window, past)
+    return hidden
+
+
+def _written(
+    hidden: torch.Tensor, delta: torch.Tensor, positions: Positions, window: Window, past: int
+) -> torch.Tensor:
+    tokens = hidden.shape[1]
+    columns = window.shared_columns(positions, past, tokens)
+    if columns == slice(0, tokens):
+        return hidden + delta
+    if columns is not None:
+        if columns.start == columns.stop:
+            return hidden
+        steered = hidden.clone()
+        steered[:, columns] += delta
+        return steered
+    mask = window.token_mask(positions, past, tokens, hidden.device)
+    if mask is None:
+        return hidden + delta
+    # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
+    laid_out = torch.where(mask[..., None], delta, -0.0)
+    return laid_out.add_(hidden) if laid_out.shape == hidden.shape else hidden + laid_out
+
+
+class Update:
+    """What the decisions of a call change at each site.
+
+    Args:
+        plan: what the call steers with.
+        record: whether relative norms are kept.
 
     Attributes:
-        plan: what the call steers with.
-        prompt: what `generate` knows of the prompts; None in a plain forward.
-        record: whether relative norms are kept.
-        past, tokens: columns before the forward, and in it.
-        decoding: whether the prompt is done.
-        memory: each entry's own state of the call, of the first sequence.
-        streams: the call's sequences.
         relative_norms: norm of what each entry adds, as a share of the state's, `[rows]`.
         unchecked: sites that something new is added at, each with the largest magnitude of it.
     """
 
-    plan: Plan
-    prompt: Prompt | None
-    record: bool
-    past: int
-    tokens: int
-    decoding: bool
-    memory: list[dict[str, Any]]
-    streams: list[Stream]
-    relative_norms: dict[str, torch.Tensor]
-    unchecked: list[tuple[Site, torch.Tensor]]
+    def __init__(self, plan: Plan, record: bool) -> None:
+        self.plan = plan
+        self.record = record
+        self.relative_norms: dict[str, torch.Tensor] = {}
+        self.unchecked: list[tuple[Site, torch.Tensor]] = []
 
-    def _decide(self, index: int, entry: PlanEntry, stream: Stream, device: torch.device) -> None:
-        raise NotImplementedError
-
-    def _add(self, site: Site, number: int, adds: list[int], hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
-        undecided = [i for i in adds if i not in stream.decisions]
-        for index in undecided:
-            if self.plan.entries[index].processor.reads:
-                # Positions of this chunk come before the query; nothing of it is steered.
-                continue
-            self._decide(index, self.plan.entries[index], stream, hidden.device)
-        ready = [i for i in adds if i in stream.decisions]
-        if not ready:
+    def add(self, site: Site, entries: Iterable[int], hidden: torch.Tensor, forward: Forward) -> torch.Tensor:
+        """Add what the decided ones of a step's entries add; no token before an undecided one's query is steered by it."""
+        stream = forward.stream
+        decided = tuple(index for index in entries if index in stream.decisions)
+        if not decided:
             return hidden
-        key = (site, number)
-        if key not in stream.adds or undecided:
-            stream.adds[key] = self._deltas(site, ready, hidden, stream)
-            if len(self.plan.steps[site]) == 1 and len(ready) == len(adds):
-                late = [d for p, d in stream.adds[key].items() if p != "prompt"]
+        key = (site, decided)
+        if key not in stream.adds:
+            stream.adds[key] = self._adds(site, decided, hidden, forward)
+            if len(self.plan.steps[site]) == 1 and decided == tuple(entries):
+                late = [delta for positions, delta in stream.adds[key].items() if positions != "prompt"]
                 stream.decode[site] = sum(late[1:], late[0]) if late else None
-        for positions, delta in stream.adds[key].items():
-            if self.decoding:
-                hidden = hidden if positions == "prompt" else hidden + delta
-                continue
-            hidden = self._add_to_prompt(positions, delta, hidden, stream.window)
-        return hidden
-
-    def _add_to_prompt(
-        self, positions: Positions, delta: torch.Tensor, hidden: torch.Tensor, window: Window
-    ) -> torch.Tensor:
-        """Add to the named tokens of a forward; of tensors of the stream's size only the result is made."""
-        columns = window.shared_columns(positions, self.past, self.tokens)
-        if columns == slice(0, self.tokens):
-            return hidden + delta
-        if columns is not None:
-            if columns.start == columns.stop:
-                return hidden
-            steered = hidden.clone()
-            steered[:, columns] += delta
-            return steered
-        mask = window.token_mask(positions, self.past, self.tokens, hidden.device)
-        if mask is None:
-            return hidden + delta
-        # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
-        laid_out = torch.where(mask[..., None], delta, -0.0)
-        return laid_out.add_(hidden) if laid_out.shape == hidden.shape else hidden + laid_out
+        return written(hidden, stream.adds[key], stream.window, forward.past)
 
     @torch.no_grad()
-    def _deltas(
-        self, site: Site, adds: list[int], hidden: torch.Tensor, stream: Stream
+    def _adds(
+        self, site: Site, decided: Iterable[int], hidden: torch.Tensor, forward: Forward
     ) -> dict[Positions, torch.Tensor]:
-        total: dict[Positions, torch.Tensor] = {}
-        expand = self.prompt.expand if self.prompt is not None else 1
-        for index in adds:
+        stream = forward.stream
+        addends: list[tuple[Positions, torch.Tensor]] = []
+        for index in decided:
             entry, decision = self.plan.entries[index], stream.decisions[index]
             if site not in decision.vectors:
                 continue
-            vector = decision.vectors[site].to(device=hidden.device, dtype=torch.float32)
-            scale = row_scales(entry.scale, stream.rows, expand, hidden.device)
-            coefficient = scale * entry.processor.strength
-            if decision.gate is not None:
-                coefficient = coefficient * decision.gate.to(hidden.device, torch.float32)
-            if isinstance(coefficient, torch.Tensor):
-                coefficient = coefficient[:, None]
-                delta = (coefficient * vector).masked_fill_(coefficient == 0, -0.0)
-            else:
-                delta = coefficient * vector
+            scale = row_scales(entry.scale, stream.rows, stream.expand, hidden.device)
+            delta = addend(decision, site, scale * entry.processor.strength, hidden.device)
             if self.record:
-                self._record_norm(entry.name, site, delta, hidden, stream)
-            delta = delta.to(hidden.dtype)[:, None]
-            positions = entry.processor.positions
-            total[positions] = total[positions] + delta if positions in total else delta
+                self._record_norm(entry.name, site, delta, hidden, forward)
+            addends.append((entry.processor.positions, delta))
+        total = merged(addends, hidden.dtype)
         self.unchecked += [(site, torch.linalg.vector_norm(delta, ord=math.inf)) for delta in total.values()]
         return total
 
-    def _check_finite(self) -> None:
-        """Look once at all that was decided: a strength that half precision cannot hold makes every logit NaN."""
+    def _record_norm(self, name: str, site: Site, delta: torch.Tensor, hidden: torch.Tensor, forward: Forward) -> None:
+        stream = forward.stream
+        if site in stream.states:
+            state = stream.states[site].to(hidden.device)
+        elif forward.has_query:
+            state = stream.window.query_state(hidden, forward.past)
+        else:
+            return
+        self.relative_norms[name] = delta.norm(dim=-1).expand(stream.rows) / state.norm(dim=-1)
+
+    def check_finite(self) -> None:
+        """Look once at all that was decided: a strength that half precision cannot hold makes every logit NaN.
+
+        Raises:
+            ValueError: if what is added somewhere is not finite.
+        """
+        if not self.unchecked:
+            return
         unchecked, self.unchecked = self.unchecked, []
         largest = unchecked[0][1]
         if len(unchecked) > 1:
@@ -135,36 +167,46 @@ class StreamWriter:
             "look for NaN in the adapter's tensors."
         )
 
-    def _record_norm(self, name: str, site: Site, delta: torch.Tensor, hidden: torch.Tensor, stream: Stream) -> None:
-        if site in stream.states:
-            state = stream.states[site].to(hidden.device)
-        elif stream.window.query_within(self.past, self.tokens):
-            state = stream.window.query_state(hidden, self.past)
-        else:
-            return
-        self.relative_norms[name] = delta.norm(dim=-1).expand(stream.rows) / state.norm(dim=-1)
-
-    def _transform(self, index: int, site: Site, hidden: torch.Tensor, stream: Stream) -> torch.Tensor:
-        entry = self.plan.entries[index]
-        positions = entry.processor.positions
-        if self.decoding and positions == "prompt":
+    def transform(self, index: int, site: Site, hidden: torch.Tensor, forward: Forward) -> torch.Tensor:
+        """Apply the map of an entry."""
+        processor = self.plan.entries[index].processor
+        if forward.decoding and processor.positions == "prompt":
             return hidden
-        return entry.processor.transform(site, hidden, self._view(index, stream, hidden.device))
+        return processor.transform(site, hidden, token_view(self.plan, index, forward, hidden.device))
 
-    def _view(self, index: int, stream: Stream, device: torch.device) -> TokenView:
-        entry, window = self.plan.entries[index], stream.window
-        positions = entry.processor.positions
-        expand = self.prompt.expand if self.prompt is not None else 1
-        scale = row_scales(entry.scale, stream.rows, expand, device)
-        if not isinstance(scale, torch.Tensor):
-            scale = torch.full((stream.rows,), float(scale), device=device)
-        return TokenView(
-            mask=None if self.decoding else window.token_mask(positions, self.past, self.tokens, device),
-            last_index=None if self.decoding else window.newest(self.past, self.tokens, device),
-            in_prompt=not self.decoding,
-            scale=scale[:, None, None],
-            state=self.memory[index] if stream is self.streams[0] else stream.memory.setdefault(index, {}),
-            first_column=self.past,
-            query_column=window.query,
-            decision=stream.decisions.get(index),
-        )
+    def for_decoding(
+        self, stream: Stream, sites: Mapping[Site, int], dtype: torch.dtype, device: torch.device
+    ) -> dict[Site, torch.Tensor]:
+        """What a decode step adds at each of some sites, `[rows, 1, width]`; -0.0 where the call does not steer.
+
+        Args:
+            stream: the sequence; its prompt is done.
+            sites: the sites and their widths.
+            dtype, device: of the stream at sites where nothing is added.
+        """
+        for site, width in sites.items():
+            if site not in stream.compiled:
+                delta = stream.decode.get(site)
+                if delta is None:
+                    delta = torch.full((1, 1, width), -0.0, dtype=dtype, device=device)
+                stream.compiled[site] = delta.expand(stream.rows, 1, width).contiguous()
+        return stream.compiled
+
+
+def token_view(plan: Plan, index: int, forward: Forward, device: torch.device) -> TokenView:
+    """What an entry's `transform` may know of a forward."""
+    entry, stream, window = plan.entries[index], forward.stream, forward.stream.window
+    past, tokens = forward.past, forward.tokens
+    scale = row_scales(entry.scale, stream.rows, stream.expand, device)
+    if not isinstance(scale, torch.Tensor):
+        scale = torch.full((stream.rows,), float(scale), device=device)
+    return TokenView(
+        mask=None if forward.decoding else window.token_mask(entry.processor.positions, past, tokens, device),
+        last_index=None if forward.decoding else window.newest(past, tokens, device),
+        in_prompt=not forward.decoding,
+        scale=scale[:, None, None],
+        state=stream.memory[index],
+        first_column=past,
+        query_column=window.query,
+        decision=stream.decisions.get(index),
+    )
