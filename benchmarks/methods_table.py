@@ -63,7 +63,7 @@ METHODS = (
         "arXiv 2508.17621",
         "a shifted position stays shifted; `compat`",
     ),
-    Method("ITI", "-", "heads", "-", "probes of heads", "-", "arXiv 2306.03341", "share of the heads, not 48"),
+    Method("ITI", "-", "heads", "-", "probes of heads", "-", "arXiv 2306.03341", "the number of heads is searched"),
     Method("CAA", "-", "one block", "-", "-", "-", "arXiv 2312.06681", "means over answers; `paper()`"),
     Method(
         "CAST",
@@ -210,7 +210,8 @@ def size(rows: list[Found], name: str) -> str:
     found = next((row for row in rows if row.label == name and row.is_fitted), None)
     if found is None:
         return "-"
-    return f"{max(split['bytes'] for split in found.splits.values()) / 1000:.0f} kB"
+    kilobytes = max(split["bytes"] for split in found.splits.values()) / 1000
+    return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
 
 
 def table(out: Path) -> list[str]:

@@ -27,6 +27,8 @@ from finesteer_hf.sites import Site
 
 
 DIRECTIONS = ("centre", "probe")
+# Norms of the shifts in units of the chosen heads' outputs: a few heads have to be pushed far to move the stream.
+DOSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 MIN_ROWS = 4
 # Both papers work on models of 32 blocks of 32 heads: their counts are shares of these.
 PUBLISHED_HEADS = 1024
@@ -299,7 +301,7 @@ def fit_heads(
         count: fit.trial(lambda strength, fit=fit: build(fit, strength))  # type: ignore[misc]
         for count, fit in fits.items()
     }
-    found = search(data, config.strength, trials, what="count")
+    found = search(data, config.strength, trials, what="count", doses=DOSES)
     chosen = fits[found.key]
     report = {
         "heads": chosen.heads,
