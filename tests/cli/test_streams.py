@@ -113,7 +113,9 @@ def test_warnings_are_messages_without_a_line_of_source(base: str, half_plane: N
     assert "warning" not in result.stdout and "steered" in result.stdout
 
 
-@pytest.mark.parametrize("module", ["typer", "rich.console", "torch", "transformers", "finesteer_hf.mixin", "peft"])
+@pytest.mark.parametrize(
+    "module", ["typer", "rich.console", "torch", "transformers", "finesteer_hf.mixin", "finesteer_hf.adapter"]
+)
 def test_ctrl_c_during_imports_ends_in_one_line(module: str) -> None:
     done = python(INTERRUPTED_IMPORT.format(module=module, arguments=["generate", "nowhere", "-p", "hello"]))
     assert (done.returncode, done.stderr) == (130, "stopped\n"), done.stderr
