@@ -21,15 +21,15 @@ from real_data import QUICK, truthful_halves
 from transformers import AutoTokenizer
 
 from finesteer_hf import SteeredModelForCausalLM, playground
-from finesteer_hf.cli.demo_real import ASKED
-from finesteer_hf.cli.demo_run import ABOUT
-from finesteer_hf.config import CONFIG_NAME
+from finesteer_hf.adapters.config import CONFIG_NAME
+from finesteer_hf.cli.demo.real import ASKED
+from finesteer_hf.cli.demo.run import ABOUT
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
+from finesteer_hf.evaluation.data.playground_eval import TASKS, target_prompts
+from finesteer_hf.evaluation.data.safety import classify_response
+from finesteer_hf.evaluation.data.truthfulqa import nearer_to_truth
 from finesteer_hf.evaluation.examples import examples_of
-from finesteer_hf.evaluation.playground_eval import TASKS, target_prompts
-from finesteer_hf.evaluation.prompts import as_chat
-from finesteer_hf.evaluation.safety import classify_response
-from finesteer_hf.evaluation.truthfulqa import nearer_to_truth
+from finesteer_hf.evaluation.measures.prompts import as_chat
 
 
 ROOT = Path(__file__).resolve().parents[1]

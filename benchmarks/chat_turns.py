@@ -18,9 +18,9 @@ import numpy as np
 
 from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter, fit_steering, playground
 from finesteer_hf.evaluation.behaviour import JudgedPrompt
-from finesteer_hf.evaluation.generation import greedy_answers
-from finesteer_hf.evaluation.playground_eval import TASKS, Task, draw, fit_rows, general_prompts, target_prompts
-from finesteer_hf.evaluation.statistics import proportion
+from finesteer_hf.evaluation.data.playground_eval import TASKS, Task, draw, fit_rows, general_prompts, target_prompts
+from finesteer_hf.evaluation.measures.generation import greedy_answers
+from finesteer_hf.evaluation.measures.statistics import proportion
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from finesteer_hf.cli.commands import app
-from finesteer_hf.evaluation.playground_eval import fit_rows
+from finesteer_hf.evaluation.data.playground_eval import fit_rows
 
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "cli.md"

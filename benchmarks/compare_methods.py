@@ -32,13 +32,13 @@ from compare_rows import PROMPT, UNSTEERED, Row, rows
 from compare_subjects import SUBJECTS, Subject, subject_of
 from real_model import DATA, write
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.config import get_steering_method
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.config import get_steering_method
 from finesteer_hf.fitting import fit_steering
+from finesteer_hf.fitting.data.inputs import prepare_inputs
 from finesteer_hf.fitting.dose import DoseRunner
-from finesteer_hf.fitting.inputs import prepare_inputs
-from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.objective import Limits
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.processors import SteeringProcessor
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from compare_rows import PROMPT, REFERENCE, UNSTEERED
 
-from finesteer_hf.evaluation.ranks import ranks_with_intervals
-from finesteer_hf.evaluation.statistics import holm, mean_with_interval, paired_difference, paired_p_value
+from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
+from finesteer_hf.evaluation.measures.statistics import holm, mean_with_interval, paired_difference, paired_p_value
 
 
 REMARKS = Path(__file__).with_name("compare_methods_remarks.md")
@@ -32,7 +32,7 @@ SCORES = {
 }
 HEAD = """Each method is fitted by `fit_steering` on one half of a task's data and asked the other half, which shares no
 question (request, cluster of requests) with it. Where to steer, which tokens and how strongly is searched for all methods
-by the same function (`finesteer_hf/methods/search.py`), on rows that the fit holds out; what a method's paper fixes stays
+by the same function (`methods/_shared/search.py`), on rows that the fit holds out; what a method's paper fixes stays
 fixed in the rows "published", whose strength alone is chosen. Nothing is chosen on the test half. A seed draws the halves
 and is the fit's own.
 

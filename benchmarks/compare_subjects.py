@@ -32,9 +32,9 @@ from real_setup import load_model
 
 from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
-from finesteer_hf.evaluation.playground_eval import fit_rows, general_prompts, target_prompts
-from finesteer_hf.evaluation.prompts import as_chat
-from finesteer_hf.fitting.splits import SplitBy
+from finesteer_hf.evaluation.data.playground_eval import fit_rows, general_prompts, target_prompts
+from finesteer_hf.evaluation.measures.prompts import as_chat
+from finesteer_hf.fitting.data.splits import SplitBy
 
 
 SUBJECTS = ("playground-truthful", "playground-refusal", "real-truthful", "real-refusal")

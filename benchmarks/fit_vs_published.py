@@ -36,14 +36,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from finesteer_hf import FineSteerConfig, QueryStates, SteeringAdapter, fit_steering, playground
 from finesteer_hf.estimators import PaperMoSE, held_out_r2, row_losses
-from finesteer_hf.evaluation.statistics import paired_difference
-from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
-from finesteer_hf.evaluation.truthfulqa import preference_rows as truthfulqa_rows
-from finesteer_hf.fitting.capture import CaptureCount, StateReader
-from finesteer_hf.fitting.data import read_preferences
-from finesteer_hf.fitting.jobs import Job, make_jobs
-from finesteer_hf.fitting.templating import EncodedRow, encode_preferences
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa
+from finesteer_hf.evaluation.data.truthfulqa import preference_rows as truthfulqa_rows
+from finesteer_hf.evaluation.measures.statistics import paired_difference
+from finesteer_hf.fitting.capture.jobs import Job, make_jobs
+from finesteer_hf.fitting.capture.reader import CaptureCount, StateReader
+from finesteer_hf.fitting.data.rows import read_preferences
+from finesteer_hf.fitting.data.templating import EncodedRow, encode_preferences
+from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.finesteer.method import FineSteer
 from finesteer_hf.sites import Site
 

@@ -25,14 +25,14 @@ from gate_kinds import SITE, Prompts, StateData, doses, scores_of
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finesteer_hf.evaluation.safety import load_advbench, load_jailbreakbench, load_xstest
-from finesteer_hf.evaluation.sources import read_rows
-from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
-from finesteer_hf.fitting.capture import StateReader
-from finesteer_hf.fitting.data import PromptRow
-from finesteer_hf.fitting.jobs import Job
-from finesteer_hf.fitting.templating import encode_prompts
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.evaluation.data.safety import load_advbench, load_jailbreakbench, load_xstest
+from finesteer_hf.evaluation.data.sources import read_rows
+from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa
+from finesteer_hf.fitting.capture.jobs import Job
+from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.data.rows import PromptRow
+from finesteer_hf.fitting.data.templating import encode_prompts
+from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.query_gate import GateFit, QueryGateConfig, fit_gate
 from finesteer_hf.sites import Site
 

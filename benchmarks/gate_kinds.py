@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS
-from finesteer_hf.fitting.splits import Split, SplitBy, split_rows, split_units
-from finesteer_hf.methods.base import ModelInfo
+from finesteer_hf.fitting.data.splits import Split, SplitBy, split_rows, split_units
+from finesteer_hf.method_api import ModelInfo
 from finesteer_hf.methods.query_gate import GateFit, QueryGateConfig, fit_gate
 from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS, from_file
 from finesteer_hf.sites import Site

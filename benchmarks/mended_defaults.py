@@ -21,9 +21,9 @@ from compare_rows import Row
 from compare_subjects import Playground
 
 from finesteer_hf import CAAConfig, FineSteerConfig
-from finesteer_hf.config import SteeringConfig
-from finesteer_hf.evaluation.statistics import proportion
-from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.evaluation.measures.statistics import proportion
+from finesteer_hf.fitting.data.templating import Passage
 from finesteer_hf.methods.cast import CASTConfig
 from finesteer_hf.methods.fasb import FASBConfig
 from finesteer_hf.methods.inferaligner import InferAlignerConfig

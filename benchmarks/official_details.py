@@ -25,8 +25,8 @@ from vector_defaults import Rows, Splitter, show, tasks
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, fit_steering, playground
 from finesteer_hf.estimators import PaperMoSE, held_out_r2
 from finesteer_hf.evaluation.behaviour import evaluate
-from finesteer_hf.evaluation.playground_eval import fit_rows, general_prompts, target_prompts
-from finesteer_hf.evaluation.statistics import paired_difference, proportion
+from finesteer_hf.evaluation.data.playground_eval import fit_rows, general_prompts, target_prompts
+from finesteer_hf.evaluation.measures.statistics import paired_difference, proportion
 from finesteer_hf.methods.alphasteer import AlphaSteerConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finesteer_hf.evaluation.statistics import holm, mcnemar
+from finesteer_hf.evaluation.measures.statistics import holm, mcnemar
 
 
 ALPHA = 0.05

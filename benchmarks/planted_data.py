@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from finesteer_hf.methods.base import ModelInfo
-from finesteer_hf.methods.objective import Limits
+from finesteer_hf.method_api import ModelInfo
+from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.sites import Site
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from shipped_cards import arguments_of, ship
 
 from finesteer_hf import playground
-from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.adapters.adapter import SteeringAdapter
 
 
 BASE = "playground"

@@ -20,9 +20,9 @@ from real_rows import REFERENCE, UNSTEERED, slug_of
 from real_setup import BASE, WEIGHTS, load_model
 from shipped_cards import HUB_CARDS, arguments_of, ship
 
-from finesteer_hf.adapter import SteeringAdapter
+from finesteer_hf.adapters.adapter import SteeringAdapter
 from finesteer_hf.evaluation.comparison import ComparisonRow
-from finesteer_hf.evaluation.statistics import mcnemar, mean_with_interval, proportion
+from finesteer_hf.evaluation.measures.statistics import mcnemar, mean_with_interval, proportion
 
 
 MODEL = HUB_CARDS.parent / "out" / "real" / "model"

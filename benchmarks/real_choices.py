@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from real_conditions import Condition
 
-from finesteer_hf.evaluation.likelihood import is_steerable, model_device, token_log_probs
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores
-from finesteer_hf.evaluation.prompts import encode_pairs
+from finesteer_hf.evaluation.measures.likelihood import is_steerable, model_device, token_log_probs
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, choice_scores
+from finesteer_hf.evaluation.measures.prompts import encode_pairs
 
 
 # Questions scored both ways before the packed way is trusted, and how far apart (nats) the two may be: a mask that does not

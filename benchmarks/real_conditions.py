@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from finesteer_hf.evaluation.generation import Answers, greedy_answers
-from finesteer_hf.evaluation.likelihood import is_steerable
-from finesteer_hf.evaluation.prompts import Prompt, as_chat, encode_prompt
+from finesteer_hf.evaluation.measures.generation import Answers, greedy_answers
+from finesteer_hf.evaluation.measures.likelihood import is_steerable
+from finesteer_hf.evaluation.measures.prompts import Prompt, as_chat, encode_prompt
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from finesteer_hf.evaluation.prompts import as_chat
-from finesteer_hf.evaluation.safety import SafetyPrompt, load_jailbreakbench, load_xstest
-from finesteer_hf.evaluation.sources import read_rows
-from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion, load_truthfulqa, preference_rows, split_halves
-from finesteer_hf.fitting.general import default_general_prompts
+from finesteer_hf.evaluation.data.safety import SafetyPrompt, load_jailbreakbench, load_xstest
+from finesteer_hf.evaluation.data.sources import read_rows
+from finesteer_hf.evaluation.data.truthfulqa import TruthfulQuestion, load_truthfulqa, preference_rows, split_halves
+from finesteer_hf.evaluation.measures.prompts import as_chat
+from finesteer_hf.fitting.data.general import default_general_prompts
 
 
 FILES = (

@@ -12,15 +12,15 @@ from real_choices import score_items
 from real_conditions import Condition
 from real_data import GeneralData
 
-from finesteer_hf.evaluation.likelihood import (
+from finesteer_hf.evaluation.data.safety import classify_response, repeated_ngram_share
+from finesteer_hf.evaluation.data.truthfulqa import TruthfulQuestion, choice_items
+from finesteer_hf.evaluation.measures.likelihood import (
     batches_by_length,
     forward_logits,
     model_device,
     pad_right,
     token_log_probs,
 )
-from finesteer_hf.evaluation.safety import classify_response, repeated_ngram_share
-from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion, choice_items
 
 
 ANSWER_TOKENS, REFUSAL_TOKENS, GENERAL_TOKENS = 32, 24, 24

@@ -48,9 +48,9 @@ from real_rows import REFERENCE, TASKS, UNSTEERED, Row, Task, rows_of, slug_of
 from real_setup import BASE, WEIGHTS, is_prepared, load_model
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, fit_steering
-from finesteer_hf.config import CONFIG_NAME, SteeringConfig
-from finesteer_hf.evaluation.safety import is_refusal
-from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion
+from finesteer_hf.adapters.config import CONFIG_NAME, SteeringConfig
+from finesteer_hf.evaluation.data.safety import is_refusal
+from finesteer_hf.evaluation.data.truthfulqa import TruthfulQuestion
 
 
 DATA = Path("../shared/data")

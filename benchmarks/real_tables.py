@@ -10,7 +10,7 @@ import numpy as np
 from paired_tests import mcnemar_cells
 from real_rows import UNSTEERED
 
-from finesteer_hf.evaluation.statistics import mean_with_interval, paired_difference, proportion
+from finesteer_hf.evaluation.measures.statistics import mean_with_interval, paired_difference, proportion
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,7 +23,7 @@ from real_data import QUICK, Sizes, general_data, truthful_halves, truthful_rows
 from real_setup import load_model
 
 from finesteer_hf import FineSteerConfig, fit_steering
-from finesteer_hf.evaluation.prompts import encode_pairs, encode_prompt
+from finesteer_hf.evaluation.measures.prompts import encode_pairs, encode_prompt
 
 
 FITS: dict[str, dict[str, Any]] = {"closed form": {"refine": 0}, "default": {}}

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.cards import CARD_NAME, PLACEHOLDER
-from finesteer_hf.fingerprint import fingerprint
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.fingerprint import fingerprint
+from finesteer_hf.hub.card import CARD_NAME, PLACEHOLDER
 
 
 HUB_CARDS = Path(__file__).resolve().parents[1] / "hub_cards"

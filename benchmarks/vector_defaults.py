@@ -35,16 +35,16 @@ from finesteer_hf.estimators import (
     ReducedRankSteering,
     held_out_r2,
 )
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem, score_choices
-from finesteer_hf.evaluation.playground_eval import draw
-from finesteer_hf.evaluation.statistics import mean_with_interval, paired_difference
-from finesteer_hf.evaluation.truthfulqa import load_truthfulqa
-from finesteer_hf.evaluation.truthfulqa import preference_rows as truthfulqa_rows
-from finesteer_hf.fitting.capture import StateReader
-from finesteer_hf.fitting.data import read_preferences, read_prompts
-from finesteer_hf.fitting.jobs import make_jobs
-from finesteer_hf.fitting.templating import encode_preferences, encode_prompts
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.evaluation.data.playground_eval import draw
+from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa
+from finesteer_hf.evaluation.data.truthfulqa import preference_rows as truthfulqa_rows
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, score_choices
+from finesteer_hf.evaluation.measures.statistics import mean_with_interval, paired_difference
+from finesteer_hf.fitting.capture.jobs import make_jobs
+from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.data.rows import read_preferences, read_prompts
+from finesteer_hf.fitting.data.templating import encode_preferences, encode_prompts
+from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.finesteer.experts import highest_rank
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file
 from finesteer_hf.sites import Site

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 # For type checkers, to whom `as` says that a name is public; at run time the names come from `_HOMES` and the registry.
 if TYPE_CHECKING:
-    from finesteer_hf.adapter import LoadReport as LoadReport
-    from finesteer_hf.adapter import SteeringAdapter as SteeringAdapter
-    from finesteer_hf.auto import SteeredModelForCausalLM as SteeredModelForCausalLM
-    from finesteer_hf.config import SteeringConfig as SteeringConfig
-    from finesteer_hf.config import register_steering_method as register_steering_method
-    from finesteer_hf.config import steering_methods as steering_methods
+    from finesteer_hf.adapters.adapter import LoadReport as LoadReport
+    from finesteer_hf.adapters.adapter import SteeringAdapter as SteeringAdapter
+    from finesteer_hf.adapters.config import SteeringConfig as SteeringConfig
+    from finesteer_hf.adapters.config import register_steering_method as register_steering_method
+    from finesteer_hf.adapters.config import steering_methods as steering_methods
     from finesteer_hf.fitting import fit_steering as fit_steering
     from finesteer_hf.hub import list_adapters as list_adapters
     from finesteer_hf.methods.caa import CAAConfig as CAAConfig
     from finesteer_hf.methods.finesteer import FineSteerConfig as FineSteerConfig
-    from finesteer_hf.mixin import SteeringMixin as SteeringMixin
+    from finesteer_hf.model.auto import SteeredModelForCausalLM as SteeredModelForCausalLM
+    from finesteer_hf.model.verbs import SteeringMixin as SteeringMixin
     from finesteer_hf.processors import ConstantVector as ConstantVector
     from finesteer_hf.processors import Decision as Decision
     from finesteer_hf.processors import QueryStates as QueryStates
@@ -34,12 +34,12 @@ __version__ = "0.1.0"
 
 # Where the names are at home; those of the configs are in the registry.
 _HOMES = {
-    "adapter": ("LoadReport", "SteeringAdapter"),
-    "auto": ("SteeredModelForCausalLM",),
-    "config": ("SteeringConfig", "register_steering_method", "steering_methods"),
+    "adapters.adapter": ("LoadReport", "SteeringAdapter"),
+    "model.auto": ("SteeredModelForCausalLM",),
+    "adapters.config": ("SteeringConfig", "register_steering_method", "steering_methods"),
     "fitting": ("fit_steering",),
     "hub": ("list_adapters",),
-    "mixin": ("SteeringMixin",),
+    "model.verbs": ("SteeringMixin",),
     "processors": (
         "ConstantVector",
         "Decision",
@@ -76,7 +76,7 @@ def __dir__() -> list[str]:
 
 def _method_configs() -> dict[str, Any]:
     """The configs of all methods by the names of their classes."""
-    from finesteer_hf.config import get_steering_method, steering_methods
+    from finesteer_hf.adapters.config import get_steering_method, steering_methods
 
     configs = (get_steering_method(method).config_cls for method in steering_methods())
     return {config.__name__: config for config in configs}

@@ -1,7 +1,8 @@
 """Steering for plain transformers: `model.generate(..., custom_generate="org/adapter", trust_remote_code=True)`.
 
-An adapter's repo may carry a `custom_generate/generate.py`, which transformers loads and calls in place of its own
-`generate`. Ours is a few lines that call `generate_steered`; the model that it is given stays the plain model it was.
+An adapter's repo may carry a `custom_generate/generate.py` (see `hub/generate_code.py`), which transformers loads and calls
+in place of its own `generate`. It calls `generate_steered`; the model that it is given stays the plain model it was. Repos
+name this module, so it stays where it is.
 """
 
 from __future__ import annotations
@@ -10,34 +11,14 @@ import copy
 import functools
 import os
 import threading
-from pathlib import Path
-from string import Template
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapter import SteeringAdapter, warn_about
-from finesteer_hf.mixin import SteeringMixin, steer
+from finesteer_hf.adapters.adapter import SteeringAdapter, warn_about
+from finesteer_hf.model.verbs import SteeringMixin, steer
 
-
-FILE_NAME = "custom_generate/generate.py"
-_TEMPLATE = Template('''\
-"""Steer with this repo's adapter: model.generate(**inputs, custom_generate=$repo, trust_remote_code=True).
-
-steering_scale, output_steering and everything that generate takes may be added; revision= is the adapter's.
-"""
-
-ADAPTER = $repo
-
-
-def generate(model, steering_adapter=ADAPTER, revision=None, **kwargs):
-    try:
-        from finesteer_hf.custom_generate import generate_steered
-    except ImportError as error:
-        raise ImportError("This adapter steers with finesteer_hf. Install it: pip install finesteer-hf") from error
-    return generate_steered(model, steering_adapter, revision=revision, **kwargs)
-''')
 
 _TWINS: WeakKeyDictionary[PreTrainedModel, Any] = WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -50,28 +31,6 @@ def _renew_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_after_fork)
-
-
-def write_custom_generate(directory: str | Path, repo: str | None) -> Path:
-    """Write `custom_generate/generate.py` into a folder.
-
-    Args:
-        directory: what becomes the root of the repo.
-        repo: what the code loads, `org/name`; None where it is not known yet: callers then have to say
-            `steering_adapter="org/name"`.
-
-    Returns:
-        Path of the file.
-    """
-    path = Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(generate_code(repo))
-    return path
-
-
-def generate_code(repo: str | None) -> bytes:
-    """Content of `custom_generate/generate.py`; argument as for `write_custom_generate`."""
-    return _TEMPLATE.substitute(repo=repr(repo)).encode()
 
 
 def generate_steered(model: Any, adapter: str | None, *, revision: str | None = None, **kwargs: Any) -> Any:

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finesteer_hf import Decision, QueryStates, Site, SteeringAdapter, config
-from finesteer_hf.methods.base import SteeringMethod
+from finesteer_hf import Decision, QueryStates, Site, SteeringAdapter
+from finesteer_hf.adapters import config
+from finesteer_hf.method_api import SteeringMethod
 
 
 WORDS = (

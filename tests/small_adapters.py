@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finesteer_hf import Site, SteeringAdapter
-from finesteer_hf.algebra import constant_adapter
+from finesteer_hf.adapters.algebra import constant_adapter
 
 
 WIDTH = 16

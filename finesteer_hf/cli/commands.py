@@ -9,7 +9,7 @@ import typer
 from finesteer_hf import __version__
 from finesteer_hf.cli.common import friendly
 from finesteer_hf.cli.compare import compare
-from finesteer_hf.cli.demo import demo
+from finesteer_hf.cli.demo.command import demo
 from finesteer_hf.cli.evaluate import evaluate
 from finesteer_hf.cli.fit import fit
 from finesteer_hf.cli.generate import generate

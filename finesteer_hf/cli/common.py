@@ -101,7 +101,7 @@ def load(
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
-    from finesteer_hf import SteeredModelForCausalLM
+    from finesteer_hf.model.auto import SteeredModelForCausalLM
 
     location = model_location(model)
     arguments = {"dtype": dtype, **assignments("--model-arg", model_arg or [])}

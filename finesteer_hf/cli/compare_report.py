@@ -8,12 +8,12 @@ import numpy as np
 
 from finesteer_hf.evaluation.behaviour import Outcome
 from finesteer_hf.evaluation.comparison import ALPHA, HOLM_NOTE, ComparisonRow, p_text
+from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
+from finesteer_hf.evaluation.measures.statistics import Mean, Proportion, holm
 from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, MethodTrial
 from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
-from finesteer_hf.evaluation.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
-from finesteer_hf.evaluation.statistics import Mean, Proportion, holm
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
 
 
 EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")

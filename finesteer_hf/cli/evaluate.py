@@ -35,8 +35,8 @@ def evaluate(
     Every figure comes with its n and interval; both conditions answer the same prompts.
     """
     from finesteer_hf.evaluation.behaviour import evaluate as ask
-    from finesteer_hf.evaluation.benchmarks import load_benchmark
     from finesteer_hf.evaluation.comparison import COLUMNS, HOLM_NOTE, compare, table_cells
+    from finesteer_hf.evaluation.data.benchmarks import load_benchmark
     from finesteer_hf.evaluation.examples import examples_of
 
     if update_card and not Path(steering).is_dir():

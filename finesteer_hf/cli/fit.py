@@ -14,7 +14,7 @@ from finesteer_hf.cli.options import FIT, LOAD, assignments, takes
 
 
 if TYPE_CHECKING:
-    from finesteer_hf.config import SteeringConfig
+    from finesteer_hf.adapters.config import SteeringConfig
 
 
 class DataFormat(str, Enum):
@@ -56,14 +56,14 @@ def fit(
 ) -> None:
     """Fit a steering adapter and save it."""
     from finesteer_hf.evaluation.examples import ask_example
-    from finesteer_hf.evaluation.prompts import as_chat
+    from finesteer_hf.evaluation.measures.prompts import as_chat
     from finesteer_hf.fitting import fit_steering
 
     check_folder(out)
     config = make_config(method, settings or [])
     rows: Any = dataset
     if data_format is DataFormat.truthfulqa:
-        from finesteer_hf.evaluation.truthfulqa import load_truthfulqa, preference_rows, split_halves
+        from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa, preference_rows, split_halves
 
         questions = load_truthfulqa(dataset)
         rows = preference_rows(questions if half is Half.all else split_halves(questions, seed=fitting["seed"])[0])
@@ -88,7 +88,7 @@ def make_config(method: str, settings: list[str]) -> SteeringConfig:
     Raises:
         ValueError: for what is no setting of the method, or a value that it cannot have.
     """
-    from finesteer_hf.config import get_steering_method
+    from finesteer_hf.adapters.config import get_steering_method
 
     config_cls = get_steering_method(method.upper()).config_cls
     known = config_cls.setting_fields()

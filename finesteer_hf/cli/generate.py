@@ -32,9 +32,9 @@ def generate(
 
     Answers are greedy; with a gate its value is shown.
     """
-    from finesteer_hf.evaluation.generation import greedy_answers
-    from finesteer_hf.evaluation.prompts import as_chat
-    from finesteer_hf.evaluation.scoring import steered_as
+    from finesteer_hf.evaluation.measures.generation import greedy_answers
+    from finesteer_hf.evaluation.measures.prompts import as_chat
+    from finesteer_hf.evaluation.measures.scoring import steered_as
 
     texts = list(prompt) if prompt else [line.strip() for line in sys.stdin if line.strip()]
     if not texts:

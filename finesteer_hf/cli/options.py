@@ -42,7 +42,7 @@ class OptionsOf:
 
 
 FIT = OptionsOf("fitting/fit.py", "fit_steering", also={"general_dataset": ("--general",), "store_dir": ("--store",)})
-BENCHMARK = OptionsOf("evaluation/benchmarks.py", "load_benchmark")
+BENCHMARK = OptionsOf("evaluation/data/benchmarks.py", "load_benchmark")
 LOAD = OptionsOf("cli/common.py", "load", also={"steering": ("-s",)})
 
 

@@ -15,8 +15,8 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="The whole steering_config.json instead.")] = False,
 ) -> None:
     """Show an adapter's settings and figures."""
-    from finesteer_hf.adapter import SteeringAdapter
-    from finesteer_hf.card_facts import adapter_facts
+    from finesteer_hf.adapters.adapter import SteeringAdapter
+    from finesteer_hf.hub.card_facts import adapter_facts
 
     loaded = SteeringAdapter.from_pretrained(adapter)
     if as_json:

@@ -10,8 +10,9 @@ fp32 tensors that its run-time function takes as keyword arguments. That functio
 
 from __future__ import annotations
 
-from .closed_form import ReducedRankSteering, low_rank_vector
-from .conformal import (
+from finesteer_hf.estimators.closed_form import ReducedRankSteering, low_rank_vector
+from finesteer_hf.estimators.experts import expert_weights
+from finesteer_hf.estimators.gating.conformal import (
     conformal_rank,
     false_alarm_upper_bound,
     kinds_bound,
@@ -21,9 +22,8 @@ from .conformal import (
     pac_rank,
     rows_needed,
 )
-from .experts import expert_weights
-from .form import FormProbe
-from .gates import (
+from finesteer_hf.estimators.gating.form import FormProbe
+from finesteer_hf.estimators.gating.gates import (
     GATE_FUNCTIONS,
     GATES,
     AlwaysGate,
@@ -37,11 +37,8 @@ from .gates import (
     logistic_gate,
     quantile_gate,
 )
-from .mixture import MixtureSteering, mixture_vector
-from .mose import PaperMoSE, mose_vector
-from .ridge import RidgePath, held_out_residuals
-from .score_choice import SCORE_FUNCTIONS, SCORES, AutoScore
-from .scores import (
+from finesteer_hf.estimators.gating.score_choice import SCORE_FUNCTIONS, SCORES, AutoScore
+from finesteer_hf.estimators.gating.scores import (
     MonitoringScore,
     StateScore,
     cross_fitted_scores,
@@ -49,7 +46,10 @@ from .scores import (
     state_score,
     t2q_score,
 )
-from .selection import (
+from finesteer_hf.estimators.mixture import MixtureSteering, mixture_vector
+from finesteer_hf.estimators.mose import PaperMoSE, mose_vector
+from finesteer_hf.estimators.ridge import RidgePath, held_out_residuals
+from finesteer_hf.estimators.selection import (
     calibration_slope,
     held_out_r2,
     make_folds,
@@ -57,7 +57,7 @@ from .selection import (
     one_standard_error,
     row_losses,
 )
-from .subspace import IntervenedSubspace, subspace_energy_ratio
+from finesteer_hf.estimators.subspace import IntervenedSubspace, subspace_energy_ratio
 
 
 VECTOR_FUNCTIONS = {"mixture": mixture_vector, "reduced_rank": low_rank_vector, "paper": mose_vector}

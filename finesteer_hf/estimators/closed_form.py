@@ -10,10 +10,17 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
-from .linear_algebra import row_space
-from .ridge import RidgePath, group_blocks
-from .selection import WORTHLESS_R2, held_out_r2, make_folds, mean_cosine, one_standard_error, usable_slope
+from finesteer_hf.estimators.arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
+from finesteer_hf.estimators.linear_algebra import row_space
+from finesteer_hf.estimators.ridge import RidgePath, group_blocks
+from finesteer_hf.estimators.selection import (
+    WORTHLESS_R2,
+    held_out_r2,
+    make_folds,
+    mean_cosine,
+    one_standard_error,
+    usable_slope,
+)
 
 
 def low_rank_vector(

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import calinski_harabasz_score, silhouette_score
 
-from .arrays import Matrix
-from .linear_algebra import principal_directions
+from finesteer_hf.estimators.arrays import Matrix
+from finesteer_hf.estimators.linear_algebra import principal_directions
 
 
 CLUSTERING_DIMENSIONS = 256

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 from sklearn.utils.extmath import randomized_svd
 
-from .arrays import Matrix
+from finesteer_hf.estimators.arrays import Matrix
 
 
 # Above this many rows an exact Gram eigenproblem of a wide table costs more than the accuracy it adds.

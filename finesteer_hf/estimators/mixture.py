@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
-from .closed_form import ReducedRankSteering, low_rank_vector
-from .experts import expert_weights
-from .linear_algebra import row_space
-from .routing import RoutedPrototypes, fit_prototypes
-from .selection import (
+from finesteer_hf.estimators.arrays import ArrayLike, Matrix, State, as_groups, as_matrix, paired, run, runtime_tensor
+from finesteer_hf.estimators.closed_form import ReducedRankSteering, low_rank_vector
+from finesteer_hf.estimators.experts import expert_weights
+from finesteer_hf.estimators.linear_algebra import row_space
+from finesteer_hf.estimators.routing import RoutedPrototypes, fit_prototypes
+from finesteer_hf.estimators.selection import (
     WORTHLESS_R2,
     calibration_slope,
     held_out_r2,

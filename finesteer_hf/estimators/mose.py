@@ -14,8 +14,19 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, fraction, one_of, paired, positive, run
-from .experts import (
+from finesteer_hf.estimators.arrays import (
+    ArrayLike,
+    Matrix,
+    State,
+    as_groups,
+    as_matrix,
+    fraction,
+    one_of,
+    paired,
+    positive,
+    run,
+)
+from finesteer_hf.estimators.experts import (
     calinski_harabasz_curve,
     cluster,
     cluster_means,
@@ -24,7 +35,7 @@ from .experts import (
     median_of_criteria,
     unit_length,
 )
-from .linear_algebra import principal_directions
+from finesteer_hf.estimators.linear_algebra import principal_directions
 
 
 def mose_vector(

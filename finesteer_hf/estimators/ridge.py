@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import ArrayLike, Matrix, as_groups, paired
-from .linear_algebra import gram_eigen, row_space
+from finesteer_hf.estimators.arrays import ArrayLike, Matrix, as_groups, paired
+from finesteer_hf.estimators.linear_algebra import gram_eigen, row_space
 
 
 @dataclass(frozen=True)

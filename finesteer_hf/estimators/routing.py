@@ -13,10 +13,10 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.covariance import ledoit_wolf
 
-from .arrays import Matrix
-from .experts import cluster, cluster_means, clustering_features
-from .linear_algebra import principal_directions
-from .selection import make_folds
+from finesteer_hf.estimators.arrays import Matrix
+from finesteer_hf.estimators.experts import cluster, cluster_means, clustering_features
+from finesteer_hf.estimators.linear_algebra import principal_directions
+from finesteer_hf.estimators.selection import make_folds
 
 
 ROUTING_DIMENSIONS = 128

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold, KFold
 
-from .arrays import ArrayLike, Matrix, as_float64
+from finesteer_hf.estimators.arrays import ArrayLike, Matrix, as_float64
 
 
 Fold = tuple[NDArray[np.intp], NDArray[np.intp]]

@@ -11,9 +11,19 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from .arrays import ArrayLike, Matrix, State, as_groups, as_matrix, fraction, one_of, run, runtime_tensor
-from .linear_algebra import principal_directions
-from .selection import make_folds
+from finesteer_hf.estimators.arrays import (
+    ArrayLike,
+    Matrix,
+    State,
+    as_groups,
+    as_matrix,
+    fraction,
+    one_of,
+    run,
+    runtime_tensor,
+)
+from finesteer_hf.estimators.linear_algebra import principal_directions
+from finesteer_hf.estimators.selection import make_folds
 
 
 TINY = torch.finfo(torch.float32).tiny

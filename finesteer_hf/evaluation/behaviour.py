@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from finesteer_hf.evaluation.generation import Answers, greedy_answers
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem, ChoiceScores, score_choices
-from finesteer_hf.evaluation.prompts import Prompt
-from finesteer_hf.evaluation.scoring import steered_as
-from finesteer_hf.evaluation.statistics import Mean, PairedTest, Proportion, mcnemar, paired_difference, proportion
-from finesteer_hf.evaluation.utility import identical_share
+from finesteer_hf.evaluation.measures.generation import Answers, greedy_answers
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, ChoiceScores, score_choices
+from finesteer_hf.evaluation.measures.prompts import Prompt
+from finesteer_hf.evaluation.measures.scoring import steered_as
+from finesteer_hf.evaluation.measures.statistics import (
+    Mean,
+    PairedTest,
+    Proportion,
+    mcnemar,
+    paired_difference,
+    proportion,
+)
+from finesteer_hf.evaluation.measures.utility import identical_share
 
 
 @dataclass(frozen=True)

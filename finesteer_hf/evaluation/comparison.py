@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finesteer_hf.evaluation.behaviour import Outcome
-from finesteer_hf.evaluation.statistics import Mean, Proportion, holm, mcnemar, paired_p_value
+from finesteer_hf.evaluation.measures.statistics import Mean, Proportion, holm, mcnemar, paired_p_value
 
 
 @dataclass(frozen=True)

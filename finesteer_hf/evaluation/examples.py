@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from finesteer_hf.evaluation.behaviour import Outcome
-from finesteer_hf.evaluation.generation import Answers, greedy_answers
-from finesteer_hf.evaluation.prompts import Prompt
-from finesteer_hf.evaluation.scoring import steered_as
+from finesteer_hf.evaluation.measures.generation import Answers, greedy_answers
+from finesteer_hf.evaluation.measures.prompts import Prompt
+from finesteer_hf.evaluation.measures.scoring import steered_as
 
 
 def examples_of(dataset: str, base: Outcome, steered: Outcome) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from finesteer_hf.evaluation.statistics import Mean, Proportion, mean_with_interval, proportion
+from finesteer_hf.evaluation.measures.statistics import Mean, Proportion, mean_with_interval, proportion
 
 
 @dataclass(frozen=True)

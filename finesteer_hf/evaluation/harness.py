@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch.nn import functional
 from tqdm import tqdm
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.auto import SteeredModelForCausalLM, steered
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.model.auto import SteeredModelForCausalLM, steered
 from finesteer_hf.processors import SteeringProcessor
 
 

@@ -10,19 +10,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.comparison import ComparisonRow, compare
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem
-from finesteer_hf.evaluation.statistics import Mean, PairedTest, mcnemar, paired_difference, paired_p_value
-from finesteer_hf.evaluation.truthfulqa import unigram_f1
+from finesteer_hf.evaluation.data.truthfulqa import unigram_f1
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.measures.statistics import Mean, PairedTest, mcnemar, paired_difference, paired_p_value
 from finesteer_hf.fitting import default_general_prompts, fit_steering
-from finesteer_hf.fitting.data import PreferenceRow, PromptRow, plain_text, prompt_key, read_preferences, read_prompts
-from finesteer_hf.fitting.inputs import PACKAGED, in_form_of
-from finesteer_hf.fitting.records import DatasetLike
-from finesteer_hf.fitting.splits import MIN_UNITS, SplitBy, split_rows, split_units
+from finesteer_hf.fitting.data.inputs import PACKAGED, in_form_of
+from finesteer_hf.fitting.data.records import DatasetLike
+from finesteer_hf.fitting.data.rows import (
+    PreferenceRow,
+    PromptRow,
+    plain_text,
+    prompt_key,
+    read_preferences,
+    read_prompts,
+)
+from finesteer_hf.fitting.data.splits import MIN_UNITS, SplitBy, split_rows, split_units
 
 
 HIT = "nearer to chosen (ROUGE-1)"

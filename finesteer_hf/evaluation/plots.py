@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from sklearn.metrics import roc_curve
 
 from finesteer_hf.evaluation.gates import auroc
-from finesteer_hf.evaluation.statistics import Mean, Proportion
-from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.objective import Criterion
+from finesteer_hf.evaluation.measures.statistics import Mean, Proportion
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Criterion
 
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines.

@@ -1,11 +1,11 @@
 """Fitting: contrast data, captured states, and `fit_steering`."""
 
-from finesteer_hf.fitting.capture import StateReader
+from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.general import default_general_prompts
+from finesteer_hf.fitting.data.lint import DatasetWarning
+from finesteer_hf.fitting.data.templating import format_query
 from finesteer_hf.fitting.fit import fit_steering
-from finesteer_hf.fitting.general import default_general_prompts
-from finesteer_hf.fitting.lint import DatasetWarning
-from finesteer_hf.fitting.store import ActivationStore
-from finesteer_hf.fitting.templating import format_query
 
 
 __all__ = [

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from finesteer_hf.auto import SteeredModelForCausalLM
-from finesteer_hf.fitting.capture import input_device
-from finesteer_hf.fitting.jobs import batches, pad_right
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.templating import Passage
-from finesteer_hf.methods.base import AnswerRun
-from finesteer_hf.mixin import SteeringMixin
+from finesteer_hf.fitting.capture.jobs import batches, pad_right
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.capture.reader import input_device
+from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.method_api import AnswerRun
+from finesteer_hf.model.auto import SteeredModelForCausalLM
+from finesteer_hf.model.verbs import SteeringMixin
 from finesteer_hf.processors import QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 

@@ -15,14 +15,14 @@ import torch
 from scipy.special import expit
 
 from finesteer_hf.fitting.answers import QueryRecorder, answer_logits, logit_budget, steered
-from finesteer_hf.fitting.capture import input_device
-from finesteer_hf.fitting.jobs import batches
+from finesteer_hf.fitting.capture.jobs import batches
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.capture.reader import input_device
+from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.fitting.own_words import Heard, own_words, repeated_share
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.fitting.units import clustered_se, mean_over_units, shuffle_units
-from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.objective import is_sayable
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import is_sayable
 from finesteer_hf.processors import SteeringProcessor
 
 

@@ -9,27 +9,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finesteer_hf.adapter import SteeringAdapter, active_lora_names
-from finesteer_hf.base_models import base_of
-from finesteer_hf.config import SteeringConfig, get_steering_method
-from finesteer_hf.fingerprint import fingerprint
-from finesteer_hf.fitting.capture import CaptureCount, Key, StateReader
-from finesteer_hf.fitting.captured import CapturedData, model_info
+from finesteer_hf.adapters.adapter import SteeringAdapter, active_lora_names
+from finesteer_hf.adapters.base_models import base_of
+from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.fingerprint import fingerprint
+from finesteer_hf.fitting.capture.captured import CapturedData, model_info
+from finesteer_hf.fitting.capture.gradients import GradientReader
+from finesteer_hf.fitting.capture.identity import model_identity
+from finesteer_hf.fitting.capture.jobs import Job, make_jobs
+from finesteer_hf.fitting.capture.processes import Processes
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.capture.reader import CaptureCount, Key, StateReader
+from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.inputs import prepare_inputs
+from finesteer_hf.fitting.data.lint import DatasetWarning, lint_memory
+from finesteer_hf.fitting.data.records import DatasetLike
+from finesteer_hf.fitting.data.splits import SplitBy
+from finesteer_hf.fitting.data.templating import AnswerEnd, chat_template_hash
 from finesteer_hf.fitting.dose import DoseRunner
-from finesteer_hf.fitting.gradients import GradientReader
-from finesteer_hf.fitting.identity import model_identity
-from finesteer_hf.fitting.inputs import prepare_inputs
-from finesteer_hf.fitting.jobs import Job, make_jobs
-from finesteer_hf.fitting.lint import DatasetWarning, lint_memory
-from finesteer_hf.fitting.processes import Processes
 from finesteer_hf.fitting.progress import FitProgress
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.records import DatasetLike
-from finesteer_hf.fitting.splits import SplitBy
-from finesteer_hf.fitting.store import ActivationStore
-from finesteer_hf.fitting.templating import AnswerEnd, chat_template_hash
-from finesteer_hf.methods.base import PROMPT_POOLS, CaptureRequest
-from finesteer_hf.methods.objective import Limits
+from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest
+from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.sites import TextTower
 
 

@@ -9,10 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from finesteer_hf.fitting.answers import StateRecorder, answer_logits, logit_budget, steered
-from finesteer_hf.fitting.capture import input_device
-from finesteer_hf.fitting.jobs import batches
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.fitting.capture.jobs import batches
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.capture.reader import input_device
+from finesteer_hf.fitting.data.templating import Passage
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 

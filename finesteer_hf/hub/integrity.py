@@ -16,8 +16,8 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import tqdm
 
+from finesteer_hf.adapters.tensor_files import sha256_of
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.tensor_files import sha256_of
 
 
 # What a connection, the Hub or its storage may fail with; huggingface_hub reports a failed upload as RuntimeError.

@@ -18,11 +18,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from finesteer_hf.config import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from finesteer_hf.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from finesteer_hf.adapters.tensor_files import SHA256, hashed_name
 from finesteer_hf.errors import AdapterFileError, HubUnreachableError, NoAdapterError
 from finesteer_hf.hub.integrity import commit_of, download
 from finesteer_hf.hub.names import check_subfolder, is_repo_name, listed, split_name
-from finesteer_hf.tensor_files import SHA256, hashed_name
 
 
 @dataclass(frozen=True)

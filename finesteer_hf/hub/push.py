@@ -20,17 +20,18 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
-from finesteer_hf.base_models import PACKAGED, is_public, names_a_repo, public_name
-from finesteer_hf.cards import warn_unmerged, write_card
+from finesteer_hf.adapters.base_models import PACKAGED, is_public, names_a_repo, public_name
 from finesteer_hf.errors import PushConflictError, PushError
+from finesteer_hf.hub.card import warn_unmerged, write_card
+from finesteer_hf.hub.generate_code import write_custom_generate
 from finesteer_hf.hub.integrity import FAILURES, TooLarge, download, git_blob_sha1
 from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
+from finesteer_hf.hub.readme import CARD_NAME, MOST_README_BYTES, ReadmeError
 from finesteer_hf.hub.repo_card import write_repo_card
-from finesteer_hf.readme import CARD_NAME, MOST_README_BYTES, ReadmeError
 
 
 if TYPE_CHECKING:
-    from finesteer_hf.adapter import SteeringAdapter
+    from finesteer_hf.adapters.adapter import SteeringAdapter
 
 
 # Seconds before a commit or tag that did not arrive is sent again.
@@ -302,8 +303,6 @@ class _Push:
         if self.subfolder:
             write_repo_card(self.adapter, self.folder, self.subfolder)
         if self.custom_generate:
-            from finesteer_hf.custom_generate import write_custom_generate
-
             write_custom_generate(self.folder, name)
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = {path.relative_to(self.folder).as_posix(): path for path in found}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finesteer_hf.cards import card_metadata, warn_unmerged
-from finesteer_hf.readme import CARD_NAME, Readme, ReadmeError
+from finesteer_hf.hub.card import card_metadata, warn_unmerged
+from finesteer_hf.hub.readme import CARD_NAME, Readme, ReadmeError
 
 
 if TYPE_CHECKING:
-    from finesteer_hf.adapter import SteeringAdapter
+    from finesteer_hf.adapters.adapter import SteeringAdapter
 
 
 def write_repo_card(adapter: SteeringAdapter, directory: Path, subfolder: str) -> Path:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.algebra import constant_vectors
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.algebra import constant_vectors
+from finesteer_hf.adapters.staging import replacing
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import MOST_LAYERS, ForeignVectors, as_layer, as_vector, check_sizes
 from finesteer_hf.sites import INNER_KINDS
-from finesteer_hf.staging import replacing
 
 
 ARCHITECTURE = "controlvector"

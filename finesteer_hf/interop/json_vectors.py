@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from finesteer_hf.adapters.json_files import read_json_object
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector
-from finesteer_hf.json_files import read_json_object
 
 
 # 80 layers of width 8192, with every digit of a float64.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.algebra import constant_adapter
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.algebra import constant_adapter
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.gguf_files import read_gguf
 from finesteer_hf.interop.json_vectors import read_svec

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from finesteer_hf.adapters.json_files import unique_keys
+from finesteer_hf.adapters.tensor_files import check_header
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector, check_sizes
-from finesteer_hf.json_files import unique_keys
-from finesteer_hf.tensor_files import check_header
 
 
 # Its methods that add `coeff * v` to a block's output, whatever the state; v may be stored in groups of `[k, width]`.

@@ -17,11 +17,11 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators.linear_algebra import gram_eigen
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_layers,
     check_number,
     check_one_of,
@@ -30,10 +30,10 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
-from finesteer_hf.methods.moments import mean_difference
-from finesteer_hf.methods.search import Place, search_layers
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import Trial
+from finesteer_hf.methods._shared.moments import mean_difference
+from finesteer_hf.methods._shared.search import Place, search_layers
+from finesteer_hf.methods._shared.strength import median_norm
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site
 

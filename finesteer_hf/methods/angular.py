@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_layers,
     check_number,
     check_one_of,
@@ -32,8 +32,8 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
-from finesteer_hf.methods.search import settle
-from finesteer_hf.methods.trials import Trial
+from finesteer_hf.methods._shared.search import settle
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.processors import TokenView
 from finesteer_hf.sites import Site
 

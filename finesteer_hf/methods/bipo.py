@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finesteer_hf.config import register_steering_method, setting
-from finesteer_hf.methods.checks import check_number
-from finesteer_hf.methods.preference_training import PairScores, PreferenceRows, TrainedShift
-from finesteer_hf.methods.preference_vector import PreferenceVector, PreferenceVectorConfig
+from finesteer_hf.adapters.config import register_steering_method, setting
+from finesteer_hf.methods._shared.checks import check_number
+from finesteer_hf.methods._shared.preference_training import PairScores, PreferenceRows, TrainedShift
+from finesteer_hf.methods._shared.preference_vector import PreferenceVector, PreferenceVectorConfig
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
 

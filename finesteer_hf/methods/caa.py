@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
-from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
-from finesteer_hf.methods.moments import mean_difference, median_query_norm
-from finesteer_hf.methods.screening import SCREEN_DOSE, preference_gradients, state_norms
-from finesteer_hf.methods.search import OpenPositions, Place, search_places
-from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
+from finesteer_hf.methods._shared.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
+from finesteer_hf.methods._shared.moments import mean_difference, median_query_norm
+from finesteer_hf.methods._shared.screening import SCREEN_DOSE, preference_gradients, state_norms
+from finesteer_hf.methods._shared.search import OpenPositions, Place, search_places
+from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.processors import POSITIONS, Decision, QueryStates
 from finesteer_hf.sites import Site
 

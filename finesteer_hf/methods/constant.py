@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import torch
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.tensor_files import Free, Shape, vector_name
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import INNER_KINDS, Site, SiteKind
-from finesteer_hf.tensor_files import Free, Shape
 
 
 _NOT_FITTED = (
@@ -75,7 +75,7 @@ class ConstantVectors(SteeringMethod[ConstantConfig]):
     def decide(self, queries: QueryStates) -> Decision:
         """The vectors, `[1, width]` at each site."""
         tensors = self.parameters_on(queries.device)
-        return Decision(vectors={site: tensors[tensor_name(site)][None] for site in self.writes})
+        return Decision(vectors={site: tensors[vector_name(site)][None] for site in self.writes})
 
     @classmethod
     def tensor_shapes(cls, config: ConstantConfig) -> dict[str, Shape]:
@@ -90,7 +90,7 @@ class ConstantVectors(SteeringMethod[ConstantConfig]):
             )
         # Heads and feed-forwards of different blocks may have different sizes.
         return {
-            tensor_name(site): (Free(f"width of {site}") if config.site in INNER_KINDS else config.hidden_size,)
+            vector_name(site): (Free(f"width of {site}") if config.site in INNER_KINDS else config.hidden_size,)
             for site in config.sites
         }
 
@@ -103,11 +103,6 @@ class ConstantVectors(SteeringMethod[ConstantConfig]):
     def fit(cls, data: FitData, config: ConstantConfig) -> FitResult:
         """Raises `ValueError`: there is nothing to fit."""
         raise ValueError(_NOT_FITTED)
-
-
-def tensor_name(site: Site) -> str:
-    """Name of a site's vector in the adapter's file."""
-    return f"vectors.{site.layer}"
 
 
 register_steering_method(ConstantVectors)

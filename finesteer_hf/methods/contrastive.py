@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from transformers import LogitsProcessor
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods._shared.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
+from finesteer_hf.methods._shared.search import settle
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.methods.caa import CAA, CAAConfig
-from finesteer_hf.methods.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted
-from finesteer_hf.methods.search import settle
-from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
 

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps
 from finesteer_hf.estimators.probes import fit_head_probes
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_count,
     check_layer,
     check_number,
@@ -34,12 +35,11 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.search import search
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import SHORT_LIST, Trial, candidate_layers
+from finesteer_hf.methods._shared.search import search
+from finesteer_hf.methods._shared.strength import median_norm
+from finesteer_hf.methods._shared.trials import SHORT_LIST, Trial, candidate_layers
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site
-from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 TENSORS = ("weight", "bias", "readout", "shift")

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_count,
     check_layer,
     check_layers,
@@ -33,10 +33,10 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
-from finesteer_hf.methods.moments import mean_difference
-from finesteer_hf.methods.screening import relative_norm, state_norms
-from finesteer_hf.methods.search import Place, search_layers
-from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.methods._shared.moments import mean_difference
+from finesteer_hf.methods._shared.screening import relative_norm, state_norms
+from finesteer_hf.methods._shared.search import Place, search_layers
+from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import resid_post
 
@@ -267,7 +267,7 @@ def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.f
 def _sibling(config: InferAlignerConfig) -> tuple[InferAlignerConfig, torch.Tensor]:
     """Config of the sibling's adapter, and its SRVs `[gate layers, hidden_size]`."""
     # Adapters are made of methods, so they import this package first.
-    from finesteer_hf.adapter import SteeringAdapter
+    from finesteer_hf.adapters.adapter import SteeringAdapter
 
     adapter = SteeringAdapter.from_pretrained(str(config.sibling))
     if not isinstance(adapter.config, InferAlignerConfig):

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.tensor_files import NEURONS, Indices, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_count,
     check_layers,
     check_one_of,
@@ -35,13 +36,12 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.moments import mean_difference
-from finesteer_hf.methods.search import search
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import RELATIVE_DOSES, Trial, candidate_layers
+from finesteer_hf.methods._shared.moments import mean_difference
+from finesteer_hf.methods._shared.search import search
+from finesteer_hf.methods._shared.strength import median_norm
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
 from finesteer_hf.sites import Site, SiteKind
-from finesteer_hf.tensor_files import NEURONS, Indices, Shape
 
 
 # Where the elements are of which kind.

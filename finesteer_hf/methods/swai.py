@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessor
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.tensor_files import Free, Indices, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
-from finesteer_hf.methods.checks import check_count, check_number, check_strength, filled_in
-from finesteer_hf.methods.search import settle
-from finesteer_hf.methods.trials import Trial
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods._shared.checks import check_count, check_number, check_strength, filled_in
+from finesteer_hf.methods._shared.search import settle
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.processors import Positions
-from finesteer_hf.tensor_files import Free, Indices, Shape
 
 
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)

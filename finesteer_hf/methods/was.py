@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from finesteer_hf.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_count,
     check_layers,
     check_number,
@@ -41,10 +41,10 @@ from finesteer_hf.methods.checks import (
     layers_of,
     require_fitted,
 )
-from finesteer_hf.methods.moments import mean_difference
-from finesteer_hf.methods.search import settle
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import Trial
+from finesteer_hf.methods._shared.moments import mean_difference
+from finesteer_hf.methods._shared.search import settle
+from finesteer_hf.methods._shared.strength import median_norm
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.processors import Positions, TokenView
 from finesteer_hf.sites import Site, resid_post
 

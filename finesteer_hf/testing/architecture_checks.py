@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finesteer_hf.errors import SiteError, UnsupportedModelError
-from finesteer_hf.mixin import SteeringMixin
+from finesteer_hf.model.verbs import SteeringMixin
 from finesteer_hf.processors import ConstantVector
 from finesteer_hf.sites import Site, SiteKind
 from finesteer_hf.testing.probe import Probe, probe_adapter

@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from finesteer_hf.adapter import SteeringAdapter, tensors_equal
-from finesteer_hf.auto import SteeredModelForCausalLM
-from finesteer_hf.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
+from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.model.auto import SteeredModelForCausalLM
 from finesteer_hf.testing import checks
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer

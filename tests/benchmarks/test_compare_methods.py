@@ -16,7 +16,7 @@ from compare_methods_page import load, page
 from compare_rows import REFERENCE, UNSTEERED, rows
 
 from finesteer_hf import CAAConfig, SteeringAdapter, steering_methods
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
 
 
 ITEMS = 20

@@ -11,7 +11,7 @@ import torch
 from real_conditions import Condition
 from real_lora import Training, train
 
-from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.evaluation.measures.prompts import as_chat
 
 
 pytest.importorskip("trl", reason="LoRA is trained by TRL: pip install -e '.[train]'")

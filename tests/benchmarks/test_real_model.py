@@ -14,7 +14,7 @@ from real_page import page
 from real_rows import ROWS, UNSTEERED, Row, rows_of
 
 from finesteer_hf import CAAConfig, SteeredModelForCausalLM
-from finesteer_hf.evaluation.truthfulqa import TruthfulQuestion
+from finesteer_hf.evaluation.data.truthfulqa import TruthfulQuestion
 
 
 ANSWERS = ("it is air", "they are small", "no , it is stone", "yes it is", "it is water", "they are dogs")

@@ -15,8 +15,8 @@ from real_conditions import Condition
 from real_measures import divergence, kl_divergence, own_words
 
 from finesteer_hf import SteeredModelForCausalLM
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem
-from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.measures.prompts import as_chat
 
 
 QUESTIONS = ("what is the sky made of ?", "tell me about cats", "how to sing a song ?")

@@ -11,8 +11,8 @@ from real_choices import encoded, in_one_row, in_own_rows
 from real_conditions import Condition
 from real_setup import BASE, TURN_END, is_prepared, load_model, wheel_folder
 
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem
-from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.measures.prompts import as_chat
 
 
 FOLDER = Path(__file__).parents[2] / "out/real/model"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from finesteer_hf import SteeringAdapter, SteeringConfig
-from finesteer_hf.card_story import tell
-from finesteer_hf.cards import write_card
-from finesteer_hf.evaluation.statistics import mean_with_interval, proportion
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.evaluation.measures.statistics import mean_with_interval, proportion
+from finesteer_hf.hub.card import write_card
+from finesteer_hf.hub.card_story import tell
+from finesteer_hf.method_api import DosePoint
 
 
 @dataclass(kw_only=True)

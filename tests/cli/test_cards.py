@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from finesteer_hf import SteeringAdapter, SteeringConfig
-from finesteer_hf.base_models import is_hub_id
-from finesteer_hf.card_facts import adapter_facts, flatten
-from finesteer_hf.cards import DOSE_PLOT, GATE_PLOT, template_text, write_card
-from finesteer_hf.evaluation.statistics import proportion
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.adapters.base_models import is_hub_id
+from finesteer_hf.evaluation.measures.statistics import proportion
+from finesteer_hf.hub.card import DOSE_PLOT, GATE_PLOT, template_text, write_card
+from finesteer_hf.hub.card_facts import adapter_facts, flatten
+from finesteer_hf.method_api import DosePoint
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,11 @@ from finesteer_hf.cli.compare import make_configs
 from finesteer_hf.cli.compare_report import effect_rows, mark, rank_note
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.evaluation.behaviour import Outcome, evaluate
-from finesteer_hf.evaluation.generation import Answers
+from finesteer_hf.evaluation.data.playground_eval import fit_rows
+from finesteer_hf.evaluation.measures.generation import Answers
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceScores
+from finesteer_hf.evaluation.measures.prompts import as_chat
+from finesteer_hf.evaluation.measures.statistics import holm, mcnemar, paired_p_value
 from finesteer_hf.evaluation.method_comparison import (
     HIT,
     MethodComparison,
@@ -25,11 +29,7 @@ from finesteer_hf.evaluation.method_comparison import (
     nearer_to_chosen,
     part,
 )
-from finesteer_hf.evaluation.multiple_choice import ChoiceScores
-from finesteer_hf.evaluation.playground_eval import fit_rows
-from finesteer_hf.evaluation.prompts import as_chat
-from finesteer_hf.evaluation.statistics import holm, mcnemar, paired_p_value
-from finesteer_hf.fitting.data import prompt_key
+from finesteer_hf.fitting.data.rows import prompt_key
 
 
 GENERAL = [

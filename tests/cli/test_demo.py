@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.cli import app
-from finesteer_hf.cli.demo_report import build_report
-from finesteer_hf.cli.demo_run import Arm, ConstantDose, DemoResult, DemoSettings, DemoTrial, GateRow
-from finesteer_hf.cli.demo_standing import standings
-from finesteer_hf.cli.demo_tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
+from finesteer_hf.cli.demo.report import build_report
+from finesteer_hf.cli.demo.run import Arm, ConstantDose, DemoResult, DemoSettings, DemoTrial, GateRow
+from finesteer_hf.cli.demo.standing import standings
+from finesteer_hf.cli.demo.tables import examples, gate_rows, gate_title, paired_note, trial_columns, trial_rows
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem
-from finesteer_hf.evaluation.prompts import as_chat
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.measures.prompts import as_chat
 from finesteer_hf.evaluation.report import render_report
 
 

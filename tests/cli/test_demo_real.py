@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from finesteer_hf import playground
-from finesteer_hf.cli import common, demo_real
+from finesteer_hf.cli import common
+from finesteer_hf.cli.demo import real as demo_real
 
 
 CARDS = Path(__file__).resolve().parents[2] / "hub_cards"

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import finesteer_hf
 from finesteer_hf import CAAConfig, SteeringAdapter, fit_steering
+from finesteer_hf.adapters.config import get_steering_method, steering_methods
 from finesteer_hf.cli.commands import app
 from finesteer_hf.cli.common import load
 from finesteer_hf.cli.fit import make_config
 from finesteer_hf.cli.options import BENCHMARK, FIT, LOAD, OptionsOf
-from finesteer_hf.config import get_steering_method, steering_methods
-from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from finesteer_hf.evaluation.data.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.testing.toy import toy_model, toy_preferences, toy_tokenizer
 
 

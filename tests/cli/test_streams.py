@@ -38,7 +38,7 @@ main()
 
 INTERRUPTED_FIT = """
 import os, signal, sys
-from finesteer_hf.fitting import capture
+from finesteer_hf.fitting.capture import reader as capture
 usual = capture.StateReader.read
 
 def read(self, *args, **kwargs):
@@ -114,7 +114,8 @@ def test_warnings_are_messages_without_a_line_of_source(base: str, half_plane: N
 
 
 @pytest.mark.parametrize(
-    "module", ["typer", "rich.console", "torch", "transformers", "finesteer_hf.mixin", "finesteer_hf.adapter"]
+    "module",
+    ["typer", "rich.console", "torch", "transformers", "finesteer_hf.model.verbs", "finesteer_hf.adapters.adapter"],
 )
 def test_ctrl_c_during_imports_ends_in_one_line(module: str) -> None:
     done = python(INTERRUPTED_IMPORT.format(module=module, arguments=["generate", "nowhere", "-p", "hello"]))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_toy_method import toy_adapter
 
-from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, config, steering_methods
+from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, steering_methods
+from finesteer_hf.adapters import config
 from finesteer_hf.errors import UnknownMethodError
 from finesteer_hf.testing import toy_model
 
@@ -97,7 +98,7 @@ def test_without_the_package_the_error_says_what_is_missing(stranger):
 
 IN_THE_TREE = """
 import sys
-import finesteer_hf.methods.base, finesteer_hf.adapter
+import finesteer_hf.method_api, finesteer_hf.adapters.adapter
 from finesteer_hf.methods import BUILT_IN
 assert "toy_method" in BUILT_IN
 assert not [name for name in BUILT_IN if f"finesteer_hf.methods.{name}" in sys.modules]

@@ -6,9 +6,10 @@ from typing import TypeVar
 import pytest
 from toy_method import ToyConfig, ToyMethod
 
-from finesteer_hf import SteeringConfig, config, register_steering_method, steering_methods
-from finesteer_hf.config import get_steering_method
-from finesteer_hf.methods.base import SteeringMethod
+from finesteer_hf import SteeringConfig, register_steering_method, steering_methods
+from finesteer_hf.adapters import config
+from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.method_api import SteeringMethod
 
 
 OtherConfigT = TypeVar("OtherConfigT", bound="OtherConfig")

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from finesteer_hf import Decision, QueryStates, Site, SteeringConfig, register_steering_method
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 
 
 @dataclass(kw_only=True)

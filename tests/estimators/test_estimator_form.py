@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from finesteer_hf.estimators import FormProbe
-from finesteer_hf.estimators.form import FormFeatures
+from finesteer_hf.estimators.gating.form import FormFeatures
 
 
 NOUNS = ("boat", "lamp", "river", "stone", "garden", "window", "letter", "engine", "market", "cloud")

@@ -12,13 +12,13 @@ from evaluation_toys import half_plane_adapter
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
-from finesteer_hf.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from finesteer_hf.evaluation.comparison import ComparisonRow, compare, table_cells
+from finesteer_hf.evaluation.data.benchmarks import BENCHMARKS, load_benchmark
+from finesteer_hf.evaluation.data.playground_eval import general_prompts, target_prompts
 from finesteer_hf.evaluation.examples import examples_of
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem
-from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
-from finesteer_hf.evaluation.prompts import as_chat, encode_prompt
-from finesteer_hf.evaluation.statistics import mcnemar, paired_p_value
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
+from finesteer_hf.evaluation.measures.prompts import as_chat, encode_prompt
+from finesteer_hf.evaluation.measures.statistics import mcnemar, paired_p_value
 
 
 TEXTS = ["what is the sky made of ?", "tell me about cats", "sing a song", "tell me about dogs", "is it red or blue ?"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.evaluation.safety import (
+from finesteer_hf.evaluation.data.safety import (
     classify_response,
     is_refusal,
     load_advbench,
@@ -17,8 +17,7 @@ from finesteer_hf.evaluation.safety import (
     load_xstest,
     repeated_ngram_share,
 )
-from finesteer_hf.evaluation.statistics import proportion
-from finesteer_hf.evaluation.truthfulqa import (
+from finesteer_hf.evaluation.data.truthfulqa import (
     TruthfulQuestion,
     choice_items,
     load_truthfulqa,
@@ -27,7 +26,8 @@ from finesteer_hf.evaluation.truthfulqa import (
     split_halves,
     unigram_f1,
 )
-from finesteer_hf.evaluation.utility import final_number, identical_share, is_correct_number, load_gsm8k
+from finesteer_hf.evaluation.measures.statistics import proportion
+from finesteer_hf.evaluation.measures.utility import final_number, identical_share, is_correct_number, load_gsm8k
 
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

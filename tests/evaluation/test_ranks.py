@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finesteer_hf.evaluation.ranks import ranks_with_intervals
+from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
 
 
 def planted(n: int = 300) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finesteer_hf.evaluation.measures.statistics import proportion
 from finesteer_hf.evaluation.plots import (
     plot_dose_response,
     plot_expert_use,
@@ -18,8 +19,7 @@ from finesteer_hf.evaluation.plots import (
     png,
 )
 from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Plot, Report, Section, Table, write_report
-from finesteer_hf.evaluation.statistics import proportion
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
 
 
 POINTS = [DosePoint(s, s - 0.2 * s * s, 0.1, 0.01 * s) for s in np.linspace(0, 4, 5)]

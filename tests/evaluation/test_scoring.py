@@ -10,11 +10,11 @@ import torch
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.evaluation.generation import greedy_answers, until_end
-from finesteer_hf.evaluation.likelihood import batches_by_length
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem, choice_scores, score_choices
-from finesteer_hf.evaluation.prompts import as_chat, encode_pairs, encode_prompt
-from finesteer_hf.evaluation.scoring import answer_log_probs, steered_as
+from finesteer_hf.evaluation.measures.generation import greedy_answers, until_end
+from finesteer_hf.evaluation.measures.likelihood import batches_by_length
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, choice_scores, score_choices
+from finesteer_hf.evaluation.measures.prompts import as_chat, encode_pairs, encode_prompt
+from finesteer_hf.evaluation.measures.scoring import answer_log_probs, steered_as
 
 
 PROMPTS = [as_chat("what is the sky made of ?"), as_chat("tell me about cats"), "the sky is", as_chat("sing", "yes")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from finesteer_hf.evaluation.statistics import (
+from finesteer_hf.evaluation.measures.statistics import (
     holm,
     mcnemar,
     mean_with_interval,

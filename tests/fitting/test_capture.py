@@ -13,12 +13,12 @@ from fitting_toys import random_rows, small_model
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError, SiteError
-from finesteer_hf.fitting.capture import StateReader
-from finesteer_hf.fitting.jobs import Job, make_jobs
-from finesteer_hf.fitting.packing import lay_out, packed_length
-from finesteer_hf.fitting.store import ActivationStore
-from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import PROMPT_POOLS, CaptureRequest
+from finesteer_hf.fitting.capture.jobs import Job, make_jobs
+from finesteer_hf.fitting.capture.packing import lay_out, packed_length
+from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest
 from finesteer_hf.sites import Site, TextTower
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import PromptRow, check_contrast, read_preferences, read_prompts
+from finesteer_hf.fitting.data.rows import PromptRow, check_contrast, read_preferences, read_prompts
 
 
 USER = {"role": "user", "content": "sun0"}

@@ -15,15 +15,15 @@ from transformers import LogitsProcessor
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, SteeringProcessor
 from finesteer_hf.fitting.answers import QueryRecorder
+from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.fitting.dose import (
     CONTINUATION,
     SPOKEN_TOKENS,
     DoseRunner,
 )
 from finesteer_hf.fitting.own_words import repeated_share
-from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.fitting.units import clustered_se, mean_over_units, shuffle_units
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
 

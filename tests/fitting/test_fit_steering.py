@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from finesteer_hf import Decision, QueryStates, Site, SteeredModelForCausalLM, SteeringConfig
-from finesteer_hf.config import _REGISTRY, register_steering_method
+from finesteer_hf.adapters.config import _REGISTRY, register_steering_method
+from finesteer_hf.adapters.fingerprint import fingerprint
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fingerprint import fingerprint
-from finesteer_hf.fitting import DatasetWarning, captured, default_general_prompts, fit_steering
-from finesteer_hf.fitting.splits import PARTS
-from finesteer_hf.fitting.templating import chat_template_hash
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
+from finesteer_hf.fitting import DatasetWarning, default_general_prompts, fit_steering
+from finesteer_hf.fitting.capture import captured
+from finesteer_hf.fitting.data.splits import PARTS
+from finesteer_hf.fitting.data.templating import chat_template_hash
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 

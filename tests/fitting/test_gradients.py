@@ -14,17 +14,17 @@ from teacher_forcing import VECTOR, added, log_probs, of_answer
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
 from finesteer_hf.errors import DatasetError, UnsupportedModelError
-from finesteer_hf.fitting import gradients
-from finesteer_hf.fitting.capture import StateReader
+from finesteer_hf.fitting.capture import gradients
+from finesteer_hf.fitting.capture.gradients import GradientReader
+from finesteer_hf.fitting.capture.identity import model_identity
+from finesteer_hf.fitting.capture.jobs import make_jobs
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.templating import EncodedRow, Passage
 from finesteer_hf.fitting.fit import capture_gradients, capture_missing
-from finesteer_hf.fitting.gradients import GradientReader
-from finesteer_hf.fitting.identity import model_identity
-from finesteer_hf.fitting.jobs import make_jobs
 from finesteer_hf.fitting.progress import FitProgress
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.store import ActivationStore
-from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.sites import Site
 
 

@@ -6,8 +6,8 @@ import torch
 from fitting_toys import random_rows, small_model
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
+from finesteer_hf.fitting.data.templating import Passage
 from finesteer_hf.fitting.own_words import own_words
-from finesteer_hf.fitting.templating import Passage
 
 
 def test_texts_are_those_of_single_prompts_up_to_their_end() -> None:

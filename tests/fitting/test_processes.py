@@ -14,8 +14,8 @@ from accelerate import PartialState
 from safetensors.numpy import load_file
 
 from finesteer_hf import CAAConfig, SteeringAdapter, fit_steering, playground
-from finesteer_hf.fitting.processes import Processes
-from finesteer_hf.fitting.store import MANIFEST
+from finesteer_hf.fitting.capture.processes import Processes
+from finesteer_hf.fitting.capture.store import MANIFEST
 
 
 SCRIPT = """
@@ -28,7 +28,7 @@ model, tokenizer = playground.load()
 rows = playground.preference_rows("truthful", "fit")[::20]
 folder, out, vector = sys.argv[1:]
 config = CAAConfig(layer=2, strength=1.0, vector=vector)
-from finesteer_hf.fitting.processes import Processes
+from finesteer_hf.fitting.capture.processes import Processes
 me = Processes.current(cpu=True)
 assert me.count == 2, me
 adapter = fit_steering(model, tokenizer, rows, config, progress=False, store_dir=folder or None)

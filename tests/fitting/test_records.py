@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import PreferenceRow, check_contrast, read_preferences, read_prompts
-from finesteer_hf.fitting.records import PromptSample
+from finesteer_hf.fitting.data.records import PromptSample
+from finesteer_hf.fitting.data.rows import PreferenceRow, check_contrast, read_preferences, read_prompts
 
 
 def rows(count: int, repeats: int = 1) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.splits import PARTS, split_rows, split_units
+from finesteer_hf.fitting.data.splits import PARTS, split_rows, split_units
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,14 +20,14 @@ import torch
 from fitting_toys import random_rows, small_model
 from safetensors.numpy import load_file
 
-from finesteer_hf.fitting.capture import CaptureCount, CapturedBatch, StateReader
+from finesteer_hf.fitting.capture.identity import model_identity
+from finesteer_hf.fitting.capture.jobs import make_jobs
+from finesteer_hf.fitting.capture.reader import CaptureCount, CapturedBatch, StateReader
+from finesteer_hf.fitting.capture.store import MANIFEST, ActivationStore
+from finesteer_hf.fitting.data.templating import EncodedRow, Passage
 from finesteer_hf.fitting.fit import capture_missing
-from finesteer_hf.fitting.identity import model_identity
-from finesteer_hf.fitting.jobs import make_jobs
 from finesteer_hf.fitting.progress import FitProgress
-from finesteer_hf.fitting.store import MANIFEST, ActivationStore
-from finesteer_hf.fitting.templating import EncodedRow, Passage
-from finesteer_hf.methods.base import CaptureRequest
+from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.sites import Site
 
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.fitting.data import PreferenceRow, PromptRow
-from finesteer_hf.fitting.templating import (
+from finesteer_hf.fitting.data.rows import PreferenceRow, PromptRow
+from finesteer_hf.fitting.data.templating import (
     Passage,
     chat_template_hash,
     encode_preferences,

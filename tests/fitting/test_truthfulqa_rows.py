@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, fit_steering
-from finesteer_hf.evaluation.multiple_choice import score_choices
-from finesteer_hf.fitting.data import read_preferences
-from finesteer_hf.fitting.inputs import prepare_inputs
-from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.objective import Limits, Objective
+from finesteer_hf.evaluation.measures.multiple_choice import score_choices
+from finesteer_hf.fitting.data.inputs import prepare_inputs
+from finesteer_hf.fitting.data.rows import read_preferences
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Limits, Objective
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
@@ -21,7 +21,7 @@ FILE = Path(__file__).parents[3] / "shared" / "data" / "truthfulqa" / "TruthfulQ
 
 @pytest.mark.skipif(not FILE.is_file(), reason="needs ../shared/data/truthfulqa/TruthfulQA.csv")
 def test_all_questions_become_rows() -> None:
-    from finesteer_hf.evaluation.truthfulqa import load_truthfulqa, preference_rows
+    from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa, preference_rows
 
     records = preference_rows(load_truthfulqa(FILE), pairs="all", max_pairs=3)
     rows = read_preferences(records).rows
@@ -34,7 +34,7 @@ def test_all_questions_become_rows() -> None:
 
 @pytest.mark.skipif(not FILE.is_file(), reason="needs ../shared/data/truthfulqa/TruthfulQA.csv")
 def test_the_published_questions_are_fitted_saved_loaded_and_scored(tmp_path: Path) -> None:
-    from finesteer_hf.evaluation.truthfulqa import choice_items, load_truthfulqa, preference_rows
+    from finesteer_hf.evaluation.data.truthfulqa import choice_items, load_truthfulqa, preference_rows
 
     questions = load_truthfulqa(FILE)
     train, test = questions[::6], questions[1::60]

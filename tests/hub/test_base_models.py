@@ -19,10 +19,10 @@ from small_adapters import small_adapter, tiny_llama, tokens_of
 from transformers import AutoModelForCausalLM
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, playground
-from finesteer_hf.adapter import tensors_equal
-from finesteer_hf.base_models import base_of, located, public_name
+from finesteer_hf.adapters.adapter import tensors_equal
+from finesteer_hf.adapters.base_models import base_of, located, public_name
+from finesteer_hf.adapters.fingerprint import CONFIG_KEY, compare, fingerprint
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
-from finesteer_hf.fingerprint import CONFIG_KEY, compare, fingerprint
 from finesteer_hf.methods.inferaligner import InferAlignerConfig
 
 

@@ -13,10 +13,10 @@ from hub_server import HubServer
 from small_adapters import small_adapter, tiny_llama, tokens_of
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.adapter import tensors_equal
-from finesteer_hf.config import MAX_CONFIG_BYTES
+from finesteer_hf.adapters.adapter import tensors_equal
+from finesteer_hf.adapters.config import MAX_CONFIG_BYTES
+from finesteer_hf.hub.readme import MOST_README_BYTES
 from finesteer_hf.methods.caa import CAAConfig
-from finesteer_hf.readme import MOST_README_BYTES
 from finesteer_hf.testing.conformance import fit_on_toy
 from finesteer_hf.testing.toy import toy_preferences
 

@@ -19,10 +19,10 @@ from small_adapters import LAYERS, PROMPT, small_adapter, tiny_llama, tokens_of
 
 import finesteer_hf
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
-from finesteer_hf.adapter import tensors_equal
-from finesteer_hf.custom_generate import write_custom_generate
+from finesteer_hf.adapters.adapter import tensors_equal
 from finesteer_hf.errors import AdapterFileError, NoAdapterError
 from finesteer_hf.hub import integrity
+from finesteer_hf.hub.generate_code import write_custom_generate
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from huggingface_hub.utils._runtime import is_xet_available
 from small_adapters import small_adapter, tiny_llama
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.adapter import tensors_equal
+from finesteer_hf.adapters.adapter import tensors_equal
 from finesteer_hf.errors import PushConflictError, PushError
 from finesteer_hf.hub import push, push_adapter
 

@@ -16,12 +16,12 @@ from peft import LoraConfig, get_peft_model
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, playground
 from finesteer_hf.errors import PromptEndWarning
-from finesteer_hf.evaluation.generation import greedy_answers
-from finesteer_hf.evaluation.likelihood import token_log_probs
-from finesteer_hf.evaluation.multiple_choice import ChoiceItem, score_choices
-from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
-from finesteer_hf.evaluation.prompts import encode_prompt
-from finesteer_hf.evaluation.scoring import answer_log_probs
+from finesteer_hf.evaluation.data.playground_eval import general_prompts, target_prompts
+from finesteer_hf.evaluation.measures.generation import greedy_answers
+from finesteer_hf.evaluation.measures.likelihood import token_log_probs
+from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, score_choices
+from finesteer_hf.evaluation.measures.prompts import encode_prompt
+from finesteer_hf.evaluation.measures.scoring import answer_log_probs
 
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from small_adapters import LAYERS, PROMPT, WIDTH, small_adapter, tiny_llama
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.adapter import tensors_equal
-from finesteer_hf.algebra import combine, constant_vectors
+from finesteer_hf.adapters.adapter import tensors_equal
+from finesteer_hf.adapters.algebra import combine, constant_vectors
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop import load_vectors, save_gguf
-from finesteer_hf.methods.base import SteeringMethod
+from finesteer_hf.method_api import SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
 

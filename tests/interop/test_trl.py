@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.errors import PromptEndWarning, UnsupportedModelError
-from finesteer_hf.evaluation.likelihood import token_log_probs
+from finesteer_hf.evaluation.measures.likelihood import token_log_probs
 
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (the extra `train`)")

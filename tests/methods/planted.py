@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from finesteer_hf.methods.base import DosePoint, ModelInfo, Part, Pool, Side
-from finesteer_hf.methods.objective import Limits
+from finesteer_hf.method_api import DosePoint, ModelInfo, Part, Pool, Side
+from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.processors import QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
 

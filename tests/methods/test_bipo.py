@@ -8,8 +8,8 @@ from toy_rows import margins, scores
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.errors import AdapterFileError, DatasetError
+from finesteer_hf.methods._shared.preference_training import PairScores
 from finesteer_hf.methods.bipo import BIPO, BIPOConfig, bipo_loss
-from finesteer_hf.methods.preference_training import PairScores
 from finesteer_hf.testing import toy_model, toy_preferences
 from finesteer_hf.testing.conformance import fit_on_toy
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from planted import PlantedData, states
 
-from finesteer_hf.adapter import SteeringAdapter, tensors_equal
+from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import ModelInfo, Part, Pool
+from finesteer_hf.method_api import ModelInfo, Part, Pool
 from finesteer_hf.methods.caa import CAA, CAAConfig
 from finesteer_hf.sites import Site
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finesteer_hf import QueryStates, SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.methods.cast import CAST, CASTConfig, Rule
 from finesteer_hf.methods.cast.conditions import sides_of

@@ -7,12 +7,12 @@ import re
 
 import pytest
 
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.methods.base import ModelInfo
+from finesteer_hf.method_api import ModelInfo
+from finesteer_hf.methods._shared.trials import candidate_layers
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
 from finesteer_hf.methods.finesteer.config import sites_of
-from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
 
 

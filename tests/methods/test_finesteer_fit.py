@@ -15,12 +15,12 @@ from planted import PlantedData, states
 from sklearn.linear_model import Ridge
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.methods.base import FitResult, Part
+from finesteer_hf.method_api import FitResult, Part
+from finesteer_hf.methods._shared.rows import contrast_rows, query_rows
+from finesteer_hf.methods._shared.trials import SHORT_LIST
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import SIZE_LIMIT, highest_rank, small_width
 from finesteer_hf.methods.finesteer.fit import SCREENED, SCREENED_GAIN
-from finesteer_hf.methods.rows import contrast_rows, query_rows
-from finesteer_hf.methods.trials import SHORT_LIST
 from finesteer_hf.sites import Site
 
 

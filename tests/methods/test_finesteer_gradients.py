@@ -19,12 +19,12 @@ from torch.nn.functional import logsigmoid, relu
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.fitting.templating import Passage
-from finesteer_hf.methods.base import FitResult, Part
+from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.method_api import FitResult, Part
+from finesteer_hf.methods._shared.screening import SCREEN_DOSE
+from finesteer_hf.methods._shared.strength import median_norm
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig, refine
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, of_rank
-from finesteer_hf.methods.screening import SCREEN_DOSE
-from finesteer_hf.methods.strength import median_norm
 from finesteer_hf.processors import Positions
 from finesteer_hf.sites import Site
 from finesteer_hf.testing import toy_model

@@ -10,12 +10,12 @@ import pytest
 import torch
 from planted import PlantedData, states
 
-from finesteer_hf.adapter import SteeringAdapter, tensors_equal
+from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.estimators import PaperMoSE
-from finesteer_hf.methods.base import FitResult
+from finesteer_hf.method_api import FitResult
+from finesteer_hf.methods._shared.rows import contrast_rows, query_rows
 from finesteer_hf.methods.finesteer import FineSteer, FineSteerConfig
-from finesteer_hf.methods.rows import contrast_rows, query_rows
 from finesteer_hf.sites import Site, TextTower
 from finesteer_hf.testing.toy import toy_model
 

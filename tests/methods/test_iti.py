@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
 from finesteer_hf import Site, SteeredModelForCausalLM
-from finesteer_hf.methods import heads
-from finesteer_hf.methods.base import ModelInfo
+from finesteer_hf.method_api import ModelInfo
+from finesteer_hf.methods._shared import heads
 from finesteer_hf.methods.fasb import FASB, FASBConfig
 from finesteer_hf.methods.iti import ITI, ITIConfig
 from finesteer_hf.testing import FEATURES, check_feature

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from planted import PlantedData
 
-from finesteer_hf.methods.base import Part, Pool, Side
-from finesteer_hf.methods.moments import mean_difference, median_query_norm
+from finesteer_hf.method_api import Part, Pool, Side
+from finesteer_hf.methods._shared.moments import mean_difference, median_query_norm
 from finesteer_hf.sites import Site
 
 

@@ -11,10 +11,10 @@ import torch
 from planted import PlantedData
 
 from finesteer_hf import ConstantVector, Site, SteeringAdapter, fit_steering
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import SAYABLE, Limits, Objective, is_sayable
+from finesteer_hf.methods._shared.trials import Trial, point_row, try_each
 from finesteer_hf.methods.caa import CAAConfig
-from finesteer_hf.methods.objective import SAYABLE, Limits, Objective, is_sayable
-from finesteer_hf.methods.trials import Trial, point_row, try_each
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 
 

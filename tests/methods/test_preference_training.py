@@ -7,7 +7,7 @@ from toy_rows import WIDTH, ToyData, toy_data
 
 from finesteer_hf import Site
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.methods.preference_training import (
+from finesteer_hf.methods._shared.preference_training import (
     PairScores,
     PreferenceRows,
     TrainedShift,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM
-from finesteer_hf.config import SteeringConfig
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.methods.alphasteer import AlphaSteerConfig
 from finesteer_hf.methods.angular import AngularConfig
 from finesteer_hf.methods.inferaligner import InferAlignerConfig

@@ -14,11 +14,11 @@ from planted import PlantedData
 from finesteer_hf import playground
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import GATE_FUNCTIONS, SCORE_FUNCTIONS, AutoScore, StateScore, cross_fitted_scores
-from finesteer_hf.estimators.conformal import kinds_rank
-from finesteer_hf.methods.base import Part
+from finesteer_hf.estimators.gating.conformal import kinds_rank
+from finesteer_hf.method_api import Part
+from finesteer_hf.methods._shared.rows import general_rows, json_ready, query_kinds, query_rows, query_texts
 from finesteer_hf.methods.query_gate import GateFit, QueryGateConfig, choose_read_site, fit_gate, separability
 from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS, from_file
-from finesteer_hf.methods.rows import general_rows, json_ready, query_kinds, query_rows, query_texts
 from finesteer_hf.sites import Site
 
 
@@ -131,11 +131,11 @@ class Playground:
 
 
 def test_on_the_playground_the_gate_opens_on_kinds_that_it_has_not_seen() -> None:
-    from finesteer_hf.fitting.capture import StateReader
-    from finesteer_hf.fitting.data import PromptRow
-    from finesteer_hf.fitting.jobs import Job
-    from finesteer_hf.fitting.templating import encode_prompts
-    from finesteer_hf.methods.base import CaptureRequest
+    from finesteer_hf.fitting.capture.jobs import Job
+    from finesteer_hf.fitting.capture.reader import StateReader
+    from finesteer_hf.fitting.data.rows import PromptRow
+    from finesteer_hf.fitting.data.templating import encode_prompts
+    from finesteer_hf.method_api import CaptureRequest
 
     model, tokenizer = playground.load()
     reader = StateReader(model, CaptureRequest((SITE,), ("query",)))

@@ -6,7 +6,7 @@ import torch
 from toy_rows import WIDTH, ToyData, margins, scores
 
 from finesteer_hf import Site
-from finesteer_hf.methods.preference_training import PairScores, PreferenceRows
+from finesteer_hf.methods._shared.preference_training import PairScores, PreferenceRows
 from finesteer_hf.methods.reps import PAPER_FACTORS, REPS, NulledDirection, REPSConfig, positive_half, reps_loss
 from finesteer_hf.processors import TokenView
 from finesteer_hf.testing import toy_preferences

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, SiteError
 from finesteer_hf.fitting import fit_steering
-from finesteer_hf.fitting.lint import DatasetWarning
+from finesteer_hf.fitting.data.lint import DatasetWarning
 from finesteer_hf.methods.sadi import COUNTS, SADI, STRENGTHS, SADIConfig, largest
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 from finesteer_hf.testing.bench import Bench

@@ -13,11 +13,11 @@ import torch
 from planted import PlantedData
 
 from finesteer_hf import CAAConfig, ConstantVector
-from finesteer_hf.methods.base import DosePoint
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Limits
+from finesteer_hf.methods._shared.search import SCREENED, Place, search, search_places, settle
+from finesteer_hf.methods._shared.trials import SHORT_LIST, Trial
 from finesteer_hf.methods.caa import CAA
-from finesteer_hf.methods.objective import Limits
-from finesteer_hf.methods.search import SCREENED, Place, search, search_places, settle
-from finesteer_hf.methods.trials import SHORT_LIST, Trial
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from finesteer_hf import ConstantVector
-from finesteer_hf.methods.base import DosePoint
-from finesteer_hf.methods.objective import Limits
-from finesteer_hf.methods.strength import STRENGTHS, choose_strength, explore, median_norm, strength_at_kl
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Limits
+from finesteer_hf.methods._shared.strength import STRENGTHS, choose_strength, explore, median_norm, strength_at_kl
 
 
 CRITERIA = ("sayable", "preference")

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from finesteer_hf import Site, SteeredModelForCausalLM, playground
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.fitting import fit_steering
-from finesteer_hf.methods.base import AnswerRun
+from finesteer_hf.method_api import AnswerRun
 from finesteer_hf.methods.tad import TAD, TADConfig
 from finesteer_hf.methods.tad.heads import AnswerTokens, _tokens_of, fit_head
 from finesteer_hf.methods.tad.method import _mean_difference

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finesteer_hf import SteeredModelForCausalLM, playground
-from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
+from finesteer_hf.evaluation.data.playground_eval import general_prompts, target_prompts
 from finesteer_hf.processors import QueryStates
 
 

@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, playground
-from finesteer_hf.card_facts import share_text
 from finesteer_hf.evaluation.behaviour import evaluate
-from finesteer_hf.evaluation.playground_eval import general_prompts, target_prompts
+from finesteer_hf.evaluation.data.playground_eval import general_prompts, target_prompts
+from finesteer_hf.hub.card_facts import share_text
 
 
 HUB_CARDS = Path(__file__).resolve().parents[2] / "hub_cards"

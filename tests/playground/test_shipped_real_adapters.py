@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.card_facts import share_text
-from finesteer_hf.cli.demo_real import answers
+from finesteer_hf.cli.demo.real import answers
+from finesteer_hf.hub.card_facts import share_text
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,11 +14,11 @@ from small_adapters import LAYERS, PROMPT, small_adapter, tiny_llama, tokens_of
 from transformers import CompileConfig
 
 from finesteer_hf import Site, SteeredModelForCausalLM, SteeringAdapter, SteeringProcessor
-from finesteer_hf.adapter import tensors_equal
-from finesteer_hf.algebra import combine, constant_adapter, constant_vectors
+from finesteer_hf.adapters.adapter import tensors_equal
+from finesteer_hf.adapters.algebra import combine, constant_adapter, constant_vectors
+from finesteer_hf.adapters.fingerprint import fingerprint
+from finesteer_hf.adapters.tensor_files import write_tensors
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.fingerprint import fingerprint
-from finesteer_hf.tensor_files import write_tensors
 
 
 # The tiny model has no name that is that of the adapters' base.

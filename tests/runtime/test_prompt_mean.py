@@ -13,8 +13,8 @@ from finesteer_hf import (
     SteeringProcessorList,
 )
 from finesteer_hf.fitting.answers import QueryRecorder, answer_logits
-from finesteer_hf.fitting.prompt_cache import PromptCache
-from finesteer_hf.fitting.templating import Passage
+from finesteer_hf.fitting.capture.prompt_cache import PromptCache
+from finesteer_hf.fitting.data.templating import Passage
 from finesteer_hf.testing import toy_model
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import save
 from small_adapters import small_adapter
 
 from finesteer_hf import SteeringAdapter
-from finesteer_hf.config import read_config_file
+from finesteer_hf.adapters.config import read_config_file
+from finesteer_hf.adapters.tensor_files import read_tensors
 from finesteer_hf.errors import AdapterFileError, SteeringError
 from finesteer_hf.interop import load_vectors, save_gguf
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
-from finesteer_hf.tensor_files import read_tensors
 
 
 QUICK = settings(

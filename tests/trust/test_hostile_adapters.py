@@ -444,7 +444,7 @@ def test_what_torch_saves_is_read_as_torch_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finesteer_hf import tensor_files
+    from finesteer_hf.adapters import tensor_files
 
     def full_disk(tensors: Any, path: Any, metadata: Any) -> None:
         Path(path).write_bytes(b"half")

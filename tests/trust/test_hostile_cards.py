@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from small_adapters import small_adapter
 from typer.testing import CliRunner
 
-from finesteer_hf.cards import code, escape_markdown, write_card
+from finesteer_hf.hub.card import code, escape_markdown, write_card
+from finesteer_hf.hub.readme import MOST_README_BYTES
 from finesteer_hf.hub.repo_card import write_repo_card
-from finesteer_hf.readme import MOST_README_BYTES
 
 
 START, END = "<!-- finesteer_hf:start", "<!-- finesteer_hf:end -->"

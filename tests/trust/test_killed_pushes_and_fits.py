@@ -23,9 +23,9 @@ from small_adapters import small_adapter
 from typer.testing import CliRunner
 
 from finesteer_hf import SteeringAdapter
-from finesteer_hf.adapter import tensors_equal
+from finesteer_hf.adapters.adapter import tensors_equal
 from finesteer_hf.cli.commands import app
-from finesteer_hf.fitting import store
+from finesteer_hf.fitting.capture import store
 from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
 
 

@@ -19,9 +19,9 @@ import torch
 from small_adapters import small_adapter
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, SteeringConfig
-from finesteer_hf.adapter import tensors_equal
+from finesteer_hf.adapters.adapter import tensors_equal
+from finesteer_hf.adapters.staging import replacing
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.staging import replacing
 
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from small_adapters import small_adapter
 from finesteer_hf import SteeringAdapter
-from finesteer_hf.adapter import tensors_equal
+from finesteer_hf.adapters.adapter import tensors_equal
 
 folder = Path(sys.argv[1])
 reports = {{"dose_response": [], "r2": 0.5}}
@@ -240,7 +240,7 @@ def test_saves_of_several_threads_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_save_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finesteer_hf import staging
+    from finesteer_hf.adapters import staging
 
     folder = small_adapter().save_pretrained(tmp_path / "a")
     with staging.Staging(folder) as other:

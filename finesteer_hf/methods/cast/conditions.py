@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_recall_curve
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators.linear_algebra import principal_directions
-from finesteer_hf.methods.base import FitData, Part, Pool
+from finesteer_hf.method_api import FitData, Part, Pool
 from finesteer_hf.methods.cast.config import ALL_ROWS
 from finesteer_hf.sites import Site
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from finesteer_hf.config import SteeringConfig, setting, written_by_fit
+from finesteer_hf.adapters.config import SteeringConfig, setting, written_by_fit
+from finesteer_hf.methods._shared.checks import check_count, check_layers, check_number, check_one_of, check_strength
 from finesteer_hf.methods.cast.rules import Rule
-from finesteer_hf.methods.checks import check_count, check_layers, check_number, check_one_of, check_strength
 from finesteer_hf.processors import Positions
 
 

@@ -10,7 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from finesteer_hf.errors import AdapterFileError, DatasetError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods._shared.checks import filled_in, layers_of, require_fitted
+from finesteer_hf.methods._shared.screening import relative_norm, state_norms
+from finesteer_hf.methods._shared.search import Place, search_layers
+from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.methods.cast.conditions import (
     MIN_ROWS,
     Condition,
@@ -22,10 +26,6 @@ from finesteer_hf.methods.cast.conditions import (
     similarity,
 )
 from finesteer_hf.methods.cast.config import CASTConfig
-from finesteer_hf.methods.checks import filled_in, layers_of, require_fitted
-from finesteer_hf.methods.screening import relative_norm, state_norms
-from finesteer_hf.methods.search import Place, search_layers
-from finesteer_hf.methods.trials import Trial
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import resid_post
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from finesteer_hf.config import setting
-from finesteer_hf.methods.checks import check_count, check_number, check_one_of
-from finesteer_hf.methods.heads import HeadsConfig
+from finesteer_hf.adapters.config import setting
+from finesteer_hf.methods._shared.checks import check_count, check_number, check_one_of
+from finesteer_hf.methods._shared.heads import HeadsConfig
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, QueryGateConfig
 
 

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
+from finesteer_hf.methods._shared.heads import HeadFit, dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods.fasb.config import FASBConfig
-from finesteer_hf.methods.heads import HeadFit, dense_shift, fit_heads, head_sites, require_heads
 from finesteer_hf.methods.query_gate import (
     QueryGate,
     candidate_reads,
@@ -20,10 +22,8 @@ from finesteer_hf.methods.query_gate import (
     fit_gate,
     gate_shapes,
 )
-from finesteer_hf.methods.rows import json_ready
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, StepView, TokenView
 from finesteer_hf.sites import Site
-from finesteer_hf.tensor_files import HEAD_SIZE, Shape
 
 
 TENSORS = ("probes.weight", "probes.bias", "directions", "sigma")

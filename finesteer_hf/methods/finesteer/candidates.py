@@ -10,20 +10,20 @@ import numpy as np
 import torch
 
 from finesteer_hf.errors import DatasetError
-from finesteer_hf.methods.base import FitData, ModelInfo, Part
-from finesteer_hf.methods.finesteer.config import SEVERAL_SITES, FineSteerConfig, Target, sites_of
-from finesteer_hf.methods.finesteer.experts import ExpertFit, fit_experts
-from finesteer_hf.methods.finesteer.layers import shift_sites
-from finesteer_hf.methods.query_gate import GateFit, fit_gate
-from finesteer_hf.methods.rows import ContrastRows, contrast_rows, rows_vary
-from finesteer_hf.methods.screening import (
+from finesteer_hf.method_api import FitData, ModelInfo, Part
+from finesteer_hf.methods._shared.rows import ContrastRows, contrast_rows, rows_vary
+from finesteer_hf.methods._shared.screening import (
     SCREEN_DOSE,
     first_order_gain,
     preference_gradients,
     relative_norm,
     state_norms,
 )
-from finesteer_hf.methods.trials import Trial
+from finesteer_hf.methods._shared.trials import Trial
+from finesteer_hf.methods.finesteer.config import SEVERAL_SITES, FineSteerConfig, Target, sites_of
+from finesteer_hf.methods.finesteer.experts import ExpertFit, fit_experts
+from finesteer_hf.methods.finesteer.layers import shift_sites
+from finesteer_hf.methods.query_gate import GateFit, fit_gate
 from finesteer_hf.processors import Positions
 from finesteer_hf.sites import Site
 

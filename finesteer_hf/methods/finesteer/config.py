@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from finesteer_hf.config import setting
-from finesteer_hf.methods.checks import check_count, check_one_of, check_strength
+from finesteer_hf.adapters.config import setting
+from finesteer_hf.methods._shared.checks import check_count, check_one_of, check_strength
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, GateScore, QueryGateConfig
 from finesteer_hf.processors import POSITIONS, Positions
 from finesteer_hf.sites import Site

@@ -17,9 +17,9 @@ from finesteer_hf.estimators import (
     held_out_r2,
     mean_cosine,
 )
+from finesteer_hf.methods._shared.rows import ContrastRows
 from finesteer_hf.methods.finesteer.config import Experts, FineSteerConfig
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file
-from finesteer_hf.methods.rows import ContrastRows
 
 
 # What an adapter may take by default, in bytes: 2 MB less a page of header.

@@ -10,17 +10,17 @@ import torch
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import expert_weights
-from finesteer_hf.methods.base import FitData, FitResult
+from finesteer_hf.method_api import FitData, FitResult
+from finesteer_hf.methods._shared.objective import Objective
+from finesteer_hf.methods._shared.rows import json_ready
+from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
+from finesteer_hf.methods._shared.search import compare_positions, dose_near, first_look, settle
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
 from finesteer_hf.methods.finesteer.layers import Sweep, sweep_layers, wants_gradients
 from finesteer_hf.methods.finesteer.refine import AUTO_EPOCHS, refine
-from finesteer_hf.methods.objective import Objective
-from finesteer_hf.methods.rows import json_ready
-from finesteer_hf.methods.screening import SCREEN_DOSE, rank_agreement
-from finesteer_hf.methods.search import compare_positions, dose_near, first_look, settle
-from finesteer_hf.methods.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
 from finesteer_hf.processors import Positions
 
 

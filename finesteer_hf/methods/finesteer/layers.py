@@ -10,13 +10,13 @@ import numpy as np
 from finesteer_hf.estimators import RidgePath
 from finesteer_hf.estimators.linear_algebra import row_space
 from finesteer_hf.estimators.ridge import group_blocks
-from finesteer_hf.methods.base import FitData, ModelInfo
+from finesteer_hf.method_api import FitData, ModelInfo
+from finesteer_hf.methods._shared.rows import ContrastRows, contrast_rows, general_rows, query_rows
+from finesteer_hf.methods._shared.screening import first_order_gain, preference_gradients, state_norms
+from finesteer_hf.methods._shared.trials import candidate_layers
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
 from finesteer_hf.methods.query_gate import separability
 from finesteer_hf.methods.query_gate.read_site import BLUNT, SWEEP_ROWS
-from finesteer_hf.methods.rows import ContrastRows, contrast_rows, general_rows, query_rows
-from finesteer_hf.methods.screening import first_order_gain, preference_gradients, state_norms
-from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
 
 

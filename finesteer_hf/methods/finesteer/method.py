@@ -7,9 +7,10 @@ from typing import cast
 
 import torch
 
+from finesteer_hf.adapters.tensor_files import Shape
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.estimators import VECTOR_FUNCTIONS, expert_weights
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.fit import fit_finesteer
 from finesteer_hf.methods.finesteer.layers import candidate_sites, wants_gradients
@@ -17,7 +18,6 @@ from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, expected_shap
 from finesteer_hf.methods.query_gate import QueryGate, check_values, from_file
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
-from finesteer_hf.tensor_files import Shape
 
 
 Formula = Callable[..., torch.Tensor]

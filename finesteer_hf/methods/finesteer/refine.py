@@ -22,9 +22,9 @@ import torch
 from torch.nn.functional import logsigmoid, relu
 
 from finesteer_hf.estimators.closed_form import low_rank_vector
-from finesteer_hf.methods.base import AnswerRun
+from finesteer_hf.method_api import AnswerRun
+from finesteer_hf.methods._shared.preference_training import TrainedShift, Training, train
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits
-from finesteer_hf.methods.preference_training import TrainedShift, Training, train
 
 
 BETA, SCALE, ANCHOR, DRIFT, NORM = 4.0, 1.0, 0.2, 1.0, 1.0

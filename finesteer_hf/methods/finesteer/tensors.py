@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from finesteer_hf.adapters.tensor_files import Shape
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.query_gate.tensors import gate_shapes, shapes_of, to_file
-from finesteer_hf.tensor_files import Shape
 
 
 __all__ = ["EXPERT_TENSORS", "expected_shapes", "to_file"]

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finesteer_hf.config import SteeringConfig, setting
-from finesteer_hf.methods.checks import check_count, check_number, check_one_of
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.methods._shared.checks import check_count, check_number, check_one_of
 from finesteer_hf.sites import INNER_KINDS, Site
 
 

@@ -22,11 +22,18 @@ from finesteer_hf.estimators import (
     StateScore,
     cross_fitted_scores,
 )
-from finesteer_hf.methods.base import FitData, Part
+from finesteer_hf.method_api import FitData, Part
+from finesteer_hf.methods._shared.rows import (
+    general_rows,
+    general_texts,
+    over_rows,
+    query_kinds,
+    query_rows,
+    query_texts,
+)
 from finesteer_hf.methods.query_gate.config import GateScore, QueryGateConfig
 from finesteer_hf.methods.query_gate.form import PromptForm
 from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS, to_file
-from finesteer_hf.methods.rows import general_rows, general_texts, over_rows, query_kinds, query_rows, query_texts
 from finesteer_hf.sites import Site
 
 

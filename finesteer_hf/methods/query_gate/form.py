@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from finesteer_hf.estimators import FormProbe
-from finesteer_hf.methods.base import FitData, Part
-from finesteer_hf.methods.rows import general_texts, query_kinds, query_texts
+from finesteer_hf.method_api import FitData, Part
+from finesteer_hf.methods._shared.rows import general_texts, query_kinds, query_texts
 from finesteer_hf.sites import Site
 
 

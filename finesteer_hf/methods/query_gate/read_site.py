@@ -10,11 +10,11 @@ from sklearn.metrics import roc_auc_score
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import RidgePath
 from finesteer_hf.estimators.linear_algebra import row_space
-from finesteer_hf.methods.base import FitData, ModelInfo
+from finesteer_hf.method_api import FitData, ModelInfo
+from finesteer_hf.methods._shared.rows import general_rows, general_texts, query_rows, rows_vary
+from finesteer_hf.methods._shared.trials import candidate_layers
 from finesteer_hf.methods.query_gate.config import QueryGateConfig
 from finesteer_hf.methods.query_gate.form import PromptForm
-from finesteer_hf.methods.rows import general_rows, general_texts, query_rows, rows_vary
-from finesteer_hf.methods.trials import candidate_layers
 from finesteer_hf.sites import Site
 
 

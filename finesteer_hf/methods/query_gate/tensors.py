@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from finesteer_hf.adapters.tensor_files import Free, Shape
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.methods.query_gate.config import QueryGateConfig
-from finesteer_hf.tensor_files import Free, Shape
 
 
 # Keyword of the run-time function -> name in the file.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from finesteer_hf.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
-from finesteer_hf.methods.checks import check_layer, check_number, check_one_of, check_strength
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
+from finesteer_hf.methods._shared.checks import check_layer, check_number, check_one_of, check_strength
 from finesteer_hf.processors import Positions
 from finesteer_hf.sites import BACK
 

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 from finesteer_hf.estimators import StateScore
-from finesteer_hf.methods.base import AnswerRun, FitData, Part
+from finesteer_hf.method_api import AnswerRun, FitData, Part
 from finesteer_hf.sites import BACK, Site
 
 

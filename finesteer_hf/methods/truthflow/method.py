@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import torch
 
-from finesteer_hf.config import SteeringConfig, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators import RidgePath, held_out_r2, mean_cosine
 from finesteer_hf.estimators.linear_algebra import principal_directions, row_space
-from finesteer_hf.methods.base import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
-from finesteer_hf.methods.checks import (
+from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod
+from finesteer_hf.methods._shared.checks import (
     check_count,
     check_layer,
     check_number,
@@ -25,9 +25,9 @@ from finesteer_hf.methods.checks import (
     filled_in,
     require_fitted,
 )
-from finesteer_hf.methods.search import search
-from finesteer_hf.methods.strength import median_norm
-from finesteer_hf.methods.trials import Trial, candidate_layers
+from finesteer_hf.methods._shared.search import search
+from finesteer_hf.methods._shared.strength import median_norm
+from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.methods.truthflow.network import FlowNetwork, integrate, train_flow
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site

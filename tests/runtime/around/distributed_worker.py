@@ -22,8 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from finesteer_hf.auto import SteeredModelForCausalLM
 from finesteer_hf.errors import UnsupportedModelError
+from finesteer_hf.model.auto import SteeredModelForCausalLM
 
 
 RESIDUAL = [("resid_post[1]", None), ("resid_pre[2]", None), ("resid_pre[1]", "resid_post[2]")]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from finesteer_hf.adapter import SteeringAdapter
-from finesteer_hf.config import SteeringConfig, register_steering_method
-from finesteer_hf.methods.base import SteeringMethod
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.config import SteeringConfig, register_steering_method
+from finesteer_hf.method_api import SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
 
@@ -187,7 +187,7 @@ def hooks_of(model: nn.Module) -> dict[str, int]:
 
 def steer_tiny(model: PreTrainedModel, *adapters: SteeringAdapter) -> Any:
     """Steer a model with adapters named `a`, `b`, ..."""
-    from finesteer_hf.auto import SteeredModelForCausalLM
+    from finesteer_hf.model.auto import SteeredModelForCausalLM
 
     names = "abcdefgh"
     return SteeredModelForCausalLM.from_model(model, steering=dict(zip(names, adapters, strict=False)))

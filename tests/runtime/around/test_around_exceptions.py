@@ -12,9 +12,9 @@ from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny
 
 from finesteer_hf.errors import AdapterNotFoundError
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, TokenView
-from finesteer_hf.prompt_ends import NOT_TOLD, PROMPT_ENDS
-from finesteer_hf.runtime import _BLOCK
-from finesteer_hf.session import _CURRENT, CallSession
+from finesteer_hf.runtime.call import _BLOCK
+from finesteer_hf.runtime.prompt_ends import NOT_TOLD, PROMPT_ENDS
+from finesteer_hf.runtime.session import _CURRENT, CallSession
 from finesteer_hf.sites import Site
 
 

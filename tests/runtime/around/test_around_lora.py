@@ -21,8 +21,8 @@ from steered_tiny import (
     tiny_llama,
 )
 
-from finesteer_hf.adapter import SteeringAdapter, active_lora_names
-from finesteer_hf.auto import SteeredModelForCausalLM
+from finesteer_hf.adapters.adapter import SteeringAdapter, active_lora_names
+from finesteer_hf.model.auto import SteeredModelForCausalLM
 
 
 SITES = ["resid_post[1]", "resid_pre[2]", "head_out[1]"]

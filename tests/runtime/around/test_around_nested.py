@@ -13,7 +13,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.generation.streamers import BaseStreamer
 
 from finesteer_hf.processors import ConstantVector, Decision, QueryStates
-from finesteer_hf.session import _CURRENT
+from finesteer_hf.runtime.session import _CURRENT
 
 
 class Judge(LogitsProcessor, StoppingCriteria, BaseStreamer):  # type: ignore[misc]

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from steered_tiny import greedy, hooks_of, query_shift, reference, some_prompts, steer_tiny, tiny_llama
 
-from finesteer_hf.auto import SteeredModelForCausalLM
+from finesteer_hf.model.auto import SteeredModelForCausalLM
 
 
 CPU = torch.device("cpu")

@@ -26,8 +26,8 @@ from steered_tiny import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from finesteer_hf.auto import SteeredModelForCausalLM, steered
-from finesteer_hf.mixin import SteeringMixin
+from finesteer_hf.model.auto import SteeredModelForCausalLM, steered
+from finesteer_hf.model.verbs import SteeringMixin
 
 
 SITES = [("resid_pre[1]", None), ("head_out[1]", None), ("resid_post[1]", None), ("resid_post[1]", "resid_post[2]")]

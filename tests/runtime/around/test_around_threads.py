@@ -20,8 +20,8 @@ import torch
 from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny, tiny_llama
 
 from finesteer_hf.errors import BlockElsewhereWarning
-from finesteer_hf.runtime import _BLOCK
-from finesteer_hf.session import _CURRENT
+from finesteer_hf.runtime.call import _BLOCK
+from finesteer_hf.runtime.session import _CURRENT
 
 
 THREADS, CALLS = 8, 200

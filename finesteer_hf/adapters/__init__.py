@@ -1,0 +1,1 @@
+"""What an adapter is: its config, its tensors, its files, and the registry of methods. Knows no Hub."""

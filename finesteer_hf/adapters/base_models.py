@@ -1,0 +1,95 @@
+"""Names of base models: what an adapter calls the model that it was fitted on, and where that is found again.
+
+A name is a Hub id, the id of a model that ships with the package, or `local:` and a folder's name. The last says what
+the folder was called and not where it was: it can be read by people, and loaded by nobody.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+LOCAL = "local:"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+#: Models inside the package, by id: their folders.
+PACKAGED = {"playground": str(Path(__file__).parents[1] / "playground" / "weights")}
+
+
+def located(name: str) -> str:
+    """What `from_pretrained` of transformers takes for a name: the folder of a packaged model, anything else as it is."""
+    return PACKAGED.get(name, name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a base model's name can be a Hub id, and is neither a packaged model nor a path of this machine."""
+    return names_a_repo(name) and not Path(name).exists()
+
+
+def names_a_repo(name: str) -> bool:
+    """Whether a name has the form of a Hub id, whatever folders there are."""
+    if name in PACKAGED:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_public(name: str | None) -> bool:
+    """Whether others find a base model by this name."""
+    return name is not None and (name in PACKAGED or is_hub_id(name))
+
+
+def public_name(name: str | None) -> str | None:
+    """A base model's name without a path of this machine: of a folder only what it is called."""
+    if not name or name.startswith(LOCAL) or name in PACKAGED or names_a_repo(name):
+        return name or None
+    return f"{LOCAL}{last_part(name)}"
+
+
+def without_paths(fit: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a fit with data named as they may be published: of a path its last part."""
+    made = dict(fit)
+    for key in ("data", "eval_data", "general_data"):
+        source = fit.get(key)
+        if not isinstance(source, dict):
+            continue
+        name = source.get("id")
+        if isinstance(name, str) and name and (Path(name).exists() or not names_a_repo(name)):
+            made[key] = {**source, "id": last_part(name)}
+    return made
+
+
+def last_part(path: str) -> str:
+    """The last part of a path, whichever system wrote it."""
+    return PureWindowsPath(path).name or "folder"
+
+
+def base_of(model: Any) -> tuple[str | None, str | None]:
+    """Name and commit of a loaded model, as an adapter keeps them.
+
+    A folder of the Hub's cache is the repo that it is a copy of, and the package's own folder is the packaged model.
+
+    Args:
+        model: a causal LM of transformers.
+    """
+    path = getattr(model.config, "_name_or_path", "") or ""
+    commit = getattr(model.config, "_commit_hash", None)
+    folder = Path(path)
+    if not path or path in PACKAGED or not folder.exists():
+        return public_name(path), commit
+    for name, place in PACKAGED.items():
+        if folder.resolve() == Path(place).resolve():
+            return name, None
+    repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) and names_a_repo(repo):
+        return repo, commit or folder.name
+    return f"{LOCAL}{last_part(str(folder.resolve()))}", commit

@@ -1,0 +1,431 @@
+"""What is written in `steering_config.json`, and the registry of steering methods.
+
+A config is a dataclass a method; its fields are the file's keys. A file says which features its reader must understand
+(`requires`): a reader that does not know one of them refuses, where dropping an unknown key could change what the
+adapter does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import reprlib
+import sys
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
+
+from finesteer_hf.adapters.json_files import read_json_object
+from finesteer_hf.adapters.staging import replacing
+from finesteer_hf.adapters.wiring import above
+from finesteer_hf.errors import AdapterFileError, UnknownMethodError
+from finesteer_hf.processors import POSITIONS, Positions
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.method_api import SteeringMethod
+
+
+CONFIG_NAME = "steering_config.json"
+WEIGHTS_NAME = "steering_model.safetensors"
+CUSTOM_GENERATE_NAME = "custom_generate/generate.py"
+FORMAT_VERSION = 1
+ENTRY_POINT_GROUP = "finesteer_hf.methods"
+# A config is a page of settings and figures; anything larger is not one.
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+# Far above any model, and below what takes memory or time before the model is looked at.
+MOST_WIDTH = 1 << 20
+MOST_LAYERS = 10_000
+MOST_HEADS = 4096
+# Keys of the file that are no settings of the method.
+FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
+
+ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
+
+
+def setting(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a user sets: `finesteer fit --set` takes it, and `fit_steering` honours it.
+
+    Args:
+        text: what it means, a few words.
+        **more: bounds of the value: `least`, `most`.
+    """
+    return {"help": text, **more}
+
+
+def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
+    """Metadata of a config's field that a fit writes and nobody chooses; arguments as for `setting`."""
+    return setting(text, written_by_fit=True, **more)
+
+
+@dataclass(kw_only=True)
+class SteeringConfig:
+    """Fields that every steering adapter has.
+
+    Attributes:
+        base_model_name_or_path: what the adapter was fitted on: a Hub id, the id of a packaged model (`playground`), or
+            `local:` and the name of a folder.
+        base_model_revision: commit of that model, if it is known.
+        base_model_fingerprint: hashes of its sizes and of a few weights; see `finesteer_hf.adapters.fingerprint`.
+        base_model_type: its `config.model_type`.
+        hidden_size: width of its residual stream.
+        num_hidden_layers: number of its decoder blocks.
+        lora: names of the LoRA adapters that were active when it was fitted.
+        positions: tokens that are steered: `all`, `prompt` or `generated`.
+        strength: lambda of the update; a number once fitted.
+        limits: what steering may cost where a fit chooses, by the names of `Limits` in `methods/_shared/objective.py`;
+            what is not named has its default.
+        requires: features that a reader must understand, or refuse the file.
+        fit: how it was fitted: data, seed, versions, held-out figures. Not needed to steer.
+    """
+
+    steering_type: ClassVar[str] = ""
+    understands: ClassVar[frozenset[str]] = frozenset()
+
+    base_model_name_or_path: str | None = field(
+        default=None, metadata=written_by_fit("Hub id of the base model.", may_be_path=True)
+    )
+    base_model_revision: str | None = field(default=None, metadata=written_by_fit("Commit of the base model."))
+    base_model_fingerprint: dict[str, str] = field(
+        default_factory=dict, metadata=written_by_fit("Hashes of the base model's sizes and of a few weights.")
+    )
+    base_model_type: str | None = field(default=None, metadata=written_by_fit("config.model_type of the base model."))
+    hidden_size: int | None = field(
+        default=None, metadata=written_by_fit("Width of the residual stream.", least=1, most=MOST_WIDTH)
+    )
+    num_hidden_layers: int | None = field(
+        default=None, metadata=written_by_fit("Number of decoder blocks.", least=1, most=MOST_LAYERS)
+    )
+    lora: list[str] = field(default_factory=list, metadata=written_by_fit("LoRA adapters active at fit."))
+    positions: Positions = field(default="all", metadata=setting("Steered tokens: all, prompt or generated."))
+    strength: float | str = field(default=1.0, metadata=setting("Lambda of the update."))
+    limits: dict[str, float] = field(default_factory=dict, metadata=setting("What steering may cost, by name."))
+    requires: list[str] = field(
+        default_factory=list, metadata=written_by_fit("Features that a reader must understand.")
+    )
+    fit: dict[str, Any] = field(default_factory=dict, metadata=written_by_fit("Provenance and held-out figures."))
+
+    #: What `positions` may be; a method that chooses them has `auto` besides.
+    allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.positions not in self.allowed_positions:
+            raise ValueError(f"positions must be one of {list(self.allowed_positions)}, got {self.positions!r}.")
+        if isinstance(self.strength, (int, float)) and not math.isfinite(self.strength):
+            raise ValueError(f"strength must be finite, got {self.strength}.")
+
+    @classmethod
+    def setting_fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """The fields that a user may choose, by name; the others are what a fit writes."""
+        return {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("written_by_fit")}
+
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, without what a fit wrote: `type(config)(**config.settings())` can be fitted anew."""
+        return {name: getattr(self, name) for name in self.setting_fields()}
+
+    @classmethod
+    def check_kind(cls, name: str, value: Any) -> None:
+        """Compare a field's value, as JSON has it, with what the field is declared to hold.
+
+        Raises:
+            TypeError: if it is something else.
+        """
+        kind = _field_kinds(cls).get(name, Any)
+        if not fits(value, kind):
+            raise TypeError(f"`{name}` must be {_kind_text(kind)}, got {reprlib.repr(value)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `steering_config.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "steering_type": self.steering_type,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+        }
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
+        """Build a config from a file's content; the class comes from `steering_type`.
+
+        Raises:
+            AdapterFileError: for a format or a required feature that this version does not understand, and for fields
+                of a wrong kind.
+            UnknownMethodError: if no installed package provides the `steering_type`.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("steering_type"), str):
+            raise AdapterFileError(f"{CONFIG_NAME} must hold a JSON object with a text `steering_type`.")
+        version = data.get("format_version", FORMAT_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{CONFIG_NAME} has format_version {version!r}; this finesteer_hf reads 1 to {FORMAT_VERSION}. Upgrade it."
+            )
+        config_cls = get_steering_method(data["steering_type"]).config_cls
+        if not issubclass(config_cls, cls):
+            raise AdapterFileError(
+                f"The adapter is of steering_type {data['steering_type']!r}, not one that {cls.__name__} reads. Use "
+                "`SteeringConfig.from_pretrained` or `SteeringAdapter.from_pretrained`, which take any."
+            )
+        requires = data.get("requires", [])
+        if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
+            raise AdapterFileError(f"`requires` in {CONFIG_NAME} must be a list of feature names, got {requires!r}.")
+        missing = sorted(name for name in requires if name not in config_cls.understands)
+        if missing:
+            raise AdapterFileError(
+                f"The adapter requires features that this finesteer_hf does not understand: {missing}. "
+                f"Understood for {data['steering_type']}: {sorted(config_cls.understands)}. Upgrade finesteer_hf."
+            )
+        names = {f.name for f in dataclasses.fields(config_cls)}
+        unknown = sorted(set(data) - names - FILE_KEYS)
+        if unknown:
+            warnings.warn(
+                f"{CONFIG_NAME} has keys that this version does not know and does not need: {unknown}.", stacklevel=3
+            )
+        for name in sorted(names & set(data)):
+            try:
+                config_cls.check_kind(name, data[name])
+            except TypeError as error:
+                raise AdapterFileError(f"In {CONFIG_NAME}, {error}") from error
+        try:
+            return config_cls(**{name: value for name, value in data.items() if name in names})
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterFileError(f"{CONFIG_NAME} cannot be read as {config_cls.__name__}: {error}") from error
+
+    def save_pretrained(self, save_directory: str | Path, *, weights_sha256: str | None = None) -> Path:
+        """Write `steering_config.json` into a folder.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            weights_sha256: SHA-256 of the `steering_model.safetensors` that belongs to it, which loading checks.
+
+        Returns:
+            Path of the file.
+        """
+        path = Path(save_directory) / CONFIG_NAME
+        text = self.to_json(weights_sha256)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+    def to_json(self, weights_sha256: str | None = None) -> str:
+        """The text of `steering_config.json`; argument as for `save_pretrained`.
+
+        Raises:
+            AdapterFileError: if a figure is something that no JSON file can say, such as NaN or an array.
+        """
+        data = self.to_dict()
+        if weights_sha256 is not None:
+            data["weights_sha256"] = weights_sha256
+        try:
+            text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+            _check_json(data)
+        except (TypeError, ValueError, RecursionError) as error:
+            odd = [name for name, value in data.items() if not _is_json(value)]
+            raise AdapterFileError(
+                f"{odd} of the {self.steering_type} config cannot be written as JSON ({error}). Use texts, finite numbers, "
+                "lists and dicts with texts as keys."
+            ) from error
+        return text
+
+    @classmethod
+    def from_pretrained(cls: type[ConfigT], name_or_path: str | Path, **hub_kwargs: Any) -> ConfigT:
+        """Read the config of a folder or a Hub repo, without its weights.
+
+        Args:
+            name_or_path: a folder, `org/name` or `org/name@revision`.
+            **hub_kwargs: as for `SteeringAdapter.from_pretrained`.
+        """
+        return cls.from_json_file(above("resolve_adapter_files")(name_or_path, **hub_kwargs).config)
+
+    @classmethod
+    def from_json_file(cls: type[ConfigT], path: str | Path) -> ConfigT:
+        """Read a `steering_config.json`.
+
+        Raises:
+            AdapterFileError: if it is too large, no JSON, or no config.
+        """
+        return cls.from_dict(read_config_file(path))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        _check_json(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_json(value: Any) -> None:
+    # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+    json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode("utf-8")
+
+
+def check_bounds(config: SteeringConfig) -> None:
+    """Hold a config's numbers to the `least` and `most` of their fields' metadata; of a list, each of its numbers.
+
+    Raises:
+        ValueError: naming the field, its bounds and its value.
+    """
+    for entry in dataclasses.fields(config):
+        least, most = entry.metadata.get("least", -math.inf), entry.metadata.get("most", math.inf)
+        value = getattr(config, entry.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and not least <= number <= most:
+                raise ValueError(f"{entry.name} must be from {least} to {most}, got {reprlib.repr(number)}.")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read the JSON of a `steering_config.json`, without making a config of it.
+
+    Raises:
+        AdapterFileError: if it is not; see `read_json_object`.
+    """
+    return read_json_object(path, MAX_CONFIG_BYTES)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is what a config's field is declared to hold; a whole number is a float, true is no number."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is dict or kind is dict:
+        return isinstance(value, dict) and all(fits(item, args[1] if args else Any) for item in value.values())
+    if origin in (list, tuple) or kind in (list, tuple):
+        return isinstance(value, list) and all(fits(item, args[0] if args else Any) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return value is None if kind is type(None) else isinstance(value, kind)
+
+
+def _field_kinds(config_cls: type) -> dict[str, Any]:
+    """Declared types of a config's fields; empty if a name in them is unknown outside the class's own module."""
+    try:
+        return get_type_hints(config_cls)
+    except NameError:
+        return {}
+
+
+def _kind_text(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """An entry of the registry."""
+
+    name: str
+    config_cls: type[SteeringConfig]
+    method_cls: type[SteeringMethod[Any]]
+
+    @property
+    def summary(self) -> str:
+        """What the method is: the first line of its file's docstring, or of its folder's, without its name."""
+        module: ModuleType | None = sys.modules[self.method_cls.__module__]
+        folder = sys.modules.get(self.method_cls.__module__.rpartition(".")[0])
+        if getattr(folder, self.method_cls.__name__, None) is self.method_cls:
+            module = folder
+        line = (getattr(module, "__doc__", None) or "").strip().split("\n")[0].removeprefix(f"{self.name}: ")
+        return line[:1].upper() + line[1:]
+
+
+_REGISTRY: dict[str, MethodSpec] = {}
+
+
+@overload
+def register_steering_method(method: type[SteeringMethod[Any]], /) -> MethodSpec: ...
+
+
+@overload
+def register_steering_method(
+    name: str, *, config_cls: type[SteeringConfig], method_cls: type[SteeringMethod[Any]]
+) -> MethodSpec: ...
+
+
+def register_steering_method(
+    name: str | type[SteeringMethod[Any]],
+    *,
+    config_cls: type[SteeringConfig] | None = None,
+    method_cls: type[SteeringMethod[Any]] | None = None,
+) -> MethodSpec:
+    """Make a steering method known under its config's `steering_type`: `register_steering_method(MyMethod)`.
+
+    A package may do so at import and name its module in the entry point group `finesteer_hf.methods`: then the method is
+    found without anybody importing it. A method of this package has its module in `finesteer_hf.methods.BUILT_IN`.
+
+    Packages for earlier versions give name, config and method, all three.
+
+    Raises:
+        TypeError: if the method does not say which class its config is.
+        ValueError: if another class already has the name, if the config has no `steering_type`, or another one than `name`.
+    """
+    method_cls = method_cls if isinstance(name, str) else name
+    config_cls = config_cls or getattr(method_cls, "config_cls", None)
+    if method_cls is None or config_cls is None:
+        raise TypeError(
+            f"{name if method_cls is None else method_cls.__name__} names no config. Write `class MyMethod(SteeringMethod["
+            "MyConfig])`, then `register_steering_method(MyMethod)`."
+        )
+    name = name if isinstance(name, str) else config_cls.steering_type
+    if not name:
+        raise ValueError(f"{config_cls.__name__} has no steering_type; it is the method's name, in files too.")
+    if config_cls.steering_type != name:
+        raise ValueError(f"{config_cls.__name__}.steering_type is {config_cls.steering_type!r}, expected {name!r}.")
+    known = _REGISTRY.get(name)
+    if known is not None and known.method_cls is not method_cls:
+        raise ValueError(f"Steering method {name!r} is already registered by {known.method_cls.__module__}.")
+    _REGISTRY[name] = MethodSpec(name, config_cls, method_cls)
+    return _REGISTRY[name]
+
+
+def _declared_methods() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _register_built_in() -> None:
+    """Import the methods of this package, each of which registers itself."""
+    # Not at the top: methods import this module.
+    for module in importlib.import_module("finesteer_hf.methods").BUILT_IN:
+        importlib.import_module(f"finesteer_hf.methods.{module}")
+
+
+def steering_methods() -> list[str]:
+    """Names of all methods that are registered or declared by an installed package."""
+    _register_built_in()
+    return sorted({*_REGISTRY, *_declared_methods()})
+
+
+def get_steering_method(name: str) -> MethodSpec:
+    """Look a method up, importing the package that declares it.
+
+    Raises:
+        UnknownMethodError: if there is none of that name.
+    """
+    _register_built_in()
+    if name not in _REGISTRY:
+        declared = _declared_methods()
+        if name in declared:
+            importlib.import_module(declared[name].partition(":")[0])
+    if name not in _REGISTRY:
+        raise UnknownMethodError(name, steering_methods())
+    return _REGISTRY[name]

@@ -1,0 +1,1 @@
+"""`finesteer demo`."""

@@ -1,0 +1,1 @@
+"""Estimators of gates: scores, forms of gates, and their calibration."""

@@ -1,0 +1,1 @@
+"""Measures: likelihoods, choices, generated answers, and their statistics."""

@@ -1,0 +1,41 @@
+"""What tells a base model from another one, without reading all of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from finesteer_hf.adapters.adapter import active_lora_names
+
+
+SAMPLED_VALUES = 32
+# Fields of a config that say how a model is run or where it came from, not what it computes.
+_NOT_THE_MODEL = {"transformers_version", "use_cache", "torch_dtype", "output_hidden_states", "output_attentions"}
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """Name, commit and fingerprint of a model, JSON-ready.
+
+    The fingerprint covers the config, the active LoRA adapters, and the dtype, shape and evenly spaced values of every
+    weight that is in memory (offloaded ones are left out).
+
+    Args:
+        model: the causal LM.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        if parameter.device.type != "meta" and parameter.numel():
+            values = parameter.detach().reshape(-1)
+            picked = torch.linspace(0, len(values) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
+            digest.update(values[picked.to(values.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or None,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "lora": active_lora_names(model),
+        "fingerprint": digest.hexdigest(),
+    }

@@ -1,0 +1,131 @@
+"""Packing: several prompts with their answers in one row, each token seeing what it would see in its own text.
+
+The answers of a prompt stand behind it, side by side; a mask shows each of them the prompt and itself, and nothing of
+its neighbours, and positions go on from the prompt's. So a prompt is run once for all its answers, and texts of unlike
+length need no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finesteer_hf.fitting.capture.forward import Wanted
+from finesteer_hf.fitting.capture.jobs import Job
+from finesteer_hf.fitting.data.templating import Passage
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Inputs of one forward, and what is read of it.
+
+    Attributes:
+        ids, positions: int64 `[rows, tokens]`; pads at the end are 0.
+        visible: bool `[rows, tokens, begun + tokens]`: what each token sees, the common beginning first.
+        real: number of tokens that are no pads.
+        wanted: where states are kept.
+        prompts, answers: whose they are, in the order of `wanted`.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    visible: torch.Tensor
+    real: int
+    wanted: Wanted
+    prompts: tuple[Passage, ...]
+    answers: tuple[Passage, ...]
+
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as attention takes it, `[rows, 1, tokens, begun + tokens]`: 0, or the least number of the dtype."""
+        hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+        return hidden.masked_fill_(~self.visible, torch.finfo(dtype).min)[:, None]
+
+
+def packed_length(job: Job, begun: int = 0) -> int:
+    """Tokens of a job in a row, of whose prompt the first `begun` have been run already."""
+    prompt = 0 if job.prompt is None else len(job.prompt.ids)
+    return prompt - begun + sum(len(answer.ids) - prompt for answer in job.answers)
+
+
+def texts_in(job: Job) -> int:
+    """Number of texts that a job counts as; a prompt without answers is one."""
+    return max(1, len(job.answers))
+
+
+def longest_text(job: Job) -> int:
+    """Tokens of a job's longest text."""
+    return max(len(passage.ids) for passage in (job.prompt, *job.answers) if passage is not None)
+
+
+def pack(jobs: Sequence[Job], begun: int, most_tokens: int, most_texts: int) -> list[list[Job]]:
+    """Fill rows, longest jobs first; a job that exceeds a limit alone is a row of its own.
+
+    Args:
+        jobs: prompts whose answers continue them.
+        begun: length of the common beginning, which no row holds.
+        most_tokens: of a row.
+        most_texts: of a row.
+    """
+    rows: list[list[Job]] = []
+    tokens = texts = 0
+    for job in sorted(jobs, key=lambda job: packed_length(job, begun), reverse=True):
+        own, own_texts = packed_length(job, begun), texts_in(job)
+        if not rows or tokens + own > most_tokens or texts + own_texts > most_texts:
+            rows.append([])
+            tokens = texts = 0
+        rows[-1].append(job)
+        tokens, texts = tokens + own, texts + own_texts
+    return rows
+
+
+def lay_out(rows: Sequence[Sequence[Job]], begun: int, device: torch.device) -> PackedRows:
+    """Write rows of jobs as the inputs of a forward.
+
+    Args:
+        rows: jobs by row; all prompts are longer than `begun` and begin alike up to there.
+        begun: length of the common beginning.
+        device: of the tensors.
+    """
+    width = max(sum(packed_length(job, begun) for job in row) for row in rows)
+    ids, positions, owners, branches = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(4))
+    owners.fill_(-1)  # of pads, which see each other
+    wanted, real = Wanted(), 0
+    prompts: list[Passage] = []
+    answers: list[Passage] = []
+    for number, row in enumerate(rows):
+        end = 0
+        for owner, job in enumerate(row):
+            assert job.prompt is not None
+            length = len(job.prompt.ids)
+            parts = [(job.prompt.ids[begun:], begun), *((answer.ids[length:], length) for answer in job.answers)]
+            for branch, (part, position) in enumerate(parts):
+                start, end = end, end + len(part)
+                ids[number, start:end] = torch.tensor(part)
+                positions[number, start:end] = torch.arange(position, position + len(part))
+                owners[number, start:end] = owner
+                branches[number, start:end] = branch
+                if branch == 0:
+                    wanted.query_starts.append(start)
+                    wanted.query_rows.append(number)
+                    wanted.query_columns.append(end - 1)
+                else:
+                    wanted.answer_rows.append(number)
+                    wanted.answer_starts.append(start)
+                    wanted.answer_ends.append(end)
+                    wanted.answer_lasts.append(end - 1 - job.answers[branch - 1].closing)
+            prompts.append(job.prompt)
+            answers.extend(job.answers)
+        real += end
+    visible = _visible(owners.to(device), branches.to(device), begun)
+    return PackedRows(ids.to(device), positions.to(device), visible, real, wanted, tuple(prompts), tuple(answers))
+
+
+def _visible(owners: torch.Tensor, branches: torch.Tensor, begun: int) -> torch.Tensor:
+    """What came before of the same job, in the prompt or in the same answer; and the common beginning."""
+    tokens = owners.shape[1]
+    own = owners[:, :, None] == owners[:, None, :]
+    line = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+    earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=owners.device).tril()
+    return torch.nn.functional.pad(own & line & earlier, (begun, 0), value=True)

@@ -1,0 +1,378 @@
+"""Reading states: one pass a text, no further than the deepest site, and only the positions that are needed.
+
+The answers of a row share their prompt, so the prompt goes through the model once, with its answers packed behind it
+(see `packing`). What all prompts begin with, a template's header and a system message, goes through once for all of them.
+Where an architecture cannot do that (state-space layers, windows shorter than the text, masks of its own), texts go
+through whole, and the query's state is read in the pass of an answer. The blocks above the deepest site and the
+language-model head never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from finesteer_hf.errors import DatasetError
+from finesteer_hf.fitting.capture.forward import ForwardReader, Wanted
+from finesteer_hf.fitting.capture.jobs import Job, TextPass, batches, pad_right, sequences_of
+from finesteer_hf.fitting.capture.packing import lay_out, longest_text, pack, packed_length, texts_in
+from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest, Pool
+from finesteer_hf.sites import Site, TextTower
+
+
+Unit = TypeVar("Unit")
+Key = tuple[Site, Pool]
+# Padded tokens a batch: on a CPU more gains nothing and takes memory; on a GPU more fits, and what does not is halved.
+CPU_TOKENS, GPU_TOKENS = 384, 16384
+# Attention in a row costs tokens squared, so a row is no longer than keeps that small beside the model's width.
+SHORTEST_ROW, LONGEST_ROW = 128, 1024
+# Longer jobs would need a mask of more than a quarter of a gigabyte.
+LONGEST_PACKED = 8192
+UNBOUNDED = 1 << 62
+# A shorter beginning, or one of fewer prompts, is not worth a pass of its own.
+SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
+# Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
+SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass
+class CaptureCount:
+    """What a capture did, to be tested as counts.
+
+    Attributes:
+        passes: forwards of the decoder.
+        tokens: real tokens that went through it.
+        padded_tokens: the same with padding.
+    """
+
+    passes: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CapturedBatch:
+    """States of some passages, float32.
+
+    Attributes:
+        prompts: prompts whose states are in the entries of `PROMPT_POOLS`, `[prompts, width]`.
+        answers: answers whose states are in the other entries, `[answers, width]`.
+        states: by site and pool.
+    """
+
+    prompts: tuple[Passage, ...]
+    answers: tuple[Passage, ...]
+    states: Mapping[Key, np.ndarray]
+
+
+class StateReader:
+    """Runs texts through a decoder up to the deepest of some sites.
+
+    Args:
+        model: a causal LM; if it is steered, it is read unsteered.
+        request: sites and pools.
+        batch_size: texts a forward, or `auto` for a budget of tokens.
+        share_prompts: whether prompts are run once, packed with their answers; None: if the first rows read alike both
+            ways.
+        describe: says where passages come from, for messages.
+
+    Attributes:
+        count: what was done so far.
+        shares_prompts: what was found out about sharing; None before the first row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        request: CaptureRequest,
+        *,
+        batch_size: int | str = "auto",
+        share_prompts: bool | None = None,
+        describe: Callable[[Sequence[Passage]], str] | None = None,
+    ) -> None:
+        if batch_size != "auto" and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ValueError(f"batch_size must be 'auto' or a whole number of at least 1, got {batch_size!r}.")
+        self.model = model
+        self.request = request
+        self.tower = TextTower(model)
+        self.reader = ForwardReader(self.tower, request.sites, request.pools)
+        self.device = input_device(model)
+        self.batch_size = batch_size
+        self.token_budget = CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS
+        self.row_tokens = min(self.token_budget, LONGEST_ROW, max(SHORTEST_ROW, self.tower.hidden_size))
+        self.window = shareable_length(model, self.tower)
+        self.shares_prompts = False if self.window == 0 else share_prompts
+        self.describe = describe or (lambda passages: f"{len(passages)} texts")
+        self.count = CaptureCount()
+        self._prefix: tuple[int, ...] = ()
+        self._prefix_cache: DynamicCache | None = None
+        self._prefix_means: dict[Site, torch.Tensor] = {}
+        parameters = inspect.signature(self.tower.decoder.forward).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._takes_cache_flag = "use_cache" in parameters or open_ended
+
+    def for_request(self, request: CaptureRequest) -> StateReader:
+        """A reader of other sites and pools that goes on with the same count and settings."""
+        other = StateReader(
+            self.model,
+            request,
+            batch_size=self.batch_size,
+            share_prompts=self.shares_prompts,
+            describe=self.describe,
+        )
+        other.count = self.count
+        return other
+
+    def read(
+        self,
+        jobs: Sequence[Job],
+        advance: Callable[[int], None] = lambda done: None,
+        among: Sequence[Job] | None = None,
+    ) -> Iterator[CapturedBatch]:
+        """Read the states of jobs, batch by batch.
+
+        Args:
+            jobs: what to read; longest first within each kind, so that a batch that is too large fails at once.
+            advance: told of each batch's number of texts.
+            among: all jobs of a capture of which these are the missing ones, so that a resumed one goes the same way.
+
+        Raises:
+            DatasetError: naming the rows whose states are NaN or infinite.
+            UnsupportedModelError: if a site has another layout than `[rows, tokens, width]`.
+        """
+        wants_answers = any(pool not in PROMPT_POOLS for pool in self.request.pools)
+        if not wants_answers:
+            jobs = [Job(job.prompt) for job in jobs if job.prompt is not None]
+        unsteered = getattr(self.model, "disable_steering", contextlib.nullcontext)
+        with unsteered(), self.reader.installed():
+            apart: list[Job] = []
+            for own, prompts in by_kind(jobs, jobs if among is None else among):
+                self._prefix, self._prefix_cache = common_prefix(prompts), None
+                shared = [job for job in own if self._can_be_packed(job)]
+                if shared and self.shares_prompts is None:
+                    self.shares_prompts = self._reads_alike(shared)
+                shared = shared if self.shares_prompts else []
+                packed = set(shared)
+                apart += [job for job in own if job not in packed]
+                for batch in self._run(self._rows_of(shared), self._packed_cost, self._read_packed):
+                    advance(len(batch.prompts) + len(batch.answers))
+                    yield self._checked(batch)
+            self._prefix_cache = None
+            whole = sorted(sequences_of(apart), key=lambda text: len(text.ids), reverse=True)
+            for batch in self._run(whole, self._whole_cost, self._read_whole):
+                advance(len(batch.prompts) + len(batch.answers))
+                yield self._checked(batch)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def _can_be_packed(self, job: Job) -> bool:
+        if job.prompt is None or longest_text(job) >= self.window:
+            return False
+        begun = len(self._prefix)
+        begins_alike = len(job.prompt.ids) > begun and job.prompt.ids[:begun] == self._prefix
+        return begins_alike and packed_length(job, begun) <= LONGEST_PACKED
+
+    def _rows_of(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        texts = UNBOUNDED if self.batch_size == "auto" else int(self.batch_size)
+        return sorted(pack(jobs, len(self._prefix), self.row_tokens, texts), key=self._row_length, reverse=True)
+
+    def _row_length(self, row: Sequence[Job]) -> int:
+        return sum(packed_length(job, len(self._prefix)) for job in row)
+
+    def _packed_cost(self, rows: Sequence[Sequence[Job]]) -> int:
+        if self.batch_size != "auto":
+            return sum(texts_in(job) for row in rows for job in row)
+        return len(rows) * self._row_length(rows[0])  # the first is the longest
+
+    def _whole_cost(self, texts: Sequence[TextPass]) -> int:
+        return len(texts) if self.batch_size != "auto" else len(texts) * max(len(text.ids) for text in texts)
+
+    def _run(
+        self,
+        units: Sequence[Unit],
+        cost: Callable[[Sequence[Unit]], int],
+        read: Callable[[Sequence[Unit]], CapturedBatch],
+    ) -> Iterator[CapturedBatch]:
+        """Run units in batches; a batch that exhausts the memory is halved, and so is the budget of those to come."""
+        waiting = list(units)
+        while waiting:
+            budget = self.token_budget if self.batch_size == "auto" else int(self.batch_size)
+            batch = next(batches(waiting, cost, budget))
+            try:
+                result = read(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                if self.batch_size == "auto":
+                    self.token_budget = max(1, cost(batch) // 2)
+                else:
+                    self.batch_size = max(1, cost(batch) // 2)
+                continue
+            waiting = waiting[len(batch) :]
+            yield result
+
+    def _checked(self, batch: CapturedBatch) -> CapturedBatch:
+        for (site, pool), values in batch.states.items():
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+            if len(bad):
+                passages = batch.prompts if pool in PROMPT_POOLS else batch.answers
+                raise DatasetError(
+                    f"{self.describe([passages[i] for i in bad])}: the state at {site} ({pool}) is NaN or infinite. Load "
+                    "the model in bfloat16 or float32 (float16 overflows in some models), or drop these rows."
+                )
+        return batch
+
+    # -- forwards -----------------------------------------------------------------------------------------------------
+
+    def _read_whole(self, texts: Sequence[TextPass]) -> CapturedBatch:
+        ids, mask = pad_right([text.ids for text in texts], self.device)
+        wanted = Wanted()
+        prompts, answers = [], []
+        for row, text in enumerate(texts):
+            if text.prompt is not None:
+                prompts.append(text.prompt)
+                wanted.query_rows.append(row)
+                wanted.query_columns.append(len(text.prompt.ids) - 1)
+                wanted.query_starts.append(0)
+            if text.answer is not None:
+                answers.append(text.answer)
+                wanted.answer_rows.append(row)
+                wanted.answer_starts.append(int(text.answer.answer_start or 0))
+                wanted.answer_ends.append(len(text.ids))
+                wanted.answer_lasts.append(text.answer.last_content)
+        states = self._forward({"input_ids": ids, "attention_mask": mask}, int(mask.sum()), wanted)
+        return CapturedBatch(tuple(prompts), tuple(answers), as_arrays(states))
+
+    def _read_packed(self, rows: Sequence[Sequence[Job]]) -> CapturedBatch:
+        begun = len(self._prefix)
+        packed = lay_out(rows, begun, self.device)
+        inputs: dict[str, Any] = {
+            "input_ids": packed.ids,
+            "attention_mask": packed.additive_mask(self.model.dtype),
+            "position_ids": packed.positions,
+        }
+        if begun:
+            inputs["past_key_values"] = self._begin(len(rows))
+        states = self._forward(inputs, packed.real, packed.wanted, use_cache=begun > 0)
+        if begun and "query_mean" in self.request.pools:
+            self._add_beginning(states, packed.wanted, begun)
+        batch = CapturedBatch(packed.prompts, packed.answers, as_arrays(states))
+        if all(np.isfinite(values).all() for values in batch.states.values()):
+            return batch
+        # What is not finite spreads to neighbours through weights of zero: read apart, it is its own row's alone.
+        return self._read_whole(sequences_of(job for row in rows for job in row))
+
+    def _begin(self, rows: int) -> DynamicCache:
+        """A cache that holds what all prompts begin with, for so many rows."""
+        if self._prefix_cache is None:
+            # Without a config: a window's layer would keep the end of a row, which holds many texts.
+            self._prefix_cache = DynamicCache()
+            ids, mask = pad_right([self._prefix], self.device)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            inputs["past_key_values"] = self._prefix_cache
+            whole = Wanted(query_rows=[0], query_columns=[len(self._prefix) - 1], query_starts=[0])
+            states = self._forward(inputs, ids.numel(), whole, use_cache=True)
+            self._prefix_means = {s: pools["query_mean"] for s, pools in states.items() if "query_mean" in pools}
+        cache = copy.deepcopy(self._prefix_cache)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _add_beginning(self, states: dict[Site, dict[Pool, torch.Tensor]], wanted: Wanted, begun: int) -> None:
+        """Take what all prompts begin with into the means over the rest of each."""
+        for site, pools in states.items():
+            mean = pools["query_mean"]
+            ends, starts = (torch.tensor(c, device=mean.device) for c in (wanted.query_columns, wanted.query_starts))
+            own = (ends - starts + 1)[:, None]
+            pools["query_mean"] = (own * mean + begun * self._prefix_means[site].to(mean.device)) / (own + begun)
+
+    def _forward(
+        self, inputs: dict[str, Any], real_tokens: int, wanted: Wanted, use_cache: bool = False
+    ) -> dict[Site, dict[Pool, torch.Tensor]]:
+        if self._takes_cache_flag:
+            inputs["use_cache"] = use_cache
+        self.count.passes += 1
+        self.count.tokens += real_tokens
+        self.count.padded_tokens += inputs["input_ids"].numel()
+        return self.reader.run(inputs, wanted)
+
+    def _reads_alike(self, jobs: Sequence[Job]) -> bool:
+        """Whether two jobs of different length read the same packed in a row as each of their texts does alone."""
+        by_length = sorted((Job(job.prompt, job.answers[:2]) for job in jobs), key=packed_length)
+        few = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2]]))
+        whole = self._read_whole(sequences_of(few))
+        try:
+            shared = self._read_packed([few])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return False
+        tolerance = SHARED_TOLERANCE.get(self.model.dtype, HALF_TOLERANCE)
+        for key, expected in whole.states.items():
+            difference = np.linalg.norm(shared.states[key] - expected, axis=1)
+            if not (difference <= tolerance * np.linalg.norm(expected, axis=1)).all():
+                return False
+        return True
+
+
+def by_kind(jobs: Sequence[Job], among: Sequence[Job]) -> Iterator[tuple[list[Job], list[Passage | None]]]:
+    """Jobs whose prompts have answers, then the others, which begin otherwise; each with all prompts of its kind."""
+    answered = {job.prompt for job in among if job.answers}
+    for kind in (True, False):
+        prompts = [job.prompt for job in among if (job.prompt in answered) is kind]
+        yield [job for job in jobs if (job.prompt in answered) is kind], prompts
+
+
+def common_prefix(prompts: Iterable[Passage | None]) -> tuple[int, ...]:
+    """Ids that all prompts begin with, short of their last token; nothing where it would not pay."""
+    texts = [prompt.ids[:-1] for prompt in prompts if prompt is not None]
+    if len(texts) < FEWEST_PROMPTS:
+        return ()
+    # Where any two differ first, the first and the last in order do.
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length] if length >= SHORTEST_PREFIX else ()
+
+
+def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, np.ndarray]:
+    """States on the CPU."""
+    return {(site, pool): value.cpu().numpy() for site, pools in states.items() for pool, value in pools.items()}
+
+
+def shareable_length(model: Any, tower: TextTower) -> int:
+    """Length that a packed text must stay below; 0 if an architecture's texts cannot be packed.
+
+    A text that is shorter than a sliding window is seen whole by its layers.
+    """
+    if (
+        getattr(model, "_is_stateful", False)
+        or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
+    ):
+        return 0
+    length = UNBOUNDED
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            length = min(length, int(layer.sliding_window))
+        elif type(layer) is not DynamicLayer:
+            return 0
+    return length
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go; accelerate's hooks move them on if the embeddings are offloaded."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

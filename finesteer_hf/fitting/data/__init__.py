@@ -1,0 +1,1 @@
+"""From records to rows that are checked, templated, linted and split."""

@@ -1,0 +1,253 @@
+"""The model card of an adapter: written at save, merged into what a README already says.
+
+Our part stands between two markers and is replaced as a whole; text outside the markers and metadata that the user
+wrote are kept. What metadata we wrote is remembered in the start marker, so a value that nobody changed since follows
+the adapter, and a value that somebody changed stays.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from finesteer_hf.adapters.base_models import is_hub_id
+from finesteer_hf.adapters.staging import replacing
+from finesteer_hf.hub.card_facts import adapter_facts, base_name, figures_of, is_estimate, plain
+from finesteer_hf.hub.card_story import tell
+from finesteer_hf.hub.readme import CARD_NAME, Readme, ReadmeError, Section, merge_metadata, put_section
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.adapters.adapter import SteeringAdapter
+
+
+TEMPLATE_NAME = "adapter_card.md"
+PLACEHOLDER = "this-folder-or-its-repo"
+DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
+PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
+_START = "<!-- finesteer_hf:start"
+_END = "<!-- finesteer_hf:end -->"
+# What makes a line a heading, a quote, a fence or a list.
+_BLOCK_START = re.compile(r"[#>=~]|[-+*](?=\s)")
+
+
+def write_card(
+    adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
+) -> Path:
+    """Write the adapter's `README.md` and its plots into a folder, merged into the README that is there.
+
+    Args:
+        adapter: a fitted adapter.
+        directory: an existing folder.
+        repo_id: Hub id that the card's example loads; by default a placeholder, since a card may be published and a
+            folder's path should not.
+        subfolder: folder of that repo which holds the adapter, for the example.
+
+    Returns:
+        Path of the README. One that cannot be merged is left as it is, with a warning.
+    """
+    directory = Path(directory)
+    for name, content in render_card(adapter, directory, repo_id, subfolder).items():
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            with replacing(directory / name) as path:
+                path.write_bytes(content)
+    return directory / CARD_NAME
+
+
+def render_card(
+    adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
+) -> dict[str, bytes | None]:
+    """The files of a card by name, as `write_card` writes them; None for a plot that the card no longer shows.
+
+    Nothing is written. Empty where the README that is there cannot be merged, with a warning.
+    """
+    plots = draw_plots(adapter)
+    body = render_section(adapter, repo_id or PLACEHOLDER, subfolder, plots)
+    path = directory / CARD_NAME
+    try:
+        text = merge_card(Readme.read(path), body, card_metadata(adapter))
+    except ReadmeError as error:
+        warn_unmerged(path, error)
+        return {}
+    pictures = {name: plots[name].png if name in plots else None for name in PLOT_NAMES}
+    return {CARD_NAME: text.encode("utf-8"), **pictures}
+
+
+def warn_unmerged(path: Path, error: ReadmeError) -> None:
+    """Say that a README cannot be merged and stays what it is."""
+    warnings.warn(f"{path} cannot be merged and was left as it is: {error}.", stacklevel=3)
+
+
+def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
+    """The card's YAML metadata, as huggingface_hub defines it; without a base that is only a local path."""
+    config = adapter.config
+    base = config.base_model_name_or_path
+    on_hub = base is not None and is_hub_id(base)
+    results = eval_results(figures_of(adapter, "evaluation", list))
+    data = ModelCardData(
+        library_name="finesteer_hf",
+        base_model=base if on_hub else None,
+        pipeline_tag="text-generation",
+        tags=["steering", "activation-steering", config.steering_type.lower()],
+        model_name=f"{config.steering_type} steering adapter" if results else None,
+        eval_results=results or None,
+    ).to_dict()
+    if on_hub:
+        data["base_model_relation"] = "adapter"
+    return data
+
+
+def eval_results(rows: list[Any]) -> list[EvalResult]:
+    """The steered figures of an evaluation, as the Hub's metadata wants them."""
+    known = [row for row in rows if isinstance(row, dict) and is_estimate(row.get("steered"))]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=_slug(str(row.get("dataset"))),
+            dataset_name=plain(str(row.get("dataset"))),
+            metric_type=_slug(str(row.get("metric"))),
+            metric_name=plain(str(row.get("metric"))),
+            metric_value=round(row["steered"]["value"], 4),
+        )
+        for row in known
+        if row["steered"]["value"] is not None
+    ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class CardPlot:
+    """A plot of the card."""
+
+    path: str
+    png: bytes
+    caption: str
+
+
+def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
+    """Plots of what the fit kept: the dose-response curve, the gate's scores; by file name."""
+    report = figures_of(adapter, "report", dict)
+    plots = {}
+    for name, key, draw in ((DOSE_PLOT, "dose_response", _draw_dose), (GATE_PLOT, "gate_scores", _draw_gate)):
+        if not report.get(key):
+            continue
+        try:
+            plot = draw(name, report, adapter)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            warnings.warn(
+                f"The card has no {name}: `fit.report.{key}` holds no figures of a fit ({error}).", stacklevel=2
+            )
+            continue
+        if plot is not None:
+            plots[name] = plot
+    return plots
+
+
+def _draw_dose(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot:
+    from finesteer_hf.evaluation.plots import plot_dose_response, png
+    from finesteer_hf.method_api import DosePoint
+
+    points = [DosePoint.from_report(point) for point in report["dose_response"]]
+    leads = (report.get("objective") or {}).get("criterion", "sayable")
+    figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
+    caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
+    return CardPlot(name, png(figure, dpi=110), caption)
+
+
+def _draw_gate(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot | None:
+    from finesteer_hf.evaluation.plots import plot_gate_scores, png
+
+    scores = report["gate_scores"]
+    if not scores["ir"] and not scores["general"]:
+        return None
+    figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
+    caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
+    return CardPlot(name, png(figure, dpi=110), caption)
+
+
+def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:
+    """Our part of the card, from the packaged template."""
+    base = adapter.config.base_model_name_or_path
+    name = base_name(adapter)
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters["cell"] = escape_markdown
+    return environment.from_string(template_text(TEMPLATE_NAME)).render(
+        method=adapter.config.steering_type,
+        base=name or "the-base-model",
+        base_link=f"[`{base}`](https://huggingface.co/{base})"
+        if base and is_hub_id(base)
+        else code(name or "a model"),
+        repo=repo,
+        subfolder=subfolder,
+        facts=adapter_facts(adapter),
+        story=tell(adapter),
+        figures=list(plots.values()),
+    )
+
+
+def escape_markdown(text: str) -> str:
+    """A value as Markdown that shows it and does nothing else: on one line, no HTML, no link, no image, no block.
+
+    Every value that goes into a card goes through this; `[13.3, 28.9]` alone is no link and stays readable.
+    """
+    line = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("|", "\\|")
+    for mark in "([:":
+        line = line.replace(f"]{mark}", f"]&#{ord(mark)};")
+    return f"\\{line}" if _BLOCK_START.match(line) else line
+
+
+def code(text: str) -> str:
+    """A value as a code span, without what would end the span or the cell, or be HTML outside of it."""
+    return f"`{re.sub(r'[`<>|]', '_', plain(text)) or '_'}`"
+
+
+def merge_card(readme: Readme, body: str, metadata: dict[str, Any]) -> str:
+    """Put our section and metadata into a README; gives its new text.
+
+    Args:
+        readme: what is there.
+        body: our section, without markers.
+        metadata: our YAML metadata.
+    """
+    section = Section.find(readme.text, _START, _END)
+    merged = merge_metadata(readme.metadata, metadata, _written_before(section))
+    # A comment ends with the first `-->`, whoever wrote it.
+    written = json.dumps(metadata, sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    ours = f"{_START} {written} -->\n{body.strip()}\n{_END}"
+    return readme.write(merged, put_section(readme.text, section, ours))
+
+
+def _written_before(section: Section | None) -> dict[str, Any]:
+    try:
+        written = json.loads(section.header) if section is not None else {}
+    except (ValueError, RecursionError):
+        return {}
+    return written if isinstance(written, dict) else {}
+
+
+def template_text(name: str) -> str:
+    """A card template: from the wheel, or from `hub_cards/templates` of a source checkout.
+
+    Raises:
+        FileNotFoundError: if neither place has it.
+    """
+    packaged = resources.files("finesteer_hf") / "hub_cards" / name
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    checkout = Path(__file__).resolve().parents[2] / "hub_cards" / "templates" / name
+    if checkout.is_file():
+        return checkout.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"The card template {name} is missing from the package; reinstall finesteer_hf.")

@@ -1,0 +1,294 @@
+"""`generate` and the plain forward of a steered model: a call's arguments become a plan, and a session carries it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from finesteer_hf.errors import UnsupportedModelError
+from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
+from finesteer_hf.runtime.arguments import as_scale
+from finesteer_hf.runtime.call import SteeringRuntime
+from finesteer_hf.runtime.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
+from finesteer_hf.runtime.decoding.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
+from finesteer_hf.runtime.decoding.compiled import forward_is_compiled
+from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
+from finesteer_hf.runtime.prompt_ends import PROMPT_ENDS, told
+from finesteer_hf.runtime.session import CallSession, current_session
+from finesteer_hf.runtime.streams import Prompt, cache_length, forward_cache
+
+
+class _Unset:
+    """Marks an argument that was not given, where None has a meaning."""
+
+    def __repr__(self) -> str:
+        return "<what is set on the model>"
+
+
+UNSET = _Unset()
+
+# Arguments that `generate` takes; what would swallow them refuses them.
+OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
+
+# Where `generate` takes a streamer that is given by position, after `self`.
+_STREAMER_PLACE = list(inspect.signature(GenerationMixin.generate).parameters).index("streamer") - 1
+
+NOT_BATCHED = (
+    "Continuous batching packs requests into one row, in a thread of its own that stands in no block, and is not steered. "
+    "Use `generate`, or take steering off the model with `model.set_steering(None)`, outside of any block, for an "
+    "unsteered batch."
+)
+
+
+class SteeredGeneration:
+    """The steering half of `SteeringMixin`: it stands before the model's own class and passes everything on to it."""
+
+    _steering: SteeringRuntime
+
+    def generate(
+        self,
+        *args: Any,
+        steering: SelectionLike | Sequence[SelectionLike] | _Unset = UNSET,
+        steering_scale: float | Sequence[float] | torch.Tensor = 1.0,
+        steering_processor: Sequence[SteeringProcessor] | None = None,
+        output_steering: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' `generate`, steered; takes everything that one takes.
+
+        Args:
+            *args: as for `GenerationMixin.generate`.
+            steering: for this call only: a name, a dict of name to scale, None for unsteered, or a list with one of
+                these for each row of the batch. Not given: what is set on the model.
+            steering_scale: multiplies the scales: a number, or one for each row.
+            steering_processor: processors of your own, beside the active adapters and after them.
+            output_steering: whether the output gets `.steering`: for each adapter its scores, gates and more, tensors
+                with one entry for each returned sequence. Needs `return_dict_in_generate=True`.
+            **kwargs: as for `GenerationMixin.generate`.
+
+        Raises:
+            AdapterNotFoundError: for a name that is not loaded, before any computation.
+            ValueError: if rows and lists do not fit, a scale is not finite, what is added is not finite in the model's
+                dtype, or `output_steering` has no output object to go to.
+            TypeError: if `steering` or `steering_scale` is of another kind.
+        """
+        processors = tuple(SteeringProcessorList(steering_processor or ()))
+        plan, rows = self._call_plan(steering, steering_scale, processors)
+        if output_steering and not self._returns_dict(kwargs):
+            raise ValueError(
+                "output_steering=True needs return_dict_in_generate=True: a bare tensor has no `.steering`."
+            )
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = OutsideStreamer(kwargs["streamer"])
+        elif len(args) > _STREAMER_PLACE and args[_STREAMER_PLACE] is not None:
+            args = (*args[:_STREAMER_PLACE], OutsideStreamer(args[_STREAMER_PLACE]), *args[_STREAMER_PLACE + 1 :])
+        self._steering.follow_modules()
+        # Held for the call: an adapter may be deleted or replaced while it steers.
+        self._steering.hook(plan.sites)
+        try:
+            with CallSession(self._steering, plan, rows=rows, record=output_steering) as session:
+                output = super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._steering.unhook(plan.sites)
+        if output_steering and isinstance(output, ModelOutput):
+            output.steering = session.records_of_sequences(output.sequences.shape[0])  # type: ignore[attr-defined]
+        return output
+
+    def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> tuple[Plan, int | None]:
+        """What a call steers with, and the number of rows that it was given for, if it was."""
+        for processor in chain:
+            for site in processor.sites:
+                self._steering.tower.check(site)
+        factor = as_scale(scale)
+        rows = len(factor) if isinstance(factor, tuple) else None
+        if isinstance(steering, _Unset):
+            outer = current_session(self._steering)
+            if outer is not None and not outer.of_forward and factor == 1.0 and not chain:
+                # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
+                # the call calls back, and what stands in a block of its own, is outside of it.
+                return outer.plan, outer.rows
+            self._steering.warn_of_blocks_elsewhere()
+            with self._steering.lock:
+                selection, own = self._steering.active()
+                return self._steering.plan(selection, (*own, *chain), factor), rows
+        if not isinstance(steering, Sequence) or isinstance(steering, str):
+            return self._steering.plan(as_selection(steering), chain, factor), rows
+        if not steering:
+            raise ValueError("steering=[] has no entries. Give one entry for each row of the batch, or None.")
+        selections: list[Selection] = [as_selection(row) for row in steering]
+        return self._steering.mixed_plan(selections, chain, factor), len(selections)
+
+    def _returns_dict(self, kwargs: dict[str, Any]) -> bool:
+        configs = (kwargs.get("generation_config"), self.generation_config)  # type: ignore[attr-defined]
+        for value in (
+            kwargs.get("return_dict_in_generate"),
+            *(getattr(c, "return_dict_in_generate", None) for c in configs),
+        ):
+            if value is not None:
+                return bool(value)
+        return False
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
+        # Here the prepared configuration, the final mask and the rows of the forwards are known, before any forward.
+        ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        session = current_session(self._steering)
+        if session is not None and session.prompt is None:
+            session.prompt = prompt_of(ids, kwargs, expand_size, masked=bool(session.plan))
+            session.check_rows(session.prompt)
+        return ids, kwargs
+
+    def _validate_generation_mode(self, mode: Any, generation_config: Any, loop: dict[str, Any]) -> None:
+        super()._validate_generation_mode(mode, generation_config, loop)  # type: ignore[misc]
+        session = current_session(self._steering)
+        if session is None:
+            return
+        if session.plan.remembers and (generation_config.num_beams > 1 or session.plan.lookback):
+            raise ValueError(
+                "The active steering remembers the tokens of each row, and rows change places under beams and where tokens "
+                "are taken back; use greedy search or sampling, without an adapter that takes tokens back."
+            )
+        if session.plan.lookback:
+            refuse_what_cannot_go_back(mode, generation_config, loop)
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers takes the decoding method from the class, so this stands in for its greedy search and sampling.
+        session = current_session(self._steering)
+        if session is None or not session.plan.lookback:
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
+        return sample_with_backtracking(self, super()._sample, session, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_logits_processor(self, *args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        session = current_session(self._steering)
+        own = session.logits_processors() if session is not None and session.plan else []
+        if own:
+            logits_processor = LogitsProcessorList([*(logits_processor or ()), *own])
+        processors = super()._get_logits_processor(*args, logits_processor=logits_processor, **kwargs)  # type: ignore[misc]
+        return processors if session is None else OutsideProcessors(processors)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
+        return criteria if current_session(self._steering) is None else OutsideCriteria(criteria)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching, which is not steered.
+
+        Raises:
+            UnsupportedModelError: if steering is asked for, or anything is active.
+        """
+        asked = sorted(OF_GENERATE & kwargs.keys())
+        if asked:
+            raise UnsupportedModelError(f"generate_batch takes no {asked}. {NOT_BATCHED}")
+        refuse_continuous_batching(self._steering)
+        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' manager of continuous batching, which is not steered: it and its requests are refused.
+
+        Raises:
+            UnsupportedModelError: if anything is active, now or when a request is added.
+        """
+        runtime = self._steering
+        refuse_continuous_batching(runtime)
+        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        if "add_request" not in vars(manager):
+            # Its own thread stands in no block, and would not see that of the thread that adds a request.
+            add_request = manager.add_request
+
+            @functools.wraps(add_request)
+            def add_unsteered_request(*args: Any, **kwargs: Any) -> Any:
+                refuse_continuous_batching(runtime)
+                return add_request(*args, **kwargs)
+
+            manager.add_request = add_unsteered_request
+        return manager
+
+    def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
+        """A plain forward, steered with what is active.
+
+        Args:
+            *args: as for the model's `forward`.
+            prompt_lengths: `[rows]` numbers of real prompt tokens, if the rows hold prompt and answer: the query is
+                then token `prompt_lengths - 1` of the row's real tokens instead of the last one. Without it, `labels`
+                say the same where they begin with -100, as trainers' do.
+            **kwargs: as for the model's `forward`.
+
+        Warns:
+            UserWarning: once, if the steering depends on the prompt's end and neither says where it is.
+        """
+        labels = kwargs.get("labels")
+        if torch.compiler.is_compiling():
+            self._steering.compiled.note(prompt_lengths, labels)
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        with told(prompt_lengths, labels):
+            if not forward_is_compiled(self):  # type: ignore[arg-type]
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return self._call_compiled(super().__call__, *args, **kwargs)  # type: ignore[misc]
+
+    def _call_compiled(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime, session = self._steering, current_session(self._steering)
+        if session is None:
+            runtime.warn_of_blocks_elsewhere()
+            cache, plan = forward_cache(kwargs), runtime.plan(*runtime.active(), 1.0)
+            if cache is None or not plan.depends_on_query:
+                runtime.check_prompt_ends(args, kwargs)
+                with runtime.compiled.lock:
+                    runtime.sync_compiled()
+                    runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
+                    return call(*args, **kwargs)
+            # A decoding loop written by hand: its steps add what the forward over the prompt decided.
+            session = runtime.plain_session_of(cache, plan)
+            decided = session is not None and session.can_decode_compiled
+        else:
+            decided = session.can_decode_compiled and not session.of_forward
+        if session is not None and decided:
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)
+        # The prompt is read and decided on eagerly, as it is when `generate` compiles by itself.
+        with torch.compiler.set_stance("force_eager"):
+            return call(*args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """transformers' compiled forward for decode steps, bound to what the calling thread's session adds."""
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+        runtime = self._steering
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            session = current_session(runtime)
+            if session is None or session.of_forward or not session.can_decode_compiled:
+                return self(*args, **kwargs)
+            return runtime.compiled.run_bound(session, runtime.hooked_widths(), compiled, *args, **kwargs)
+
+        return call
+
+
+def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True) -> Prompt:
+    """What `generate` knows of the prompts once its inputs are prepared; without their mask if nothing asks for it."""
+    embeds = kwargs.get("inputs_embeds")
+    inputs = {"inputs_embeds": embeds} if embeds is not None else {"input_ids": ids}
+    mask = kwargs.get("attention_mask")
+    length = int(next(iter(inputs.values())).shape[1])
+    cache = kwargs.get("past_key_values")
+    if mask is not None and mask.ndim == 2 and mask.shape[1] >= length:
+        length = int(mask.shape[1])
+    elif cache is not None and cache_length(cache) >= length:
+        # Only the new turn's tokens were given, beside the cache of the earlier ones.
+        length += cache_length(cache)
+    usable = masked and isinstance(mask, torch.Tensor) and mask.ndim == 2
+    return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
+
+
+def refuse_continuous_batching(runtime: SteeringRuntime) -> None:
+    """Raise `UnsupportedModelError` if anything is active, in this call or block, or for the manager's own thread."""
+    session = current_session(runtime)
+    steers = any(runtime.active()) if session is None else bool(session.plan)
+    if steers or runtime.selection:
+        raise UnsupportedModelError(NOT_BATCHED)

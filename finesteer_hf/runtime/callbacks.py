@@ -1,0 +1,72 @@
+"""The user's code that `generate` calls back: logits processors, stopping criteria, streamers.
+
+It runs outside the call's session. A judge that generates or runs a plain forward there makes a call of its own, which
+reads its own query and steers with what is active where it stands. Guidance is the exception: its second sequence is part
+of the call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from finesteer_hf.runtime.session import in_session, outside_sessions
+
+
+class OutsideProcessors(LogitsProcessorList):
+    """Logits processors that run outside the session; made inside it, where their guidance stays.
+
+    Args:
+        processors: as transformers has put them together.
+    """
+
+    def __init__(self, processors: Iterable[Any]) -> None:
+        super().__init__(
+            _guiding(p) if isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) else p for p in processors
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return outside_sessions(super().__call__, *args, **kwargs)
+
+
+class OutsideCriteria(StoppingCriteriaList):
+    """Stopping criteria that run outside the session."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return outside_sessions(super().__call__, *args, **kwargs)
+
+
+class OutsideStreamer(BaseStreamer):
+    """A streamer that runs outside the session."""
+
+    def __init__(self, streamer: Any) -> None:
+        self.streamer = streamer
+
+    def put(self, value: Any) -> None:
+        outside_sessions(self.streamer.put, value)
+
+    def end(self) -> None:
+        outside_sessions(self.streamer.end)
+
+
+class _Guided:
+    """The model of a guidance processor: its forwards belong to the session in which the processor was taken over."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.model = model
+        self.call = in_session(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+def _guiding(processor: Any) -> Any:
+    # A copy: the processor may be the user's, for other calls as well. A draft is handed its call's processors.
+    guiding = copy.copy(processor)
+    guiding.model = _Guided(processor.model.model if isinstance(processor.model, _Guided) else processor.model)
+    return guiding

@@ -1,0 +1,48 @@
+"""Gradient checkpointing: a block that runs again in the backward pass steers as it did the first time.
+
+The backward pass runs a checkpointed block after the call's session has ended, and on a GPU in another thread. A hook
+inside the block (an attention output projection's) would then find no session, and the gradients would be those of an
+unsteered block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from finesteer_hf.runtime.session import in_session
+
+
+_ATTRIBUTE = "_gradient_checkpointing_func"
+
+
+class SteeredCheckpoint:
+    """A checkpoint function that takes the session of the forward along into the recomputation.
+
+    Args:
+        checkpoint: what transformers put on the block: `torch.utils.checkpoint.checkpoint` with its arguments.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(in_session(function), *args, **kwargs)
+
+
+def steer_checkpoints(modules: Iterable[nn.Module]) -> None:
+    """Let modules that checkpoint keep the session; those that do so already, and those without, stay as they are."""
+    for module in modules:
+        checkpoint = module.__dict__.get(_ATTRIBUTE)
+        if checkpoint is not None and not isinstance(checkpoint, SteeredCheckpoint):
+            setattr(module, _ATTRIBUTE, SteeredCheckpoint(checkpoint))
+
+
+def restore_checkpoints(modules: Iterable[nn.Module]) -> None:
+    """Give modules their own checkpoint functions back."""
+    for module in modules:
+        checkpoint = module.__dict__.get(_ATTRIBUTE)
+        if isinstance(checkpoint, SteeredCheckpoint):
+            setattr(module, _ATTRIBUTE, checkpoint.checkpoint)

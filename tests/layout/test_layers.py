@@ -1,0 +1,75 @@
+"""Imports point down, inside functions too, and no folder is a heap."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import finesteer_hf
+
+
+PACKAGE = Path(finesteer_hf.__file__).parent
+# From the ground up; what stands on one line may import one another.
+LAYERS = [
+    ["errors"],
+    ["estimators"],
+    ["sites"],
+    ["processors"],
+    ["adapters", "method_api"],
+    ["runtime"],
+    ["model"],
+    ["custom_generate"],
+    ["methods"],
+    ["playground"],
+    ["fitting"],
+    ["evaluation"],
+    ["hub"],
+    ["interop"],
+    ["testing"],
+    ["cli"],
+]
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+MOST_FILES = 15
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere but for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "finesteer_hf":
+            yield from (f"finesteer_hf.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        yield from imported(node)
+
+
+@pytest.mark.parametrize("layer", HEIGHT)
+def test_a_layer_imports_none_above_it(layer: str) -> None:
+    files = (
+        [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else sorted((PACKAGE / layer).rglob("*.py"))
+    )
+    assert files
+    upward = [
+        f"{file.relative_to(PACKAGE)} imports {name}"
+        for file in files
+        for name in imported(ast.parse(file.read_text(encoding="utf-8")))
+        if name.startswith("finesteer_hf.") and HEIGHT.get(name.split(".")[1], -1) > HEIGHT[layer]
+    ]
+    assert not upward, upward
+
+
+def test_every_module_has_its_layer() -> None:
+    own = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert own - {"__init__", "__main__"} == set(HEIGHT)
+
+
+def test_no_folder_holds_more_files_than_can_be_looked_over() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    counts = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert max(counts.values()) <= MOST_FILES, counts
