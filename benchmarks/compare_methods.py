@@ -33,7 +33,7 @@ from compare_subjects import SUBJECTS, Subject, subject_of
 from real_model import DATA, write
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.data.inputs import prepare_inputs
 from finesteer_hf.fitting.dose import DoseRunner

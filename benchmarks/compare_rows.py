@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finesteer_hf import steering_methods
-from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.adapters.registry import get_steering_method
 
 
 REFERENCE, UNSTEERED, PROMPT = "FINESTEER", "unsteered", "system prompt"

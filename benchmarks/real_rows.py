@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.adapters.registry import get_steering_method
 
 
 Task = Literal["truthful", "refusal"]

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from finesteer_hf.adapters.adapter import LoadReport as LoadReport
     from finesteer_hf.adapters.adapter import SteeringAdapter as SteeringAdapter
     from finesteer_hf.adapters.config import SteeringConfig as SteeringConfig
-    from finesteer_hf.adapters.config import register_steering_method as register_steering_method
-    from finesteer_hf.adapters.config import steering_methods as steering_methods
+    from finesteer_hf.adapters.registry import register_steering_method as register_steering_method
+    from finesteer_hf.adapters.registry import steering_methods as steering_methods
     from finesteer_hf.fitting import fit_steering as fit_steering
     from finesteer_hf.hub import list_adapters as list_adapters
     from finesteer_hf.methods.caa import CAAConfig as CAAConfig
@@ -36,7 +36,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapters.adapter": ("LoadReport", "SteeringAdapter"),
     "model.auto": ("SteeredModelForCausalLM",),
-    "adapters.config": ("SteeringConfig", "register_steering_method", "steering_methods"),
+    "adapters.config": ("SteeringConfig",),
+    "adapters.registry": ("register_steering_method", "steering_methods"),
     "fitting": ("fit_steering",),
     "hub": ("list_adapters",),
     "model.verbs": ("SteeringMixin",),
@@ -76,7 +77,7 @@ def __dir__() -> list[str]:
 
 def _method_configs() -> dict[str, Any]:
     """The configs of all methods by the names of their classes."""
-    from finesteer_hf.adapters.config import get_steering_method, steering_methods
+    from finesteer_hf.adapters.registry import get_steering_method, steering_methods
 
     configs = (get_steering_method(method).config_cls for method in steering_methods())
     return {config.__name__: config for config in configs}

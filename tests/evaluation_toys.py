@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from finesteer_hf import Decision, QueryStates, Site, SteeringAdapter
-from finesteer_hf.adapters import config
+from finesteer_hf.adapters import config, registry
 from finesteer_hf.method_api import SteeringMethod
 
 
@@ -100,6 +100,6 @@ def half_plane_adapter(normal: torch.Tensor, strength: float = 2.0, **fields: An
 
 @pytest.fixture
 def half_plane() -> Iterator[None]:
-    config.register_steering_method("TEST_HALF_PLANE", config_cls=HalfPlaneConfig, method_cls=HalfPlane)
+    registry.register_steering_method("TEST_HALF_PLANE", config_cls=HalfPlaneConfig, method_cls=HalfPlane)
     yield
-    del config._REGISTRY["TEST_HALF_PLANE"]
+    del registry._REGISTRY["TEST_HALF_PLANE"]

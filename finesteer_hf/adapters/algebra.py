@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.adapters.tensor_files import vector_name
 from finesteer_hf.processors import QueryStates
 from finesteer_hf.sites import INNER_KINDS, Site

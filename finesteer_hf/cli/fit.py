@@ -88,7 +88,7 @@ def make_config(method: str, settings: list[str]) -> SteeringConfig:
     Raises:
         ValueError: for what is no setting of the method, or a value that it cannot have.
     """
-    from finesteer_hf.adapters.config import get_steering_method
+    from finesteer_hf.adapters.registry import get_steering_method
 
     config_cls = get_steering_method(method.upper()).config_cls
     known = config_cls.setting_fields()

@@ -14,7 +14,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="A method, to list its settings.")] = None,
 ) -> None:
     """List the steering methods, or the settings of one."""
-    from finesteer_hf.adapters.config import get_steering_method, steering_methods
+    from finesteer_hf.adapters.registry import get_steering_method, steering_methods
 
     if name is None:
         rows = []

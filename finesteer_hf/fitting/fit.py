@@ -11,8 +11,9 @@ from typing import Any
 
 from finesteer_hf.adapters.adapter import SteeringAdapter, active_lora_names
 from finesteer_hf.adapters.base_models import base_of
-from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.adapters.fingerprint import fingerprint
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.fitting.capture.captured import CapturedData, model_info
 from finesteer_hf.fitting.capture.gradients import GradientReader
 from finesteer_hf.fitting.capture.identity import model_identity

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.hub.card_facts import base_name, share_text
 
 

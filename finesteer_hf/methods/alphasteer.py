@@ -17,7 +17,8 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.estimators.linear_algebra import gram_eigen
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, SteeringMethod

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Pool, SteeringMethod
 from finesteer_hf.methods._shared.checks import (

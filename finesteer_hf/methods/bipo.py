@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from finesteer_hf.adapters.config import register_steering_method, setting
+from finesteer_hf.adapters.config import setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods._shared.checks import check_number
 from finesteer_hf.methods._shared.preference_training import PairScores, PreferenceRows, TrainedShift
 from finesteer_hf.methods._shared.preference_vector import PreferenceVector, PreferenceVectorConfig

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, Pool, Side, SteeringMethod
 from finesteer_hf.methods._shared.checks import check_layer, check_one_of, check_strength, filled_in, require_fitted

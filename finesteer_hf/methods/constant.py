@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import Free, Shape, vector_name
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod

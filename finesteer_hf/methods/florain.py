@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, TrainedMap, WantedStates, region_loss, train_head_maps

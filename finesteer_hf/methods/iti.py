@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from finesteer_hf.adapters.config import register_steering_method
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.methods._shared.heads import HeadFit, HeadsConfig, dense_shift, fit_heads, head_sites, require_heads

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import NEURONS, Indices, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod

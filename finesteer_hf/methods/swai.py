@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessor
 
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import Free, Indices, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, Part, SteeringMethod

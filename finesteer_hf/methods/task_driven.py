@@ -20,7 +20,8 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 
-from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, register_steering_method, setting, written_by_fit
+from finesteer_hf.adapters.config import MOST_HEADS, SteeringConfig, setting, written_by_fit
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.errors import AdapterFileError, DatasetError, UnsupportedModelError
 from finesteer_hf.estimators.sparse_group import proximal_descent

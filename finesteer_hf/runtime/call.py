@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from finesteer_hf.adapters.adapter import SteeringAdapter, check_widths
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.base_checks import check_widths
 from finesteer_hf.errors import (
     AdapterNotFoundError,
     BlockElsewhereWarning,

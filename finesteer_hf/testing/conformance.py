@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import torch
 
 from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
-from finesteer_hf.adapters.config import SteeringConfig, get_steering_method
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.model.auto import SteeredModelForCausalLM
 from finesteer_hf.testing import checks
 from finesteer_hf.testing.bench import Bench

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method, setting
+from finesteer_hf.adapters.config import SteeringConfig, setting
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.method_api import SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site

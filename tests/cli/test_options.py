@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import finesteer_hf
 from finesteer_hf import CAAConfig, SteeringAdapter, fit_steering
-from finesteer_hf.adapters.config import get_steering_method, steering_methods
+from finesteer_hf.adapters.registry import get_steering_method, steering_methods
 from finesteer_hf.cli.commands import app
 from finesteer_hf.cli.common import load
 from finesteer_hf.cli.fit import make_config

@@ -14,7 +14,7 @@ import torch
 from test_toy_method import toy_adapter
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, steering_methods
-from finesteer_hf.adapters import config
+from finesteer_hf.adapters import config, registry
 from finesteer_hf.errors import UnknownMethodError
 from finesteer_hf.testing import toy_model
 
@@ -47,7 +47,7 @@ def test_the_guide_s_code_runs(tmp_path, monkeypatch, capsys, recwarn):
 
 def test_the_guide_s_entry_point_is_the_one_that_is_read():
     (block,) = blocks("toml")
-    assert block == f'[project.entry-points."{config.ENTRY_POINT_GROUP}"]\nTOY = "toy_method"\n'
+    assert block == f'[project.entry-points."{registry.ENTRY_POINT_GROUP}"]\nTOY = "toy_method"\n'
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def stranger(tmp_path, monkeypatch):
     """An installed package that brings a method, and a folder with an adapter of it; the registry is put back."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
-    monkeypatch.setattr(config, "_REGISTRY", dict(config._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     site = tmp_path / "site-packages"
     info = site / "strangers_method-0.1.dist-info"
     info.mkdir(parents=True)
     source = (HERE / "toy_method.py").read_text()
     (site / "strangers_method.py").write_text(source.replace('"TOY"', '"STRANGERS"'))
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers-method\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(f"[{config.ENTRY_POINT_GROUP}]\nSTRANGERS = strangers_method\n")
+    (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\nSTRANGERS = strangers_method\n")
     adapter = tmp_path / "adapter"
     toy_adapter().save_pretrained(adapter)
     file = adapter / config.CONFIG_NAME

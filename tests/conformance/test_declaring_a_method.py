@@ -7,8 +7,8 @@ import pytest
 from toy_method import ToyConfig, ToyMethod
 
 from finesteer_hf import SteeringConfig, register_steering_method, steering_methods
-from finesteer_hf.adapters import config
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters import registry as known
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.method_api import SteeringMethod
 
 
@@ -32,7 +32,9 @@ def registry(monkeypatch):
     """A registry that is put back."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
-    monkeypatch.setattr(config, "_REGISTRY", {name: spec for name, spec in config._REGISTRY.items() if name != "TOY"})
+    monkeypatch.setattr(
+        registry, "_REGISTRY", {name: spec for name, spec in known._REGISTRY.items() if name != "TOY"}
+    )
 
 
 def test_the_brackets_say_which_class_the_config_is():

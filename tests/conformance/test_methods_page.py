@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finesteer_hf import SteeringConfig, steering_methods
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.testing import FEATURES
 
 

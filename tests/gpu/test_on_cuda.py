@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finesteer_hf import CAAConfig, FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.adapters.config import get_steering_method
+from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.methods.alphasteer import AlphaSteerConfig
 from finesteer_hf.methods.angular import AngularConfig

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
-from finesteer_hf.adapters.config import SteeringConfig, get_steering_method, steering_methods
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.adapters.registry import get_steering_method, steering_methods
 from finesteer_hf.adapters.tensor_files import Free, Indices
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, SteeringError
 from finesteer_hf.testing.toy import toy_model

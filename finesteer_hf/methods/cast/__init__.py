@@ -9,7 +9,7 @@ has its own answer. It takes vectors at block outputs and tests them at block in
 that call for one behaviour add it twice there, once here.
 """
 
-from finesteer_hf.adapters.config import register_steering_method
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.cast.conditions import best_threshold, first_direction, fit_condition, similarity
 from finesteer_hf.methods.cast.config import CASTConfig
 from finesteer_hf.methods.cast.method import CAST

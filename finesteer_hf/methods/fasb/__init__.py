@@ -1,6 +1,6 @@
 """FASB: steer when the state deviates, from a little before it did (Gao et al., NeurIPS 2025, arXiv 2508.17621)."""
 
-from finesteer_hf.adapters.config import register_steering_method
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.fasb.config import FASBConfig
 from finesteer_hf.methods.fasb.method import FASB
 

@@ -1,6 +1,6 @@
 """TAD: a constant vector where the newest token is uncertain."""
 
-from finesteer_hf.adapters.config import register_steering_method
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.tad.config import TADConfig
 from finesteer_hf.methods.tad.method import TAD
 

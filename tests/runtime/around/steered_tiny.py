@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
-from finesteer_hf.adapters.config import SteeringConfig, register_steering_method
+from finesteer_hf.adapters.config import SteeringConfig
+from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.method_api import SteeringMethod
 from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import Site
