@@ -32,9 +32,7 @@ def registry(monkeypatch):
     """A registry that is put back."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
-    monkeypatch.setattr(
-        registry, "_REGISTRY", {name: spec for name, spec in known._REGISTRY.items() if name != "TOY"}
-    )
+    monkeypatch.setattr(known, "_REGISTRY", {name: spec for name, spec in known._REGISTRY.items() if name != "TOY"})
 
 
 def test_the_brackets_say_which_class_the_config_is():
