@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from finesteer_hf import Decision, QueryStates, Site, SteeredModelForCausalLM, SteeringConfig
-from finesteer_hf.adapters.config import _REGISTRY
 from finesteer_hf.adapters.fingerprint import fingerprint
-from finesteer_hf.adapters.registry import register_steering_method
+from finesteer_hf.adapters.registry import _REGISTRY, register_steering_method
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting import DatasetWarning, default_general_prompts, fit_steering
 from finesteer_hf.fitting.capture import captured

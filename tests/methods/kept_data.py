@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from finesteer_hf import Decision, QueryStates, Site, SteeringConfig, fit_steering
-from finesteer_hf.adapters.config import _REGISTRY
-from finesteer_hf.adapters.registry import register_steering_method
+from finesteer_hf.adapters.registry import _REGISTRY, register_steering_method
 from finesteer_hf.fitting.capture.captured import CapturedData
 from finesteer_hf.method_api import CaptureRequest, FitResult, ModelInfo, SteeringMethod
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
