@@ -23,8 +23,20 @@ PACKAGED = {"playground": str(Path(__file__).parents[1] / "playground" / "weight
 
 
 def located(name: str) -> str:
-    """What `from_pretrained` of transformers takes for a name: the folder of a packaged model, anything else as it is."""
-    return PACKAGED.get(name, name)
+    """What `from_pretrained` of transformers takes for a name: the folder of a packaged model, anything else as it is.
+
+    Raises:
+        FileNotFoundError: if the installation lacks a packaged model's weights.
+    """
+    folder = PACKAGED.get(name)
+    if folder is None:
+        return name
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model.safetensors; reinstall finesteer-hf, "
+            f"or train it: python -m finesteer_hf.playground.train --out {folder}"
+        )
+    return folder
 
 
 def is_hub_id(name: str) -> bool:

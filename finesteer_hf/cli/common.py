@@ -22,7 +22,6 @@ from finesteer_hf.errors import SteeringError
 # Results go to stdout, so that they can be piped; what is said on the way goes to stderr.
 console = Console()
 errors = Console(stderr=True)
-PLAYGROUND = "playground"
 # Of a model's keyword arguments, those that its tokenizer is to be read with as well.
 SHARED = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
@@ -52,15 +51,6 @@ def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
         return
     shown.add(str(message))
     errors.print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False)
-
-
-def model_location(model: str) -> str:
-    """The path or Hub id of a model; `playground` is the one that ships with the package."""
-    if model == PLAYGROUND:
-        from finesteer_hf.playground import model_path
-
-        return model_path()
-    return model
 
 
 def load(
@@ -101,9 +91,10 @@ def load(
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
 
+    from finesteer_hf.adapters.base_models import located
     from finesteer_hf.model.auto import SteeredModelForCausalLM
 
-    location = model_location(model)
+    location = located(model)
     arguments = {"dtype": dtype, **assignments("--model-arg", model_arg or [])}
     if revision is not None:
         arguments["revision"] = revision

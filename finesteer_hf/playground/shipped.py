@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finesteer_hf.adapters.base_models import located
 
 
 def model_path() -> str:
     """Give the folder of the shipped model and tokenizer, for any `from_pretrained`.
 
     Raises:
-        FileNotFoundError: If the installation lacks the weights.
+        FileNotFoundError: if the installation lacks the weights.
     """
-    folder = Path(__file__).parent / "weights"
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no model.safetensors; reinstall finesteer-hf, "
-            f"or train it: python -m finesteer_hf.playground.train --out {folder}"
-        )
-    return str(folder)
+    return located("playground")
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter, playground
 from finesteer_hf.adapters.adapter import tensors_equal
-from finesteer_hf.adapters.base_models import base_of, located, public_name
+from finesteer_hf.adapters.base_models import PACKAGED, base_of, located, public_name
 from finesteer_hf.adapters.fingerprint import CONFIG_KEY, compare, fingerprint
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError
 from finesteer_hf.methods.inferaligner import InferAlignerConfig
@@ -47,6 +47,15 @@ def test_the_shipped_adapter_finds_its_base_from_anywhere(tmp_path: Path, monkey
     named = SteeredModelForCausalLM.from_pretrained("playground", steering=str(SHIPPED))
     assert tensors_equal(model.state_dict(), named.state_dict())
     assert base_of(model) == ("playground", None) and located("playground") == playground.model_path()
+
+
+def test_an_installation_without_the_weights_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PACKAGED, "playground", str(tmp_path))
+    for load in (playground.load, lambda: SteeredModelForCausalLM.from_pretrained("playground")):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no model.safetensors.*playground.train"):
+            load()
 
 
 @pytest.mark.filterwarnings("error")
