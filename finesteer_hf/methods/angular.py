@@ -36,7 +36,7 @@ from finesteer_hf.methods._shared.checks import (
 from finesteer_hf.methods._shared.search import settle
 from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.processors import TokenView
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 MODES = ("angular", "adaptive", "selective")
@@ -148,7 +148,7 @@ class Angular(SteeringMethod[AngularConfig]):
             raise AdapterFileError(
                 "An ANGULAR adapter needs the tensor 'plane' with two orthonormal rows: any other would change norms."
             )
-        self.maps = tuple(Site("resid_post", int(layer)) for layer in config.layers)
+        self.maps = tuple(resid_post(layer) for layer in config.layers)
         self.angle = math.radians(float(config.angle))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
@@ -180,7 +180,7 @@ class Angular(SteeringMethod[AngularConfig]):
         Raises:
             ValueError: if a layer is out of range.
         """
-        sites = tuple(Site("resid_post", layer) for layer in layers_of(config.layers, info.num_layers))
+        sites = tuple(resid_post(layer) for layer in layers_of(config.layers, info.num_layers))
         pools: tuple[Pool, ...] = ("query", config.pool)
         return CaptureRequest(sites, pools)
 
@@ -265,7 +265,7 @@ def find_plane(sides: list[Sides]) -> NDArray[np.float64]:
 
 def _sides(data: FitData, config: AngularConfig, layer: int) -> Sides:
     """The states that show the feature (rejected) and those that do not (chosen), `[rows, d]` each."""
-    site = Site("resid_post", layer)
+    site = resid_post(layer)
     rejected, chosen = data.rejected(site, "fit", config.pool), data.chosen(site, "fit", config.pool)
     return rejected.astype(np.float64), chosen.astype(np.float64)
 

@@ -25,7 +25,7 @@ from finesteer_hf.methods._shared.screening import SCREEN_DOSE, preference_gradi
 from finesteer_hf.methods._shared.search import OpenPositions, Place, search_places
 from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.processors import POSITIONS, Decision, QueryStates
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 POOLS = ("answer_mean", "answer_last")
@@ -95,7 +95,7 @@ class CAA(SteeringMethod[CAAConfig]):
         require_fitted(config, "layer")
         if "vector" not in tensors:
             raise AdapterFileError("The CAA adapter lacks the tensor 'vector'.")
-        self.site = Site("resid_post", int(config.layer))
+        self.site = resid_post(config.layer)
         self.writes = (self.site,)
 
     def decide(self, queries: QueryStates) -> Decision:
@@ -121,7 +121,7 @@ class CAA(SteeringMethod[CAAConfig]):
         """
         layers = candidate_layers(config.layer, info.num_layers)
         pools: dict[str, tuple[Pool, ...]] = {"answers": (config.pool,), "queries": (), "gradient": ("gradient",)}
-        sites = tuple(Site("resid_post", layer) for layer in layers)
+        sites = tuple(resid_post(layer) for layer in layers)
         return CaptureRequest(sites, ("query", *pools[config.vector]))
 
     @classmethod
@@ -132,7 +132,7 @@ class CAA(SteeringMethod[CAAConfig]):
             DatasetError: for too few rows, or for a vector of queries without general prompts.
         """
         layers = candidate_layers(config.layer, data.info.num_layers)
-        vectors = {layer: _mean_difference(data, config, Site("resid_post", layer)) for layer in layers}
+        vectors = {layer: _mean_difference(data, config, resid_post(layer)) for layer in layers}
 
         def fitted(place: Place, strength: float) -> CAAConfig:
             (layer,) = place.layers
@@ -143,7 +143,7 @@ class CAA(SteeringMethod[CAAConfig]):
             return Trial(
                 build=lambda strength: cls(fitted(place, strength), {"vector": vectors[layer]}),
                 vector_norm=float(vectors[layer].norm()),
-                state_norm=median_query_norm(data, Site("resid_post", layer)),
+                state_norm=median_query_norm(data, resid_post(layer)),
             )
 
         found = search_places(data, config.strength, layers, trial_of, positions=config.positions, several=False)

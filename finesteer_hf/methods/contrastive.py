@@ -25,7 +25,7 @@ from finesteer_hf.methods._shared.search import settle
 from finesteer_hf.methods._shared.trials import Trial
 from finesteer_hf.methods.caa import CAA, CAAConfig
 from finesteer_hf.processors import Positions, TokenView
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 POOLS = ("answer_mean", "answer_last")
@@ -116,7 +116,7 @@ class Contrastive(SteeringMethod[ContrastiveConfig]):
         require_fitted(config, "layer")
         if "vector" not in tensors or not isinstance(config.vector_strength, (int, float)):
             raise AdapterFileError("A CONTRASTIVE adapter needs the tensor 'vector' and a number as vector_strength.")
-        self.maps = (Site("resid_post", int(config.layer)),)
+        self.maps = (resid_post(config.layer),)
         self.vector_strength = float(config.vector_strength)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:

@@ -14,7 +14,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators.linear_algebra import principal_directions
 from finesteer_hf.method_api import FitData, Part, Pool
 from finesteer_hf.methods.cast.config import ALL_ROWS
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 4
@@ -60,7 +60,7 @@ def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS, pool: Pool = 
     Raises:
         DatasetError: for too few prompts on a side.
     """
-    site = Site("resid_post", layer)
+    site = resid_post(layer)
     wanted, others = sides_of(data, site, "fit", name, pool)
     if min(len(wanted), len(others)) < MIN_ROWS:
         raise DatasetError(

@@ -25,7 +25,7 @@ from finesteer_hf.methods.finesteer.experts import ExpertFit, fit_experts
 from finesteer_hf.methods.finesteer.layers import shift_sites
 from finesteer_hf.methods.query_gate import GateFit, fit_gate
 from finesteer_hf.processors import Positions
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class CandidateFits:
         """A place by its layers; sites that the config names come first."""
         read, writes = sites_of(self.config, layers[0])
         if len(layers) > 1:
-            writes = tuple(Site("resid_post", layer) for layer in layers)
+            writes = tuple(resid_post(layer) for layer in layers)
         return Place(read, writes, target)
 
     def fit(self, place: Place, settings: FineSteerConfig, positions: Positions) -> CandidateFit:

@@ -9,7 +9,7 @@ from finesteer_hf.adapters.config import setting
 from finesteer_hf.methods._shared.checks import check_count, check_one_of, check_strength
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, GateScore, QueryGateConfig
 from finesteer_hf.processors import POSITIONS, Positions
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 __all__ = ["Experts", "FineSteerConfig", "Gate", "GateScore", "Residual", "Target", "sites_of"]
@@ -170,7 +170,7 @@ class FineSteerConfig(QueryGateConfig):
 
 def sites_of(config: FineSteerConfig, layer: int) -> tuple[Site, tuple[Site, ...]]:
     """Read site and write sites for a layer: what the config names, else what its `compat` says."""
-    writes = config.write_sites or (Site("resid_post", layer),)
+    writes = config.write_sites or (resid_post(layer),)
     if config.read_site:
         return Site.parse(config.read_site), writes
     return (Site("resid_pre", layer) if config.compat == "official" else writes[0]), writes

@@ -15,7 +15,7 @@ from finesteer_hf.methods._shared.rows import general_rows, general_texts, query
 from finesteer_hf.methods._shared.trials import candidate_layers
 from finesteer_hf.methods.query_gate.config import QueryGateConfig
 from finesteer_hf.methods.query_gate.form import PromptForm
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import Site, resid_post
 
 
 # Rows that rank sites; more cost cubically and change no rank.
@@ -31,7 +31,7 @@ def candidate_reads(config: QueryGateConfig, info: ModelInfo) -> tuple[Site, ...
         ValueError: if the site is out of the model's range.
     """
     if config.read_site is None:
-        return tuple(Site("resid_post", layer) for layer in candidate_layers("auto", info.num_layers))
+        return tuple(resid_post(layer) for layer in candidate_layers("auto", info.num_layers))
     site = Site.parse(config.read_site)
     if site.layer >= info.num_layers:
         raise ValueError(f"read_site={site} is out of range: the model has layers 0 to {info.num_layers - 1}.")

@@ -27,7 +27,7 @@ from sklearn.model_selection import GroupKFold
 
 from finesteer_hf.estimators import StateScore
 from finesteer_hf.method_api import AnswerRun, FitData, Part
-from finesteer_hf.sites import BACK, Site
+from finesteer_hf.sites import BACK, Site, resid_post
 
 
 ALPHAS = (1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -180,7 +180,7 @@ def read_answers(
     size = len(data.prompts(part))
     rows = np.random.default_rng(data.seed).choice(size, min(size, MAX_ROWS), replace=False).tolist()
     most = max(reach + 1, MAX_TOKENS // max(len(rows), 1))
-    posts = [Site("resid_post", layer) for layer in layers]
+    posts = [resid_post(layer) for layer in layers]
     maps = [Site("attention", block) for block in range(max(layers) + 1)] if attention else []
     runs: list[AnswerRun] = []
     for side in cast(tuple[Literal["chosen", "rejected"], ...], ("chosen", "rejected")):

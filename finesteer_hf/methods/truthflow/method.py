@@ -30,7 +30,7 @@ from finesteer_hf.methods._shared.strength import median_norm
 from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.methods.truthflow.network import FlowNetwork, integrate, train_flow
 from finesteer_hf.processors import Decision, QueryStates
-from finesteer_hf.sites import Site
+from finesteer_hf.sites import resid_post
 
 
 POOLS = ("answer_mean", "answer_last")
@@ -120,7 +120,7 @@ class TruthFlow(SteeringMethod[TruthFlowConfig]):
         missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
             raise AdapterFileError(f"The TRUTHFLOW adapter lacks the tensors {missing}, which its config calls for.")
-        self.site = Site("resid_post", int(config.layer))
+        self.site = resid_post(config.layer)
         self.reads = self.writes = (self.site,)
         with torch.device("meta"):
             # The structure alone; each call brings the parameters, on the device of its states.
@@ -157,7 +157,7 @@ class TruthFlow(SteeringMethod[TruthFlowConfig]):
         """
         layers = candidate_layers(config.layer, info.num_layers)
         pools: tuple[Pool, ...] = ("query", config.pool)
-        return CaptureRequest(tuple(Site("resid_post", layer) for layer in layers), pools)
+        return CaptureRequest(tuple(resid_post(layer) for layer in layers), pools)
 
     @classmethod
     def fit(cls, data: FitData, config: TruthFlowConfig) -> FitResult:
@@ -185,7 +185,7 @@ class TruthFlow(SteeringMethod[TruthFlowConfig]):
         def build(strength: float) -> TruthFlow:
             return cls(dataclasses.replace(fitted, strength=strength), tensors)
 
-        site = Site("resid_post", layer)
+        site = resid_post(layer)
         trial = Trial(build, median_norm(_vectors(build(1.0), queries)), median_norm(data.query(site, "fit")))
         chosen = search(data, config.strength, {layer: trial})
         held_out = _rows(data, config, layer, ("validation",))
@@ -204,7 +204,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 def _rows(data: FitData, config: TruthFlowConfig, layer: int, parts: tuple[Part, ...]) -> Rows:
     """Queries and shifts, `[rows, d]` float32 each."""
-    site = Site("resid_post", layer)
+    site = resid_post(layer)
     queries = [data.query(site, part) for part in parts]
     shifts = [data.chosen(site, part, config.pool) - data.rejected(site, part, config.pool) for part in parts]
     return np.concatenate(queries), np.concatenate(shifts)
