@@ -17,7 +17,7 @@ import numpy as np
 from finesteer_hf.method_api import FitData
 from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.strength import explore
-from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, name_of, point_row, try_each
 from finesteer_hf.processors import Positions
 
 
@@ -82,7 +82,7 @@ def search(
     screened = None
     if len(trials) > SHORT_LIST:
         trials, screened = shortlist(data, rule, trials, what, doses)
-    key, near, tried = _compare(data, rule, trials, what, doses)
+    key, near, tried = _choose(data, rule, trials, what, doses)
     strength, report = settle(data, rule, trials[key], near, doses)
     return Found(key, strength, {f"{what}s_screened": screened, f"{what}s_tried": tried, **report})
 
@@ -118,7 +118,7 @@ def search_places(
         best = tuple(sorted(place.layers[0] for place in trials))
         together = dict.fromkeys(Place(blocks, first) for blocks in (best, tuple(layers)))
         trials |= {place: trial_of(place) for place in together}
-    place, near, tried = _compare(data, rule, trials, "place", RELATIVE_DOSES)
+    place, near, tried = _choose(data, rule, trials, "place")
     trial, table = trials[place], None
     if positions == "auto" and near:
         other = trial_of(dataclasses.replace(place, positions="all"))
@@ -223,26 +223,32 @@ def first_look(data: FitData) -> float:
     return FIRST_LOOK if len(np.unique(data.prompts("validation"))) * FIRST_LOOK >= ENOUGH_PROMPTS else 1.0
 
 
-def dose_near(tried: list[dict[str, Any]] | None, what: str, key: Any, trial: Trial) -> float | None:
-    """The dose that was best for a way, in units of the state's norm; None if nothing was tried."""
-    if tried is None:
-        return None
-    strength: float = next(row["strength"] for row in tried if row[what] == name_of(key))
-    return strength / trial.strength_of(1.0)
-
-
-def name_of(key: Any) -> Any:
-    """A key as a report has it."""
-    return key if isinstance(key, (str, int)) else str(key)
-
-
-def _compare(
-    data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float]
+def compare(
+    data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float] = RELATIVE_DOSES
 ) -> tuple[Key, float | None, list[dict[str, Any]] | None]:
-    """The best way, the dose at which it is, and the table; the only one without a look."""
+    """Steer in each of several ways at a first look.
+
+    Args:
+        data: runs the model on its validation part.
+        rule: the config's strength.
+        trials: what to steer with; the most promising first.
+        what: what their keys are, for the report.
+        doses: ascending, in units of the state's norm.
+
+    Returns:
+        The best way, the dose at which it is, and the table; of the last two None if there are no held-out rows.
+    """
+    key, tried = try_each(data, trials, rule, what=what, doses=doses, share=first_look(data))
+    if tried is None:
+        return key, None, None
+    strength: float = next(row["strength"] for row in tried if row[what] == name_of(key))
+    return key, strength / trials[key].strength_of(1.0), tried
+
+
+def _choose(
+    data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float] = RELATIVE_DOSES
+) -> tuple[Key, float | None, list[dict[str, Any]] | None]:
+    """What `compare` gives; an only way is taken without a look."""
     if len(trials) == 1:
         return next(iter(trials)), None, None
-    named = {name_of(key): key for key in trials}
-    by_name = {name: trials[key] for name, key in named.items()}
-    name, tried = try_each(data, by_name, rule, what=what, doses=doses, share=first_look(data))
-    return named[name], dose_near(tried, what, name, by_name[name]), tried
+    return compare(data, rule, trials, what, doses)

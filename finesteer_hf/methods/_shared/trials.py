@@ -13,7 +13,7 @@ from finesteer_hf.methods._shared.strength import choose_strength, explore
 from finesteer_hf.processors import SteeringProcessor
 
 
-Key = TypeVar("Key", bound="int | str")
+Key = TypeVar("Key")
 
 # The first blocks still read words, the last already write them.
 SHALLOWEST, DEEPEST = 0.2, 0.8
@@ -122,8 +122,13 @@ def try_each(
         return next(iter(trials)), None
     objective = Objective.of(points, data.limits)
     best = {key: max(curve[1:], key=objective.merit) for key, curve in curves.items() if len(curve) > 1}
-    table = [{what: key, **point_row(point, objective)} for key, point in best.items()]
+    table = [{what: name_of(key), **point_row(point, objective)} for key, point in best.items()]
     return max(best, key=lambda key: objective.merit(best[key])), table
+
+
+def name_of(key: Any) -> Any:
+    """A key as a report has it."""
+    return key if isinstance(key, (str, int)) else str(key)
 
 
 def point_row(point: DosePoint, objective: Objective) -> dict[str, Any]:

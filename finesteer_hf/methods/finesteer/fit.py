@@ -14,8 +14,8 @@ from finesteer_hf.method_api import FitData, FitResult
 from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
-from finesteer_hf.methods._shared.search import compare_positions, dose_near, first_look, settle
-from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row, try_each
+from finesteer_hf.methods._shared.search import compare, compare_positions, first_look, settle
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
@@ -116,7 +116,7 @@ def _choose_place(
         promising = [name for name in found if name not in differences[SCREENED:] and (gains[name] or 0.0) >= least]
         found = {name: found[name] for name in promising or found}
     trials = {name: fits.trial(fit) for name, fit in found.items()}
-    name, tried = try_each(data, trials, config.strength, what="place", share=first_look(data))
+    name, dose, tried = compare(data, config.strength, trials, "place")
     agreement = None
     for row in tried or []:
         row["layer"] = found[row["place"]].place.writes[0].layer
@@ -125,7 +125,6 @@ def _choose_place(
         agreement = rank_agreement([row["gain"] for row in tried], [row["preference"] for row in tried])
         tried += [{"place": name, "gain": gain} for name, gain in gains.items() if name not in found]
     place = found[name].place
-    dose = dose_near(tried, "place", name, trials[name])
     simple = place.target == "gradient" and (config.experts, config.residual_rank) == ("auto", "auto")
     return (found[name] if simple else fits.fit(place, config, positions)), dose, tried, agreement
 
@@ -153,8 +152,8 @@ def _choose_experts(
     if len(candidates) == 1:
         return chosen, dose, None
     trials = {name: fits.trial(fit) for name, fit in candidates.items()}
-    name, tried = try_each(data, trials, config.strength, what="experts", doses=_near(dose), share=first_look(data))
-    return candidates[name], dose_near(tried, "experts", name, trials[name]) or dose, tried
+    name, near, tried = compare(data, config.strength, trials, "experts", _near(dose))
+    return candidates[name], near or dose, tried
 
 
 def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFit]:
@@ -182,8 +181,8 @@ def _choose_refinement(
         return refined, dose, None
     candidates = {"closed form": chosen, "refined": refined}
     trials = {name: fits.trial(fit) for name, fit in candidates.items()}
-    name, tried = try_each(data, trials, config.strength, what="experts", doses=_near(dose), share=first_look(data))
-    return candidates[name], dose_near(tried, "experts", name, trials[name]) or dose, tried
+    name, near, tried = compare(data, config.strength, trials, "experts", _near(dose))
+    return candidates[name], near or dose, tried
 
 
 def _choose_positions(
