@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finesteer_hf.adapters.adapter import SteeringAdapter
 from finesteer_hf.adapters.config import SteeringConfig, setting
 from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.errors import AdapterFileError, AdapterMismatchError, DatasetError
@@ -152,9 +153,7 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
         Raises:
             ValueError: if a layer is out of range, or the sibling's adapter does not fit the model.
         """
-        settings = _with_layers(config, info)
-        if settings.sibling is not None:
-            sibling_vectors(settings, info)
+        settings, _ = _resolved(config, info)
         layers = sorted({*map(int, settings.layers), *settings.gate_layers})
         pools: tuple[Pool, ...] = ("query", settings.pool) if settings.vector == "answers" else ("query",)
         return CaptureRequest(tuple(resid_post(layer) for layer in layers), pools)
@@ -168,10 +167,10 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
         Raises:
             DatasetError: for too few rows, or no general prompts.
         """
-        settings = _with_layers(config, data.info)
+        settings, theirs = _resolved(config, data.info)
         layers = [int(layer) for layer in settings.layers]
         gates = {layer: safety_gate(*_queries(data, layer)) for layer in sorted({*layers, *settings.gate_layers})}
-        vectors = _safety_vectors(data, settings, layers, gates)
+        vectors = _own_vectors(data, settings, layers, gates) if theirs is None else theirs
         norms = state_norms(data, [resid_post(layer) for layer in layers])
 
         def fitted(place: Place, strength: float) -> InferAlignerConfig:
@@ -188,20 +187,16 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
             return {name: torch.from_numpy(values.astype(np.float32)) for name, values in found.items()}
 
         def trial_of(place: Place) -> Trial:
-            tensors, states = (
-                tensors_of(place),
-                {resid_post(layer): norms[resid_post(layer)] for layer in place.layers},
-            )
+            tensors = tensors_of(place)
             added = {resid_post(layer): vectors[layer][None] for layer in place.layers}
-            first = states[resid_post(place.layers[0])]
+            first = norms[resid_post(place.layers[0])]
             return Trial(
                 build=lambda strength: cls(fitted(place, strength), tensors),
-                vector_norm=relative_norm(added, states) * first,
+                vector_norm=relative_norm(added, norms) * first,
                 state_norm=first,
             )
 
-        open_layers = dataclasses.replace(settings, layers=config.layers)
-        found = search_layers(data, open_layers, layers, trial_of)
+        found = search_layers(data, config, layers, trial_of)
         config = fitted(found.key, found.strength)
         report: dict[str, Any] = {
             "layers": list(found.key.layers),
@@ -231,63 +226,61 @@ def safety_gate(harmful: NDArray[np.floating], harmless: NDArray[np.floating]) -
     return direction, float(-direction @ (means[0] + means[1]) / 2)
 
 
-def _safety_vectors(
+def _own_vectors(
     data: FitData,
     config: InferAlignerConfig,
     layers: list[int],
     gates: Mapping[int, tuple[NDArray[np.float64], float]],
 ) -> dict[int, NDArray[np.float64]]:
-    """What is added at each layer, `[hidden_size]`."""
+    """What the model itself gives to add at each layer, `[hidden_size]`."""
     if config.vector == "queries":
         return {layer: gates[layer][0] for layer in layers}
-    if config.vector == "sibling":
-        return dict(zip(layers, sibling_vectors(config, data.info), strict=True))
     parts: tuple[Part, ...] = ("fit", "calibration")
     sides: tuple[Side, Side] = ("chosen", "rejected")
     return {layer: mean_difference(data, sides, resid_post(layer), parts, config.pool)[0] for layer in layers}
 
 
-def sibling_vectors(config: InferAlignerConfig, info: ModelInfo) -> NDArray[np.float64]:
-    """The SRVs of the sibling's adapter at the steered layers, `[layers, hidden_size]`.
+def _resolved(
+    config: InferAlignerConfig, info: ModelInfo
+) -> tuple[InferAlignerConfig, dict[int, NDArray[np.float64]] | None]:
+    """The config with the layers that may be steered, and the sibling's vector at each, `[hidden_size]`; None without one.
 
     Raises:
-        AdapterMismatchError: if the adapter is of another method or shape, or lacks a layer.
+        ValueError: if a layer is out of range.
+        AdapterMismatchError: if the sibling's adapter is of another method or shape, or lacks a layer.
     """
-    theirs, srv = _sibling(config)
-    lacking = sorted({*map(int, config.layers)} - {*theirs.gate_layers})
-    if theirs.hidden_size != info.hidden_size or theirs.num_hidden_layers != info.num_layers or lacking:
+    if config.guard_layer is not None:
+        candidate_layers(config.guard_layer, info.num_layers)
+    layers = layers_of(config.layers, info.num_layers)
+    if config.sibling is None:
+        return dataclasses.replace(config, layers=layers), None
+    theirs, srv = _sibling(config.sibling)
+    if config.layers == "auto":
+        # Only where the sibling has a vector can one be added.
+        layers = layers_of(theirs.gate_layers, info.num_layers)
+    if (
+        theirs.hidden_size != info.hidden_size
+        or theirs.num_hidden_layers != info.num_layers
+        or not {*layers} <= {*theirs.gate_layers}
+    ):
         raise AdapterMismatchError(
             f"sibling={config.sibling!r} was fitted for hidden size {theirs.hidden_size}, {theirs.num_hidden_layers} "
             f"layers, at {theirs.gate_layers}; this model has {info.hidden_size} and {info.num_layers}, and is steered at "
-            f"{config.layers}. The sibling must share the base, and have a vector for each of these layers."
+            f"{layers}. The sibling must share the base, and have a vector for each of these layers."
         )
-    rows = [theirs.gate_layers.index(int(layer)) for layer in config.layers]
-    return srv[rows].double().numpy()
+    vectors = {layer: srv[theirs.gate_layers.index(layer)].double().numpy() for layer in layers}
+    return dataclasses.replace(config, layers=layers), vectors
 
 
-def _sibling(config: InferAlignerConfig) -> tuple[InferAlignerConfig, torch.Tensor]:
+def _sibling(name: str) -> tuple[InferAlignerConfig, torch.Tensor]:
     """Config of the sibling's adapter, and its SRVs `[gate layers, hidden_size]`."""
-    # Adapters are made of methods, so they import this package first.
-    from finesteer_hf.adapters.adapter import SteeringAdapter
-
-    adapter = SteeringAdapter.from_pretrained(str(config.sibling))
+    adapter = SteeringAdapter.from_pretrained(name)
     if not isinstance(adapter.config, InferAlignerConfig):
         raise AdapterMismatchError(
-            f"sibling={config.sibling!r} is a {adapter.config.steering_type} adapter. Fit an INFERALIGNER adapter on the "
+            f"sibling={name!r} is a {adapter.config.steering_type} adapter. Fit an INFERALIGNER adapter on the "
             "aligned sibling, on the same data, and name that."
         )
     return adapter.config, adapter.tensors["srv"]
-
-
-def _with_layers(config: InferAlignerConfig, info: ModelInfo) -> InferAlignerConfig:
-    if config.guard_layer is not None:
-        candidate_layers(config.guard_layer, info.num_layers)
-    if config.sibling is not None and config.layers == "auto":
-        # Only where the sibling has a vector can one be added.
-        layers: list[int] | str = list(_sibling(config)[0].gate_layers)
-    else:
-        layers = config.layers
-    return dataclasses.replace(config, layers=layers_of(layers, info.num_layers))
 
 
 def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
