@@ -28,9 +28,10 @@ from typing import Any
 import torch
 import transformers
 from compare_methods_page import page
-from compare_rows import PROMPT, UNSTEERED, Row, rows
+from compare_rows import PROMPT, Row, rows
 from compare_subjects import SUBJECTS, Subject, subject_of
 from real_model import DATA, write
+from real_rows import UNSTEERED
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
 from finesteer_hf.adapters.registry import get_steering_method
@@ -159,7 +160,7 @@ def asked(subject: Subject, adapter: SteeringAdapter) -> dict[str, Any]:
 
 def measured(subject: Subject, row: Row, runner: Callable[[], DoseRunner], folder: Path) -> dict[str, Any]:
     """A row's figures."""
-    found: dict[str, Any] = {"label": row.label, "slug": row.slug, "note": row.note, "device": None}
+    found: dict[str, Any] = {"label": row.label, "slug": row.slug, "note": row.note}
     if row.label == UNSTEERED:
         return {**found, "own": subject.ask()}
     if row.label == PROMPT:

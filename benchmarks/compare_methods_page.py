@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_rows import PROMPT, REFERENCE, UNSTEERED
+from compare_rows import PROMPT
+from real_rows import REFERENCE, UNSTEERED
 
+from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.measures.statistics import holm, mean_with_interval, paired_difference, paired_p_value
 
 
 REMARKS = Path(__file__).with_name("compare_methods_remarks.md")
-ALPHA = 0.05
 TITLES = {
     "playground-truthful": "Playground: truthful answers",
     "playground-refusal": "Playground: refusal of harmful requests",

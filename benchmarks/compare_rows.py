@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from real_rows import REFERENCE, UNSTEERED, slug_of
 
 from finesteer_hf import steering_methods
 from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.adapters.registry import get_steering_method
 
 
-REFERENCE, UNSTEERED, PROMPT = "FINESTEER", "unsteered", "system prompt"
+PROMPT = "system prompt"
 # Nothing to fit.
 LEFT_OUT = {"CONSTANT"}
 # Settings of `.paper()` that are sizes of the published models, by method; what they are here depends on the model.
@@ -36,7 +37,7 @@ class Row:
     @property
     def slug(self) -> str:
         """The label as a file name, and as `--methods` takes it."""
-        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+        return slug_of(self.label)
 
 
 def default(method: str, **fields: Any) -> Callable[[Sizes], SteeringConfig]:

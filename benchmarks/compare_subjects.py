@@ -150,8 +150,9 @@ class Playground(Subject):
 
     def ask(self, adapter: str | None = None, system: str | None = None, packed: bool = True) -> dict[str, Any]:
         target = self._evaluated(self._prompts[0], adapter, system)
-        other = self._evaluated(self._prompts[1], adapter, system)
         base = self._unsteered
+        plain = adapter is None and system is None
+        other = base if plain else self._evaluated(self._prompts[1], adapter, system)
         pairs = zip(other.answers.ids, base.answers.ids, strict=True)
         fires = [None if found is None else found.k / found.n for found in (target.fires(), other.fires())]
         return {
@@ -223,10 +224,11 @@ class Real(Subject):
 
     def ask(self, adapter: str | None = None, system: str | None = None, packed: bool = True) -> dict[str, Any]:
         condition = Condition(self.steered, self.base[1], adapter=adapter, system=system)
-        plain = adapter is None and system is None
-        effects = general(condition, self._general, 0, None if plain else self._reference, Clock(lambda text: None))
         found = self._truthful(condition, packed) if self.task == "truthful" else self._refused(condition)
-        identical = effects.get("identical", [True] * len(self._general.held_out))
+        if adapter is None and system is None:
+            identical = [True] * len(self._general.held_out)
+        else:
+            identical = general(condition, self._general, 0, self._reference, Clock(lambda text: None))["identical"]
         return {**found, "identical": identical, "sources": self._general.sources}
 
     def _truthful(self, condition: Condition, packed: bool) -> dict[str, Any]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.measures.statistics import holm, mcnemar
-
-
-ALPHA = 0.05
-NOTE = "a star: below 5% after Holm's correction for all p of the table"
 
 
 def mcnemar_cells(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> list[str]:
