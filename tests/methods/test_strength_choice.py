@@ -14,10 +14,11 @@ import torch
 from finesteer_hf import ConstantVector
 from finesteer_hf.method_api import DosePoint
 from finesteer_hf.methods._shared.objective import Limits
-from finesteer_hf.methods._shared.strength import STRENGTHS, choose_strength, explore, median_norm, strength_at_kl
+from finesteer_hf.methods._shared.strength import choose_strength, explore, median_norm, strength_at_kl
 
 
 CRITERIA = ("sayable", "preference")
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Curves:
@@ -73,7 +74,7 @@ def peak(at: float) -> Callable[[float], float]:
 
 def choose(rule: Any, data: Any, **norms: float) -> Any:
     build = lambda s: ConstantVector("resid_post[0]", torch.ones(2), strength=s)  # noqa: E731
-    return choose_strength(rule, data, build, **{"vector_norm": 2.0, "state_norm": 10.0, **norms})
+    return choose_strength(rule, data, build, **{"vector_norm": 2.0, "state_norm": 10.0, **norms}, strengths=STRENGTHS)
 
 
 def test_a_number_and_a_norm_run_nothing() -> None:

@@ -12,8 +12,6 @@ from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.processors import SteeringProcessor
 
 
-# Multiples of the vector; a fitted vector is a difference of states, so 1 is its natural length.
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # How often the grid is continued downwards to meet a limit, or upwards while a dose still helps.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
 # How often the gaps beside the best strength are halved, in logarithms: the range that helps can be narrow.
@@ -29,7 +27,7 @@ def choose_strength(
     *,
     vector_norm: float,
     state_norm: float,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float],
 ) -> tuple[float, list[DosePoint], str]:
     """Choose a strength and say why.
 
