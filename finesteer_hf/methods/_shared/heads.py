@@ -44,8 +44,8 @@ class HeadsConfig(SteeringConfig):
 
     Attributes:
         num_heads: number of heads that are steered, the best on held-out rows; all, if the model has fewer. `auto` takes,
-            of the share of the model's heads that the paper steers and of half, twice and four times as many, the number
-            with the best held-out effect.
+            of the share of the model's heads that the paper steers, of half, twice and four times as many, and of the
+            number that the paper steers, the one with the best held-out effect.
         layers: blocks whose heads are probed; `auto` is all of them.
         direction: `centre` (difference of the class means) or `probe` (the probe's weights).
         heads: the chosen `[layer, head]` pairs, filled in by the fit.
