@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import ModelOutput
 
-from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
-from finesteer_hf.runtime.arguments import as_scale
+from finesteer_hf.runtime.arguments import UNSET, Unset, as_scale
 from finesteer_hf.runtime.call import SteeringRuntime
 from finesteer_hf.runtime.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
 from finesteer_hf.runtime.decoding.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
@@ -22,29 +22,14 @@ from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selecti
 from finesteer_hf.runtime.prompt_ends import PROMPT_ENDS, told
 from finesteer_hf.runtime.session import CallSession, current_session
 from finesteer_hf.runtime.streams import Prompt, cache_length, forward_cache
+from finesteer_hf.serving.manager import AskedOfBatch, SteeredManager
 
-
-class _Unset:
-    """Marks an argument that was not given, where None has a meaning."""
-
-    def __repr__(self) -> str:
-        return "<what is set on the model>"
-
-
-UNSET = _Unset()
 
 # Arguments that `generate` takes; what would swallow them refuses them.
 OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
 
 # Where `generate` takes a streamer that is given by position, after `self`.
 _STREAMER_PLACE = list(inspect.signature(GenerationMixin.generate).parameters).index("streamer") - 1
-
-NOT_BATCHED = (
-    "Continuous batching packs requests into one row, in a thread of its own that stands in no block, and is not steered. "
-    "Use `generate`, or take steering off the model with `model.set_steering(None)`, outside of any block, for an "
-    "unsteered batch."
-)
-
 
 class SteeredGeneration:
     """The steering half of `SteeringMixin`: it stands before the model's own class and passes everything on to it."""
@@ -54,7 +39,7 @@ class SteeredGeneration:
     def generate(
         self,
         *args: Any,
-        steering: SelectionLike | Sequence[SelectionLike] | _Unset = UNSET,
+        steering: SelectionLike | Sequence[SelectionLike] | Unset = UNSET,
         steering_scale: float | Sequence[float] | torch.Tensor = 1.0,
         steering_processor: Sequence[SteeringProcessor] | None = None,
         output_steering: bool = False,
@@ -107,7 +92,7 @@ class SteeredGeneration:
                 self._steering.tower.check(site)
         factor = as_scale(scale)
         rows = len(factor) if isinstance(factor, tuple) else None
-        if isinstance(steering, _Unset):
+        if isinstance(steering, Unset):
             outer = current_session(self._steering)
             if outer is not None and not outer.of_forward and factor == 1.0 and not chain:
                 # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
@@ -179,38 +164,64 @@ class SteeredGeneration:
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]
         return criteria if current_session(self._steering) is None else OutsideCriteria(criteria)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' continuous batching, which is not steered.
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        *args: Any,
+        steering: SelectionLike | Sequence[SelectionLike] | Unset = UNSET,
+        steering_scale: float | Sequence[float] = 1.0,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' continuous batching, steered: each request in the packed batch with its own adapters and scale.
+
+        Args:
+            inputs: token ids of the prompts.
+            *args: as for `ContinuousMixin.generate_batch`.
+            steering: a name, a dict of name to scale, None for unsteered, or a list with one of these for each prompt.
+                Not given: what is active.
+            steering_scale: multiplies the scales: a number, or one for each prompt.
+            **kwargs: as for `ContinuousMixin.generate_batch`; `max_new_tokens`.
+
+        Returns:
+            `GenerationOutput`s by request id, each with `.steering`: what the gates said.
 
         Raises:
-            UnsupportedModelError: if steering is asked for, or anything is active.
+            AdapterNotFoundError: for a name that is not loaded.
+            UnsupportedModelError: for an adapter that a packed batch cannot serve, by name.
+            ValueError: if lists and prompts do not fit, or a prompt does not fit the engine.
+            TypeError: for an unknown keyword.
+            RuntimeError: if all requests failed, as they do when the engine dies. A single one has `.error` set.
         """
-        asked = sorted(OF_GENERATE & kwargs.keys())
-        if asked:
-            raise UnsupportedModelError(f"generate_batch takes no {asked}. {NOT_BATCHED}")
-        refuse_continuous_batching(self._steering)
-        return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens"}  # type: ignore[misc]
+        if unknown := sorted(kwargs.keys() - known):
+            raise TypeError(f"generate_batch takes no {unknown}. It takes steering, steering_scale and {sorted(known)}.")
+        session = current_session(self._steering)
+        if isinstance(steering, Unset) and session is not None and not session.of_forward:
+            # `generate(cache_implementation="paged")`: each row of that call is a request of its own.
+            steering = [session.plan.of_row(row) for row in range(len(inputs))]  # type: ignore[misc]
+        batch = AskedOfBatch(steering, steering_scale)
+        with batch:
+            results = super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+        if batch.error is not None:
+            raise batch.error
+        errors = [output.error for output in results.values() if output.error is not None]
+        if inputs and len(errors) == len(results):
+            raise RuntimeError(f"All requests failed, the first with: {errors[0] if errors else 'the engine died'}")
+        return results
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' manager of continuous batching, which is not steered: it and its requests are refused.
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, **kwargs: Any
+    ) -> SteeredManager:
+        """transformers' manager of continuous batching, whose requests are steered: see `SteeredManager.add_request`.
 
-        Raises:
-            UnsupportedModelError: if anything is active, now or when a request is added.
+        CUDA graphs and asynchronous batching are off unless they are asked for; an engine with them serves unsteered
+        requests only.
         """
-        runtime = self._steering
-        refuse_continuous_batching(runtime)
-        manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        if "add_request" not in vars(manager):
-            # Its own thread stands in no block, and would not see that of the thread that adds a request.
-            add_request = manager.add_request
-
-            @functools.wraps(add_request)
-            def add_unsteered_request(*args: Any, **kwargs: Any) -> Any:
-                refuse_continuous_batching(runtime)
-                return add_request(*args, **kwargs)
-
-            manager.add_request = add_unsteered_request
-        return manager
+        config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        config.use_cuda_graph = config.use_cuda_graph or False
+        config.use_async_batching = config.use_async_batching or False
+        manager = super().init_continuous_batching(generation_config, config, **kwargs)  # type: ignore[misc]
+        return SteeredManager.take_over(manager, self._steering)
 
     def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
         """A plain forward, steered with what is active.
@@ -284,11 +295,3 @@ def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True
         length += cache_length(cache)
     usable = masked and isinstance(mask, torch.Tensor) and mask.ndim == 2
     return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]
-
-
-def refuse_continuous_batching(runtime: SteeringRuntime) -> None:
-    """Raise `UnsupportedModelError` if anything is active, in this call or block, or for the manager's own thread."""
-    session = current_session(runtime)
-    steers = any(runtime.active()) if session is None else bool(session.plan)
-    if steers or runtime.selection:
-        raise UnsupportedModelError(NOT_BATCHED)

@@ -14,6 +14,16 @@ import torch
 Scale = float | tuple[float, ...]
 
 
+class Unset:
+    """Marks an argument that was not given, where None has a meaning."""
+
+    def __repr__(self) -> str:
+        return "<what is active>"
+
+
+UNSET = Unset()
+
+
 def as_number(value: Any, name: str) -> float:
     """A finite number, of Python, numpy or torch.
 

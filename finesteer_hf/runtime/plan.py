@@ -120,6 +120,13 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.entries)
 
+    def of_row(self, row: int) -> Plan:
+        """The plan of one row of the batch alone, as the user counts rows."""
+        entries = (
+            PlanEntry(e.name, e.processor, e.scale[row] if isinstance(e.scale, tuple) else e.scale) for e in self.entries
+        )
+        return Plan.of(tuple(entries))
+
     @cached_property
     def lookback(self) -> int:
         """Most tokens that an entry may take back; 0 if none does."""

@@ -20,6 +20,7 @@ LAYERS = [
     ["processors"],
     ["adapters", "method_api"],
     ["runtime"],
+    ["serving"],
     ["model"],
     ["custom_generate"],
     ["methods"],

@@ -1,0 +1,469 @@
+"""transformers' manager of continuous batching, steered: each request brings its adapters, scale and sampling.
+
+The engine's objects are transformers' own. Four of them get a subclass in place of their class: the manager takes the
+arguments, the list of logits processors sees each batch, the batch processor fails single requests, the router attaches
+what the gates said. `contract.py` checks that the installed version has what these subclasses build on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import secrets
+import threading
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import (
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.scheduler import Scheduler
+
+from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.runtime.arguments import UNSET, Unset, as_number
+from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
+from finesteer_hf.serving.admission import check_engine, check_plan, check_prompt
+from finesteer_hf.serving.contract import check_contract
+from finesteer_hf.serving.paged import KEY, PagedSession, Stats
+from finesteer_hf.serving.prefix import SteeredCache
+from finesteer_hf.serving.requests import Asked, SteeredRequest
+from finesteer_hf.serving.sampling import Sampling
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.runtime.call import SteeringRuntime
+
+
+logger = logging.getLogger(__name__)
+
+# What is active where a manager was begun: adapters, and processors of the user's own.
+Active = tuple[Selection, tuple[SteeringProcessor, ...]]
+
+
+class SteeredManager(ContinuousBatchingManager):
+    """A manager whose requests are steered; `model.init_continuous_batching()` of a steered model gives one.
+
+    A request that names nothing steers with what is active where it is added: a `with model.steering(...)` block, else the
+    block that the manager was begun in, else what is set on the model.
+    """
+
+    runtime: SteeringRuntime
+    session: PagedSession
+    began_in: Active | None
+    _admission: threading.Lock
+
+    @classmethod
+    def take_over(cls, manager: ContinuousBatchingManager, runtime: SteeringRuntime) -> SteeredManager:
+        """Make a manager of transformers a steered one, in place; one that is steered already keeps its requests.
+
+        Raises:
+            UnsupportedModelError: if the installed transformers has not the seams that steering needs.
+        """
+        began_in = runtime.active() if runtime.innermost_block() is not None else None
+        if not isinstance(manager, cls):
+            check_contract(manager)
+            manager.__class__ = cls
+            assert isinstance(manager, cls)
+            manager.runtime = runtime
+            manager._admission = threading.Lock()
+            manager.session = PagedSession(runtime, lambda asked: runtime.plan(asked.selection, (), 1.0))
+            manager.logit_processor.__class__ = SteeredLogits
+            manager.logit_processor.attach(manager.session)  # type: ignore[attr-defined]
+            manager.output_router.__class__ = SteeredRouter
+            manager.output_router.session = manager.session  # type: ignore[attr-defined]
+        manager.began_in = began_in
+        return manager
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        *,
+        steering: SelectionLike | Unset = UNSET,
+        steering_scale: float = 1.0,
+        sampling: Sampling | None = None,
+        num_return_sequences: int | None = None,
+        **logit_processor_kwargs: Any,
+    ) -> str | None:
+        """Queue a request. Everything is checked first: nothing is queued where it raises.
+
+        Args:
+            input_ids: the prompt.
+            request_id: to find its results by; None: one is made up. Returned sequences after the first are called
+                `{request_id}__child#0` and so on.
+            max_new_tokens: most tokens of the answer.
+            streaming: whether each token is delivered as it comes.
+            record_timestamps: whether the time of each token is kept.
+            eos_token_id: ends the answer.
+            steering: a name, a list of names, a dict of name to scale, or None for unsteered. Not given: what is active.
+            steering_scale: multiplies the scales.
+            sampling: how its tokens are chosen; None: as the engine's generation config says.
+            num_return_sequences: how many answers; None: as the generation config says.
+            **logit_processor_kwargs: `temperature`, `top_k`, `top_p`, where the engine was created with
+                `per_request_processors=True`.
+
+        Returns:
+            The request's id; None on a tensor-parallel rank that is not the first.
+
+        Raises:
+            AdapterNotFoundError: for a name that is not loaded.
+            UnsupportedModelError: for an adapter that a packed batch cannot serve.
+            ValueError: for a prompt that does not fit, or an id that is in flight.
+            TypeError: for an unknown keyword.
+            RuntimeError: if the engine takes no more requests.
+        """
+        plan, selection = self._plan(steering, steering_scale)
+        return self._queue(
+            input_ids,
+            plan,
+            selection,
+            request_id=request_id,
+            max_new_tokens=max_new_tokens,
+            streaming=streaming,
+            record_timestamps=record_timestamps,
+            eos_token_id=eos_token_id,
+            sampling=sampling,
+            sequences=num_return_sequences,
+            logit_processor_kwargs=logit_processor_kwargs,
+        )
+
+    def add_requests(
+        self,
+        inputs: list[list[int]],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        *,
+        steering: SelectionLike | Sequence[SelectionLike] | Unset = UNSET,
+        steering_scale: float | Sequence[float] = 1.0,
+        **logit_processor_kwargs: Any,
+    ) -> list[str]:
+        """`add_request` for several prompts; `steering` and `steering_scale` are one for all, or a list with one for each.
+
+        All are checked before the first is queued.
+        """
+        batch = _OF_BATCH.get()
+        if batch is not None:
+            steering, steering_scale = batch.steering, batch.scale
+        try:
+            return self._add_requests(
+                inputs, max_new_tokens, streaming, record_timestamps, steering, steering_scale, logit_processor_kwargs
+            )
+        except Exception as error:
+            if batch is not None:
+                batch.error = error
+            raise
+
+    def _add_requests(
+        self,
+        inputs: list[list[int]],
+        max_new_tokens: int | None,
+        streaming: bool,
+        record_timestamps: bool,
+        steering: Any,
+        steering_scale: Any,
+        logit_processor_kwargs: dict[str, Any],
+    ) -> list[str]:
+        plans = [self._plan(*asked) for asked in self.each(len(inputs), steering, steering_scale)]
+        eos_token_id = self.generation_config.eos_token_id
+        eos_token_id = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
+        for input_ids in inputs:
+            self._check_prompt(input_ids, max_new_tokens)
+        with self._request_lock:
+            ids = [f"req_{self._request_counter + i}" for i in range(len(inputs))]
+            self._request_counter += len(inputs)
+        order = range(len(inputs))
+        if self._use_prefix_sharing:
+            # Neighbours share their beginnings then.
+            order = sorted(order, key=lambda i: inputs[i], reverse=True)  # type: ignore[assignment]
+        for i in order:
+            self._queue(
+                inputs[i],
+                *plans[i],
+                request_id=ids[i],
+                max_new_tokens=max_new_tokens,
+                streaming=streaming,
+                record_timestamps=record_timestamps,
+                eos_token_id=-1 if eos_token_id is None else eos_token_id,
+                logit_processor_kwargs=logit_processor_kwargs,
+            )
+        return ids
+
+    @staticmethod
+    def each(count: int, steering: Any, scale: Any) -> list[tuple[Any, Any]]:
+        """Steering and scale of each of several requests, from one for all or a list of one for each.
+
+        A list of names is a list of one for each: a stack for all is given as a dict.
+        """
+        steerings = list(steering) if isinstance(steering, (list, tuple)) else [steering] * count
+        scale = scale.tolist() if hasattr(scale, "tolist") else scale
+        scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
+        for name, values in (("steering", steerings), ("steering_scale", scales)):
+            if len(values) != count:
+                raise ValueError(f"`{name}` has {len(values)} entries for {count} prompts. Give one for each, or one for all.")
+        return list(zip(steerings, scales, strict=True))
+
+    def _plan(self, steering: Any, scale: Any) -> tuple[Plan, Selection]:
+        """What a request steers with, checked."""
+        factor = as_number(scale, "steering_scale")
+        processors: tuple[SteeringProcessor, ...] = ()
+        if isinstance(steering, Plan):
+            plan = steering
+        else:
+            if not isinstance(steering, Unset):
+                selection = as_selection(steering)
+            elif self.began_in is not None and self.runtime.innermost_block() is None:
+                selection, processors = self.began_in
+            else:
+                self.runtime.warn_of_blocks_elsewhere()
+                selection, processors = self.runtime.active()
+            self.runtime.follow_modules()
+            plan = self.runtime.plan(selection, processors, factor)
+        if plan:
+            check_engine(self.continuous_batching_config)
+            check_plan(plan, self.runtime.tower)
+        if processors and plan and self.distributed_helper.tp_size > 1:
+            raise ValueError("Processors of your own are objects of this rank. Under tensor parallelism, give adapters.")
+        return plan, tuple((entry.name, float(entry.scale)) for entry in plan.entries)  # type: ignore[arg-type]
+
+    def _queue(
+        self,
+        input_ids: Sequence[int],
+        plan: Plan,
+        selection: Selection,
+        *,
+        request_id: str | None,
+        max_new_tokens: int | None,
+        streaming: bool,
+        record_timestamps: bool,
+        eos_token_id: int | list[int] | None,
+        logit_processor_kwargs: dict[str, Any],
+        sampling: Sampling | None = None,
+        sequences: int | None = None,
+    ) -> str | None:
+        if not self.is_tp_driver:
+            return None
+        unknown = logit_processor_kwargs.keys() - self.logit_processor.supported_keys - self.logit_processor.ignored_keys
+        if unknown:
+            raise TypeError(
+                f"Unknown arguments {sorted(unknown)}. A request takes steering, steering_scale, sampling and "
+                f"num_return_sequences; this engine's own processors take {sorted(self.logit_processor.supported_keys)}."
+            )
+        input_ids = [int(token) for token in input_ids]
+        if max_new_tokens is None:
+            max_new_tokens = self.generation_config.max_new_tokens
+        self._check_prompt(input_ids, max_new_tokens)
+        denial = self.background_thread_status.can_accept_new_requests()
+        if denial is not None:
+            raise RuntimeError(f"{denial} The request was not taken.") from self.background_thread_status.fatal_error
+        if sampling is not None and sampling.temperature and sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        sequences = self.num_return_sequences if sequences is None else sequences
+        asked = Asked(request_id, selection, sampling, sequences)
+        state = RequestState(
+            request_id=request_id,
+            initial_tokens=input_ids,
+            num_children=sequences - 1,
+            record_timestamps=record_timestamps,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.generation_config.eos_token_id if eos_token_id is None else eos_token_id,
+            streaming=streaming,
+            logit_processor_kwargs={**logit_processor_kwargs, KEY: asked},
+        )
+        self.session.admit(SteeredRequest(asked, plan))
+        try:
+            self.input_queue.put(state, block=True, timeout=10)
+        except BaseException:
+            self.session.release(request_id)
+            raise
+        self._wake_up_loop.set()
+        return request_id
+
+    def _check_prompt(self, input_ids: Sequence[int], max_new_tokens: int | None) -> None:
+        config: Any = self.model.config.get_text_config()
+        cache = self._engine().cache
+        capacity = min(a.tokens_per_page * a.num_blocks for a in cache.cache_allocators.values())
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        context = getattr(config, "max_position_embeddings", None)
+        check_prompt(input_ids, max_new_tokens, int(vocabulary), context, int(capacity))
+
+    def queue_length(self) -> tuple[int, int]:
+        """Number of requests that wait, and that are in work."""
+        if self.batch_processor is None:
+            return self.input_queue.qsize(), 0
+        scheduler = self.batch_processor.scheduler
+        return self.input_queue.qsize() + len(scheduler.waiting_requests), len(scheduler.active_requests)
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of what the engine has done."""
+        return self.session.stats
+
+    # -- the engine's thread --------------------------------------------------------------------------------------------
+
+    def _engine(self) -> ContinuousBatchProcessor:
+        """The batch processor, made if there is none: what fits is known only then."""
+        with self._admission:
+            if self.batch_processor is None:
+                self.batch_processor = self._create_batch_processor()
+            return self.batch_processor
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._engine()
+        super().start()
+
+    def warmup(self) -> None:
+        """Prepare what the engine prepares; its dummy batches are not steered."""
+        with self.session:
+            super().warmup()
+
+    def _run_generation_loop(self) -> None:
+        with self.session:
+            super()._run_generation_loop()
+
+    def _create_batch_processor(self) -> ContinuousBatchProcessor:
+        processor = super()._create_batch_processor()
+        if not isinstance(processor, SteeredBatchProcessor):
+            processor.__class__ = SteeredBatchProcessor
+            assert isinstance(processor, SteeredBatchProcessor)
+            processor.session = self.session
+            processor.scheduler.__class__ = _releasing(type(processor.scheduler))
+            processor.scheduler.session = self.session  # type: ignore[attr-defined]
+            self.session.is_live = processor.is_live
+            processor.cache.__class__ = SteeredCache
+            processor.cache.session = self.session  # type: ignore[attr-defined]
+            processor.cache.scheduler = processor.scheduler  # type: ignore[attr-defined]
+        return processor
+
+
+class SteeredLogits(ContinuousBatchingLogitsProcessorList):
+    """The one place where the engine shows which requests a batch holds, in the order in which it packs them."""
+
+    session: PagedSession
+
+    def attach(self, session: PagedSession) -> None:
+        """Let the engine accept what a request asks for."""
+        self.session = session
+        self.supported_keys = {**self.supported_keys, KEY: Asked}
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        self.session.lay_out(requests_in_batch)
+        self.do_processing = bool(self.logits_processor) or bool(self.session.sampled)
+        return super().prepare_tensor_args(requests_in_batch, arg_storage)
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
+        processed = super().__call__(input_ids, scores, logits_processor_args)
+        return self.session.choose(scores, processed) if self.session.sampled else processed
+
+
+class SteeredBatchProcessor(ContinuousBatchProcessor):
+    """Ends requests whose own steering or sampling failed, and no others."""
+
+    session: PagedSession
+
+    def update_batch(self) -> None:
+        in_batch = {future.state.request_id: future.state for future in self.inputs_and_outputs.requests_in_batch}
+        super().update_batch()
+        for request in [request for request in self.session.requests.values() if request.error is not None]:
+            self._fail(request, in_batch)
+
+    def is_live(self, request: SteeredRequest) -> bool:
+        """Whether one of a request's sequences is in work or waits."""
+        return any(self._state(request_id) is not None for request_id in request.sequence_ids)
+
+    def _fail(self, request: SteeredRequest, in_batch: dict[str, Any]) -> None:
+        assert request.error is not None
+        logger.warning("Request %s failed: %r", request.asked.ticket, request.error)
+        self.session.stats.failed += 1
+        for request_id in request.sequence_ids:
+            state = self._state(request_id) or in_batch.get(request_id)
+            if state is None:
+                continue
+            if self.scheduler.waiting_requests.pop(request_id, None) is not None:
+                self.scheduler.waiting_requests_order.remove(request_id)
+            self._handle_request_error(request.error, state)
+            self.scheduler.finish_request(request_id)
+        self.session.release(request.asked.ticket)
+
+    def _state(self, request_id: str) -> Any:
+        scheduler = self.scheduler
+        return scheduler.active_requests.get(request_id) or scheduler.waiting_requests.get(request_id)
+
+
+class SteeredRouter(OutputRouter):
+    """Hands outputs on with what the request's gates said, and lets go of requests that are over."""
+
+    session: PagedSession
+
+    def deliver(self, output: GenerationOutput) -> None:
+        if self.session.annotate(output):
+            super().deliver(output)
+        if output.is_finished():
+            self.session.left(output.request_id)
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        # All are looked at before any is let go of: sequences of one request may end in the same step.
+        super().deliver_batch([output for output in outputs if self.session.annotate(output)])
+        for output in outputs:
+            if output.is_finished():
+                self.session.left(output.request_id)
+
+
+class _ReleasesCancelled(Scheduler):
+    """A scheduler that says which requests were cancelled: the engine delivers nothing for them."""
+
+    session: PagedSession
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        states = super().clear_cancelled_requests()
+        for state in states:
+            self.session.left(state.request_id)
+        return states
+
+
+@functools.cache
+def _releasing(scheduler_class: type[Scheduler]) -> type[Scheduler]:
+    return type(f"Steered{scheduler_class.__name__}", (_ReleasesCancelled, scheduler_class), {})
+
+
+class AskedOfBatch:
+    """What a `generate_batch` asks for, for the `add_requests` that transformers calls in it.
+
+    Args:
+        steering, scale: one for all, or a list with one for each prompt.
+
+    Attributes:
+        error: why the requests were not taken; transformers logs it and goes on.
+    """
+
+    def __init__(self, steering: Any, scale: Any) -> None:
+        self.steering, self.scale = steering, scale
+        self.error: Exception | None = None
+
+    def __enter__(self) -> AskedOfBatch:
+        self._token = _OF_BATCH.set(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _OF_BATCH.reset(self._token)
+
+
+_OF_BATCH: ContextVar[AskedOfBatch | None] = ContextVar("finesteer_hf_batch", default=None)
