@@ -123,7 +123,8 @@ class Plan:
     def of_row(self, row: int) -> Plan:
         """The plan of one row of the batch alone, as the user counts rows."""
         entries = (
-            PlanEntry(e.name, e.processor, e.scale[row] if isinstance(e.scale, tuple) else e.scale) for e in self.entries
+            PlanEntry(e.name, e.processor, e.scale[row] if isinstance(e.scale, tuple) else e.scale)
+            for e in self.entries
         )
         return Plan.of(tuple(entries))
 

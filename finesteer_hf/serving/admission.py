@@ -19,8 +19,8 @@ def check_plan(plan: Plan, tower: TextTower) -> None:
         if reason is not None:
             raise UnsupportedModelError(
                 f"{entry.name!r} ({type(entry.processor).__name__}) cannot be served by continuous batching: {reason} Use "
-                f"`generate(steering={entry.name!r})` for it; adapters that add one vector a query, as FineSteer's, CAA's and "
-                "ITI's do, can be served."
+                f"`generate(steering={entry.name!r})` for it; adapters that add one vector a query, as "
+                "FineSteer's, CAA's and ITI's do, can be served."
             )
         for site in entry.processor.sites:
             tower.check(site)

@@ -11,7 +11,13 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, requests, scheduler
+from transformers.generation.continuous_batching import (
+    cache,
+    cb_logits_processors,
+    continuous_api,
+    requests,
+    scheduler,
+)
 
 from finesteer_hf.errors import UnsupportedModelError
 

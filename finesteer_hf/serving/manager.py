@@ -66,7 +66,7 @@ class SteeredManager(ContinuousBatchingManager):
         Raises:
             UnsupportedModelError: if the installed transformers has not the seams that steering needs.
         """
-        began_in = runtime.active() if runtime.innermost_block() is not None else None
+        began_in = runtime.active() if runtime.blocks.innermost() is not None else None
         if not isinstance(manager, cls):
             check_contract(manager)
             manager.__class__ = cls
@@ -213,7 +213,9 @@ class SteeredManager(ContinuousBatchingManager):
         scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
         for name, values in (("steering", steerings), ("steering_scale", scales)):
             if len(values) != count:
-                raise ValueError(f"`{name}` has {len(values)} entries for {count} prompts. Give one for each, or one for all.")
+                raise ValueError(
+                    f"`{name}` has {len(values)} entries for {count} prompts. Give one for each, or one for all."
+                )
         return list(zip(steerings, scales, strict=True))
 
     def _plan(self, steering: Any, scale: Any) -> tuple[Plan, Selection]:
@@ -225,10 +227,10 @@ class SteeredManager(ContinuousBatchingManager):
         else:
             if not isinstance(steering, Unset):
                 selection = as_selection(steering)
-            elif self.began_in is not None and self.runtime.innermost_block() is None:
+            elif self.began_in is not None and self.runtime.blocks.innermost() is None:
                 selection, processors = self.began_in
             else:
-                self.runtime.warn_of_blocks_elsewhere()
+                self.runtime.blocks.warn_of_others(self.runtime.selection)
                 selection, processors = self.runtime.active()
             self.runtime.follow_modules()
             plan = self.runtime.plan(selection, processors, factor)
@@ -236,7 +238,9 @@ class SteeredManager(ContinuousBatchingManager):
             check_engine(self.continuous_batching_config)
             check_plan(plan, self.runtime.tower)
         if processors and plan and self.distributed_helper.tp_size > 1:
-            raise ValueError("Processors of your own are objects of this rank. Under tensor parallelism, give adapters.")
+            raise ValueError(
+                "Processors of your own are objects of this rank. Under tensor parallelism, give adapters."
+            )
         return plan, tuple((entry.name, float(entry.scale)) for entry in plan.entries)  # type: ignore[arg-type]
 
     def _queue(
@@ -256,7 +260,9 @@ class SteeredManager(ContinuousBatchingManager):
     ) -> str | None:
         if not self.is_tp_driver:
             return None
-        unknown = logit_processor_kwargs.keys() - self.logit_processor.supported_keys - self.logit_processor.ignored_keys
+        unknown = (
+            logit_processor_kwargs.keys() - self.logit_processor.supported_keys - self.logit_processor.ignored_keys
+        )
         if unknown:
             raise TypeError(
                 f"Unknown arguments {sorted(unknown)}. A request takes steering, steering_scale, sampling and "
@@ -380,7 +386,8 @@ class SteeredBatchProcessor(ContinuousBatchProcessor):
     session: PagedSession
 
     def update_batch(self) -> None:
-        in_batch = {future.state.request_id: future.state for future in self.inputs_and_outputs.requests_in_batch}
+        batch: list[Any] = getattr(self.inputs_and_outputs, "requests_in_batch", [])
+        in_batch = {future.state.request_id: future.state for future in batch}
         super().update_batch()
         for request in [request for request in self.session.requests.values() if request.error is not None]:
             self._fail(request, in_batch)

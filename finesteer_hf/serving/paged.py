@@ -255,8 +255,8 @@ class PagedSession(CallSession):
         missed = sorted(self._writes - self._passed)
         if output is not None and self._probed is None and missed:
             raise UnsupportedModelError(
-                f"The engine's forward did not pass {[str(site) for site in missed]}, so its requests were not steered. Was "
-                "`unload_steering` called, or a block skipped?"
+                f"The engine's forward did not pass {[str(site) for site in missed]}, so its requests were not steered. "
+                "Was `unload_steering` called, or a block skipped?"
             )
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -310,7 +310,7 @@ class PagedSession(CallSession):
     @staticmethod
     def _choose(row: int, state: Any, request: SteeredRequest, raw: torch.Tensor, scores: torch.Tensor) -> None:
         sampling = request.asked.sampling
-        ids = torch.tensor([[*state.initial_tokens, *state.generated_tokens]], device=raw.device)
+        ids: Any = torch.tensor([[*state.initial_tokens, *state.generated_tokens]], device=raw.device)
         # Without sampling of its own a request takes what the engine's processors left, as it does in `generate`.
         own = raw[row : row + 1] if sampling is not None else scores[row : row + 1]
         chosen = request.processors(state.request_id)(ids, own.float())

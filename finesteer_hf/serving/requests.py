@@ -140,7 +140,9 @@ class SteeredRequest:
         """The logits processors of one of its sequences: those of its adapters, then its own sampling."""
         if request_id not in self._processors:
             number = sequence_number(request_id, self.asked.ticket)
-            self._processors[request_id] = logits_processors_of(self.plan, self.asked.sampling, len(self.prompt), number)
+            self._processors[request_id] = logits_processors_of(
+                self.plan, self.asked.sampling, len(self.prompt), number
+            )
         return self._processors[request_id]
 
     @property

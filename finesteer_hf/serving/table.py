@@ -125,7 +125,9 @@ class SteeringTable:
             for index, entry in enumerate(request.plan.entries):
                 decision = request.decisions[index]
                 if site in decision.vectors:
-                    delta = addend(decision, site, torch.tensor(entry.scale * entry.processor.strength), self.device)
+                    assert isinstance(entry.scale, float)
+                    scale = torch.tensor(entry.scale * entry.processor.strength, device=self.device)
+                    delta = addend(decision, site, scale, self.device)
                     addends.append((entry.processor.positions, delta))
             total = {positions: delta[0, 0] for positions, delta in merged(addends, self.dtype).items()}
             for positions, delta in total.items():
