@@ -1,38 +1,27 @@
-"""transformers' manager of continuous batching, steered: each request brings its adapters, scale and sampling.
-
-The engine's objects are transformers' own. Four of them get a subclass in place of their class: the manager takes the
-arguments, the list of logits processors sees each batch, the batch processor fails single requests, the router attaches
-what the gates said. `contract.py` checks that the installed version has what these subclasses build on.
-"""
+"""transformers' manager of continuous batching, steered: each request brings its adapters, scale and sampling."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 import secrets
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
-    OutputRouter,
 )
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
-from transformers.generation.continuous_batching.scheduler import Scheduler
+from transformers.generation.continuous_batching.requests import RequestState
 
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.runtime.arguments import UNSET, Unset, as_number
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.serving.admission import check_engine, check_plan, check_prompt
 from finesteer_hf.serving.contract import check_contract
+from finesteer_hf.serving.engine_parts import SteeredBatchProcessor, SteeredLogits, SteeredRouter
 from finesteer_hf.serving.paged import KEY, PagedSession, Stats
-from finesteer_hf.serving.prefix import SteeredCache
 from finesteer_hf.serving.requests import Asked, SteeredRequest
 from finesteer_hf.serving.sampling import Sampling
 
@@ -40,8 +29,6 @@ from finesteer_hf.serving.sampling import Sampling
 if TYPE_CHECKING:
     from finesteer_hf.runtime.call import SteeringRuntime
 
-
-logger = logging.getLogger(__name__)
 
 # What is active where a manager was begun: adapters, and processors of the user's own.
 Active = tuple[Selection, tuple[SteeringProcessor, ...]]
@@ -74,10 +61,8 @@ class SteeredManager(ContinuousBatchingManager):
             manager.runtime = runtime
             manager._admission = threading.Lock()
             manager.session = PagedSession(runtime, lambda asked: runtime.plan(asked.selection, (), 1.0))
-            manager.logit_processor.__class__ = SteeredLogits
-            manager.logit_processor.attach(manager.session)  # type: ignore[attr-defined]
-            manager.output_router.__class__ = SteeredRouter
-            manager.output_router.session = manager.session  # type: ignore[attr-defined]
+            SteeredLogits.take_over(manager.logit_processor, manager.session)
+            SteeredRouter.take_over(manager.output_router, manager.session)
         manager.began_in = began_in
         return manager
 
@@ -347,108 +332,8 @@ class SteeredManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         processor = super()._create_batch_processor()
-        if not isinstance(processor, SteeredBatchProcessor):
-            processor.__class__ = SteeredBatchProcessor
-            assert isinstance(processor, SteeredBatchProcessor)
-            processor.session = self.session
-            processor.scheduler.__class__ = _releasing(type(processor.scheduler))
-            processor.scheduler.session = self.session  # type: ignore[attr-defined]
-            self.session.is_live = processor.is_live
-            processor.cache.__class__ = SteeredCache
-            processor.cache.session = self.session  # type: ignore[attr-defined]
-            processor.cache.scheduler = processor.scheduler  # type: ignore[attr-defined]
+        SteeredBatchProcessor.take_over(processor, self.session)
         return processor
-
-
-class SteeredLogits(ContinuousBatchingLogitsProcessorList):
-    """The one place where the engine shows which requests a batch holds, in the order in which it packs them."""
-
-    session: PagedSession
-
-    def attach(self, session: PagedSession) -> None:
-        """Let the engine accept what a request asks for."""
-        self.session = session
-        self.supported_keys = {**self.supported_keys, KEY: Asked}
-
-    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: torch.Tensor) -> torch.Tensor:
-        self.session.lay_out(requests_in_batch)
-        self.do_processing = bool(self.logits_processor) or bool(self.session.sampled)
-        return super().prepare_tensor_args(requests_in_batch, arg_storage)
-
-    def __call__(self, input_ids: Any, scores: torch.Tensor, logits_processor_args: torch.Tensor) -> torch.Tensor:
-        processed = super().__call__(input_ids, scores, logits_processor_args)
-        return self.session.choose(scores, processed) if self.session.sampled else processed
-
-
-class SteeredBatchProcessor(ContinuousBatchProcessor):
-    """Ends requests whose own steering or sampling failed, and no others."""
-
-    session: PagedSession
-
-    def update_batch(self) -> None:
-        batch: list[Any] = getattr(self.inputs_and_outputs, "requests_in_batch", [])
-        in_batch = {future.state.request_id: future.state for future in batch}
-        super().update_batch()
-        for request in [request for request in self.session.requests.values() if request.error is not None]:
-            self._fail(request, in_batch)
-
-    def is_live(self, request: SteeredRequest) -> bool:
-        """Whether one of a request's sequences is in work or waits."""
-        return any(self._state(request_id) is not None for request_id in request.sequence_ids)
-
-    def _fail(self, request: SteeredRequest, in_batch: dict[str, Any]) -> None:
-        assert request.error is not None
-        logger.warning("Request %s failed: %r", request.asked.ticket, request.error)
-        self.session.stats.failed += 1
-        for request_id in request.sequence_ids:
-            state = self._state(request_id) or in_batch.get(request_id)
-            if state is None:
-                continue
-            if self.scheduler.waiting_requests.pop(request_id, None) is not None:
-                self.scheduler.waiting_requests_order.remove(request_id)
-            self._handle_request_error(request.error, state)
-            self.scheduler.finish_request(request_id)
-        self.session.release(request.asked.ticket)
-
-    def _state(self, request_id: str) -> Any:
-        scheduler = self.scheduler
-        return scheduler.active_requests.get(request_id) or scheduler.waiting_requests.get(request_id)
-
-
-class SteeredRouter(OutputRouter):
-    """Hands outputs on with what the request's gates said, and lets go of requests that are over."""
-
-    session: PagedSession
-
-    def deliver(self, output: GenerationOutput) -> None:
-        if self.session.annotate(output):
-            super().deliver(output)
-        if output.is_finished():
-            self.session.left(output.request_id)
-
-    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
-        # All are looked at before any is let go of: sequences of one request may end in the same step.
-        super().deliver_batch([output for output in outputs if self.session.annotate(output)])
-        for output in outputs:
-            if output.is_finished():
-                self.session.left(output.request_id)
-
-
-class _ReleasesCancelled(Scheduler):
-    """A scheduler that says which requests were cancelled: the engine delivers nothing for them."""
-
-    session: PagedSession
-
-    def clear_cancelled_requests(self) -> list[RequestState]:
-        states = super().clear_cancelled_requests()
-        for state in states:
-            self.session.left(state.request_id)
-        return states
-
-
-@functools.cache
-def _releasing(scheduler_class: type[Scheduler]) -> type[Scheduler]:
-    return type(f"Steered{scheduler_class.__name__}", (_ReleasesCancelled, scheduler_class), {})
 
 
 class AskedOfBatch:
