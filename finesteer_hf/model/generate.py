@@ -16,7 +16,7 @@ from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime.arguments import UNSET, Unset, as_scale
 from finesteer_hf.runtime.call import SteeringRuntime
 from finesteer_hf.runtime.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
-from finesteer_hf.runtime.current import current_session
+from finesteer_hf.runtime.current import current_session, outside_sessions
 from finesteer_hf.runtime.decoding.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
 from finesteer_hf.runtime.decoding.compiled import forward_is_compiled
 from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, told
@@ -194,18 +194,22 @@ class SteeredGeneration:
             TypeError: for an unknown keyword.
             RuntimeError: if all requests failed, as they do when the engine dies. A single one has `.error` set.
         """
-        known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens"}  # type: ignore[misc]
-        if unknown := sorted(kwargs.keys() - known):
+        session = current_session(self._steering)
+        # `generate(cache_implementation="paged")` calls this with all that it was given.
+        of_generate = session is not None and not session.of_forward
+        known = {*inspect.signature(super().generate_batch).parameters, "max_new_tokens"} - {"kwargs"}  # type: ignore[misc]
+        unknown = sorted(kwargs.keys() - known)
+        if unknown and not of_generate:
             raise TypeError(
                 f"generate_batch takes no {unknown}. It takes steering, steering_scale and {sorted(known)}."
             )
-        session = current_session(self._steering)
-        if isinstance(steering, Unset) and session is not None and not session.of_forward:
-            # `generate(cache_implementation="paged")`: each row of that call is a request of its own.
+        if of_generate and isinstance(steering, Unset):
+            assert session is not None
+            # Each row of that call is a request of its own.
             steering = [session.plan.of_row(row) for row in range(len(inputs))]  # type: ignore[misc]
         batch = AskedOfBatch(steering, steering_scale)
         with batch:
-            results = super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+            results = outside_sessions(super().generate_batch, inputs, *args, **kwargs)  # type: ignore[misc]
         if batch.error is not None:
             raise batch.error
         errors = [output.error for output in results.values() if output.error is not None]
@@ -224,7 +228,7 @@ class SteeredGeneration:
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
         config.use_cuda_graph = config.use_cuda_graph or False
         config.use_async_batching = config.use_async_batching or False
-        manager = super().init_continuous_batching(generation_config, config, **kwargs)  # type: ignore[misc]
+        manager = outside_sessions(super().init_continuous_batching, generation_config, config, **kwargs)  # type: ignore[misc]
         return SteeredManager.take_over(manager, self._steering)
 
     def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:

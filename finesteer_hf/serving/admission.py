@@ -29,10 +29,10 @@ def check_plan(plan: Plan, tower: TextTower) -> None:
 def _not_served(processor: SteeringProcessor) -> str | None:
     if processor.lookback:
         return "it takes generated tokens back, and the engine's cache only grows."
-    if processor.maps:
-        return "it maps the state of each token by itself, and a packed batch adds one vector for each request."
     if type(processor).contrast_processors is not SteeringProcessor.contrast_processors:
         return "it compares with the unsteered model, which would need a second sequence beside each request."
+    if processor.maps:
+        return "it maps the state of each token by itself, and a packed batch adds one vector for each request."
     if any(site.kind == "attention" for site in processor.reads):
         return "it reads attention weights, and paged attention gives none."
     return None

@@ -65,26 +65,33 @@ class SteeredBatchProcessor(ContinuousBatchProcessor):
 
     def update_batch(self) -> None:
         batch: list[Any] = getattr(self.inputs_and_outputs, "requests_in_batch", [])
-        in_batch = {future.state.request_id: future.state for future in batch}
-        # By ticket: sequences of one request fail together.
-        requests = {r.asked.ticket: r for r in map(self.session.of, in_batch.values()) if r is not None}
+        # Looked up before: requests that end in this step are let go of in it.
+        states = [(self.session.of(future.state), future.state) for future in batch]
         super().update_batch()
-        for request in requests.values():
-            if request.error is not None:
-                self._fail(request, in_batch)
+        failed = dict.fromkeys(request for request, _ in states if request is not None and request.error is not None)
+        for request in failed:
+            self._fail(request, {state.request_id: state for owner, state in states if owner is request})
 
     def is_live(self, request: SteeredRequest) -> bool:
         """Whether one of a request's sequences is in work or waits."""
         return any(self._state(request_id) is not None for request_id in request.sequence_ids)
 
     def _fail(self, request: SteeredRequest, in_batch: dict[str, Any]) -> None:
+        """End all sequences of a request with its error.
+
+        Args:
+            request: with an error.
+            in_batch: states of those of its sequences that the last forward held, by id.
+        """
         assert request.error is not None
         logger.warning("Request %s failed: %r", request.asked.ticket, request.error)
         self.session.stats.failed += 1
+        first = next(iter(in_batch.values()))
         for request_id in request.sequence_ids:
-            state = self._state(request_id) or in_batch.get(request_id)
-            if state is None:
+            if request_id in request.over:
                 continue
+            # A sequence that was not split off yet is waited for all the same.
+            state = self._state(request_id) or in_batch.get(request_id) or first.fork(request_id)
             if self.scheduler.waiting_requests.pop(request_id, None) is not None:
                 self.scheduler.waiting_requests_order.remove(request_id)
             self._handle_request_error(request.error, state)
@@ -120,7 +127,7 @@ class SteeredRouter(OutputRouter):
         they are delivered, so that whoever has an answer may use its id again.
         """
         delivered = [output for output in outputs if self.session.annotate(output)]
-        for output in outputs:
+        for output in delivered:
             if output.is_finished():
                 self.session.left(output.request_id)
         return delivered

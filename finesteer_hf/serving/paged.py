@@ -128,7 +128,10 @@ class PagedSession(CallSession):
     def left(self, request_id: str) -> None:
         """Take note that a sequence is over; the request is released with its last one."""
         request = self._find(request_id)
-        if request is not None and not self.is_live(request):
+        if request is None:
+            return
+        request.over.add(request_id)
+        if not self.is_live(request):
             self.release(request.asked.ticket)
 
     def annotate(self, output: Any) -> bool:
@@ -205,6 +208,9 @@ class PagedSession(CallSession):
         """Decide a request before its first steered token goes through the model, or arrange that it is on the way."""
         query = request.query
         if request.decided or request.error is not None or end <= min(request.clean, query):
+            return
+        if any(reading.request is request for reading in self._readings):
+            # Another of its sequences is read in this pass.
             return
         if not request.rows and request.positions:
             self.table.give_rows(request)

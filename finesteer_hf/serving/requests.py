@@ -75,6 +75,7 @@ class SteeredRequest:
         salts: fingerprint of what is added there; 0 for nothing.
         error: why the request fails; the engine goes on with the others.
         logprobs: what was recorded of each sequence's tokens, by request id.
+        over: ids of its sequences that ended.
     """
 
     asked: Asked
@@ -88,6 +89,7 @@ class SteeredRequest:
     decided: bool = False
     error: Exception | None = None
     logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    over: set[str] = field(default_factory=set)
     _processors: dict[str, LogitsProcessorList] = field(default_factory=dict)
     _report: dict[str, dict[str, Any]] | None = None
 
