@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 WORKERS ?= 2
 
-.PHONY: compare demo real real-model test test-all test-oldest lint format clean
+.PHONY: compare demo package real real-model test test-all test-oldest lint format clean
 
 # The real model comes first where its wheel can be had.
 demo: $(STAMP)
@@ -61,6 +61,12 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[dev]"
 	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests
 
+# The sdist, the wheel that it builds, and that wheel tried where nothing of this repository is.
+package: $(STAMP)
+	rm -rf out/package
+	$(BIN)/python -m build --no-isolation --outdir out/package .
+	$(BIN)/python .ci/try_package.py out/package
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +78,7 @@ format: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,train]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,serve,train]"
 	touch $(STAMP)
 
 clean:

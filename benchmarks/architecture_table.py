@@ -25,9 +25,9 @@ Every class of transformers' causal-LM and image-text-to-text mappings, made tin
 compared with plain forward hooks. transformers {version}, torch {torch}: **{conforming} of {total} conform**, {refused}
 are refused with an `UnsupportedModelError`, {not_run} do not run as text models, {failing} fail.
 
-Written by `python benchmarks/architecture_table.py`; the tests in `tests/architectures` hold each row to what is written.
+Written by `python benchmarks/architecture_table.py`; the tests in `tests/architectures` check each row.
 
-A refused model is left as it was: nothing is steered by halves.
+A refused model is left as it was, never partly steered.
 
 ## What is checked
 
@@ -36,7 +36,7 @@ A refused model is left as it was: nothing is steered by halves.
 | blocks | a forward passes the blocks in order, each once, and each takes what the one before returned |
 | greedy | a batch equals a plain hook on `resid_post[1]`, to the bit, and differs from unsteered |
 | resid_pre, head_out, mlp_act | the same at a block's input, and at its attention's and feed-forward's last projections' |
-| left padding | a padded batch equals a hook that spares pads, to the bit; its rows equal the rows alone |
+| left padding | a padded batch equals a hook that skips pads, to the bit; its rows equal the rows alone |
 | beams | `num_beams=3, num_return_sequences=2` equals the hook, to the bit |
 | no cache | `use_cache=False` equals the hook, to the bit, and the answer with a cache |
 | query gate | a vector and a gate that depend on the query equal two plain hooks; rows equal the rows alone |
@@ -48,7 +48,7 @@ Tests of single features (static caches, assisted decoding, guidance, threads, c
 
 ## Conforming
 
-`yes` is a check that holds. A letter is a check that holds as far as the unsteered model goes:
+`yes`: the check holds. A letter: it holds as far as the unsteered model allows:
 
 {notes}
 

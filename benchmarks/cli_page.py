@@ -24,17 +24,17 @@ COLUMNS = 80
 HEAD = """# The command line
 
 `finesteer` fits, uses, evaluates and compares steering adapters from a shell; `python -m finesteer_hf` is the same. Written
-by `python benchmarks/cli_page.py` from what the commands print; the tests hold it to the commands and options that exist.
+by `python benchmarks/cli_page.py` from what the commands print; the tests check that it names every command and option.
 
 * **Results go to stdout**, progress and warnings to stderr: `finesteer show ADAPTER --json | jq .strength` works.
-* **Exit codes**: 0; 1 for what a user can mend, told in a message; 2 for a wrong option; 130 after ctrl-C, in one line.
-* **Options are parameters.** Those of `fit` and `compare` are `fit_steering`'s, those that load a model are read from the
-  function that does; a new parameter is an option at once. `none` is Python's None where an option allows it.
+* **Exit codes**: 0; 1 for an error that a user can fix, with a message; 2 for a wrong option; 130 after ctrl-C.
+* **Options are parameters** of the Python functions: those of `fit` and `compare` are `fit_steering`'s. A new parameter
+  becomes an option by itself. `none` is Python's None where an option allows it.
 * **A model** is a Hub id, a folder, or `playground`, the small one that ships with the package. `--dtype`, `--device`,
   `--device-map`, `--quantization` (bitsandbytes, 4 or 8 bits) and `--revision` say how it is loaded; `--model-arg
   name=value` passes anything else to transformers, such as `--model-arg attn_implementation=sdpa`.
 * **`--set name=value`** sets a setting of the method (`finesteer methods NAME` lists them). Values are JSON, or else text.
-  What a fit writes (`hidden_size`, `lora`, ...) is no setting and is refused by name.
+  Fields that a fit writes (`hidden_size`, `lora`, ...) are not settings and are refused by name.
 
 The screens below were printed on the playground, with `rows.jsonl` 120 of its questions, `{"prompt", "chosen",
 "rejected"}` a line.

@@ -5,6 +5,7 @@ neither. The configs of all methods are here too, by the registry's names: `from
 """
 
 import importlib
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from finesteer_hf.processors import TokenView as TokenView
     from finesteer_hf.sites import Site as Site
 
-__version__ = "0.1.0"
+__version__: str
 
 # Where the names are at home; those of the configs are in the registry.
 _HOMES = {
@@ -57,6 +58,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    elif name == "__version__":
+        return importlib.metadata.version("finesteer-hf")
     elif name == "__all__":
         value = sorted([*_HOME_OF, *_method_configs()])
     elif name.endswith("Config") and name in _method_configs():

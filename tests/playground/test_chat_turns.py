@@ -94,7 +94,7 @@ def test_each_turn_has_a_gate_of_its_own(model, tokenizer):
     assert max(later) > 0.5 and min(later) < max(later)
 
 
-def test_a_chat_that_goes_on_from_its_cache_is_asked_anew(model, tokenizer):
+def test_a_chat_that_continues_from_its_cache_decides_again(model, tokenizer):
     opened = []
     for question, second in zip(
         target_prompts("truthful", limit=8), target_prompts("truthful", limit=8)[::-1], strict=True
