@@ -64,6 +64,8 @@ def test_a_server_without_adapters_refuses_steering(vllm) -> None:
     with pytest.raises(SteeringRequestError, match=r"Served: \[\]"):
         submit(plain, steering="caa")
     assert submit(plain).cache_salt is None
+    # What only begins likewise may be another plugin's.
+    assert submit(plain, steering_vector="a").sampling_params.extra_args == {"steering_vector": "a"}
 
 
 def test_the_plugin_registers_once(vllm, exported) -> None:

@@ -47,11 +47,12 @@ def asked_of(extra_args: Mapping[str, Any] | None, served: Sequence[str]) -> Ask
     """
     own = {key: value for key, value in (extra_args or {}).items() if key.startswith(NAME)}
     unknown = sorted(set(own) - {NAME, SCALE})
-    if unknown:
+    # A server without adapters may have another plugin, whose arguments begin likewise.
+    if unknown and served:
         raise SteeringRequestError(f"Unknown arguments {unknown}; a request may have {NAME!r} and {SCALE!r}.")
     name, scale = own.get(NAME), own.get(SCALE, 1.0)
     if name is None:
-        if SCALE in own:
+        if SCALE in own and served:
             raise SteeringRequestError(
                 f"{SCALE}={scale!r} without {NAME!r}: name the adapter. Served: {list(served)}."
             )
