@@ -50,16 +50,16 @@ out/real/model/config.json: | $(STAMP)
 	$(BIN)/python benchmarks/real_setup.py --out out/real/model
 
 test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) tests
+	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 # The oldest versions that pyproject.toml claims.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q -c constraints-oldest.txt -e ".[dev]"
-	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 # The sdist, the wheel that it builds, and that wheel tried where nothing of this repository is.
 package: $(STAMP)

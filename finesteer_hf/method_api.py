@@ -12,7 +12,7 @@ import torch
 from finesteer_hf.adapters.config import ConfigT, SteeringConfig
 from finesteer_hf.adapters.tensor_files import Shape
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.processors import DecisionFormula, SteeringProcessor
 from finesteer_hf.sites import Site
 
 
@@ -306,6 +306,10 @@ class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
             DatasetError: if there are too few rows for what the config asks.
         """
         raise NotImplementedError
+
+    def formula(self) -> DecisionFormula | None:
+        """What `decide` computes, for other engines; None where it is not a vector and a gate of one state of the query."""
+        return None
 
     @property
     def devices(self) -> list[torch.device]:

@@ -62,6 +62,28 @@ class Decision:
     record: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DecisionFormula:
+    """What `decide` computes, by the names of formulas and by tensors: for programs that have these and not the class.
+
+    With h the state of the query at `read`: `vector(h)` for all write sites side by side, times `gate(score(h))`.
+
+    Attributes:
+        read: where h is taken.
+        vector: name in `finesteer_hf.estimators.VECTOR_FUNCTIONS`.
+        score: name in `finesteer_hf.estimators.SCORE_FUNCTIONS`; None where the gate is always open.
+        gate: `stepped` (the dose of a score is looked up between the scores at which it steps), `logistic` or `ser` (the
+            score is the dose); None where it is always open.
+        tensors: what the formulas take, by the names of the adapter's file, float32.
+    """
+
+    read: Site
+    vector: str
+    score: str | None
+    gate: str | None
+    tensors: Mapping[str, torch.Tensor]
+
+
 @dataclass
 class TokenView:
     """What a `transform` may know of the forward that it is part of.

@@ -1,7 +1,8 @@
-"""Steering vectors of other libraries, read into CONSTANT adapters; constant adapters written as GGUF."""
+"""Steering vectors of other libraries, read into CONSTANT adapters; adapters written as GGUF and for vLLM."""
 
 from finesteer_hf.interop.gguf_files import save_gguf
 from finesteer_hf.interop.load import FORMATS, load_vectors
+from finesteer_hf.interop.vllm import export_vllm
 
 
-__all__ = ["FORMATS", "load_vectors", "save_gguf"]
+__all__ = ["FORMATS", "export_vllm", "load_vectors", "save_gguf"]

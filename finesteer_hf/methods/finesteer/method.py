@@ -16,7 +16,7 @@ from finesteer_hf.methods.finesteer.fit import fit_finesteer
 from finesteer_hf.methods.finesteer.layers import candidate_sites, wants_gradients
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, expected_shapes
 from finesteer_hf.methods.query_gate import QueryGate, check_values, from_file
-from finesteer_hf.processors import Decision, QueryStates
+from finesteer_hf.processors import Decision, DecisionFormula, QueryStates
 from finesteer_hf.sites import Site
 
 
@@ -75,6 +75,18 @@ class FineSteer(SteeringMethod[FineSteerConfig]):
         # A single site's vector is not cut: that would be one more kernel a prompt.
         vectors = (together,) if len(self.writes) == 1 else together.chunk(len(self.writes), dim=-1)
         return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
+
+    def formula(self) -> DecisionFormula:
+        """Score, gate and vector by name, with the tensors that they take."""
+        gate = self._gate
+        names = [*self._expert_names.values(), *(() if gate is None else gate.used())]
+        return DecisionFormula(
+            read=self.read_site,
+            vector=self.config.experts,
+            score=None if gate is None else gate.score,
+            gate=None if gate is None else gate.form,
+            tensors={name: self.tensors[name] for name in names},
+        )
 
     @classmethod
     def tensor_shapes(cls, config: FineSteerConfig) -> dict[str, Shape]:

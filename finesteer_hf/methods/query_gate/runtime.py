@@ -27,9 +27,12 @@ class QueryGate:
     """
 
     def __init__(self, config: QueryGateConfig) -> None:
+        self.score = config.gate_score
+        #: As `DecisionFormula` names it.
+        self.form = "stepped" if config.gate in STEPPED else str(config.gate)
         self._score = cast("Formula", SCORE_FUNCTIONS[config.gate_score])
         self._gate = GATE_FUNCTIONS[config.gate]
-        self._stepped = config.gate in STEPPED
+        self._stepped = self.form == "stepped"
         self._score_names, self._gate_names = SCORE_TENSORS[config.gate_score], GATE_TENSORS[config.gate]
 
     def lay_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -48,6 +51,11 @@ class QueryGate:
         lowest = steps.new_tensor([-torch.inf])
         doses = self._gate(torch.cat([lowest, steps]), **from_file(self._gate_names, tensors))
         return {"gate.steps": -steps.flip(0), "gate.doses": doses.flip(0).contiguous()}
+
+    def used(self) -> tuple[str, ...]:
+        """Names of the tensors that the gate takes, those of `lay_out` in place of what they were made of."""
+        own = ("gate.steps", "gate.doses") if self._stepped else self._gate_names.values()
+        return (*self._score_names.values(), *own)
 
     def __call__(self, h: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Score queries and open the gate by the score.
