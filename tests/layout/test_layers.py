@@ -1,8 +1,9 @@
-"""Imports point down, inside functions too, and no folder is a heap."""
+"""Imports point down, inside functions too; no folder is a heap, and no file is long."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,9 @@ LAYERS = [
     ["cli"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-MOST_FILES = 15
+MOST_FILES, MOST_LINES = 15, 350
+REPO = Path(__file__).parents[2]
+ROOTS = [PACKAGE, REPO / "tests", REPO / "benchmarks"]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -71,7 +74,13 @@ def test_every_module_has_its_layer() -> None:
     assert own - {"__init__", "__main__"} == set(HEIGHT)
 
 
-def test_no_folder_holds_more_files_than_can_be_looked_over() -> None:
-    folders = {path.parent for path in PACKAGE.rglob("*.py")}
-    counts = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
-    assert max(counts.values()) <= MOST_FILES, counts
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
+def test_no_folder_holds_more_files_than_can_be_looked_over(root: Path) -> None:
+    counts = Counter(str(file.parent.relative_to(root.parent)) for file in root.rglob("*.py"))
+    assert counts and max(counts.values()) <= MOST_FILES, counts.most_common(3)
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
+def test_no_file_is_longer_than_can_be_read_in_one_go(root: Path) -> None:
+    lines = {str(f.relative_to(root.parent)): len(f.read_text("utf-8").splitlines()) for f in root.rglob("*.py")}
+    assert lines and not {file: count for file, count in lines.items() if count > MOST_LINES}
