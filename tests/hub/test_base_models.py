@@ -54,7 +54,7 @@ def test_an_installation_without_the_weights_says_how_to_get_them(
 ) -> None:
     monkeypatch.setitem(PACKAGED, "playground", str(tmp_path))
     for load in (playground.load, lambda: SteeredModelForCausalLM.from_pretrained("playground")):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no model.safetensors.*playground.train"):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no model.safetensors.*playground.train"):
             load()
 
 

@@ -152,14 +152,14 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(small_disk: Path) -> None
     card = small_adapter(fit={"note": [str(number) for number in range(60_000)]})
     # The tensors do not fit, the config does not, and not one file more does.
     for adapter, target in ((large, folder), (card, folder), (large, small_disk / "new")):
-        with pytest.raises(OSError, match=r"No space left to save in .*; what was there is as it was"):
+        with pytest.raises(OSError, match=r"No space left to save in .*; the files there are unchanged"):
             adapter.save_pretrained(target)
         assert contents(small_disk) == before and not (small_disk / "new").exists()
     with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
         while True:
             ballast.write(b"x" * 512)
     before = contents(small_disk)
-    with pytest.raises(OSError, match="what was there is as it was"):
+    with pytest.raises(OSError, match="the files there are unchanged"):
         small_adapter(1).save_pretrained(folder)
     assert contents(small_disk) == before
     assert tensors_equal(SteeringAdapter.from_pretrained(folder).tensors, small_adapter().tensors)
