@@ -108,7 +108,7 @@ def test_a_card_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, block: str)
     path = tmp_path / "README.md"
     text = f"---\n{block}\n---\n# Mine\n"
     path.write_text(text)
-    with pytest.warns(UserWarning, match="left as it is"):
+    with pytest.warns(UserWarning, match="left unchanged"):
         write_card(adapter(), tmp_path)
     assert path.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["README.md"]
 

@@ -67,7 +67,7 @@ def test_two_methods_are_compared_on_rows_that_no_fit_saw(data: tuple[str, str],
     ):
         assert expected in done.stdout
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, drawn without regard" in report
+    assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, chosen without looking" in report
     content = json.loads((out / "figures.json").read_text())
     assert content["rows"] == {"fit": 38, "held_out": 10, "general_held_out": 2} and content["failed"] == {}
 
@@ -153,7 +153,7 @@ def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: fl
 def test_nothing_is_written_where_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:
     arguments = ["compare", "playground", "--data", data[0], "--methods", "CAA", "--set", "CAA.layer=99"]
     done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--max-new-tokens", "2"])
-    assert done.exit_code == 1 and "out of range" in done.stderr and "None of the methods" in done.stderr
+    assert done.exit_code == 1 and "out of range" in done.stderr and "No method could" in done.stderr
     assert not (tmp_path / "out").exists()
     for command in (arguments, ["fit", "nowhere", data[0]]):
         done = CliRunner().invoke(app, [*command, "-o", data[0]])

@@ -136,7 +136,7 @@ def test_what_a_fit_writes_cannot_be_set(method: str) -> None:
     assert {name for name in names if name.startswith("base_model_")} <= set(written)
     assert {"hidden_size", "num_hidden_layers", "lora", "fit", "requires"} <= set(written)
     for name in written:
-        with pytest.raises(ValueError, match=f"{name} is what a fit writes"):
+        with pytest.raises(ValueError, match=f"{name} is written by the fit"):
             make_config(method, [f"{name}=7"])
 
 
@@ -151,7 +151,7 @@ def test_settings_have_the_kind_that_they_are_declared_with() -> None:
     "written", [{"hidden_size": 32}, {"base_model_name_or_path": "org/x"}, {"lora": ["a"]}, {"fit": {"note": 1}}]
 )
 def test_a_fit_refuses_a_config_that_says_what_it_will_write(written: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(written))}.*what a fit writes"):
+    with pytest.raises(ValueError, match=f"{next(iter(written))}.*written by the fit"):
         fit_steering(toy_model(), toy_tokenizer(), toy_preferences(), CAAConfig(layer=1, **written), progress=False)
 
 
