@@ -86,7 +86,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(steered, inputs):
 
 @pytest.mark.parametrize("value", [5, 1.0, ..., {1: 2.0}, {None: 1.0}], ids=repr)
 def test_steering_of_another_kind_is_refused(steered, inputs, value):
-    with pytest.raises(TypeError, match="Say what is active as"):
+    with pytest.raises(TypeError, match="Give the active adapters as"):
         said(steered, inputs, steering=value)
     assert not steered.forwards
 

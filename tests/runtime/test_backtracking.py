@@ -252,7 +252,7 @@ def test_what_cannot_go_back_is_refused_before_anything_runs(bench):
     ):
         with pytest.raises(ValueError, match="takes generated tokens back"):
             generate(bench, [0], **settings)
-    with pytest.raises(ValueError, match="one row at a time, not 2"):
+    with pytest.raises(ValueError, match="one row at a time, got 2"):
         generate(bench, [0, 1], streamer=Collect())
     handle.remove()
     assert not calls
