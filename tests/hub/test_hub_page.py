@@ -64,7 +64,7 @@ def test_the_page_from_top_to_bottom(
     run(names, 3, 4)
     head = hub_client.commits("org/llama3-steering")[0].sha
     assert f"org/llama3-steering/safe (commit {head[:12]})" in capsys.readouterr().out
-    assert "Each folder holds one" in hub_client.files("org/llama3-steering")["README.md"].decode()
+    assert "Each folder has one" in hub_client.files("org/llama3-steering")["README.md"].decode()
     own = SteeredModelForCausalLM.from_pretrained("org/llama3", steering=names["adapter"])
     assert tokens_of(names["model"]) == tokens_of(own) != tokens_of(own, steering=None)
     run(names, 5)

@@ -183,7 +183,7 @@ def test_the_card_is_merged_into_the_repos_own(hub_client: HubServer) -> None:
 def test_a_card_that_cannot_be_read_is_left_alone(hub_client: HubServer) -> None:
     theirs = "---\n- a\n- list\n---\nText\n"
     hub_client.commit("org/a", {"README.md": theirs})
-    with pytest.warns(UserWarning, match="left as it is"):
+    with pytest.warns(UserWarning, match="left unchanged"):
         small_adapter().push_to_hub("org/a")
     assert "steering_config.json" in hub_client.files("org/a")
     assert hub_client.files("org/a")["README.md"].decode() == theirs

@@ -67,7 +67,7 @@ LEFT_ALONE = {
 def test_what_cannot_be_merged_is_left_alone(tmp_path: Path, name: str, writer: str) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(LEFT_ALONE[name])
-    with at_most(3), pytest.warns(UserWarning, match=r"cannot be merged and was left as it is"):
+    with at_most(3), pytest.warns(UserWarning, match=r"cannot be merged and was left unchanged"):
         WRITERS[writer](tmp_path)
     assert path.read_bytes() == LEFT_ALONE[name]
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
@@ -118,7 +118,7 @@ def test_a_push_into_a_strangers_repo_does_not_hang_on_its_readme(hub_client: Hu
     for name, content in (("org/large", b"x" * (2 << 20)), ("org/utf16", LEFT_ALONE["utf-16"])):
         hub_client.commit(name, {"README.md": content})
         for kwargs in ({}, {"create_pr": True}, {"subfolder": "x"}):
-            with at_most(20), pytest.warns(UserWarning, match=r"README.md cannot be merged and was left as it is"):
+            with at_most(20), pytest.warns(UserWarning, match=r"README.md cannot be merged and was left unchanged"):
                 small_adapter().push_to_hub(name, **kwargs)
         files = hub_client.files(name)
         assert files["README.md"] == content and "steering_config.json" in files
