@@ -60,7 +60,7 @@ def test_group_and_number_are_kept() -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"question": "a", "chosen": "b", "rejected": "c"}], r"do not begin alike"),
+        ([{"question": "a", "chosen": "b", "rejected": "c"}], r"have no common beginning"),
         ([{"prompt": "a", "good": "b", "rejected": "c"}], r"no column 'chosen'.*\['good', 'prompt', 'rejected'\]"),
         ([ROW, {"prompt": "a", "chosen": "b"}, ROW], r"row 1 \(counted from 0\): no 'rejected'"),
         ([ROW, {**ROW, "chosen": " fox0"}, {**ROW, "chosen": " fox0"}], r"rows 1, 2 .*are the same"),

@@ -119,7 +119,7 @@ def with_bad_row(number: int, bad: Any) -> Iterator[Any]:
     [
         (lambda row: {**row, "chosen": " "}, "chosen is empty"),
         (lambda row: {**row, "rejected": None}, "no 'rejected'"),
-        (lambda row: {**row, "category": "x"}, "no category, the others do"),
+        (lambda row: {**row, "category": "x"}, "no category, but the others do"),
         (lambda row: "text", "a row must be a dict, got str"),
     ],
 )
