@@ -252,7 +252,7 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             estimator.fit(states, shifts)
     for estimator in (ReducedRankSteering(), MixtureSteering()):
-        with pytest.raises(ValueError, match="one shift belongs to each state"):
+        with pytest.raises(ValueError, match="each state needs one shift"):
             estimator.fit(states, shifts[1:])
         with pytest.raises(ValueError, match="1 of 30 rows hold NaN"):
             estimator.fit(np.where(np.arange(30)[:, None] == 4, np.inf, states), shifts)

@@ -196,7 +196,7 @@ def test_false_alarm_bound_is_clopper_pearson() -> None:
     assert false_alarm_upper_bound(7, 7) == 1.0
     bound = false_alarm_upper_bound(3, 50)
     assert binom.cdf(3, 50, bound) == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="no rate"):
+    with pytest.raises(ValueError, match="not a rate"):
         false_alarm_upper_bound(5, 4)
 
 
