@@ -41,8 +41,8 @@ from finesteer_hf.evaluation.data.truthfulqa import preference_rows as truthfulq
 from finesteer_hf.evaluation.measures.statistics import paired_difference
 from finesteer_hf.fitting.capture.jobs import Job, make_jobs
 from finesteer_hf.fitting.capture.reader import CaptureCount, StateReader
+from finesteer_hf.fitting.data.encoding import EncodedRow, encode_preferences
 from finesteer_hf.fitting.data.rows import read_preferences
-from finesteer_hf.fitting.data.templating import EncodedRow, encode_preferences
 from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.finesteer.method import FineSteer
 from finesteer_hf.sites import Site

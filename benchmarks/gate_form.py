@@ -30,8 +30,8 @@ from finesteer_hf.evaluation.data.sources import read_rows
 from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa
 from finesteer_hf.fitting.capture.jobs import Job
 from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.data.encoding import encode_prompts
 from finesteer_hf.fitting.data.rows import PromptRow
-from finesteer_hf.fitting.data.templating import encode_prompts
 from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.query_gate import GateFit, QueryGateConfig, fit_gate
 from finesteer_hf.sites import Site

@@ -41,9 +41,9 @@ from finesteer_hf.evaluation.data.truthfulqa import load_truthfulqa
 from finesteer_hf.evaluation.measures.statistics import mean_with_interval
 from finesteer_hf.fitting.capture.jobs import Job
 from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.data.encoding import Passage, encode_prompts
 from finesteer_hf.fitting.data.general import default_general_prompts
 from finesteer_hf.fitting.data.rows import PromptRow
-from finesteer_hf.fitting.data.templating import Passage, encode_prompts
 from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.sites import Site
 

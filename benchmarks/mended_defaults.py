@@ -23,7 +23,7 @@ from compare_subjects import Playground
 from finesteer_hf import CAAConfig, FineSteerConfig
 from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.evaluation.measures.statistics import proportion
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.methods.cast import CASTConfig
 from finesteer_hf.methods.fasb import FASBConfig
 from finesteer_hf.methods.inferaligner import InferAlignerConfig

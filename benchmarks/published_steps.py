@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from finesteer_hf.estimators import IntervenedSubspace, PaperMoSE, QuantileGate
-from finesteer_hf.fitting.data.templating import EncodedRow
+from finesteer_hf.fitting.data.encoding import EncodedRow
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem, score_c
 from finesteer_hf.evaluation.measures.statistics import mean_with_interval, paired_difference
 from finesteer_hf.fitting.capture.jobs import make_jobs
 from finesteer_hf.fitting.capture.reader import StateReader
+from finesteer_hf.fitting.data.encoding import encode_preferences, encode_prompts
 from finesteer_hf.fitting.data.rows import read_preferences, read_prompts
-from finesteer_hf.fitting.data.templating import encode_preferences, encode_prompts
 from finesteer_hf.method_api import CaptureRequest
 from finesteer_hf.methods.finesteer.experts import highest_rank
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finesteer_hf import SteeringProcessor
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.processors import Decision, Positions, QueryStates
 from finesteer_hf.sites import Site, TextTower
 

@@ -23,6 +23,13 @@ from finesteer_hf.estimators.gating.conformal import (
     rows_needed,
 )
 from finesteer_hf.estimators.gating.form import FormProbe
+from finesteer_hf.estimators.gating.gate_functions import (
+    always_gate,
+    conformal_gate,
+    direct_gate,
+    logistic_gate,
+    quantile_gate,
+)
 from finesteer_hf.estimators.gating.gates import (
     GATE_FUNCTIONS,
     GATES,
@@ -31,11 +38,6 @@ from finesteer_hf.estimators.gating.gates import (
     DirectGate,
     LogisticGate,
     QuantileGate,
-    always_gate,
-    conformal_gate,
-    direct_gate,
-    logistic_gate,
-    quantile_gate,
 )
 from finesteer_hf.estimators.gating.score_choice import SCORE_FUNCTIONS, SCORES, AutoScore
 from finesteer_hf.estimators.gating.scores import (

@@ -12,7 +12,7 @@ import torch
 from finesteer_hf.fitting.capture.jobs import batches, pad_right
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import input_device
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import AnswerRun
 from finesteer_hf.model.auto import SteeredModelForCausalLM
 from finesteer_hf.model.verbs import SteeringMixin

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -18,8 +18,9 @@ from finesteer_hf.fitting.answers import QueryRecorder, answer_logits, logit_bud
 from finesteer_hf.fitting.capture.jobs import batches
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import input_device
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.data.units import clustered_se, mean_over_units, shuffle_units
+from finesteer_hf.fitting.measured import AnswerScores, Measured, RowScores, SideEffects, Words
 from finesteer_hf.fitting.own_words import Heard, own_words, repeated_share
 from finesteer_hf.method_api import DosePoint
 from finesteer_hf.methods._shared.objective import is_sayable
@@ -35,63 +36,6 @@ OWN_TOKENS = 48
 # Held-out prompts whose steered answers are read, and their greedy tokens. What they show, a text that falls apart, shows
 # in a few.
 SPOKEN_PROMPTS, SPOKEN_TOKENS = 24, 24
-
-
-@dataclass(frozen=True)
-class SideEffects:
-    """What a strength does to general prompts; see `DosePoint`."""
-
-    kl: float
-    changed: float | None
-
-
-@dataclass(frozen=True)
-class Words:
-    """What the model says to a prompt itself, greedily: its tokens, what the base thinks of one, what it repeats."""
-
-    log_prob: float
-    tokens: int
-    repeated: float
-
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """An answer under teacher forcing: its summed log-probability, its tokens, and its least likely one's probability."""
-
-    total: float
-    tokens: int
-    least: float
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """What a strength makes of the rows' answers, an entry a row.
-
-    Attributes:
-        bottleneck: least probability of a token of the chosen answer.
-        preference, preference_summed: of the chosen answer over the rejected one, by log-probability a token and summed.
-        likelihood: log-probability a token of the chosen answer, in nats.
-    """
-
-    bottleneck: np.ndarray
-    preference: np.ndarray
-    preference_summed: np.ndarray
-    likelihood: np.ndarray
-
-
-@dataclass
-class Measured:
-    """All that is known of a strength, text by text, so that a longer look costs only what it adds.
-
-    Attributes:
-        answers: of rows' answers.
-        words: what was said to prompts; empty where nobody has listened.
-        effects: on general prompts; None where they have not been run.
-    """
-
-    answers: dict[Passage, AnswerScores] = field(default_factory=dict)
-    words: dict[Passage, Words] = field(default_factory=dict)
-    effects: SideEffects | None = None
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from finesteer_hf.fitting.capture.processes import Processes
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import CaptureCount, Key, StateReader
 from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.encoding import AnswerEnd
 from finesteer_hf.fitting.data.inputs import prepare_inputs
 from finesteer_hf.fitting.data.lint import DatasetWarning, lint_memory
 from finesteer_hf.fitting.data.records import DatasetLike
 from finesteer_hf.fitting.data.splits import SplitBy
-from finesteer_hf.fitting.data.templating import AnswerEnd, chat_template_hash
+from finesteer_hf.fitting.data.templating import chat_template_hash
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest

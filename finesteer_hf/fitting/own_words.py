@@ -12,7 +12,7 @@ from finesteer_hf.fitting.answers import StateRecorder, answer_logits, logit_bud
 from finesteer_hf.fitting.capture.jobs import batches
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import input_device
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 

@@ -17,25 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.hf_api import GitRefs, RepoFile
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
 
 from finesteer_hf.adapters.base_models import PACKAGED, is_public, names_a_repo, public_name
 from finesteer_hf.errors import PushConflictError, PushError
+from finesteer_hf.hub.branches import PAUSES, Branch, head_of, prepare_branch, reason_of, status_of, tag_commit
 from finesteer_hf.hub.card import warn_unmerged, write_card
 from finesteer_hf.hub.generate_code import write_custom_generate
 from finesteer_hf.hub.integrity import FAILURES, TooLarge, download, git_blob_sha1
-from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder, listed
+from finesteer_hf.hub.names import check_ref, check_repo_id, check_subfolder
 from finesteer_hf.hub.readme import CARD_NAME, MOST_README_BYTES, ReadmeError
 from finesteer_hf.hub.repo_card import write_repo_card
 
 
 if TYPE_CHECKING:
     from finesteer_hf.adapters.adapter import SteeringAdapter
-
-
-# Seconds before a commit or tag that did not arrive is sent again.
-PAUSES = (0.5, 2.0)
 
 
 def push_adapter(
@@ -94,14 +91,14 @@ def push_adapter(
     try:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-        branch = _prepare(api, repo_id, tag, revision, private)
+        branch = prepare_branch(api, repo_id, tag, revision, private)
         with tempfile.TemporaryDirectory(prefix="finesteer-push-") as folder:
             push = _Push(api, adapter, branch, subfolder, custom_generate, Path(folder), message, commit_description)
             commit = push.open_pull_request() if create_pr else push.commit()
     except HfHubHTTPError as error:
-        raise PushError(f"Nothing was pushed to {repo_id}: {_reason(error, repo_id)}") from error
+        raise PushError(f"Nothing was pushed to {repo_id}: {reason_of(error, repo_id)}") from error
     if tag is not None:
-        _tag(api, repo_id, tag, commit.oid)
+        tag_commit(api, repo_id, tag, commit.oid)
     return commit
 
 
@@ -130,101 +127,13 @@ def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> Steeri
     return dataclasses.replace(adapter, config=config)
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """Where a commit goes, and the commit that it goes on top of."""
-
-    repo_id: str
-    name: str
-    head: str
-
-
-def _prepare(api: HfApi, repo_id: str, tag: str | None, revision: str | None, private: bool | None) -> _Branch:
-    """Look at the repo, make it and the branch where they are missing, and refuse what cannot be done."""
-    refs = _refs(api, repo_id, private)
-    tags = {ref.name for ref in refs.tags}
-    if tag in tags:
-        raise ValueError(
-            f"{repo_id} has a tag {tag!r} already, and a version never changes its meaning. Nothing was pushed. Tags "
-            f"there: {listed(tags)}. Choose another, or first HfApi().delete_tag({repo_id!r}, tag={tag!r})."
-        )
-    name = revision or "main"
-    heads = {ref.name: ref.target_commit for ref in refs.branches}
-    if name in heads:
-        return _Branch(repo_id, name, heads[name])
-    if name in tags:
-        raise ValueError(f"{name!r} is a tag of {repo_id}; commits go to branches. Branches there: {listed(heads)}.")
-    if not name.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=name, exist_ok=True)
-    return _Branch(repo_id, name, _head(api, repo_id, name))
-
-
-def _refs(api: HfApi, repo_id: str, private: bool | None) -> GitRefs:
-    try:
-        refs = api.list_repo_refs(repo_id)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.list_repo_refs(repo_id)
-    if private is not None and bool(api.model_info(repo_id).private) is not private:
-        raise ValueError(
-            f"{repo_id} exists and is {'public' if private else 'private'}, which private={private} does not change. "
-            f"Nothing was pushed. Change it first with HfApi().update_repo_settings({repo_id!r}, private={private}), "
-            "or leave private= out."
-        )
-    return refs
-
-
-def _head(api: HfApi, repo_id: str, branch: str) -> str:
-    sha = api.model_info(repo_id, revision=branch).sha
-    assert sha is not None
-    return sha
-
-
-def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    """Name a commit; an answer that got lost is told from a tag that somebody else made."""
-    pauses = list(PAUSES)
-    while True:
-        try:
-            return api.create_tag(repo_id, tag=tag, revision=commit)
-        except FAILURES as error:
-            failure = error
-        try:
-            there = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-        except FAILURES:
-            there = {}
-        if there.get(tag) == commit:
-            return None
-        if tag in there or not pauses:
-            why = "somebody else made one meanwhile, on another commit" if tag in there else _reason(failure, repo_id)
-            raise PushError(
-                f"The adapter was pushed to {repo_id} as commit {commit}, but the tag {tag!r} was not made: {why}. "
-                f"Make one with HfApi().create_tag({repo_id!r}, tag=..., revision={commit!r})."
-            ) from failure
-        time.sleep(pauses.pop(0))
-
-
-def _reason(error: Exception, repo_id: str) -> str:
-    """What the Hub said, and what to do where that is known."""
-    status = _status(error)
-    if status in (401, 403):
-        return (
-            f"the Hub does not let this token write to {repo_id}. Sign in with `hf auth login`, or give token= one with "
-            f"write access to {repo_id.split('/')[0]!r}; without it, create_pr=True opens a pull request ({error})."
-        )
-    return str(error)
-
-
-def _status(error: Exception) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
 @dataclass
 class _Push:
     """One push under way."""
 
     api: HfApi
     adapter: SteeringAdapter
-    branch: _Branch
+    branch: Branch
     subfolder: str | None
     custom_generate: bool
     folder: Path
@@ -240,7 +149,7 @@ class _Push:
             try:
                 return self.send(files, parent)
             except FAILURES as error:
-                status, failure = _status(error), error
+                status, failure = status_of(error), error
             if status is not None and status < 500 and status not in (408, 412, 429):
                 raise failure
             head = self.head_after(failure)
@@ -267,7 +176,7 @@ class _Push:
         try:
             return self.send(self.write(self.branch.head), self.branch.head, create_pr=True)
         except FAILURES as error:
-            if (status := _status(error)) is not None and status < 500:
+            if (status := status_of(error)) is not None and status < 500:
                 raise
             raise PushError(
                 f"The Hub did not answer to the pull request for {self.branch.repo_id}: {error}. Look there whether it "
@@ -333,7 +242,7 @@ class _Push:
     def head_after(self, failure: Exception) -> str:
         """The branch's commit after a commit that may or may not have arrived."""
         try:
-            return _head(self.api, self.branch.repo_id, self.branch.name)
+            return head_of(self.api, self.branch.repo_id, self.branch.name)
         except FAILURES as error:
             raise PushError(
                 f"The push to {self.branch.repo_id} failed ({failure}), and the Hub does not say what it has ({error}). "

@@ -11,7 +11,8 @@ import torch
 from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
-from finesteer_hf.methods._shared.heads import HeadFit, HeadsConfig, dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.methods._shared.heads import HeadFit, fit_heads, head_sites
+from finesteer_hf.methods._shared.heads_config import HeadsConfig, dense_shift, require_heads
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor
 
 

@@ -16,12 +16,13 @@ from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime.arguments import as_scale
 from finesteer_hf.runtime.call import SteeringRuntime
 from finesteer_hf.runtime.callbacks import OutsideCriteria, OutsideProcessors, OutsideStreamer
+from finesteer_hf.runtime.current import current_session
 from finesteer_hf.runtime.decoding.backtracking import refuse_what_cannot_go_back, sample_with_backtracking
 from finesteer_hf.runtime.decoding.compiled import forward_is_compiled
+from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, told
+from finesteer_hf.runtime.forwards.streams import Prompt, cache_length, forward_cache
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
-from finesteer_hf.runtime.prompt_ends import PROMPT_ENDS, told
-from finesteer_hf.runtime.session import CallSession, current_session
-from finesteer_hf.runtime.streams import Prompt, cache_length, forward_cache
+from finesteer_hf.runtime.session import CallSession
 
 
 class _Unset:
@@ -113,7 +114,7 @@ class SteeredGeneration:
                 # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
                 # the call calls back, and what stands in a block of its own, is outside of it.
                 return outer.plan, outer.rows
-            self._steering.warn_of_blocks_elsewhere()
+            self._steering.blocks.warn_of_others(self._steering.selection)
             with self._steering.lock:
                 selection, own = self._steering.active()
                 return self._steering.plan(selection, (*own, *chain), factor), rows
@@ -237,16 +238,16 @@ class SteeredGeneration:
     def _call_compiled(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         runtime, session = self._steering, current_session(self._steering)
         if session is None:
-            runtime.warn_of_blocks_elsewhere()
+            runtime.blocks.warn_of_others(runtime.selection)
             cache, plan = forward_cache(kwargs), runtime.plan(*runtime.active(), 1.0)
             if cache is None or not plan.depends_on_query:
-                runtime.check_prompt_ends(args, kwargs)
+                runtime.plain_forwards.check_prompt_ends(args, kwargs)
                 with runtime.compiled.lock:
                     runtime.sync_compiled()
                     runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
                     return call(*args, **kwargs)
             # A decoding loop written by hand: its steps add what the forward over the prompt decided.
-            session = runtime.plain_session_of(cache, plan)
+            session = runtime.plain_forwards.session_of(cache, plan)
             decided = session is not None and session.can_decode_compiled
         else:
             decided = session.can_decode_compiled and not session.of_forward

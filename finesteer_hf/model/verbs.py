@@ -22,10 +22,10 @@ from finesteer_hf.model.status import SteeringStatus, steering_status
 from finesteer_hf.processors import SteeringProcessor, SteeringProcessorList
 from finesteer_hf.runtime.arguments import as_number
 from finesteer_hf.runtime.call import SteeringRuntime
+from finesteer_hf.runtime.current import end_interrupted_forward
 from finesteer_hf.runtime.decoding.logits import steer_forward
+from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, noting, told, without_noting
 from finesteer_hf.runtime.plan import SelectionLike, as_selection
-from finesteer_hf.runtime.prompt_ends import PROMPT_ENDS, noting, told, without_noting
-from finesteer_hf.runtime.session import end_interrupted_forward
 
 
 # A valid folder name on every system.

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from finesteer_hf.runtime.session import in_session, outside_sessions
+from finesteer_hf.runtime.current import in_session, outside_sessions
 
 
 class OutsideProcessors(LogitsProcessorList):

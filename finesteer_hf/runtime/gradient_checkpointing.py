@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from finesteer_hf.runtime.session import in_session
+from finesteer_hf.runtime.current import in_session
 
 
 _ATTRIBUTE = "_gradient_checkpointing_func"

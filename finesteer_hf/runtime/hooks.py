@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from finesteer_hf.runtime.current import current_session
 from finesteer_hf.runtime.gradient_checkpointing import steer_checkpoints
-from finesteer_hf.runtime.session import current_session
 from finesteer_hf.sites import BACK, Site, attention_of, stream_of, with_stream
 
 
@@ -41,7 +41,7 @@ class DecoderHook:
             session.__exit__()
             session = None
         if session is None:
-            session = self.runtime.plain_session(args, kwargs)
+            session = self.runtime.plain_forwards.session(args, kwargs)
             if session is None:
                 return None
             session.__enter__()
@@ -62,7 +62,7 @@ class DecoderHook:
             session.__exit__()
         session.end_forward(output, module.training)
         if session.of_forward:
-            self.runtime.end_plain_session(session, output)
+            self.runtime.plain_forwards.keep(session, output)
 
     def register(self, decoder: nn.Module) -> list[Any]:
         """Put the hook on a decoder and return its handles."""

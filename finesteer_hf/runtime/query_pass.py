@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor
+from finesteer_hf.runtime.forwards.streams import Forward, Stream, forward_inputs, in_lockstep, mask_fits
 from finesteer_hf.runtime.plan import Plan
-from finesteer_hf.runtime.streams import Forward, Stream, forward_inputs, in_lockstep, mask_fits
 from finesteer_hf.runtime.update import token_view
 from finesteer_hf.sites import Site, TextTower
 

@@ -13,18 +13,16 @@ earlier turns need no special case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finesteer_hf.runtime.arguments import check_rows
+from finesteer_hf.runtime.current import CURRENT
 from finesteer_hf.runtime.decoding.logits import UnsteeredLogits
-from finesteer_hf.runtime.forward_check import ForwardCheck
-from finesteer_hf.runtime.plan import Plan, PlanEntry, row_scales
-from finesteer_hf.runtime.query_pass import QueryPass
-from finesteer_hf.runtime.streams import (
+from finesteer_hf.runtime.forwards.forward_check import ForwardCheck
+from finesteer_hf.runtime.forwards.streams import (
     Forward,
     Prompt,
     Stream,
@@ -33,16 +31,15 @@ from finesteer_hf.runtime.streams import (
     forward_inputs,
     holds_states,
 )
+from finesteer_hf.runtime.forwards.window import Window
+from finesteer_hf.runtime.plan import Plan, PlanEntry, row_scales
+from finesteer_hf.runtime.query_pass import QueryPass
 from finesteer_hf.runtime.update import Update
-from finesteer_hf.runtime.window import Window
 from finesteer_hf.sites import Site
 
 
 if TYPE_CHECKING:
     from finesteer_hf.runtime.call import SteeringRuntime
-
-
-_CURRENT: ContextVar[CallSession | None] = ContextVar("finesteer_hf_session", default=None)
 
 
 class CallSession:
@@ -93,12 +90,12 @@ class CallSession:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> CallSession:
-        self.outer = _CURRENT.get()
-        self._token = _CURRENT.set(self)
+        self.outer = CURRENT.get()
+        self._token = CURRENT.set(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _CURRENT.reset(self._token)
+        CURRENT.reset(self._token)
 
     def forget_forward(self) -> None:
         """Let go of the last forward's cache and arguments."""
@@ -310,46 +307,3 @@ class CallSession:
             if decision is not None or own:
                 result[entry.name] = {name: value[rows.to(value.device)] for name, value in values.items()} | own
         return result
-
-
-def current_session(runtime: SteeringRuntime) -> CallSession | None:
-    """The innermost session of this thread that belongs to a model; an assistant model has its own.
-
-    None also inside a block that was entered since: the block's calls are calls of their own.
-    """
-    session = _CURRENT.get()
-    while session is not None and session.runtime is not runtime:
-        session = session.outer
-    return None if session is not None and session.blocks else session
-
-
-def end_interrupted_forward(runtime: SteeringRuntime) -> None:
-    """End the session of a plain forward that an interrupt has ended: torch runs hooks after errors, not after those."""
-    session = _CURRENT.get()
-    if session is not None and session.of_forward and session.runtime is runtime:
-        session.__exit__()
-
-
-def outside_sessions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is not part of the running call: what it asks of the model are calls of their own."""
-    token = _CURRENT.set(None)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _CURRENT.reset(token)
-
-
-def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs in the session that is current now, whenever and in whichever thread it is called."""
-    session = _CURRENT.get()
-    if session is None:
-        return function
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        token = _CURRENT.set(session)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _CURRENT.reset(token)
-
-    return run

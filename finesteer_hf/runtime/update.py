@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from finesteer_hf.processors import Decision, Positions, TokenView
+from finesteer_hf.runtime.forwards.streams import Forward, Stream
+from finesteer_hf.runtime.forwards.window import Window
 from finesteer_hf.runtime.plan import Plan, row_scales
-from finesteer_hf.runtime.streams import Forward, Stream
-from finesteer_hf.runtime.window import Window
 from finesteer_hf.sites import Site
 
 

@@ -10,7 +10,8 @@ import torch
 
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.model.auto import SteeredModelForCausalLM
-from finesteer_hf.testing.architecture_checks import CHECKS, Fingerprint, Subject, check_unload
+from finesteer_hf.testing.architecture_checks import CHECKS, Fingerprint, check_unload
+from finesteer_hf.testing.architecture_subject import Subject
 from finesteer_hf.testing.tiny_models import VOCAB, tiny_model
 
 

@@ -7,7 +7,8 @@ import torch
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.sites import Site
-from finesteer_hf.testing.architecture_checks import LAYER, Subject, agree, query_hook, same_bits
+from finesteer_hf.testing.architecture_checks import query_hook
+from finesteer_hf.testing.architecture_subject import LAYER, Subject, agree, same_bits
 from finesteer_hf.testing.probe import probe_adapter
 from finesteer_hf.testing.reference import adding
 from finesteer_hf.testing.tiny_models import VOCAB, tiny_model

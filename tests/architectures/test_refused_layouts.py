@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from finesteer_hf import ConstantVector, SteeredModelForCausalLM
-from finesteer_hf import sites as sites_module
+from finesteer_hf import ConstantVector, SteeredModelForCausalLM, decoder_layout
 from finesteer_hf.errors import SiteError, UnsupportedModelError
 from finesteer_hf.sites import Site
 from finesteer_hf.testing.architecture_checks import Fingerprint
@@ -67,7 +66,7 @@ def steer_and_expect(model, match, **kwargs):
 
 
 def test_a_transposed_stream_is_refused_in_the_forward(monkeypatch):
-    monkeypatch.setattr(sites_module, "_REFUSED_TYPES", {})
+    monkeypatch.setattr(decoder_layout, "_REFUSED_TYPES", {})
     steer_and_expect(tiny_model("XLNetLMHeadModel"), "transposes its stream")
 
 

@@ -9,7 +9,8 @@ import torch
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.sites import Site
-from finesteer_hf.testing.architecture_checks import LAYER, Subject, agree, query_probe
+from finesteer_hf.testing.architecture_checks import query_probe
+from finesteer_hf.testing.architecture_subject import LAYER, Subject, agree
 from finesteer_hf.testing.reference import adding, reading
 from finesteer_hf.testing.tiny_models import VOCAB, tiny_model
 

@@ -4,7 +4,7 @@ import torch
 
 from finesteer_hf import Site, SteeringProcessor
 from finesteer_hf.fitting.answers import run_answers
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.testing import toy_model
 
 

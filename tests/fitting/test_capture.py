@@ -17,7 +17,7 @@ from finesteer_hf.fitting.capture.jobs import Job, make_jobs
 from finesteer_hf.fitting.capture.packing import lay_out, packed_length
 from finesteer_hf.fitting.capture.reader import StateReader
 from finesteer_hf.fitting.capture.store import ActivationStore
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest
 from finesteer_hf.sites import Site, TextTower
 

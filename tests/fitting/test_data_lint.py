@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from finesteer_hf import playground
+from finesteer_hf.fitting.data.encoding import encode_preferences
 from finesteer_hf.fitting.data.lint import common_ends, drop_known, lint_general, lint_memory, lint_rows, lint_variants
 from finesteer_hf.fitting.data.rows import PreferenceRow
-from finesteer_hf.fitting.data.templating import encode_preferences
 from finesteer_hf.testing.toy import toy_tokenizer
 
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM, SteeringProcessor
 from finesteer_hf.fitting.answers import QueryRecorder
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.data.units import clustered_se, mean_over_units, shuffle_units
 from finesteer_hf.fitting.dose import (
     CONTINUATION,

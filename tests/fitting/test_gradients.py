@@ -21,7 +21,7 @@ from finesteer_hf.fitting.capture.jobs import make_jobs
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import StateReader
 from finesteer_hf.fitting.capture.store import ActivationStore
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.fit import capture_gradients, capture_missing
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.method_api import CaptureRequest

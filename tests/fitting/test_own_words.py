@@ -6,7 +6,7 @@ import torch
 from fitting_toys import random_rows, small_model
 
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.fitting.own_words import own_words
 
 

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 from finesteer_hf import ConstantVector, SteeredModelForCausalLM
 from finesteer_hf.fitting.answers import StateRecorder, answer_logits, run_answers
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.fitting.own_words import own_words
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site

@@ -24,7 +24,7 @@ from finesteer_hf.fitting.capture.identity import model_identity
 from finesteer_hf.fitting.capture.jobs import make_jobs
 from finesteer_hf.fitting.capture.reader import CaptureCount, CapturedBatch, StateReader
 from finesteer_hf.fitting.capture.store import MANIFEST, ActivationStore
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.fit import capture_missing
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.method_api import CaptureRequest

@@ -10,14 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finesteer_hf.errors import DatasetError
+from finesteer_hf.fitting.data.encoding import Passage, encode_preferences, encode_prompts
 from finesteer_hf.fitting.data.rows import PreferenceRow, PromptRow
-from finesteer_hf.fitting.data.templating import (
-    Passage,
-    chat_template_hash,
-    encode_preferences,
-    encode_prompts,
-    format_query,
-)
+from finesteer_hf.fitting.data.templating import chat_template_hash, format_query
 from finesteer_hf.testing.toy import toy_tokenizer
 
 

@@ -18,7 +18,7 @@ from small_adapters import small_adapter, tiny_llama
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.adapters.adapter import tensors_equal
 from finesteer_hf.errors import PushConflictError, PushError
-from finesteer_hf.hub import push, push_adapter
+from finesteer_hf.hub import branches, push, push_adapter
 
 
 FILES = {"steering_config.json", "steering_model.safetensors", "README.md"}
@@ -26,7 +26,8 @@ FILES = {"steering_config.json", "steering_model.safetensors", "README.md"}
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push, "PAUSES", (0.0, 0.0))
+    for module in (push, branches):
+        monkeypatch.setattr(module, "PAUSES", (0.0, 0.0))
 
 
 def card(hub: HubServer, repo_id: str, path: str = "README.md", revision: str = "main") -> ModelCard:

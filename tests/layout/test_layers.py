@@ -16,6 +16,7 @@ PACKAGE = Path(finesteer_hf.__file__).parent
 LAYERS = [
     ["errors"],
     ["estimators"],
+    ["decoder_layout"],
     ["sites"],
     ["processors"],
     ["adapters", "method_api"],

@@ -6,7 +6,7 @@ from fasb_loop import LENGTHS, NEW, ROWS, adapter, bench_of, fitted, generate, h
 
 from finesteer_hf import FineSteerConfig
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.methods.fasb import FASB, FASBConfig
 from finesteer_hf.testing import FEATURES, check_feature

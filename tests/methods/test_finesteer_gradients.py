@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid, relu
 
 from finesteer_hf import SteeredModelForCausalLM, SteeringAdapter
 from finesteer_hf.errors import AdapterFileError
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import FitResult, Part
 from finesteer_hf.methods._shared.screening import SCREEN_DOSE
 from finesteer_hf.methods._shared.strength import median_norm

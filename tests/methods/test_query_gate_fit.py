@@ -133,8 +133,8 @@ class Playground:
 def test_on_the_playground_the_gate_opens_on_kinds_that_it_has_not_seen() -> None:
     from finesteer_hf.fitting.capture.jobs import Job
     from finesteer_hf.fitting.capture.reader import StateReader
+    from finesteer_hf.fitting.data.encoding import encode_prompts
     from finesteer_hf.fitting.data.rows import PromptRow
-    from finesteer_hf.fitting.data.templating import encode_prompts
     from finesteer_hf.method_api import CaptureRequest
 
     model, tokenizer = playground.load()

@@ -11,7 +11,7 @@ from kept_data import kept_data
 from planted import PlantedData
 from teacher_forcing import added, log_probs, of_answer
 
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.methods._shared.screening import (
     SCREEN_DOSE,
     first_order_gain,

@@ -11,16 +11,9 @@ from sklearn.model_selection import GroupKFold
 from finesteer_hf import Site, SteeredModelForCausalLM
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.methods.fasb import FASBConfig
-from finesteer_hf.methods.tad import TADConfig, method, recurrence
-from finesteer_hf.methods.tad.recurrence import (
-    AnswerStates,
-    Recurrence,
-    Weights,
-    auroc,
-    features,
-    fit_score,
-    unconditional,
-)
+from finesteer_hf.methods.tad import TADConfig, confidence_fit, method
+from finesteer_hf.methods.tad.confidence_fit import AnswerStates, _state_head, auroc, features, fit_score
+from finesteer_hf.methods.tad.recurrence import Recurrence, Weights, unconditional
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import BACK
 from finesteer_hf.testing import toy_model
@@ -108,13 +101,13 @@ def planted(rows=40, tokens=8, size=2, seed=0, noise=2.0):
 
 def test_the_fit_has_the_two_stages_of_the_published_code(monkeypatch):
     """The code's loops: targets as confidences first, then those of fold models, each on the features of its text."""
-    monkeypatch.setattr(recurrence, "ALPHAS", (0.1,))
+    monkeypatch.setattr(confidence_fit, "ALPHAS", (0.1,))
     answers = planted(rows=10)
     got = fit_score(answers, N)
     folds = list(GroupKFold(5).split(answers.group, groups=answers.group))
     own = np.zeros(answers.real.shape)
     for learn, rest in folds:
-        weight, bias = recurrence._state_head(answers, learn)
+        weight, bias = _state_head(answers, learn)
         own[rest] = 1 / (1 + np.exp(-(answers.states[rest] @ weight + bias)))
 
     def row_of(text, i, u):

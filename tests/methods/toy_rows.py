@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from finesteer_hf.fitting.answers import run_answers
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import ModelInfo
 from finesteer_hf.methods._shared.preference_training import PairScores
 from finesteer_hf.testing import toy_model, toy_preferences, toy_tokenizer

@@ -157,4 +157,4 @@ def test_a_forward_that_was_refused_leaves_no_decision_with_its_cache(model, inp
     with model.steering_with([ConstantVector(SITE, torch.full((32,), math.nan))]):
         with pytest.raises(ValueError, match="not finite"):
             model(**inputs, past_key_values=cache)
-    assert cache not in model._steering._plain
+    assert cache not in model._steering.plain_forwards.sessions

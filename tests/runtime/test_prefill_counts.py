@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finesteer_hf import ConstantVector, FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter
+from finesteer_hf.runtime.forwards.window import Window
 from finesteer_hf.runtime.plan import Plan
-from finesteer_hf.runtime.window import Window
 from finesteer_hf.testing.toy import toy_model
 
 

@@ -14,7 +14,7 @@ from finesteer_hf import (
 )
 from finesteer_hf.fitting.answers import QueryRecorder, answer_logits
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.testing import toy_model
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from finesteer_hf.fitting.answers import run_answers
 from finesteer_hf.fitting.capture.store import ActivationStore
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 from finesteer_hf.fitting.data.splits import Split
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
 from finesteer_hf.fitting.dose import DoseRunner
 from finesteer_hf.fitting.progress import FitProgress
 from finesteer_hf.method_api import AnswerRun, DosePoint, ModelInfo, Part, Pool, Side, Text

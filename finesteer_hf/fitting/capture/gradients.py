@@ -18,7 +18,7 @@ from finesteer_hf.fitting.answers import answer_logits, frozen, logit_budget, st
 from finesteer_hf.fitting.capture.jobs import batches
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import CapturedBatch
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.processors import SteeringProcessor, TokenView
 from finesteer_hf.sites import Site, TextTower
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from finesteer_hf.fitting.data.templating import EncodedRow, Passage
+from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 
 
 Item = TypeVar("Item")

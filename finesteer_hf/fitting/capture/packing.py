@@ -7,14 +7,24 @@ lengths need no padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finesteer_hf.fitting.capture.forward import Wanted
 from finesteer_hf.fitting.capture.jobs import Job
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.data.encoding import Passage
+from finesteer_hf.sites import TextTower
+
+
+UNBOUNDED = 1 << 62
+# A shorter beginning, or one of fewer prompts, is not worth a pass of its own.
+SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
 
 
 @dataclass(frozen=True)
@@ -129,3 +139,41 @@ def _visible(owners: torch.Tensor, branches: torch.Tensor, begun: int) -> torch.
     line = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
     earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=owners.device).tril()
     return torch.nn.functional.pad(own & line & earlier, (begun, 0), value=True)
+
+
+def by_kind(jobs: Sequence[Job], among: Sequence[Job]) -> Iterator[tuple[list[Job], list[Passage | None]]]:
+    """Jobs whose prompts have answers, then the others, which begin otherwise; each with all prompts of its kind."""
+    answered = {job.prompt for job in among if job.answers}
+    for kind in (True, False):
+        prompts = [job.prompt for job in among if (job.prompt in answered) is kind]
+        yield [job for job in jobs if (job.prompt in answered) is kind], prompts
+
+
+def common_prefix(prompts: Iterable[Passage | None]) -> tuple[int, ...]:
+    """Ids that all prompts begin with, short of their last token; nothing where it would not pay."""
+    texts = [prompt.ids[:-1] for prompt in prompts if prompt is not None]
+    if len(texts) < FEWEST_PROMPTS:
+        return ()
+    # Where any two differ first, the first and the last in order do.
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length] if length >= SHORTEST_PREFIX else ()
+
+
+def shareable_length(model: Any, tower: TextTower) -> int:
+    """Length that a packed text must stay below; 0 if an architecture's texts cannot be packed.
+
+    A text that is shorter than a sliding window is seen whole by its layers.
+    """
+    if (
+        getattr(model, "_is_stateful", False)
+        or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
+    ):
+        return 0
+    length = UNBOUNDED
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            length = min(length, int(layer.sliding_window))
+        elif type(layer) is not DynamicLayer:
+            return 0
+    return length

@@ -13,8 +13,9 @@ import torch
 from transformers import DynamicCache
 
 from finesteer_hf.fitting.capture.jobs import batches
-from finesteer_hf.fitting.capture.reader import UNBOUNDED, input_device, shareable_length
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.capture.packing import UNBOUNDED, shareable_length
+from finesteer_hf.fitting.capture.reader import input_device
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import TextTower
 

@@ -12,20 +12,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting.capture.forward import ForwardReader, Wanted
 from finesteer_hf.fitting.capture.jobs import Job, TextPass, batches, pad_right, sequences_of
-from finesteer_hf.fitting.capture.packing import lay_out, longest_text, pack, packed_length, texts_in
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.capture.packing import (
+    UNBOUNDED,
+    by_kind,
+    common_prefix,
+    lay_out,
+    longest_text,
+    pack,
+    packed_length,
+    shareable_length,
+    texts_in,
+)
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import PROMPT_POOLS, CaptureRequest, Pool
 from finesteer_hf.sites import Site, TextTower
 
@@ -38,9 +47,6 @@ CPU_TOKENS, GPU_TOKENS = 384, 16384
 SHORTEST_ROW, LONGEST_ROW = 128, 1024
 # Longer jobs would need a mask of more than a quarter of a gigabyte.
 LONGEST_PACKED = 8192
-UNBOUNDED = 1 << 62
-# A shorter beginning, or one of fewer prompts, is not worth a pass of its own.
-SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
 # Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
 SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
@@ -329,47 +335,9 @@ class StateReader:
         return True
 
 
-def by_kind(jobs: Sequence[Job], among: Sequence[Job]) -> Iterator[tuple[list[Job], list[Passage | None]]]:
-    """Jobs whose prompts have answers, then the others, which begin otherwise; each with all prompts of its kind."""
-    answered = {job.prompt for job in among if job.answers}
-    for kind in (True, False):
-        prompts = [job.prompt for job in among if (job.prompt in answered) is kind]
-        yield [job for job in jobs if (job.prompt in answered) is kind], prompts
-
-
-def common_prefix(prompts: Iterable[Passage | None]) -> tuple[int, ...]:
-    """Ids that all prompts begin with, short of their last token; nothing where it would not pay."""
-    texts = [prompt.ids[:-1] for prompt in prompts if prompt is not None]
-    if len(texts) < FEWEST_PROMPTS:
-        return ()
-    # Where any two differ first, the first and the last in order do.
-    first, last = min(texts), max(texts)
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:length] if length >= SHORTEST_PREFIX else ()
-
-
 def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, np.ndarray]:
     """States on the CPU."""
     return {(site, pool): value.cpu().numpy() for site, pools in states.items() for pool, value in pools.items()}
-
-
-def shareable_length(model: Any, tower: TextTower) -> int:
-    """Length that a packed text must stay below; 0 if an architecture's texts cannot be packed.
-
-    A text that is shorter than a sliding window is seen whole by its layers.
-    """
-    if (
-        getattr(model, "_is_stateful", False)
-        or "position_ids" not in inspect.signature(tower.decoder.forward).parameters
-    ):
-        return 0
-    length = UNBOUNDED
-    for layer in DynamicCache(config=model.config).layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            length = min(length, int(layer.sliding_window))
-        elif type(layer) is not DynamicLayer:
-            return 0
-    return length
 
 
 def input_device(model: Any) -> torch.device:

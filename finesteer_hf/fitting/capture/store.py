@@ -12,15 +12,11 @@ processes each has a manifest of its own, until the main one takes them together
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import secrets
-import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,8 @@ from safetensors.numpy import save
 
 from finesteer_hf.fitting.capture.processes import ALONE, Processes
 from finesteer_hf.fitting.capture.reader import CapturedBatch, Key
-from finesteer_hf.fitting.data.templating import Passage
+from finesteer_hf.fitting.capture.store_files import Shard, digests_of, name_of, passage_digest, write_whole
+from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import PROMPT_POOLS
 
 
@@ -40,30 +37,6 @@ STORE_VERSION = 1
 SHARD_BYTES = 64 * 1024 * 1024
 # A killed process loses at most what it captured in this time.
 SHARD_SECONDS = 20.0
-DIGEST_BYTES = 16
-
-
-def passage_digest(passage: Passage) -> bytes:
-    """Name of a passage in a store."""
-    # An answer's last token of content is part of what its states are; texts without a closing keep their digest.
-    closing = f"-{passage.closing}" if passage.closing else ""
-    text = f"{passage.answer_start}{closing}:{','.join(map(str, passage.ids))}"
-    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
-
-
-@dataclass
-class Shard:
-    """States of some passages: in memory, or in a file that is mapped when it is read.
-
-    Attributes:
-        names: of its states.
-        arrays: the states by name, if they are in memory.
-        file: its file name, if they are not.
-    """
-
-    names: frozenset[str]
-    arrays: Mapping[str, np.ndarray] | None = None
-    file: str | None = None
 
 
 class ActivationStore:
@@ -334,42 +307,3 @@ class ActivationStore:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def name_of(key: Key) -> str:
-    """Name of a state in a shard: `resid_post[12]/answer_mean`."""
-    return f"{key[0]}/{key[1]}"
-
-
-def digests_of(passages: Sequence[Passage]) -> np.ndarray:
-    """Digests, uint8 `[passages, 16]`."""
-    joined = b"".join(passage_digest(passage) for passage in passages)
-    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def write_whole(target: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: saying how much space was needed and what to do.
-    """
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        free = 0
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(target.parent).free
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: {len(content):,} bytes could not be written ({free:,} free). What the store held before is "
-            "intact; make room and run again to continue",
-            str(target),
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -10,6 +10,14 @@ from typing import Any
 import numpy as np
 
 from finesteer_hf.errors import DatasetError
+from finesteer_hf.fitting.data.encoding import (
+    AnswerEnd,
+    Encoded,
+    EncodedRow,
+    Passage,
+    encode_preferences,
+    encode_prompts,
+)
 from finesteer_hf.fitting.data.general import default_general_prompts
 from finesteer_hf.fitting.data.lint import drop_known, lint_general, lint_rows, lint_variants
 from finesteer_hf.fitting.data.records import DatasetLike, DataSource, name_rows
@@ -25,14 +33,6 @@ from finesteer_hf.fitting.data.rows import (
     read_prompts,
 )
 from finesteer_hf.fitting.data.splits import Split, SplitBy, split_rows, split_units
-from finesteer_hf.fitting.data.templating import (
-    AnswerEnd,
-    Encoded,
-    EncodedRow,
-    Passage,
-    encode_preferences,
-    encode_prompts,
-)
 
 
 # Name of the packaged general prompts.

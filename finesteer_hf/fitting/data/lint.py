@@ -12,9 +12,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
 
 from finesteer_hf.estimators import FormProbe
+from finesteer_hf.fitting.data.encoding import EncodedRow
 from finesteer_hf.fitting.data.records import name_rows
 from finesteer_hf.fitting.data.rows import PreferenceRow, Row, Text, plain_text, prompt_key
-from finesteer_hf.fitting.data.templating import EncodedRow, text_tokenizer
+from finesteer_hf.fitting.data.templating import text_tokenizer
 
 
 class DatasetWarning(UserWarning):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finesteer_hf.fitting.data.templating import EncodedRow
+from finesteer_hf.fitting.data.encoding import EncodedRow
 
 
 def mean_over_units(values: np.ndarray, units: np.ndarray) -> float:

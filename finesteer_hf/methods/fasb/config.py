@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from finesteer_hf.adapters.config import setting
 from finesteer_hf.methods._shared.checks import check_count, check_number, check_one_of
-from finesteer_hf.methods._shared.heads import HeadsConfig
+from finesteer_hf.methods._shared.heads_config import HeadsConfig
 from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, QueryGateConfig
 
 

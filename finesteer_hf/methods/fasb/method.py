@@ -11,7 +11,8 @@ import torch
 from finesteer_hf.adapters.tensor_files import HEAD_SIZE, Shape
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.method_api import CaptureRequest, FitData, FitResult, ModelInfo, SteeringMethod
-from finesteer_hf.methods._shared.heads import HeadFit, dense_shift, fit_heads, head_sites, require_heads
+from finesteer_hf.methods._shared.heads import HeadFit, fit_heads, head_sites
+from finesteer_hf.methods._shared.heads_config import dense_shift, require_heads
 from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods.fasb.config import FASBConfig
 from finesteer_hf.methods.query_gate import (

@@ -19,8 +19,8 @@ from sklearn.preprocessing import StandardScaler
 from finesteer_hf.errors import DatasetError
 from finesteer_hf.estimators import StateScore
 from finesteer_hf.method_api import AnswerRun, FitData, Part
+from finesteer_hf.methods.tad.confidence_fit import AnswerStates, FittedScore, auroc, fit_score, read_answers
 from finesteer_hf.methods.tad.config import TADConfig
-from finesteer_hf.methods.tad.recurrence import AnswerStates, FittedScore, auroc, fit_score, read_answers
 from finesteer_hf.sites import Site, resid_post
 
 

@@ -34,9 +34,10 @@ from finesteer_hf.methods._shared.checks import filled_in, require_fitted
 from finesteer_hf.methods._shared.moments import mean_difference, median_query_norm
 from finesteer_hf.methods._shared.search import search
 from finesteer_hf.methods._shared.trials import SHORT_LIST, Trial, candidate_layers
+from finesteer_hf.methods.tad.confidence_fit import by_neighbour
 from finesteer_hf.methods.tad.config import TADConfig
 from finesteer_hf.methods.tad.heads import heads_with_memory, single_heads
-from finesteer_hf.methods.tad.recurrence import Recurrence, Weights, by_neighbour, unconditional
+from finesteer_hf.methods.tad.recurrence import Recurrence, Weights, unconditional
 from finesteer_hf.processors import TokenView
 from finesteer_hf.sites import Site, resid_post
 

@@ -21,12 +21,12 @@ import torch
 
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.processors import Decision, SteeringProcessor
-from finesteer_hf.runtime.prompt_ends import leading_ignored
+from finesteer_hf.runtime.forwards.prompt_ends import leading_ignored
+from finesteer_hf.runtime.forwards.streams import forward_inputs
+from finesteer_hf.runtime.forwards.window import Window
 from finesteer_hf.runtime.query_pass import decision_of
 from finesteer_hf.runtime.session import CallSession
-from finesteer_hf.runtime.streams import forward_inputs
 from finesteer_hf.runtime.update import addend, merged, written
-from finesteer_hf.runtime.window import Window
 from finesteer_hf.sites import Site
 
 

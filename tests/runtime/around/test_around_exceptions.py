@@ -12,9 +12,10 @@ from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny
 
 from finesteer_hf.errors import AdapterNotFoundError
 from finesteer_hf.processors import Decision, QueryStates, SteeringProcessor, TokenView
-from finesteer_hf.runtime.call import _BLOCK
-from finesteer_hf.runtime.prompt_ends import NOT_TOLD, PROMPT_ENDS
-from finesteer_hf.runtime.session import _CURRENT, CallSession
+from finesteer_hf.runtime.blocks import BLOCK
+from finesteer_hf.runtime.current import CURRENT
+from finesteer_hf.runtime.forwards.prompt_ends import NOT_TOLD, PROMPT_ENDS
+from finesteer_hf.runtime.session import CallSession
 from finesteer_hf.sites import Site
 
 
@@ -104,7 +105,7 @@ MODEL_PLACES = [
 
 def assert_nothing_left(model: Any, hooks: dict[str, int]) -> None:
     assert PROMPT_ENDS.get() is NOT_TOLD
-    assert _BLOCK.get() is None
+    assert BLOCK.get() is None
     assert hooks_of(model) == hooks
 
 
@@ -136,10 +137,10 @@ def test_a_failing_model_leaves_nothing_behind(where: str, error: type[BaseExcep
             with injected(model, where, error, after), pytest.raises(error):
                 call()
             assert_nothing_left(model, hooks)
-            assert _CURRENT.get() is None
+            assert CURRENT.get() is None
             for later in calls:
                 assert torch.equal(calls[later](), want[later]), (name, later)
-            assert _CURRENT.get() is None
+            assert CURRENT.get() is None
 
 
 @pytest.mark.parametrize("error", [Injected, KeyboardInterrupt])
@@ -154,7 +155,7 @@ def test_a_failing_processor_leaves_nothing_behind(where: str, error: type[BaseE
     with pytest.raises(error):
         calls["generate"](steering_processor=[Failing(where, error)])
     assert_nothing_left(model, hooks)
-    assert _CURRENT.get() is None
+    assert CURRENT.get() is None
     with pytest.raises(error):
         with model.steering_with([Failing(where, error)]):
             for call in reversed(calls.values()):
@@ -162,7 +163,7 @@ def test_a_failing_processor_leaves_nothing_behind(where: str, error: type[BaseE
     assert_nothing_left(model, hooks)
     for name, call in calls.items():
         assert torch.equal(call(), want[name])
-    assert _CURRENT.get() is None
+    assert CURRENT.get() is None
 
 
 def test_an_interrupted_forward_does_not_steer_what_comes_next() -> None:
@@ -224,5 +225,5 @@ def test_refused_calls_leave_nothing_behind(arguments: dict[str, Any], error: ty
     with pytest.raises(error):
         greedy(model, ids, **arguments)
     assert_nothing_left(model, hooks)
-    assert _CURRENT.get() is None
+    assert CURRENT.get() is None
     assert torch.equal(greedy(model, ids), want)

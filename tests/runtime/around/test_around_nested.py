@@ -13,7 +13,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.generation.streamers import BaseStreamer
 
 from finesteer_hf.processors import ConstantVector, Decision, QueryStates
-from finesteer_hf.runtime.session import _CURRENT
+from finesteer_hf.runtime.current import CURRENT
 
 
 class Judge(LogitsProcessor, StoppingCriteria, BaseStreamer):  # type: ignore[misc]
@@ -88,7 +88,7 @@ def test_a_generation_inside_one_is_a_call_of_its_own(model: Any, place: str) ->
         want, judge = greedy(model, ids, max_new_tokens=3, **outer), Judge(every_way)
         assert torch.equal(greedy(model, ids, max_new_tokens=3, **outer, **judge.arguments(place)), want)
         assert len(judge.said) >= 3 and all(torch.equal(said, want_inside) for said in judge.said)
-    assert _CURRENT.get() is None
+    assert CURRENT.get() is None
 
 
 def test_a_streamer_given_by_position_is_outside_of_the_call_too(model: Any) -> None:

@@ -20,8 +20,8 @@ import torch
 from steered_tiny import greedy, hooks_of, query_shift, some_prompts, steer_tiny, tiny_llama
 
 from finesteer_hf.errors import BlockElsewhereWarning
-from finesteer_hf.runtime.call import _BLOCK
-from finesteer_hf.runtime.session import _CURRENT
+from finesteer_hf.runtime.blocks import BLOCK
+from finesteer_hf.runtime.current import CURRENT
 
 
 THREADS, CALLS = 8, 200
@@ -65,7 +65,7 @@ def test_two_hundred_generations_in_eight_threads() -> None:
         results = [same for part in pool.map(work, range(THREADS)) for same in part]
     assert len(results) == CALLS and all(results)
     assert hooks_of(model) == hooks
-    assert _CURRENT.get() is None
+    assert CURRENT.get() is None
 
 
 def test_plain_forwards_and_blocks_in_threads() -> None:
@@ -218,10 +218,10 @@ def test_a_block_in_a_generator_that_another_thread_closes_is_left() -> None:
     in_thread(generator.close)
     assert model.active_steering == {"a": 1.0}
     assert torch.equal(greedy(model, ids), want)
-    assert model._steering.open_blocks == []
+    assert model._steering.blocks.blocks == []
     with model.steering(None):
         pass
-    assert _BLOCK.get() is None
+    assert BLOCK.get() is None
 
 
 def test_blocks_in_generators_are_left_in_any_order() -> None:
@@ -236,7 +236,7 @@ def test_blocks_in_generators_are_left_in_any_order() -> None:
             active[number] = None  # type: ignore[call-overload]
             left = [a for a in active if a is not None]
             assert model.active_steering == (left[-1] if left else {"a": 1.0})
-        assert _BLOCK.get() is None and model._steering.open_blocks == []
+        assert BLOCK.get() is None and model._steering.blocks.blocks == []
 
 
 def test_a_block_that_a_task_leaves_for_another_is_left() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from finesteer_hf.processors import Decision, Positions
-from finesteer_hf.runtime.forward_check import ForwardCheck
-from finesteer_hf.runtime.window import Window
+from finesteer_hf.runtime.forwards.forward_check import ForwardCheck
+from finesteer_hf.runtime.forwards.window import Window
 from finesteer_hf.sites import Site
 
 
