@@ -270,8 +270,8 @@ def test_arguments_that_cannot_be_honoured(steered):
     base, _ = playground.load()
     for pretrained, settings, message in (
         (base, {}, "not steered"),
-        (model, {"steering": ADAPTER}, "as it is steered"),
-        (model, {"steering_scale": 2.0}, "as it is steered"),
+        (model, {"steering": ADAPTER}, "with its own steering"),
+        (model, {"steering_scale": 2.0}, "with its own steering"),
         (playground.model_path(), {"steering_scale": 2.0}, "no `steering`"),
         (playground.model_path(), {"steering": ADAPTER, "steering_scale": {"b": 1.0}}, "'default'"),
         (playground.model_path(), {"steering": '{"a": '}, "no JSON"),
