@@ -193,7 +193,7 @@ def test_settings_and_tensors_are_checked():
     for wrong in ({"threshold": 1.5}, {"backtrack": 0}, {"positions": "all"}, {"compat": "paper"}, {"num_heads": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FASBConfig(**wrong)
-    with pytest.raises(ValueError, match="goes back once"):
+    with pytest.raises(ValueError, match="backtracks once"):
         FASBConfig(compat="official", recheck=True)
     assert FASBConfig.paper().threshold == 0.4 and FASBConfig(recheck=True).requires == ["recheck"]
     with pytest.raises(AdapterFileError, match="needs `heads`"):

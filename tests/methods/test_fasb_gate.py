@@ -157,7 +157,7 @@ def test_settings_and_tensors_of_a_gate_are_checked():
     lacking = {name: tensor for name, tensor in found.tensors.items() if name != "gate.floor"}
     with pytest.raises(AdapterFileError, match=r"gate\.floor"):
         FASB(found.config, lacking)
-    with pytest.raises(AdapterFileError, match=r"leaves .*gate_score.* to the data"):
+    with pytest.raises(AdapterFileError, match=r"leaves .*gate_score.* to the fit"):
         FASB(FASBConfig(**{**found.config.__dict__, "gate_score": "auto"}), found.tensors)
     with pytest.raises(ValueError, match="out of range"):
         fitted(**{**GATE, "read_site": "resid_post[3]"})

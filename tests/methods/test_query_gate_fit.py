@@ -88,12 +88,12 @@ def test_auto_takes_kinds_where_there_are_enough(
 
 def test_kinds_are_refused_where_they_cannot_be_left_out() -> None:
     for settings in ({"gate": "quantile"}, {"gate_guarantee": "pac"}):
-        with pytest.raises(ValueError, match="gate_calibration='kinds' sets the threshold"):
+        with pytest.raises(ValueError, match="gate_calibration='kinds' needs gate='conformal'"):
             QueryGateConfig(gate_calibration="kinds", **settings)
     with pytest.raises(ValueError, match="gate_calibration"):
         QueryGateConfig(gate_calibration="groups")  # type: ignore[arg-type]
     for data in (PlantedData(), PlantedData(kinds=True, clusters=1)):
-        with pytest.raises(DatasetError, match="leaves out one category after another"):
+        with pytest.raises(DatasetError, match="leaves out one category at a time"):
             fit_gate(QueryGateConfig(gate_calibration="kinds"), data, SITE)
 
 

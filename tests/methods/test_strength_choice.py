@@ -144,7 +144,7 @@ def test_auto_says_when_nothing_helps_or_everything_harms(criterion: Any) -> Non
     strength, _, why = choose("auto", Curves(lambda s: 0.5 - s / 100, lambda s: 0.0, criterion))
     assert strength == 0.25 and why.startswith("no strength helps")
     strength, curve, why = choose("auto", Curves(lambda s: s / 10, lambda s: 5.0 if s else 0.0, criterion))
-    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength keeps within")
+    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength is within")
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
