@@ -51,7 +51,7 @@ def test_blocks_that_cannot_be_told_are_refused():
     model = tiny_model("LlamaForCausalLM")
     model.model.twins = torch.nn.ModuleList(model.model.layers)
     model.model.blocks = torch.nn.ModuleList(model.model.layers)
-    refuse(model, "Cannot tell the decoder blocks .* 'blocks': 4")
+    refuse(model, "Cannot find the decoder blocks .* 'blocks': 4")
 
 
 def steer_and_expect(model, match, **kwargs):

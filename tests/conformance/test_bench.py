@@ -91,7 +91,7 @@ def test_one_open_gate_of_four_is_too_few_and_said():
         (RANDOM[:3], "at least 4 prompts"),
         ([[7, 8, 9]] * 4, "not all of one length"),
         ([[], *RANDOM], r"`\[tokens\]` each"),
-        ([*RANDOM, [7, 54]], r"prompts \[4\] hold ids outside"),
+        ([*RANDOM, [7, 54]], r"prompts \[4\] have ids outside"),
     ],
 )
 def test_prompts_that_show_nothing_are_refused(prompts, match):

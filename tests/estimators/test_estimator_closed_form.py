@@ -242,10 +242,10 @@ def test_equal_shifts_or_equal_states_give_the_constant() -> None:
 def test_bad_input_is_refused() -> None:
     states, shifts = regression(30, 20)
     for estimator, message in [
-        (ReducedRankSteering(21), "whole number from 0 to the 20"),
+        (ReducedRankSteering(21), "an integer from 0 to 20"),
         (ReducedRankSteering(2.5), "rank=2.5"),
         (ReducedRankSteering(ridge=-1.0), "ridge=-1.0"),
-        (MixtureSteering(31), "num_experts=31 must be 'auto' or a whole number from 1 to the 30 rows"),
+        (MixtureSteering(31), "num_experts=31 must be 'auto' or an integer from 1 to the number of rows, 30"),
         (MixtureSteering(12), "too few of the 30 rows"),
         (MixtureSteering(residual_rank=-1), "residual_rank=-1"),
     ]:
@@ -254,7 +254,7 @@ def test_bad_input_is_refused() -> None:
     for estimator in (ReducedRankSteering(), MixtureSteering()):
         with pytest.raises(ValueError, match="each state needs one shift"):
             estimator.fit(states, shifts[1:])
-        with pytest.raises(ValueError, match="1 of 30 rows hold NaN"):
+        with pytest.raises(ValueError, match="1 of 30 rows contain NaN"):
             estimator.fit(np.where(np.arange(30)[:, None] == 4, np.inf, states), shifts)
         with pytest.raises(ValueError, match="at least"):
             estimator.fit(states[:1], shifts[:1])

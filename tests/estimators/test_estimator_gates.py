@@ -143,7 +143,7 @@ def test_in_sample_quantile_has_no_such_guarantee() -> None:
 
 
 def test_too_few_rows_fire_always_and_say_how_many_are_needed() -> None:
-    with pytest.warns(UserWarning, match=r"18 calibration rows, and epsilon=0.05 \(marginal\) needs 19"):
+    with pytest.warns(UserWarning, match=r"18 calibration rows, but epsilon=0.05 \(marginal\) needs 19"):
         gate = ConformalGate(0.05).fit(np.arange(18.0))
     np.testing.assert_array_equal(gate.gate(np.array([-1e9, 0.0, 5.0])), np.ones(3))
     assert gate.bound_ == 0.0
@@ -226,10 +226,10 @@ def test_gate_parameters_are_checked() -> None:
         (ConformalGate(epsilon=0.0), "epsilon=0.0"),
         (ConformalGate(epsilon=1.5), "epsilon=1.5"),
         (ConformalGate(gamma=-1), "gamma=-1"),
-        (ConformalGate(guarantee="sure"), "there are 'marginal', 'pac'"),
+        (ConformalGate(guarantee="sure"), "use one of 'marginal', 'pac'"),
         (ConformalGate(guarantee="pac", delta=2), "delta=2"),
         (QuantileGate(gamma=0), "gamma=0"),
-        (LogisticGate(), "one class only"),
+        (LogisticGate(), "only one class"),
     ]:
         with pytest.raises(ValueError, match=message):
             gate.fit(s)

@@ -206,7 +206,7 @@ def test_bad_input_is_refused() -> None:
     states, shifts = clustered(rows=30)
     same = np.ones_like(shifts)
     for options, message in [
-        ({"num_experts": 31}, "num_experts=31 must lie between 1 and the 30 rows"),
+        ({"num_experts": 31}, "num_experts=31 must be between 1 and the number of rows, 30"),
         ({"residual_rank": 25}, "residual_rank=25"),
         ({"variant": "best"}, "there are 'paper', 'orthogonal'"),
         ({"lr": 0.0}, "lr=0.0"),
@@ -219,7 +219,7 @@ def test_bad_input_is_refused() -> None:
         PaperMoSE().fit(states, shifts[1:])
     with pytest.raises(ValueError, match="only 1 different"):
         PaperMoSE(3).fit(states, same)
-    with pytest.raises(ValueError, match="tries 4 to 10 experts, but there are 4 rows"):
+    with pytest.raises(ValueError, match="tries 4 to 10 experts, but there are only 4 rows"):
         PaperMoSE(residual_rank=2).fit(states[:4], shifts[:4])
     with pytest.raises(ValueError, match="diverged"):
         PaperMoSE(4, residual_rank=2, lr=1e30).fit(states, shifts)

@@ -138,7 +138,7 @@ def test_auto_without_general_rows_is_one_class() -> None:
     assert (auto.name_, auto.table_) == ("ser", [])
     with pytest.raises(ValueError, match="needs general states"):
         AutoScore(("state",)).fit(ir)
-    with pytest.raises(ValueError, match="'cosine' is unknown; there are 'ser', 't2q', 'state'"):
+    with pytest.raises(ValueError, match="'cosine' is unknown; use one of 'ser', 't2q', 'state'"):
         AutoScore(("cosine",)).fit(ir)
 
 
@@ -179,7 +179,7 @@ def test_scores_refuse_bad_rows(name: str) -> None:
     for bad, message in [
         (np.empty((0, 64)), r"\[0, 64\]"),
         (ir[:1], "at least"),
-        (broken, r"2 of 40 rows hold NaN or Inf \(the first is row 3\)"),
+        (broken, r"2 of 40 rows contain NaN or Inf \(the first is row 3\)"),
         (ir[0], "two-dimensional"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -188,7 +188,7 @@ def test_scores_refuse_bad_rows(name: str) -> None:
 
 def test_state_score_needs_both_classes_of_one_width() -> None:
     ir = ir_cloud(np.random.default_rng(0), 20)
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(ValueError, match="only one class"):
         StateScore().fit(ir)
     with pytest.raises(ValueError, match="10 wide, but ir is 64 wide"):
         StateScore().fit(ir, np.ones((5, 10)))

@@ -39,7 +39,7 @@ def test_good_rows_are_passed_in_silence() -> None:
     [
         ([*GOOD, GOOD[0], GOOD[3]], "repeat an earlier one: rows 12, 13"),
         ([GOOD[0], chat("<|im_start|> sun1")], "templated twice: row 1 "),
-        ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised as they are: row 0 "),
+        ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised without it: row 0 "),
         ([PreferenceRow("<s> sun0", "oak0", "fox0"), GOOD[1]], "two words become one: row 0 "),
         ([chat(f"sun{i}", "oak0 oak1 oak2") for i in range(5)], r"length alone (AUROC 1.00; 4.0 and 2.0 tokens"),
         (

@@ -85,7 +85,7 @@ def test_both_counts_are_kept_and_said() -> None:
     assert (read.source.rows, read.source.taken) == (1000, 100)
     assert read.source.sha256 == whole.source.sha256
     assert read.findings == [
-        "train_dataset has 1,000 rows; 100 of them are used, those of 100 prompts drawn at random (max_rows=100; None "
+        "train_dataset has 1,000 rows; 100 of them are used, from 100 prompts drawn at random (max_rows=100; None "
         "uses all)"
     ]
     assert whole.findings == [] == read_preferences(rows(100), max_rows=100).findings
@@ -100,7 +100,7 @@ def test_data_is_named_without_its_path(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_leaves_one_prompt_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"300 rows, of which max_rows=100 leaves those of 0 prompts"):
+    with pytest.raises(DatasetError, match=r"300 rows; max_rows=100 leaves those of 0 prompts"):
         read_preferences(rows(300, repeats=150), max_rows=100)
     with pytest.raises(DatasetError, match="all 300 rows have the same prompt"):
         check_contrast(read_preferences(rows(300, repeats=300)).rows)

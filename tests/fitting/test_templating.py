@@ -136,7 +136,7 @@ def test_prompts_are_never_cut_and_answers_only_on_request() -> None:
     with pytest.raises(DatasetError, match=r"positions of the model"):
         encode_prompts(tokenizer, [PromptRow(long.prompt)], max_positions=10)
     wordy = PreferenceRow("sun0 ", "oak0 " * 20, "fox0", number=70)
-    with pytest.raises(DatasetError, match=r"row 70 .*21 tokens, the model can take 10"):
+    with pytest.raises(DatasetError, match=r"row 70 .*21 tokens, the model supports 10"):
         encode_preferences(tokenizer, [wordy], max_positions=10)
     encoded = encode_preferences(tokenizer, [CHAT, wordy], max_length=10, max_positions=10)
     assert len(encoded.rows[1].chosen.ids) == 10

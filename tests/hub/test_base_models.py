@@ -185,7 +185,7 @@ def test_strict_refuses_another_base_and_names_both(case: str, tmp_path: Path) -
 
 SAME_BASES: dict[str, Any] = {
     "the same name": lambda: named(tiny_llama(), "org/tiny"),
-    "without a name": tiny_llama,
+    "an unnamed base": tiny_llama,
     "another name": lambda: named(tiny_llama(), "org/mirror"),
     "half precision": lambda: tiny_llama().to(torch.bfloat16),
     "no weight to compare": lambda: named(packed(tiny_llama()), "org/tiny"),
@@ -299,7 +299,7 @@ def test_a_push_asks_for_a_base_that_others_can_load(hub_client: HubServer, tmp_
             adapter.push_to_hub("org/a")
         with pytest.raises(ValueError, match=r"base_model='org/name'"):
             adapter.save_pretrained(tmp_path / "s", push_to_hub=True)
-        with pytest.raises(ValueError, match="no Hub id"):
+        with pytest.raises(ValueError, match="not a Hub id"):
             adapter.push_to_hub("org/a", base_model="../x")
     assert not hub_client.requests.lines and not (tmp_path / "s").exists()
     adapter.push_to_hub("org/a", base_model="org/tiny")

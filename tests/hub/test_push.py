@@ -128,11 +128,11 @@ def test_a_name_without_namespace_is_the_users_own(hub_client: HubServer, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"repo_id": "org/a@v1"}, "is no Hub id"),
+        ({"repo_id": "org/a@v1"}, "is not a Hub id"),
         ({"repo_id": "../a"}, "Repo id must"),
-        ({"tag": "v 1"}, "cannot be the name"),
-        ({"tag": "a..b"}, "cannot be the name"),
-        ({"revision": ""}, "cannot be the name"),
+        ({"tag": "v 1"}, "is not a valid name"),
+        ({"tag": "a..b"}, "is not a valid name"),
+        ({"revision": ""}, "is not a valid name"),
         ({"tag": "v1", "create_pr": True}, "merge the pull request first"),
         ({"subfolder": "../x"}, "inside the repo"),
         ({"subfolder": "/x"}, "inside the repo"),
@@ -265,7 +265,7 @@ def test_of_two_that_push_at_once_one_wins_and_the_other_is_told(hub_client: Hub
         thread.join()
     lost = [seed for seed, outcome in outcomes.items() if isinstance(outcome, Exception)]
     assert len(lost) == 1
-    with pytest.raises(PushConflictError, match=r"Somebody else pushed.*Nothing of yours was pushed"):
+    with pytest.raises(PushConflictError, match=r"Someone else pushed.*Nothing was pushed"):
         raise outcomes[lost[0]]
     won = 3 - lost[0]
     assert set(hub_client.repo("org/a").tags) == {f"v{won}"}
@@ -322,7 +322,7 @@ def test_what_stays_wrong_is_told_and_leaves_the_hub_as_it_was(hub_client: HubSe
 
 def test_a_tag_that_cannot_be_made_is_told_with_the_commit(hub_client: HubServer) -> None:
     hub_client.faults.add(Fault("POST .*/tag/", "status", status=500, times=None))
-    with pytest.raises(PushError, match=r"was pushed to org/a as commit \w{40}, but the tag 'v1' was not made"):
+    with pytest.raises(PushError, match=r"was pushed to org/a as commit \w{40}, but the tag 'v1' was not created"):
         small_adapter().push_to_hub("org/a", tag="v1")
     assert FILES < set(hub_client.files("org/a"))
 

@@ -274,7 +274,7 @@ def test_arguments_that_cannot_be_honoured(steered):
         (model, {"steering_scale": 2.0}, "with its own steering"),
         (playground.model_path(), {"steering_scale": 2.0}, "no `steering`"),
         (playground.model_path(), {"steering": ADAPTER, "steering_scale": {"b": 1.0}}, "'default'"),
-        (playground.model_path(), {"steering": '{"a": '}, "no JSON"),
+        (playground.model_path(), {"steering": '{"a": '}, "not JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             FineSteerLM(pretrained, tokenizer=tokenizer, device="cpu", **settings)

@@ -127,7 +127,7 @@ def test_a_file_steers_as_a_plain_hook_does(
 
 def test_what_the_file_does_not_say_can_be_given(tmp_path: Path, vectors: Vectors) -> None:
     path = write_svec(tmp_path / "v.json", vectors, nested=False)
-    with pytest.raises(ValueError, match=r"v\.json is of no known kind.*\.gguf"):
+    with pytest.raises(ValueError, match=r"v\.json has no known extension.*\.gguf"):
         load_vectors(path)
     with pytest.raises(ValueError, match=r"Unknown format 'npz'.*svec"):
         load_vectors(path, "npz")
@@ -206,7 +206,7 @@ def test_what_depends_on_the_query_is_no_control_vector(
 
 
 def test_what_a_control_vector_cannot_say_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot say resid_post\[0\].*from 1 on"):
+    with pytest.raises(ValueError, match=r"cannot steer resid_post\[0\].*from 1 on"):
         save_gguf(small_adapter(), tmp_path / "v.gguf")
     with pytest.raises(ValueError, match=r"positions='prompt'; a control vector is added at all tokens"):
         save_gguf(small_adapter(positions="prompt"), tmp_path / "v.gguf")
@@ -229,7 +229,7 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
         "layer": (json.dumps({"directions": {"-1": [1.0]}}), "names layer '-1'"),
         "far": (json.dumps({"directions": {"1" * 30: [1.0]}}), "names layer"),
         "twice": (json.dumps({"directions": {"1": [1.0], "01": [1.0]}}), "layer 1 twice"),
-        "nan": ('{"directions": {"1": [NaN]}}', "no number"),
+        "nan": ('{"directions": {"1": [NaN]}}', "not a JSON number"),
         "inf": ('{"directions": {"1": [1e39]}}', "too large for float32"),
         "widths": (json.dumps({"directions": {"1": [1.0], "2": [1.0, 2.0]}}), "equally wide"),
         "other": (json.dumps({"vectors": {}}), "no `directions`"),
@@ -248,7 +248,7 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
         write_gguf(tmp_path / "ints.gguf", {1: np.ones(4, np.int32)}): "stored as I32",
         write_gguf(tmp_path / "nan.gguf", {1: np.full(4, np.nan, np.float32)}): "NaN",
         write_steer_file(tmp_path / "clamp.pt", one, action="clamp"): "depends on the state",
-        write_steer_file(tmp_path / "factor.pt", one, float("nan")): "no number",
+        write_steer_file(tmp_path / "factor.pt", one, float("nan")): "not a number",
         write_steering_lite(tmp_path / "cos.safetensors", one, method="cosine_gated"): "depends on the state",
         write_steering_lite(tmp_path / "sub.safetensors", one, target_submodule="mlp"): "inside the blocks",
         write_steering_lite(tmp_path / "ridge.safetensors", one, "z."): "not part of a constant vector",
@@ -305,7 +305,7 @@ def test_adapters_that_do_not_add_up_say_why() -> None:
         assert (
             small_adapter() + small_adapter(base_model_name_or_path="org/b")
         ).config.base_model_name_or_path is None
-    with pytest.raises(ValueError, match="a weight for each"):
+    with pytest.raises(ValueError, match="one weight each"):
         combine([small_adapter()], [1.0, 2.0])
     with pytest.raises(ValueError, match="finite"):
         small_adapter() * float("inf")

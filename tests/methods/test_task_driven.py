@@ -146,7 +146,7 @@ def test_too_few_rows_are_refused():
 
 def test_shifts_must_have_a_row_a_head():
     config = TaskDrivenConfig(layer=1, strength=1.0, attention_heads=4, hidden_size=32, num_hidden_layers=3)
-    with pytest.raises(AdapterFileError, match="one row a head"):
+    with pytest.raises(AdapterFileError, match="one row per head"):
         TaskDriven(config, {"shifts": torch.ones(3, 8)})
     with pytest.raises(AdapterFileError, match="attention_heads"):
         TaskDriven(TaskDrivenConfig(layer=1, strength=1.0, hidden_size=32), {"shifts": torch.ones(4, 8)})

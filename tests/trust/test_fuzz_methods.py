@@ -306,8 +306,6 @@ def test_heads_of_another_size_are_told_at_load() -> None:
     config, tensors = SOUND["TASKDRIVEN"]
     model = SteeredModelForCausalLM.from_model(toy_model())
     adapter = SteeringAdapter(SteeringConfig.from_dict(config), {"shifts": torch.ones(4, 16)})
-    with pytest.raises(
-        AdapterMismatchError, match=r"together \[64\] wide at head_out\[1\]; those of this model are 32"
-    ):
+    with pytest.raises(AdapterMismatchError, match=r"together \[64\] wide at head_out\[1\]; this model's are 32"):
         model.load_steering(adapter)
     assert model.steering_adapters == {} and tensors["shifts"].shape == (4, 8)

@@ -176,7 +176,7 @@ def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) ->
     wants = "gate='logistic'" if config.gate == "logistic" else "gate_score='state'"
     if len(general) < 2 and (config.gate == "logistic" or config.gate_score == "state"):
         raise DatasetError(
-            f"{wants} separates intervention-required queries from general ones, but there are {len(general)} of the latter. "
+            f"{wants} separates intervention-required queries from general ones, but there are {len(general)} of those. "
             "Leave general_dataset at 'default' or give some, or use gate_score='ser' or 't2q' with another gate."
         )
     limit = min(len(ir) - 1, ir.shape[1])
