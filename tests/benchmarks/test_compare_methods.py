@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compare_methods import EQUAL, Job, at_limits
-from compare_methods_page import load, page
-from compare_rows import REFERENCE, UNSTEERED, rows
 
+from benchmarks.compare.compare_methods import EQUAL, Job, at_limits
+from benchmarks.compare.compare_methods_page import load, page
+from benchmarks.compare.compare_rows import REFERENCE, UNSTEERED, rows
 from finesteer_hf import CAAConfig, SteeringAdapter, steering_methods
 from finesteer_hf.method_api import DosePoint
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paired_tests import mcnemar_cells
+from benchmarks.real.paired_tests import mcnemar_cells
 
 
 def differing(gained: int, lost: int) -> tuple[list[int], list[int]]:

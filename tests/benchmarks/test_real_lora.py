@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from real_conditions import Condition
-from real_lora import Training, train
 
+from benchmarks.real.real_conditions import Condition
+from benchmarks.real.real_lora import Training, train
 from finesteer_hf.evaluation.measures.prompts import as_chat
 
 

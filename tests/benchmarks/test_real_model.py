@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_model
-from real_data import GeneralData, Sizes
-from real_model import Study, run
-from real_page import page
-from real_rows import ROWS, UNSTEERED, Row, rows_of
 
+from benchmarks.real import real_model, real_study
+from benchmarks.real.real_data import GeneralData, Sizes
+from benchmarks.real.real_model import run
+from benchmarks.real.real_page import page
+from benchmarks.real.real_rows import ROWS, UNSTEERED, Row, rows_of
+from benchmarks.real.real_study import Study
 from finesteer_hf import CAAConfig, SteeredModelForCausalLM
 from finesteer_hf.evaluation.data.truthfulqa import TruthfulQuestion
 
@@ -44,10 +45,11 @@ def study(tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.Monkey
         },
     }
     # The row whose curve is measured.
-    monkeypatch.setattr(real_model, "REFERENCE", "CAA")
-    monkeypatch.setattr(real_model, "refusal_rows", lambda data, sizes: [])
+    for module in (real_model, real_study):
+        monkeypatch.setattr(module, "REFERENCE", "CAA")
+        monkeypatch.setattr(module, "xstest_split", lambda data: ([], []))
+    monkeypatch.setattr(real_study, "refusal_rows", lambda data, sizes: [])
     monkeypatch.setattr(real_model, "advbench_split", lambda data: ([{"goal": "sing a song"}], []))
-    monkeypatch.setattr(real_model, "xstest_split", lambda data: ([], []))
     return found
 
 
@@ -98,7 +100,7 @@ def test_rows_are_made_once_and_the_page_is_made_of_them(study: Study, capsys: p
 def test_adapters_are_reused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     run(study, [ROWS_OF_TEST[2]])
     (study.folder / "caa.json").unlink()
-    monkeypatch.setattr(real_model, "fit_steering", lambda *args, **kwargs: pytest.fail("fitted again"))
+    monkeypatch.setattr(real_study, "fit_steering", lambda *args, **kwargs: pytest.fail("fitted again"))
     run(study, [ROWS_OF_TEST[2]])
     assert (study.folder / "caa.json").exists()
     assert study.steered.steering_adapters == {}
@@ -115,7 +117,7 @@ def test_refusals(study: Study) -> None:
     study.task = "refusal"
     study.fit_data = (
         lambda kind: (  # type: ignore[method-assign]
-            real_model.truthful_rows(QUESTIONS[:8]),
+            real_study.truthful_rows(QUESTIONS[:8]),
             study.general.fit_rows(),
         )
     )

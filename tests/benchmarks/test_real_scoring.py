@@ -10,10 +10,10 @@ import pytest
 import torch
 from evaluation_toys import half_plane_adapter
 from peft import LoraConfig, get_peft_model
-from real_choices import score_items
-from real_conditions import Condition
-from real_measures import divergence, kl_divergence, own_words
 
+from benchmarks.real.real_choices import score_items
+from benchmarks.real.real_conditions import Condition
+from benchmarks.real.real_measures import divergence, kl_divergence, own_words
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.measures.prompts import as_chat

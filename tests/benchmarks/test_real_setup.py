@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from real_choices import encoded, in_one_row, in_own_rows
-from real_conditions import Condition
-from real_setup import BASE, TURN_END, is_prepared, load_model, wheel_folder
 
+from benchmarks.real.real_choices import encoded, in_one_row, in_own_rows
+from benchmarks.real.real_conditions import Condition
+from benchmarks.real.real_setup import BASE, TURN_END, is_prepared, load_model, wheel_folder
 from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.measures.prompts import as_chat
 

@@ -1,0 +1,268 @@
+"""All methods on two tasks of two models, each by one call, held out: effect, side effects and cost, on three splits.
+
+Each method is measured twice: at the strength that its own fit has chosen, and at equal side effects, the highest strength
+that keeps within the same limits for all. Nothing is chosen on the test half. One JSON file a method, subject and seed,
+which a later run uses again; a method that cannot be made leaves a note and does not stop the others.
+
+    python -m benchmarks.compare.compare_methods --out out/compare --subjects playground-truthful playground-refusal
+    python -m benchmarks.compare.compare_methods --out out/compare --subjects real-truthful real-refusal --device cuda \\
+        --workers 8
+    python -m benchmarks.compare.compare_methods --out out/compare --only-page --page benchmarks/results/compare_methods.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import dataclasses
+import functools
+import multiprocessing
+import shutil
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.compare.compare_methods_page import page
+from benchmarks.compare.compare_rows import PROMPT, Row, rows
+from benchmarks.compare.compare_subjects import SUBJECTS, Subject, subject_of
+from benchmarks.real.real_rows import UNSTEERED
+from benchmarks.real.real_study import DATA, write
+from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.registry import get_steering_method
+from finesteer_hf.fitting import fit_steering
+from finesteer_hf.fitting.data.inputs import prepare_inputs
+from finesteer_hf.fitting.dose import DoseRunner
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.methods._shared.objective import Limits
+from finesteer_hf.processors import SteeringProcessor
+
+
+# What all methods may cost on held-out rows of the fit half, when they are compared at equal side effects.
+EQUAL = Limits(general_kl=0.05, own_words=0.2, likelihood=float("inf"), repetition=0.1)
+# The search for it begins at this dose at least, in units of the state's norm, doubles up to so many times, and halves
+# the gap (in logarithms) so often.
+LEAST_DOSE, DOUBLINGS, HALVINGS = 0.05, 7, 3
+ADAPTER = "method"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all jobs of a run share."""
+
+    out: Path
+    quick: bool
+    model: str
+    data: Path
+    device: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One row of one subject on one split."""
+
+    subject: str
+    seed: int
+    slug: str
+
+    def file(self, out: Path) -> Path:
+        """Where its result goes."""
+        return out / f"{self.subject}-{self.seed}" / f"{self.slug}.json"
+
+
+def fit(subject: Subject, row: Row) -> SteeringAdapter:
+    """Fit a row's method."""
+    assert row.config is not None
+    model, tokenizer = subject.base
+    return fit_steering(
+        model,
+        tokenizer,
+        subject.rows,
+        row.config(subject.sizes),
+        split=subject.split,
+        general_dataset=subject.general_rows,
+        progress=False,
+        seed=subject.seed,
+        store_dir=states_of(subject.name, subject.seed),
+    )
+
+
+@functools.cache
+def states_of(name: str, seed: int) -> Path:
+    """Where this process keeps a subject's states, for its next method."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-{seed}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def dose_runner(subject: Subject) -> DoseRunner:
+    """Measures side effects on the rows and general prompts that the fits hold out."""
+    model, tokenizer = subject.base
+    inputs = prepare_inputs(
+        tokenizer, subject.rows, None, subject.general_rows, seed=subject.seed, split=subject.split
+    )
+    held_out = [inputs.rows[i] for i in inputs.split.rows["validation"]]
+    return DoseRunner(model, held_out, inputs.side_effects, subject.seed)
+
+
+def at_limits(runner: DoseRunner, adapter: SteeringAdapter) -> dict[str, Any]:
+    """The highest strength that keeps within `EQUAL`, from absolute doses; None as its limit where none is broken."""
+    config, method_cls = adapter.config, get_steering_method(adapter.config.steering_type).method_cls
+    norms = config.fit["report"].get("vector", {})
+    own = float(config.strength)
+    unit = norms["state_norm"] / norms["vector_norm"] if norms.get("vector_norm") else 1.0
+
+    def build(strength: float) -> SteeringProcessor:
+        return method_cls(dataclasses.replace(config, strength=strength), adapter.tensors)
+
+    (unsteered,) = runner.run(build, [0.0])
+
+    def broken(strength: float) -> tuple[list[str], DosePoint]:
+        (point,) = runner.run(build, [strength])
+        return EQUAL.broken_by(point, unsteered, "preference"), point
+
+    low, high, names = 0.0, max(own, LEAST_DOSE * unit), list[str]()
+    for _ in range(DOUBLINGS):
+        names, _ = broken(high)
+        if names:
+            break
+        low, high = high, 2 * high
+    else:
+        return {"strength": low, "limit": None, "kl": broken(low)[1].kl}
+    if not low:
+        low = high / 2
+        for _ in range(DOUBLINGS):
+            if not broken(low)[0]:
+                break
+            low, high = low / 2, low
+    for _ in range(HALVINGS):
+        between = (low * high) ** 0.5
+        found, _ = broken(between)
+        low, high, names = (low, between, found) if found else (between, high, names)
+    return {"strength": low, "limit": names[0], "kl": broken(low)[1].kl}
+
+
+def asked(subject: Subject, adapter: SteeringAdapter) -> dict[str, Any]:
+    """What an adapter does to the held-out prompts."""
+    method_cls = get_steering_method(adapter.config.steering_type).method_cls
+    packed = not method_cls(adapter.config, adapter.tensors).lookback
+    subject.steered.load_steering(adapter, ADAPTER)
+    try:
+        return subject.ask(ADAPTER, packed=packed)
+    finally:
+        subject.steered.delete_steering(ADAPTER)
+
+
+def measured(subject: Subject, row: Row, runner: Callable[[], DoseRunner], folder: Path) -> dict[str, Any]:
+    """A row's figures."""
+    found: dict[str, Any] = {"label": row.label, "slug": row.slug, "note": row.note}
+    if row.label == UNSTEERED:
+        return {**found, "own": subject.ask()}
+    if row.label == PROMPT:
+        system = subject.best_prompt()
+        return {**found, "system": system, "own": subject.ask(system=system)}
+    start = time.perf_counter()
+    adapter = fit(subject, row)
+    seconds = time.perf_counter() - start
+    saved = adapter.save_pretrained(folder / row.slug)
+    config = adapter.config.to_dict()
+    shown = ("strength", "layer", "layers", "write_site", "positions", "heads", "num_elements", "guard_layer")
+    found |= {
+        "settings": {name: config[name] for name in shown if config.get(name) is not None},
+        "seconds": {**adapter.config.fit["seconds"], "all": round(seconds, 1)},
+        "bytes": (Path(saved) / "steering_model.safetensors").stat().st_size,
+        "own": asked(subject, adapter),
+    }
+    equal = at_limits(runner(), adapter)
+    stronger = SteeringAdapter(dataclasses.replace(adapter.config, strength=equal["strength"]), adapter.tensors)
+    return {**found, "equal": {**equal, **asked(subject, stronger)}}
+
+
+@functools.lru_cache(maxsize=2)
+def prepared(name: str, seed: int, setting: Setting) -> tuple[Subject, Callable[[], DoseRunner]]:
+    """A process keeps its last subjects: their models, and what is known of them unsteered."""
+    subject = subject_of(name, seed, setting.quick, setting.model, setting.data, setting.device)
+    return subject, functools.cache(lambda: dose_runner(subject))
+
+
+def run(job: Job, setting: Setting) -> str:
+    """Measure one job, unless that is done; says how it went."""
+    file = job.file(setting.out)
+    if file.exists():
+        return f"{job.subject} {job.seed} {job.slug}: done before"
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # findings about the data are the same for every method
+    failed = file.with_suffix(".failed.json")
+    try:
+        subject, runner = prepared(job.subject, job.seed, setting)
+        found = measured(subject, rows()[job.slug], runner, file.parent)
+        write(file, {**found, "subject": job.subject, "seed": job.seed, "device": setting.device})
+    except Exception as error:
+        # One method that cannot be made must not cost the others their turn.
+        reason = f"{type(error).__name__}: {error}"
+        write(failed, {"label": rows()[job.slug].label, "reason": reason, "trace": traceback.format_exc()})
+        return f"{job.subject} {job.seed} {job.slug}: FAILED: {reason[:300]}"
+    failed.unlink(missing_ok=True)
+    scores = found["own"]["scores"]
+    took = time.perf_counter() - start
+    return f"{job.subject} {job.seed} {job.slug}: {sum(scores) / len(scores):.3f} ({took:.0f} s)"
+
+
+def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[str]:
+    """Run jobs in their order, in so many processes; what is still running after `seconds` is given up."""
+    if workers == 1:
+        deadline = time.monotonic() + seconds
+        for job in jobs:
+            if time.monotonic() < deadline:
+                yield run(job, setting)
+        return
+    # Processes that share a device are started anew, not forked.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.imap_unordered(functools.partial(run, setting=setting), jobs)
+        deadline = time.monotonic() + seconds
+        for _ in jobs:
+            try:
+                yield found.next(timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[attr-defined]
+            except multiprocessing.TimeoutError:
+                yield "out of time"
+                return
+
+
+def main() -> None:
+    """Measure and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of adapters and results")
+    parser.add_argument("--methods", nargs="+", default=list(rows()), choices=list(rows()), metavar="METHOD")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="splits, and seeds of the fits")
+    parser.add_argument("--model", default="out/real/model", help="the real model's folder or id")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets of the real model's tasks")
+    parser.add_argument("--device", default="cpu", help="where the real model runs")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--seconds", type=float, default=1e9, help="give up what is not done by then")
+    parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
+    parser.add_argument("--only-page", action="store_true", help="measure nothing")
+    parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
+    args = parser.parse_args()
+    setting = Setting(args.out, args.quick, args.model, args.data, args.device)
+    # Split by split, so that an early end leaves whole tables.
+    jobs = [Job(name, seed, slug) for seed in args.seeds for slug in args.methods for name in args.subjects]
+    if not args.only_page:
+        for line in run_all(jobs, setting, args.workers, args.seconds):
+            print(line, flush=True)
+    if args.page is not None:
+        args.page.parent.mkdir(parents=True, exist_ok=True)
+        args.page.write_text(page(args.out))
+
+
+if __name__ == "__main__":
+    main()
