@@ -69,7 +69,7 @@ def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None =
     if not is_intact(local):
         forget(local)
         raise AdapterFileError(
-            f"{path} of {repo_id} was downloaded twice and does not match the Hub's hash. Nothing was kept. Try "
+            f"{path} of {repo_id} was downloaded twice with content other than announced. Nothing was kept. Try "
             "again; if it keeps failing, the file is damaged on the Hub or on the way."
         )
     return local

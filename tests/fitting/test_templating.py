@@ -28,7 +28,7 @@ def ids_of(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters, and the pair `:b` as one token: an answer may join the prompt's last character."""
+    """Letters, and the pair `:b` as one token: an answer may merge with the prompt's last character."""
     letters = {letter: i for i, letter in enumerate("abcdQ:? ")}
     tokenizer = Tokenizer(models.BPE({**letters, ":b": len(letters)}, [(":", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
@@ -104,7 +104,7 @@ def test_a_token_that_joins_prompt_and_answer_counts_as_the_answers() -> None:
     assert first.chosen.answer_start == len(first.prompt.ids) - 1
     assert tokenizer.decode(list(first.chosen.ids[first.chosen.answer_start :])) == ":bc"
     ((remark, numbers),) = encoded.remarks.items()
-    assert "join the prompt's last 1" in remark and numbers == {0}
+    assert "merge with the prompt's last 1" in remark and numbers == {0}
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
