@@ -47,7 +47,7 @@ def test_an_encoder_decoder_is_refused():
     refuse(T5ForConditionalGeneration(config), "encoder-decoder")
 
 
-def test_blocks_that_cannot_be_told_are_refused():
+def test_blocks_that_are_not_found_are_refused():
     model = tiny_model("LlamaForCausalLM")
     model.model.twins = torch.nn.ModuleList(model.model.layers)
     model.model.blocks = torch.nn.ModuleList(model.model.layers)

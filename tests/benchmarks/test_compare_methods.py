@@ -54,7 +54,7 @@ def remarks(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_star_is_for_what_holm_leaves_of_all_rows(tmp_path: Path, remarks: Path) -> None:
+def test_a_star_marks_what_is_significant_over_all_rows(tmp_path: Path, remarks: Path) -> None:
     write(tmp_path, UNSTEERED, 0, fitted=False)
     for label, hits in ((REFERENCE, 10), ("ONE", 16), ("TWO", 10)):
         write(tmp_path, label, hits)

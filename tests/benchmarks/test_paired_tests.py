@@ -12,7 +12,7 @@ def differing(gained: int, lost: int) -> tuple[list[int], list[int]]:
     )
 
 
-def test_a_star_is_for_what_holm_leaves() -> None:
+def test_a_star_marks_what_is_significant_after_holm() -> None:
     # p of 6 to 0: 2 / 2^6 = .031, which three tests make .094; p of 10 to 0: .002, which they make .006.
     assert mcnemar_cells([differing(6, 0)]) == ["0.031* (+6, -0)"]
     assert mcnemar_cells([differing(6, 0), differing(0, 10), differing(1, 1)]) == [

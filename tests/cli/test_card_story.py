@@ -56,7 +56,7 @@ def adapter(**fit: Any) -> SteeringAdapter:
     return SteeringAdapter(config, {"vector": torch.zeros(8)})
 
 
-def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
+def test_a_card_goes_from_its_effect_to_its_tables(tmp_path: Path) -> None:
     curve = [asdict(DosePoint(2.0, 0.1, 0.1, 0.03))]
     made = adapter(
         about="True answers",
@@ -108,7 +108,7 @@ def test_a_card_does_not_claim_what_was_not_measured() -> None:
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [1], [None], {"a": 1}, {"value": "x", "low": None, "high": 2}])
 @pytest.mark.parametrize("name", ["about", "examples", "evaluation", "report", "split", "held_out"])
-def test_figures_of_another_kind_are_left_out(name: str, odd: Any) -> None:
+def test_figures_of_another_type_are_left_out(name: str, odd: Any) -> None:
     tell(adapter(**{name: odd}))
     for inner in ("gate", "dose_response"):
         tell(adapter(report={inner: odd}))

@@ -99,7 +99,7 @@ def test_predictable_directions_beat_principal_ones_held_out() -> None:
     assert ours > held_out_r2(shifts[test], full, delta_bar)
 
 
-def test_rank_and_ridge_are_chosen_by_what_held_out_rows_say() -> None:
+def test_rank_and_ridge_are_chosen_on_held_out_rows() -> None:
     states, shifts = regression(250, 40, rank=3, noise=0.5)
     fitted = ReducedRankSteering().fit(states, shifts)
     assert 2 <= fitted.rank_ <= 4
@@ -207,7 +207,7 @@ def test_routing_finds_the_modes_and_falls_back_to_frequencies_without_signal() 
     np.testing.assert_allclose(alpha, np.tile(blind.sizes / 200, (200, 1)), atol=0.1)
 
 
-def test_mixture_takes_experts_where_there_are_modes_and_reports_every_ablation() -> None:
+def test_mixture_uses_experts_for_modes_and_reports_every_ablation() -> None:
     states, shifts = modes(200)
     fitted = MixtureSteering(folds=3).fit(states, shifts)
     table = {(row["num_experts"], row["residual_rank"] > 0): row for row in fitted.ablations_}

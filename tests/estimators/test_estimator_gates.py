@@ -258,7 +258,7 @@ def test_kinds_of_one_row_each_have_the_bound_of_rows() -> None:
     assert gate.bound_ == pytest.approx(gate.rank_ / 60)
 
 
-def test_miss_rate_on_a_new_kind_keeps_its_bound_where_rows_break_theirs() -> None:
+def test_the_bound_for_a_new_kind_holds_where_that_of_rows_fails() -> None:
     rng = np.random.default_rng(0)
     missed, missed_by_rows, bounds = [], [], []
     for _ in range(400):
@@ -275,7 +275,7 @@ def test_miss_rate_on_a_new_kind_keeps_its_bound_where_rows_break_theirs() -> No
     assert np.mean(missed_by_rows) > 0.05 + 2 * error  # what rows promise does not hold here
 
 
-def test_kinds_need_groups_and_know_no_pac() -> None:
+def test_kinds_need_groups_and_exclude_pac() -> None:
     scores = np.arange(30.0)
     for gate, groups in ((ConformalGate(by_kind=True), None), (ConformalGate(by_kind=True, guarantee="pac"), scores)):
         with pytest.raises(ValueError, match="by_kind=True needs groups"):

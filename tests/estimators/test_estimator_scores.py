@@ -142,7 +142,7 @@ def test_auto_without_general_rows_is_one_class() -> None:
         AutoScore(("cosine",)).fit(ir)
 
 
-def test_cross_fitted_scores_are_of_fits_that_have_not_seen_the_row() -> None:
+def test_cross_fitted_scores_come_from_fits_that_have_not_seen_the_row() -> None:
     rng = np.random.default_rng(0)
     ir, new = rng.normal(size=(100, 200)), rng.normal(size=(400, 200))
     fitted = IntervenedSubspace(12).fit(ir)
@@ -153,7 +153,7 @@ def test_cross_fitted_scores_are_of_fits_that_have_not_seen_the_row() -> None:
 
 
 @pytest.mark.parametrize("kind", [IntervenedSubspace, MonitoringScore])
-def test_a_rank_that_was_chosen_for_all_rows_is_no_cause_to_warn_in_a_fold(kind: type) -> None:
+def test_a_rank_chosen_for_all_rows_does_not_warn_in_a_fold(kind: type) -> None:
     rng = np.random.default_rng(0)
     ir = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 96))
     with warnings.catch_warnings():

@@ -102,7 +102,7 @@ def test_p_of_a_paired_mean_is_the_share_of_sign_flips_that_reach_as_far() -> No
         paired_p_value([1.0], [1.0, 2.0])
 
 
-def test_holm_is_what_a_hand_makes_of_it() -> None:
+def test_holm_equals_a_calculation_by_hand() -> None:
     # 0.01 x 4, 0.015 x 3 = 0.045, 0.02 x 2 = 0.04 (held up to 0.045), 0.5 x 1.
     assert holm([0.02, 0.5, 0.01, 0.015]).tolist() == pytest.approx([0.045, 0.5, 0.04, 0.045])
     assert holm([0.9, 0.8]).tolist() == pytest.approx([1.0, 1.0]) and holm([]).size == 0

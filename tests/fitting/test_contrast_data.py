@@ -41,7 +41,7 @@ def test_chats_in_all_forms_are_the_same_row(record: dict[str, Any]) -> None:
     assert (row.prompt, row.chosen, row.rejected) == ([USER], [GOOD], [BAD])
 
 
-def test_a_system_message_is_a_part_of_an_implicit_prompt() -> None:
+def test_a_system_message_is_part_of_an_implicit_prompt() -> None:
     system = {"role": "system", "content": "sea0"}
     (row,) = read_preferences([{"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}]).rows
     assert row.prompt == [system, USER]
@@ -138,7 +138,7 @@ def test_every_source_gives_the_same_rows(form: str, tmp_path: Path) -> None:
     assert found.name == (None if form in ("list", "generator", "dataset", "stream") else path.name)
 
 
-def test_sources_that_are_none_say_so(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is empty"):
         read_preferences([])
     with pytest.raises(DatasetError, match=r"row 1 .*must be a dict, got str"):

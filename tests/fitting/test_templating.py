@@ -77,7 +77,7 @@ def test_the_last_token_of_content_is_known_however_an_answer_ends(end: Any) -> 
 
 
 @pytest.mark.parametrize(("cut", "closing"), [(0, 1), (1, 0), (2, 0)])
-def test_what_is_cut_off_an_answer_is_its_end_first(cut: int, closing: int) -> None:
+def test_cutting_an_answer_removes_its_end_first(cut: int, closing: int) -> None:
     tokenizer = toy_tokenizer()
     (whole,) = encode_preferences(tokenizer, [CHAT]).rows
     (row,) = encode_preferences(tokenizer, [CHAT], max_length=len(whole.chosen.ids) - cut).rows
@@ -85,7 +85,7 @@ def test_what_is_cut_off_an_answer_is_its_end_first(cut: int, closing: int) -> N
     assert (row.chosen.answer_start or 0) <= row.chosen.last_content
 
 
-def test_a_token_that_joins_an_answer_and_its_end_is_content() -> None:
+def test_a_token_that_merges_an_answer_and_its_end_is_content() -> None:
     tokenizer = merging_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}Q{{ m['content'] }}{% else %}{{ m['content'] }}b{% endif %}"
@@ -97,7 +97,7 @@ def test_a_token_that_joins_an_answer_and_its_end_is_content() -> None:
     assert tokenizer.decode([row.chosen.ids[row.chosen.last_content]]) == ":b"
 
 
-def test_a_token_that_joins_prompt_and_answer_counts_as_the_answers() -> None:
+def test_a_token_that_merges_prompt_and_answer_belongs_to_the_answer() -> None:
     tokenizer = merging_tokenizer()
     encoded = encode_preferences(tokenizer, [PreferenceRow("Qa:", "bc", "dd"), PreferenceRow("Qa:", "dc", "dd")])
     first = encoded.rows[0]

@@ -224,7 +224,7 @@ def test_batch_size_auto(steered, items, task):
     np.testing.assert_allclose(evaluated(lm, task)[1], own_scores(model, tokenizer, items)[1], rtol=1e-6, atol=1e-6)
 
 
-def test_cached_answers_are_told_apart_by_what_steers(task, tmp_path):
+def test_cached_answers_are_keyed_by_the_steering(task, tmp_path):
     model, tokenizer = playground.load()
     SteeredModelForCausalLM.from_model(model, steering={"truthful": ADAPTER, "safety": OTHER})
     rows = forwards_of(model)
@@ -265,7 +265,7 @@ def test_model_args(steering, scale, active):
     assert lm.model.active_steering == active
 
 
-def test_arguments_that_cannot_be_honoured(steered):
+def test_arguments_that_are_refused(steered):
     model, tokenizer = steered
     base, _ = playground.load()
     for pretrained, settings, message in (

@@ -125,7 +125,7 @@ def test_a_file_steers_as_a_plain_hook_does(
     assert tensors_equal(SteeringAdapter.from_pretrained(tmp_path / "saved").tensors, adapter.tensors)
 
 
-def test_what_the_file_does_not_say_can_be_given(tmp_path: Path, vectors: Vectors) -> None:
+def test_missing_settings_can_be_given(tmp_path: Path, vectors: Vectors) -> None:
     path = write_svec(tmp_path / "v.json", vectors, nested=False)
     with pytest.raises(ValueError, match=r"v\.json has no known extension.*\.gguf"):
         load_vectors(path)
@@ -194,7 +194,7 @@ class Mapping(Gated):
         (Mapping, "maps the stream"),
     ],
 )
-def test_what_depends_on_the_query_is_no_control_vector(
+def test_query_dependent_adapters_are_not_control_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: type[SteeringMethod], message: str
 ) -> None:
     adapter = small_adapter()
@@ -205,7 +205,7 @@ def test_what_depends_on_the_query_is_no_control_vector(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_control_vector_cannot_say_is_refused(tmp_path: Path) -> None:
+def test_what_a_control_vector_cannot_express_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot steer resid_post\[0\].*from 1 on"):
         save_gguf(small_adapter(), tmp_path / "v.gguf")
     with pytest.raises(ValueError, match=r"positions='prompt'; a control vector is added at all tokens"):
@@ -296,7 +296,7 @@ def test_algebra_is_that_of_the_vectors() -> None:
     torch.testing.assert_close(steered_logits(a + b), both(PROMPT).logits)
 
 
-def test_adapters_that_do_not_add_up_say_why() -> None:
+def test_adapters_that_cannot_be_combined_say_why() -> None:
     with pytest.raises(ValueError, match="differ in positions"):
         small_adapter() + small_adapter(positions="prompt")
     with pytest.raises(ValueError, match="differ in num_hidden_layers"):

@@ -70,7 +70,7 @@ def test_every_module_has_its_layer() -> None:
     assert own - {"__init__", "__main__"} == set(HEIGHT)
 
 
-def test_no_folder_holds_more_files_than_can_be_looked_over() -> None:
+def test_no_folder_has_too_many_files() -> None:
     folders = {path.parent for path in PACKAGE.rglob("*.py")}
     counts = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
     assert max(counts.values()) <= MOST_FILES, counts

@@ -169,7 +169,7 @@ def test_it_stacks_with_a_method_that_reads_the_query():
     assert alone not in (generate(bench, ROWS), generate(bench, ROWS, steering="b"))
 
 
-def test_the_fit_keeps_the_heads_that_tell_held_out_answers_best():
+def test_the_fit_keeps_the_heads_that_separate_held_out_answers_best():
     found = fitted()
     report = found.config.fit["report"]
     kept = sorted(report["accuracy"], reverse=True)

@@ -73,7 +73,7 @@ def compiled_steps():
     return marks, {"cache_implementation": "static", "compile_config": config}
 
 
-def test_once_a_call_of_generate(model, inputs):
+def test_once_per_call_of_generate(model, inputs):
     eager, compiled = entries(), entries()
     settings = {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(**inputs, **settings, steering_processor=eager)
@@ -85,7 +85,7 @@ def test_once_a_call_of_generate(model, inputs):
     assert not torch.equal(found, model.generate(**inputs, **settings, steering=None))
 
 
-def test_once_a_compiled_forward(model, inputs):
+def test_once_per_compiled_forward(model, inputs):
     marks = Marks()
     with model.steering_with(SteeringProcessorList(entries())):
         expected = model(**inputs).logits
@@ -162,7 +162,7 @@ def test_a_decision_outlives_a_graph_that_breaks(model, inputs):
     assert torch.equal(found[real], expected[real])
 
 
-def test_once_a_decoding_loop_written_by_hand(model, inputs):
+def test_once_a_hand_written_decoding_loop(model, inputs):
     """On a model that is compiled in place: the forward over the prompt decides, and its cache takes that along."""
     marks, processors = Marks(), entries()
 

@@ -131,7 +131,7 @@ def test_of_the_whole_text_where_a_cache_holds_its_beginning(model, prompts, chu
     assert said.tolist() == generate(model, [processor], input_ids=whole[None]).tolist()
 
 
-def test_a_prompt_that_went_by_in_another_call_is_refused(model, prompts):
+def test_a_prompt_run_in_another_call_is_refused(model, prompts):
     processor, cache = Seeing(), DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompts[0][None], past_key_values=cache, use_cache=True)
@@ -176,7 +176,7 @@ class ByMean(SteeringProcessor):
         return Decision(vectors={self.writes[0]: 3 * queries[self.reads[0]]})
 
 
-def test_kept_prompts_and_recorded_queries_give_it_the_whole_prompt(model, prompts):
+def test_cached_prompts_and_recorded_queries_give_it_the_whole_prompt(model, prompts):
     """What a fit measures with runs texts behind kept prompts; a mean sees the prompt all the same."""
     passages = [Passage((*prompt.tolist(), 7, 8), len(prompt)) for prompt in prompts]
     processor, cache = Seeing("generated"), PromptCache(model)

@@ -237,7 +237,7 @@ def test_hooks_of_a_call_are_gone_after_it(model, inputs):
 
 
 @pytest.mark.parametrize("name", ["steering", "steering_scale", "steering_processor", "output_steering"])
-def test_a_plain_forward_swallows_no_argument_of_generate(model, inputs, name):
+def test_a_plain_forward_ignores_no_argument_of_generate(model, inputs, name):
     with pytest.raises(TypeError, match=rf"{name}.*with model\.steering"):
         model(**inputs, **{name: None})
 

@@ -294,7 +294,9 @@ def test_a_number_out_of_bounds_is_refused(name: str) -> None:
         ("ANGULAR", {"layers": list(range(200_000))}, "at least one block"),
     ],
 )
-def test_what_hung_or_ate_memory_is_refused_by_its_name(name: str, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_hung_or_used_up_memory_are_refused_by_name(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
     config, _ = SOUND[name]
     with at_most(1.0), pytest.raises(AdapterFileError, match=message):
         adapter = SteeringAdapter(SteeringConfig.from_dict({**config, **changes}), {})
@@ -302,7 +304,7 @@ def test_what_hung_or_ate_memory_is_refused_by_its_name(name: str, changes: dict
         replace(adapter, config=replace(adapter.config, num_hidden_layers=None)).build()
 
 
-def test_heads_of_another_size_are_told_at_load() -> None:
+def test_heads_of_another_size_are_found_at_load() -> None:
     config, tensors = SOUND["TASKDRIVEN"]
     model = SteeredModelForCausalLM.from_model(toy_model())
     adapter = SteeringAdapter(SteeringConfig.from_dict(config), {"shifts": torch.ones(4, 16)})

@@ -64,7 +64,7 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_cannot_be_merged_is_left_alone(tmp_path: Path, name: str, writer: str) -> None:
+def test_a_readme_that_cannot_be_merged_is_left_unchanged(tmp_path: Path, name: str, writer: str) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(LEFT_ALONE[name])
     with at_most(3), pytest.warns(UserWarning, match=r"cannot be merged and was left unchanged"):
@@ -93,7 +93,7 @@ MERGED = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", MERGED)
-def test_what_was_slow_is_merged_at_once_and_does_not_grow(tmp_path: Path, name: str, writer: str) -> None:
+def test_slow_readmes_are_merged_at_once_and_do_not_grow(tmp_path: Path, name: str, writer: str) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(MERGED[name].encode())
     with at_most(3), warnings.catch_warnings():
@@ -105,7 +105,7 @@ def test_what_was_slow_is_merged_at_once_and_does_not_grow(tmp_path: Path, name:
     assert ModelCard(first.decode()).data.library_name == "finesteer_hf"
 
 
-def test_a_remnant_of_a_marker_takes_no_words_with_it(tmp_path: Path) -> None:
+def test_a_leftover_marker_removes_no_text(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(f"Before.\n{START} {{}} -->\nMine, without an end.\n")
     for seed in range(2):

@@ -260,7 +260,7 @@ def test_text_generation_pipeline_steers_with_what_is_set() -> None:
     assert ask(steering="a") == want
 
 
-def test_streaming_from_a_thread_with_steering_of_its_own() -> None:
+def test_streaming_from_a_thread_with_its_own_steering() -> None:
     tokenizer, ids, adapter = tiny_tokenizer(), some_prompts(rows=1), query_shift()
     model = steer_tiny(tiny_llama(), adapter)
     model.set_steering(None)

@@ -47,7 +47,7 @@ def text_of(names: dict[str, Any], **steering: Any) -> str:
     return names["tokenizer"].decode(tokens, skip_special_tokens=True)
 
 
-def test_the_call_says_what_it_is_steered_with(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_call_names_its_steering(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(names, 0)
