@@ -1,4 +1,4 @@
-"""Layouts that cannot be steered are refused, with nothing half done, before or in the first forward."""
+"""Unsupported layouts are refused before or in the first forward, and nothing is left half done."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_blocks_that_are_not_found_are_refused():
 
 
 def steer_and_expect(model, match, **kwargs):
-    """Steering raises; the model then says what it said before, and has no hook at a block."""
+    """Steering raises; the model's answers then are as before, and no block has a hook."""
     settings = {"max_new_tokens": 3, "do_sample": False, **kwargs}
     base = model.generate(PROMPT, **settings)
     SteeredModelForCausalLM.from_model(model)

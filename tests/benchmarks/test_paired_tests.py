@@ -1,4 +1,4 @@
-"""McNemar's cells: against the reference, corrected for their number."""
+"""McNemar's cells against the reference, corrected for multiple tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.real.paired_tests import mcnemar_cells
 
 
 def differing(gained: int, lost: int) -> tuple[list[int], list[int]]:
-    """Twenty items of which so many change."""
+    """Twenty items, of which so many change."""
     return [0] * gained + [1] * lost + [1] * (20 - gained - lost), [1] * gained + [0] * lost + [1] * (
         20 - gained - lost
     )

@@ -1,4 +1,4 @@
-"""The study's loop and its page, on a tiny model: done rows are skipped, a failing row stops nobody."""
+"""The study's loop and its page, on a tiny model: finished rows are skipped, a failing row stops no other."""
 
 from __future__ import annotations
 

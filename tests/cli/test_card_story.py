@@ -1,4 +1,4 @@
-"""What a card says in words: before its tables, from the figures that an adapter holds, and from nothing else."""
+"""A card's text before its tables, made only from the adapter's figures."""
 
 from __future__ import annotations
 

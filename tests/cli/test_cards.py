@@ -1,4 +1,4 @@
-"""The card of an adapter: what it says, and that it never overwrites what a user wrote."""
+"""The card of an adapter: its content, and that it never overwrites a user's text."""
 
 from __future__ import annotations
 

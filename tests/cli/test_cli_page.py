@@ -1,4 +1,4 @@
-"""docs/cli.md names the commands and options that exist, all of them, on screens of 80 columns."""
+"""docs/cli.md has all existing commands and options, on screens of 80 columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finesteer compare` on the playground: two cheap methods on a few rows, held to what each adapter does alone."""
+"""`finesteer compare` on the playground: two cheap methods on a few rows, compared with each adapter alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's tables and report from small outcomes; the demo itself where there is time for it."""
+"""The demo's tables and report from small outcomes, and the quick demo itself."""
 
 from __future__ import annotations
 

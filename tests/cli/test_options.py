@@ -1,4 +1,4 @@
-"""The options of the commands are those of the functions; settings are told from what a fit writes."""
+"""The commands' options are those of the functions; settings are separate from what a fit writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line imports, which stream it writes to, and how ctrl-C ends it."""
+"""What the command line imports, where it writes, and how ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """A toy model's folder, with rows beside it."""
+    """A toy model's folder with a file of rows."""
     toy_model().save_pretrained(tmp_path / "base")
     toy_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in toy_preferences()))

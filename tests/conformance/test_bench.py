@@ -1,4 +1,4 @@
-"""The bench of the suite: prompts that a method is meant for, and a gate that is shut on them is named."""
+"""The suite's bench: prompts of the method's own kind, and a report if the gate is shut on them."""
 
 import pytest
 import torch

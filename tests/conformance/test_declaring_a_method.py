@@ -1,4 +1,4 @@
-"""A method says once what it is called and which class its config is."""
+"""A method declares its name and its config class once."""
 
 from importlib.resources import files
 from typing import TypeVar
@@ -29,7 +29,7 @@ class Other(Family[OtherConfig]):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that is put back."""
+    """A registry that is restored afterwards."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
     monkeypatch.setattr(known, "_REGISTRY", {name: spec for name, spec in known._REGISTRY.items() if name != "TOY"})

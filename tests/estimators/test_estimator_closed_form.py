@@ -84,7 +84,7 @@ def test_reduced_rank_ridge_is_the_svd_of_the_augmented_fit_and_beats_other_base
 
 
 def test_predictable_directions_beat_principal_ones_held_out() -> None:
-    """Large variance that the state does not predict owns PCA of the shifts, not the fitted map."""
+    """Large variance that the state does not predict dominates PCA of the shifts, but not the fitted map."""
     rng = np.random.default_rng(0)
     states, shifts = regression(400, 60, rank=4, noise=0.3, scale=2.0)
     shifts = shifts + rng.normal(size=(400, 8)) @ rng.normal(size=(8, 60))
@@ -162,7 +162,7 @@ def test_default_adapter_of_width_4096_stays_under_two_megabytes() -> None:
 
 
 def modes(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Three modes, told by the state, with shifts of different size; the last rows are for judging."""
+    """Three modes that the state predicts, with shifts of different size; the last rows are held out."""
     rng = np.random.default_rng(seed)
     mode = rng.integers(3, size=rows)
     states = 2.0 * np.random.default_rng(7).normal(size=(3, 30))[mode] + rng.normal(size=(rows, 30))

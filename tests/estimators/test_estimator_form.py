@@ -1,4 +1,4 @@
-"""The probe of prompts' form: it finds what separates, names it, and stays quiet where nothing does."""
+"""The probe of prompts' form: it finds and names what separates the classes, and nothing if nothing does."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_first_word_of_one_kind_is_not_the_form_of_the_others() -> None:
 
 
 def test_weights_make_the_forms_alike() -> None:
-    """Weighted by overlap, what tells the classes by form has about the same share in both."""
+    """With overlap weights, a separating property of the form has about the same share in both classes."""
     rng = np.random.default_rng(0)
     own = [(commands if asked < 0.8 else questions)(1, seed)[0] for seed, asked in enumerate(rng.random(200))]
     general = [

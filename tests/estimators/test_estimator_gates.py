@@ -136,7 +136,7 @@ def test_lost_dose_of_ir_queries_is_bounded(epsilon: float, gamma: float) -> Non
 
 
 def test_in_sample_quantile_has_no_such_guarantee() -> None:
-    """With a score that has seen its rows (here shifted up by half a deviation) the quantile misses twice eps (T21)."""
+    """If the score has seen its rows (here shifted up by half a deviation), the quantile misses twice eps (T21)."""
     rng = np.random.default_rng(0)
     misses = [norm.cdf(QuantileGate(0.05).fit(rng.normal(size=200) + 0.5).threshold_) for _ in range(200)]
     assert np.mean(misses) > 0.1
@@ -238,7 +238,7 @@ def test_gate_parameters_are_checked() -> None:
 
 
 def test_threshold_of_kinds_is_the_brute_force_one() -> None:
-    """The largest score at which kinds, each weighing the same, have at most epsilon below."""
+    """The largest score with at most epsilon of the equally weighted kinds below."""
     rng = np.random.default_rng(0)
     for trial in range(20):
         kinds = rng.integers(6, size=80).astype(str)

@@ -82,7 +82,7 @@ def test_questions_with_one_wanted_answer_aim_at_a_point():
 
 
 def test_training_finds_what_a_linear_map_cannot():
-    """The wanted state is a + |a_0| e_0: even in a, and so out of reach of constants and linear maps."""
+    """The wanted state is a + |a_0| e_0: even in a, so constants and linear maps cannot reach it."""
     rng = np.random.default_rng(0)
     states = rng.normal(size=(300, 1, 3))
     centre = states + np.abs(states[:, :, :1]) * [1.0, 0.0, 0.0]

@@ -81,7 +81,7 @@ def published_network(variant: str, centroids: np.ndarray, basis: np.ndarray, wi
 
 @pytest.mark.parametrize("variant", ["paper", "orthogonal"])
 def test_official_training_takes_the_codes_steps(variant: str) -> None:
-    """Biases, W_V's start, the rows drawn for validation, clipping and the best epoch: the same vectors in the end."""
+    """Biases, W_V's start, the rows drawn for validation, clipping and the best epoch: the vectors are the same."""
     states, shifts = clustered()
     groups = np.arange(len(states)) // 3
     fitted = PaperMoSE(4, residual_rank=3, variant=variant, compat="official", epochs=12, seed=5)
@@ -159,7 +159,7 @@ def test_training_learns_routing() -> None:
 
 
 def test_clipping_acts_on_the_gradient_of_the_step() -> None:
-    """Clipping before the backward pass would leave both runs alike (T17)."""
+    """Clipping before the backward pass would make both runs equal (T17)."""
     states, shifts = clustered()
     options = {"num_experts": 4, "residual_rank": 3, "epochs": 10, "lr": 5e-3}
     free = PaperMoSE(**options).fit(states, shifts).history_

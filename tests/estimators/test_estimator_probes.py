@@ -1,4 +1,4 @@
-"""Head probes on planted heads: one tells the classes apart, the others do not."""
+"""Head probes on planted heads: one separates the classes, the others do not."""
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression

@@ -1,4 +1,4 @@
-"""Scores beside the energy ratio: against plain numpy, on what the ratio cannot see, and the choice between them."""
+"""Scores besides the energy ratio: against plain numpy, on what the ratio misses, and the choice between them."""
 
 from __future__ import annotations
 

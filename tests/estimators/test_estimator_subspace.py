@@ -1,4 +1,4 @@
-"""The energy ratio and its subspace against plain numpy, and what the ratio can and cannot see."""
+"""The energy ratio and its subspace against plain numpy, and what the ratio detects and misses."""
 
 from __future__ import annotations
 

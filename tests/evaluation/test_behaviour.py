@@ -1,4 +1,4 @@
-"""Conditions on judged prompts: verdicts, gates and comparisons, with a small gated method of the test's own."""
+"""Conditions on judged prompts: verdicts, gates and comparisons, with a small gated test method."""
 
 from __future__ import annotations
 

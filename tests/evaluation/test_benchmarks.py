@@ -1,4 +1,4 @@
-"""Loaders and judges of the benchmark sets; against the published files where those are at hand."""
+"""Loaders and judges of the benchmark sets; against the published files if they are available."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
 
 
 def planted(n: int = 300) -> dict[str, np.ndarray]:
-    """A clear best, two that differ by chance alone, and a clear last."""
+    """A clear best, two that differ only by chance, and a clear last."""
     generator = np.random.default_rng(0)
     shares = {"last": 0.1, "middle a": 0.5, "best": 0.9, "middle b": 0.5}
     return {name: generator.random(n) < share for name, share in shares.items()}

@@ -1,4 +1,4 @@
-"""Plots draw, and a report is one file that holds everything and escapes what models wrote."""
+"""Plots render, and a report is one self-contained file that escapes model output."""
 
 from __future__ import annotations
 

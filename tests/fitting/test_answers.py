@@ -1,4 +1,4 @@
-"""Answers under teacher forcing against plain forwards, and gradients against differences."""
+"""Answers under teacher forcing against plain forwards, and gradients against finite differences."""
 
 import torch
 

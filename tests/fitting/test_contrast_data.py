@@ -1,4 +1,4 @@
-"""Rows in every form that TRL has, and messages that name the rows of those that cannot be fitted."""
+"""Rows in all of TRL's forms, and errors that name the bad rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Findings about data that fits, but not well; and silence about data that does."""
+"""Findings about weak data, and none about good data."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def read(model: Any, answers: Sequence[Passage], sites: Sequence[Site] = SITES, 
 
 
 def by_hand(model: Any, answer: Passage, sites: Sequence[Site] = SITES) -> dict[Site, np.ndarray]:
-    """The same by a vector of zeros that a hook adds at each site from the query on."""
+    """The same with a zero vector that a hook adds at each site from the query on."""
     vectors = {site: torch.zeros(32, requires_grad=True) for site in sites}
     moves = {site: added(answer, vector) for site, vector in vectors.items()}
     mean = of_answer(log_probs(model, answer, moves), answer).mean()
@@ -62,7 +62,7 @@ def by_hand(model: Any, answer: Passage, sites: Sequence[Site] = SITES) -> dict[
 
 @pytest.fixture
 def answers() -> list[Passage]:
-    """Of several lengths, two to a prompt; one-token prompts among them, which are run whole."""
+    """Answers of several lengths, two per prompt, including one-token prompts, which are run whole."""
     found = [answer for row in random_rows(8) for answer in (row.chosen, row.rejected)]
     found.append(Passage((7, 30, 31), 1))
     assert {min(p.answer_start, 2) for p in found} == {1, 2}
@@ -172,7 +172,7 @@ def test_half_precision_points_the_same_way(answers: list[Passage]) -> None:
 
 
 class Counted(GradientReader):
-    """Knows what it was asked for."""
+    """Records what it was asked for."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""Answers behind kept prompts against whole texts, one at a time."""
+"""Answers after cached prompts against whole texts, one at a time."""
 
 from __future__ import annotations
 

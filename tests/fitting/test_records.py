@@ -18,7 +18,7 @@ from finesteer_hf.fitting.data.rows import PreferenceRow, check_contrast, read_p
 
 
 def rows(count: int, repeats: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows of which `repeats` share a prompt, though they do not follow each other."""
+    """Rows; `repeats` of them share a prompt but are not adjacent."""
     for number in range(count):
         prompt = [{"role": "user", "content": f"question {number % (count // repeats)}?"}]
         yield {"prompt": prompt, "chosen": f"yes {number}", "rejected": f"no {number}"}

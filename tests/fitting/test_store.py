@@ -1,4 +1,4 @@
-"""What a store holds after anything, a kill included."""
+"""The content of a store after any interruption, including a kill."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_states_are_held_back_until_a_shard_is_full(tmp_path: Path) -> None:
 
 
 def in_a_fork(run: Callable[[], None]) -> tuple[int, str]:
-    """Run something in a forked process: its exit code (minus the signal that killed it) and its error."""
+    """Run a function in a forked process: its exit code (minus the signal that killed it) and its error."""
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
@@ -168,7 +168,7 @@ def test_a_killed_capture_continues_without_loss_or_duplicates(tmp_path: Path, a
 
 
 def states_on_disk(folder: Path) -> dict[tuple[bytes, str], bytes]:
-    """Every state of a store, byte for byte, by passage and name; none may be there twice."""
+    """Every state of a store, byte for byte, by passage and name; duplicates fail."""
     found: dict[tuple[bytes, str], bytes] = {}
     for manifest in folder.glob(f"*/{MANIFEST}"):
         for entry in json.loads(manifest.read_text())["shards"]:

@@ -1,4 +1,4 @@
-"""What an adapter calls its base: found again by its name, told by its weights, never by a path of a machine."""
+"""An adapter's base: found by its name, identified by its weights, never by a local path."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def named(model: Any, name: str) -> Any:
 
 
 def packed(model: Any) -> Any:
-    """Without a weight that can be compared, as a quantiser that packs everything leaves it."""
+    """Without comparable weights, as after a quantiser that packs everything."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False))

@@ -1,4 +1,4 @@
-"""The page on the Hub: its code runs against a Hub, and what it says of repos is so."""
+"""The page on the Hub: its code runs against a Hub, and its statements about repos are true."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made_for(base: str, seed: int) -> SteeringAdapter:
 
 @pytest.fixture
 def names(hub_client: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code finds: adapters of a model that is on the Hub."""
+    """Names for the page's code: adapters of a model that is on the Hub."""
     monkeypatch.chdir(tmp_path)
     tiny_llama().push_to_hub("org/llama3")
     return {

@@ -49,7 +49,7 @@ def steered() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def items() -> list[ChoiceItem]:
-    """Questions of which the gate opens on most, of several lengths; each with its best answer and the wrong ones."""
+    """Questions of several lengths, each with its best answer and the wrong ones; the gate opens on most."""
     choices = [prompt.choices for prompt in target_prompts("truthful", limit=12)]
     return [ChoiceItem(item.prompt, item.correct[:1], item.incorrect) for item in choices]
 

@@ -1,4 +1,4 @@
-"""Other libraries' files: written as they write them, read, and compared with a plain hook."""
+"""Other libraries' files: written in their formats, read, and compared with a plain hook."""
 
 from __future__ import annotations
 

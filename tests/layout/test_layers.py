@@ -1,4 +1,4 @@
-"""Imports point down, inside functions too, and no folder is a heap."""
+"""Imports point down, inside functions too, and no folder has too many files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MOST_FILES = 15
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of the package that a file imports, anywhere but for type checkers alone."""
+    """Modules of the package that a file imports, except for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue

@@ -1,4 +1,4 @@
-"""FASB against the paper's loop written plainly: one text, no cache, everything computed anew at each step."""
+"""FASB against the paper's loop in plain code: one text, no cache, everything recomputed at each step."""
 
 import pytest
 import torch

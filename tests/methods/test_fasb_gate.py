@@ -1,4 +1,4 @@
-"""FASB behind a gate: which rows are tracked, how strongly they are steered, and which stay the base model's."""
+"""FASB with a gate: which rows are tracked, how strongly they are steered, and which stay unsteered."""
 
 import functools
 
@@ -36,7 +36,7 @@ def gate_of(model, tensors, prompt):
 
 @functools.cache
 def gated_bench():
-    """A model steered behind a gate, with a prompt that it lets through, one that it shuts out, and two between."""
+    """A model steered with a gate, and prompts with an open gate, a shut one, and two in between."""
     found, plain = fitted(**GATE), toy_model()
     bench, wanted = bench_of(found), [1.0, 0.0, "between", "between"]
     generator, prompts = torch.Generator().manual_seed(5), []

@@ -1,4 +1,4 @@
-"""What leads, what is allowed, and what comes first."""
+"""The leading figure, the limits, and the order of points."""
 
 from __future__ import annotations
 

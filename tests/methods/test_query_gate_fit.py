@@ -1,4 +1,4 @@
-"""The gate's fit: calibrated for kinds that it has not seen, and not fooled by form."""
+"""The gate's fit: calibrated for unseen kinds, and not misled by form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First-order gains against what small doses do, measured with plain hooks on one text at a time."""
+"""First-order gains against the effect of small doses, measured with plain hooks on one text at a time."""
 
 from __future__ import annotations
 

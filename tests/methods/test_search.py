@@ -1,4 +1,4 @@
-"""The search that all methods share, on a world in which what steers best is known."""
+"""The search that all methods share, on a world with a known best answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FREE = Limits.of({"general_kl": 1e9, "likelihood": 1e9})
 
 
 class Asked(PlantedData):
-    """Remembers which looks were taken."""
+    """Records which runs were made."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -1,4 +1,4 @@
-"""The rules on curves that are known in closed form."""
+"""The rules on curves with a closed form."""
 
 from __future__ import annotations
 

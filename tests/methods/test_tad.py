@@ -1,4 +1,4 @@
-"""TAD: the gate written out, the head against scikit-learn, and tokens by themselves against plain hooks."""
+"""TAD: the gate written out, the head against scikit-learn, and single tokens against plain hooks."""
 
 import dataclasses
 
@@ -112,7 +112,7 @@ def test_the_head_predicts_its_target():
 
 @pytest.mark.parametrize(("name", "least"), [("answers", 0.8), ("entropy", 0.4)])
 def test_the_states_of_a_trained_model_predict_its_uncertainty(name, least):
-    """Random weights know nothing that a head could tell."""
+    """Random weights have nothing that a head could predict."""
     model, tokenizer = playground.load()
     rows = playground.preference_rows("truthful", "fit")[:60]
     config = TADConfig(layer=5, strength=1.0, uncertainty=name, quantile=0.75)

@@ -1,4 +1,4 @@
-"""The adapters for the real model in `hub_cards/` are whole; where the model is set up, they do what they say."""
+"""The adapters for the real model in `hub_cards/` are complete and, with the model, behave as their cards say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that cannot be honoured raise, before any work; numbers are those of Python, numpy and torch alike."""
+"""Invalid arguments raise before any work; numbers may be Python's, numpy's or torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking tokens back is token-identical to generating again from the shortened prefix, and computes nothing twice."""
+"""Backtracking is token-identical to generating again from the shortened prefix, and computes nothing twice."""
 
 import threading
 
@@ -22,7 +22,7 @@ PLANS = {0: (5, 3), 1: (9, 4), 2: (6, 6), 3: (99, 1)}
 
 
 class GoBack(SteeringProcessor):
-    """Row r drops `plans[r][1]` tokens when it has `plans[r][0]`, and goes on without the banned words."""
+    """Row r drops `plans[r][1]` tokens when it has `plans[r][0]`, and continues without the banned words."""
 
     lookback = 6
 
@@ -128,7 +128,7 @@ def test_rows_that_ended_stay_ended_and_are_padded_at_the_right(bench):
 
 
 def test_limits_and_penalties_count_a_rows_own_tokens(bench):
-    """A row that moved right has more pads at its left, not a longer text."""
+    """A row that moved right has more left padding, not a longer text."""
     rows = list(PLANS)
     eos = reference(bench, 0)[3]
     # Older versions of transformers count pads as said before, which a row alone has not; so nobody says a pad.

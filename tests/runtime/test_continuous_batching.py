@@ -1,4 +1,4 @@
-"""Continuous batching is not steered, and says so: nothing runs unsteered in silence."""
+"""Continuous batching is refused while steering is active: nothing silently runs unsteered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An entry is asked once a call what it decides, however many sites it writes at, eager and compiled."""
+"""An entry's `decide` runs once per call, for any number of write sites, eager and compiled."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_once_per_compiled_forward(model, inputs):
 
 
 def test_a_compiled_forward_merges_what_entries_add(model, inputs):
-    """To the bit, and its gradients too: what is decided is no part of what is learned."""
+    """Bit-identical, with gradients: the decision is not part of training."""
     chain = [ConstantVector(SITES[1], torch.linspace(-1, 1, WIDTH), strength=0.3), Everywhere(SITES[:1], gated=True)]
     chain[1].writes = SITES[1:]
     real = inputs["attention_mask"].bool()

@@ -1,4 +1,4 @@
-"""What a steered prefill does beside the unsteered one, in counts: ops, tensors of the stream's size, plans."""
+"""The extra work of a steered prefill, in counts: ops, tensors of the stream's size, plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""READMEs of strangers, and values that would do something in a card: nothing hangs, breaks out or reaches a terminal."""
+"""Untrusted READMEs, and active content in values of a card: nothing hangs, breaks out or reaches a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A save that is killed, out of space or of odd figures loses nothing; files are as the user's umask asks."""
+"""A save that is killed, out of space or has unusual figures loses nothing; files follow the umask."""
 
 from __future__ import annotations
 

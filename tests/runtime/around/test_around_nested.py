@@ -1,4 +1,4 @@
-"""Calls inside a running `generate`: a judge in the loop is a call of its own, a draft is part of the call."""
+"""Calls inside a running `generate`: a judge in the loop is a separate call, a draft is part of the call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finesteer_hf.runtime.current import CURRENT
 
 
 class Judge(LogitsProcessor, StoppingCriteria, BaseStreamer):  # type: ignore[misc]
-    """Calls something at each step, in whichever place `generate` calls it back."""
+    """Calls a function at each step, in any of the callbacks of `generate`."""
 
     def __init__(self, call: Callable[[], torch.Tensor]) -> None:
         self.call = call

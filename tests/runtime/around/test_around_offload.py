@@ -1,4 +1,4 @@
-"""Weights on the CPU or on disk, parameters on `meta`: steering is what it is in memory."""
+"""Weights on the CPU or on disk, parameters on `meta`: steering is the same as in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything else that looks at or copies a model: recorded outputs, foreign hooks, copies, files, pipelines."""
+"""Everything else that reads or copies a model: recorded outputs, foreign hooks, copies, files, pipelines."""
 
 from __future__ import annotations
 

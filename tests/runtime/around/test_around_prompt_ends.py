@@ -1,4 +1,4 @@
-"""Where the prompts of a plain forward end: `prompt_lengths`, labels, and the warning where neither says."""
+"""Where the prompts of a plain forward end: `prompt_lengths`, labels, and the warning without either."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_labels_after_a_cache(no_warning):
 
 
 def fused_head(model):
-    """A forward like the one that TRL's trainers put on a model: it keeps the labels and calls the decoder."""
+    """A forward like that of TRL's trainers: it does not pass on the labels and calls the decoder."""
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, labels=None, **kwargs):

@@ -1,4 +1,4 @@
-"""The page on streaming: its code runs, and steers as it says."""
+"""The page on streaming: its code runs and steers as described."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code finds: a model with an adapter `safe` that is not active, its tokenizer and a prompt."""
+    """Names for the page's code: a model with an adapter `safe` that is not active, its tokenizer and a prompt."""
     model = steer_tiny(tiny_llama(eos_token_id=95), query_shift())
     model.load_steering(model.steering_adapters["a"], "safe")
     model.delete_steering("a")
