@@ -1,8 +1,9 @@
-"""Imports point down, inside functions too, and no folder has too many files."""
+"""Imports point down, inside functions too; no folder has too many files, and no file is too long."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,11 +34,13 @@ LAYERS = [
     ["cli"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
-MOST_FILES = 15
+MOST_FILES, MOST_LINES = 15, 350
+REPO = Path(__file__).parents[2]
+ROOTS = [PACKAGE, REPO / "tests", REPO / "benchmarks"]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Modules of the package that a file imports, except for type checkers only."""
+    """Modules of the package that a file imports, anywhere but for type checkers alone."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -70,7 +73,13 @@ def test_every_module_has_its_layer() -> None:
     assert own - {"__init__", "__main__"} == set(HEIGHT)
 
 
-def test_no_folder_has_too_many_files() -> None:
-    folders = {path.parent for path in PACKAGE.rglob("*.py")}
-    counts = {str(folder.relative_to(PACKAGE)): len(list(folder.glob("*.py"))) for folder in folders}
-    assert max(counts.values()) <= MOST_FILES, counts
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
+def test_no_folder_has_too_many_files(root: Path) -> None:
+    counts = Counter(str(file.parent.relative_to(root.parent)) for file in root.rglob("*.py"))
+    assert counts and max(counts.values()) <= MOST_FILES, counts.most_common(3)
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
+def test_no_file_is_too_long(root: Path) -> None:
+    lines = {str(f.relative_to(root.parent)): len(f.read_text("utf-8").splitlines()) for f in root.rglob("*.py")}
+    assert lines and not {file: count for file, count in lines.items() if count > MOST_LINES}

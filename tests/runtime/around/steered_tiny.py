@@ -192,3 +192,8 @@ def steer_tiny(model: PreTrainedModel, *adapters: SteeringAdapter) -> Any:
 
     names = "abcdefgh"
     return SteeredModelForCausalLM.from_model(model, steering=dict(zip(names, adapters, strict=False)))
+
+
+def plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits

@@ -16,7 +16,7 @@ from finesteer_hf.methods._shared.objective import Limits, Objective
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
-FILE = Path(__file__).parents[3] / "shared" / "data" / "truthfulqa" / "TruthfulQA.csv"
+FILE = Path(__file__).parents[4] / "shared" / "data" / "truthfulqa" / "TruthfulQA.csv"
 
 
 @pytest.mark.skipif(not FILE.is_file(), reason="needs ../shared/data/truthfulqa/TruthfulQA.csv")

@@ -1,0 +1,1 @@
+"""Puts its folder on the import path, for the helpers beside it."""
