@@ -1,7 +1,7 @@
 """Steering adapters for Hugging Face models.
 
-Everything here is imported when it is first asked for: torch and transformers take seconds, and `finesteer --help` needs
-neither. The configs of all methods are here too, by the registry's names: `from finesteer_hf import FASBConfig`.
+Everything here is imported on first use: torch and transformers take seconds, and `finesteer --help` needs neither.
+The configs of all methods are here too: `from finesteer_hf import FASBConfig`.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 
-# For type checkers, to whom `as` says that a name is public; at run time the names come from `_HOMES` and the registry.
+# For type checkers, where `as` marks a name as public; at run time the names come from `_HOMES` and the registry.
 if TYPE_CHECKING:
     from finesteer_hf.adapters.adapter import LoadReport as LoadReport
     from finesteer_hf.adapters.adapter import SteeringAdapter as SteeringAdapter
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__: str
 
-# Where the names are at home; those of the configs are in the registry.
+# The module of each name; config names are in the registry.
 _HOMES = {
     "adapters.adapter": ("LoadReport", "SteeringAdapter"),
     "model.auto": ("SteeredModelForCausalLM",),
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> Any:
     elif name.endswith("Config") and name in _method_configs():
         value = _method_configs()[name]
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        # `import finesteer_hf` alone is enough for `finesteer_hf.processors`, as it is where modules import one another.
+        # `import finesteer_hf` alone makes `finesteer_hf.processors` available.
         return importlib.import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

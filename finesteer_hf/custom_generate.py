@@ -1,8 +1,8 @@
 """Steering for plain transformers: `model.generate(..., custom_generate="org/adapter", trust_remote_code=True)`.
 
-An adapter's repo may carry a `custom_generate/generate.py` (see `hub/generate_code.py`), which transformers loads and calls
-in place of its own `generate`. It calls `generate_steered`; the model that it is given stays the plain model it was. Repos
-name this module, so it stays where it is.
+An adapter's repo may carry a `custom_generate/generate.py` (see `hub/generate_code.py`), which transformers loads and
+calls in place of its own `generate`. It calls `generate_steered`, which leaves the given model a plain model. Repos
+name this module, so do not move it.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ if hasattr(os, "register_at_fork"):
 
 
 def generate_steered(model: Any, adapter: str | None, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """transformers' `generate` on a plain model, steered with one adapter for this call alone.
+    """Run transformers' `generate` on a plain model, steered with one adapter for this call only.
 
     Args:
         model: a causal LM of transformers.
-        adapter: `org/name`, `org/name@revision` or a folder; read once a process.
+        adapter: `org/name`, `org/name@revision` or a folder; loaded once a process.
         revision: branch, tag or commit of the adapter's repo.
-        **kwargs: as for `generate` of a steered model, `steering_scale` among them.
+        **kwargs: as for `generate` of a steered model, including `steering_scale`.
 
     Returns:
         What `generate` returns.
 
     Raises:
-        ValueError: if no adapter is named, or the model is steered already.
+        ValueError: if no adapter is named, or the model is already steered.
     """
     if adapter is None:
-        raise ValueError('Say which adapter steers: generate(..., steering_adapter="org/name").')
+        raise ValueError('Name the adapter: generate(..., steering_adapter="org/name").')
     if isinstance(model, SteeringMixin):
         raise ValueError(
-            f"The model is steered already. Load the adapter with model.load_steering({adapter!r}), then call generate "
+            f"The model is already steered. Load the adapter with model.load_steering({adapter!r}), then call generate "
             "without custom_generate."
         )
     loaded = _load(adapter, revision)
@@ -72,7 +72,7 @@ def _load(adapter: str, revision: str | None) -> SteeringAdapter:
 
 
 def _twin(model: PreTrainedModel) -> Any:
-    """A steered model that shares the plain one's modules and settings; other threads keep using the plain one."""
+    """A steered model that shares the plain one's modules and settings; other threads can keep using the plain one."""
     twin = _TWINS.get(model)
     if twin is None:
         twin = copy.copy(model)

@@ -1,7 +1,7 @@
-"""The errors that users of the package meet.
+"""The errors and warnings of the package.
 
-Each is a subclass of the built-in that fits, so that `except ValueError` keeps working, and each message names the
-thing, lists what exists and says what to do.
+Each error subclasses a built-in one, so that `except ValueError` keeps working. Each message names the thing, lists
+what exists and says what to do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _LONGEST_MESSAGE = 2_000
 
 
 class SteeringError(Exception):
-    """Root of the package's errors."""
+    """Base of the package's errors."""
 
 
 class UnsupportedModelError(SteeringError, ValueError):
@@ -25,7 +25,7 @@ class SiteError(SteeringError, ValueError):
 
 
 class AdapterNotFoundError(SteeringError, ValueError):
-    """An adapter name that is not loaded."""
+    """No adapter of that name is loaded."""
 
     def __init__(self, name: str, available: Iterable[str]) -> None:
         names = sorted(available)
@@ -36,10 +36,10 @@ class AdapterNotFoundError(SteeringError, ValueError):
 
 
 class AdapterFileError(SteeringError, ValueError):
-    """An adapter folder or repo whose files are missing, truncated, malformed or unsafe.
+    """An adapter folder or repo has files that are missing, truncated, malformed or unsafe.
 
     Args:
-        message: what is wrong. It may quote a stranger's file, so of a long one only both ends are kept.
+        message: what is wrong. It may quote an untrusted file, so a long message is cut in the middle.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,11 +50,11 @@ class AdapterFileError(SteeringError, ValueError):
 
 
 class AdapterMismatchError(SteeringError, ValueError):
-    """An adapter fitted for another base model."""
+    """The adapter was fitted for another base model."""
 
 
 class UnknownMethodError(SteeringError, ValueError):
-    """A `steering_type` that no installed package provides."""
+    """No installed package provides the `steering_type`."""
 
     def __init__(self, name: str, available: Iterable[str]) -> None:
         super().__init__(
@@ -64,23 +64,23 @@ class UnknownMethodError(SteeringError, ValueError):
 
 
 class DatasetError(SteeringError, ValueError):
-    """A data set that cannot be fitted: empty, a missing column, identical answers, one class only."""
+    """The data set cannot be fitted: empty, a missing column, identical answers, one class only."""
 
 
 class NoAdapterError(SteeringError, FileNotFoundError):
-    """No adapter where one was looked for: a folder, a repo, a revision of it, or a folder in it."""
+    """There is no adapter in the given folder, repo, revision or subfolder."""
 
 
 class HubUnreachableError(SteeringError, ConnectionError):
-    """The Hub did not answer, or answered with an error of its own, and the cache has not what was asked for."""
+    """The Hub did not answer, or answered with a server error, and the cache does not have the files."""
 
 
 class PushError(SteeringError, RuntimeError):
-    """A push that did not go through; the message says what is on the Hub now."""
+    """A push failed; the message says what is on the Hub now."""
 
 
 class PushConflictError(PushError):
-    """Somebody else changed the same files on the Hub meanwhile; nothing was pushed."""
+    """Someone else changed the same files on the Hub in the meantime; nothing was pushed."""
 
 
 class BlockElsewhereWarning(UserWarning):
@@ -88,4 +88,4 @@ class BlockElsewhereWarning(UserWarning):
 
 
 class PromptEndWarning(UserWarning):
-    """A plain forward whose steering depends on where the prompt ends, which nothing says."""
+    """A plain forward's steering depends on where the prompt ends, and the call does not say where."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 Pool = Literal["query", "query_mean", "answer_mean", "answer_last", "gradient"]
-#: Pools of prompts; the others are of answers.
+#: Pools over prompts; the others are over answers.
 PROMPT_POOLS: tuple[Pool, ...] = ("query", "query_mean")
 Part = Literal["fit", "calibration", "validation"]
 Side = Literal["query", "chosen", "rejected", "general"]
@@ -30,9 +30,9 @@ Text = Literal["prompt", "chosen", "rejected", "general"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a method may know of the base model before any state is captured.
+    """What a method knows about the base model before any state is captured.
 
-    `shows_attention`: whether its attention gives weights, for `attention` sites.
+    `shows_attention`: whether its attention returns weights, for `attention` sites.
     """
 
     num_layers: int
@@ -48,10 +48,11 @@ class CaptureRequest:
     """The states that a method's fit needs.
 
     Attributes:
-        sites: sites of the sweep; all are captured in one pass.
-        pools: `query` (the prompt's last token), `query_mean` (mean over the prompt's tokens), `answer_mean` (mean over the
-            answer's tokens), `answer_last` (its last token of content, whether or not the end of turn is part of the
-            answer), `gradient` (of the answer's mean log-probability a token by a vector added from the query on).
+        sites: sites to capture, all in one pass.
+        pools: `query` (the prompt's last token), `query_mean` (mean over the prompt's tokens), `answer_mean` (mean
+            over the answer's tokens), `answer_last` (the answer's last content token, before any end of turn),
+            `gradient` (of the answer's mean log-probability per token with respect to a vector added from the query
+            on).
     """
 
     sites: tuple[Site, ...]
@@ -60,29 +61,28 @@ class CaptureRequest:
 
 @dataclass(frozen=True)
 class DosePoint:
-    """One strength of a dose-response curve, on held-out rows. Rows of one prompt count as one in standard errors.
+    """One strength of a dose-response curve, on held-out rows. Standard errors count rows of one prompt as one.
 
     Attributes:
         strength: lambda.
-        bottleneck: mean over rows of the least probability that the model gives any token of the chosen answer, teacher
-            forced, in [0, 1]. An answer is said only if each of its tokens is.
+        bottleneck: mean over rows of the lowest probability of any token of the chosen answer, teacher forced, in [0,
+            1]. The model gives an answer only if it gives each of its tokens.
         bottleneck_se: its standard error.
         kl: 95th percentile over general prompts' tokens of KL(unsteered || steered), in nats.
-        bottleneck_rise: its difference to the unsteered model's on the same rows.
+        bottleneck_rise: its difference from the unsteered model's on the same rows.
         bottleneck_rise_se: standard error of that.
-        changed: share of general prompts whose greedy answer changes; None where it is not measured. Methods that take
-            tokens back leave most texts alone and change the others a lot, which no percentile over tokens shows.
-        preference: mean over prompts of the probability that the chosen answer beats the rejected one,
-            sigmoid(log p(chosen) - log p(rejected)) of log-probabilities a token: an answer's length plays no part.
+        changed: share of general prompts whose greedy answer changes; None if not measured. Methods that backtrack
+            leave most texts alone and change the others a lot, which a percentile over tokens does not show.
+        preference: mean over prompts of the probability that the chosen answer beats the rejected one, sigmoid(log
+            p(chosen) - log p(rejected)), with log-probabilities per token, so that the answers' lengths do not count.
         preference_se: its standard error.
-        preference_rise_se: standard error of its difference to the unsteered model's.
-        preference_summed: the same of summed log-probabilities, as multiple choice scores them.
-        likelihood: mean log-probability of the chosen answers, in nats a token.
-        own_words: log-probability under the base of what the steered model says greedily to held-out prompts, in nats a
-            token: what it writes must stay text that the base could have written. None where the wanted answers
-            themselves come.
-        own_length: mean number of those tokens.
-        repeated: share of their runs of four tokens that occurred before in the same answer.
+        preference_rise_se: standard error of its difference from the unsteered model's.
+        preference_summed: the same with summed log-probabilities, as multiple choice scores them.
+        likelihood: mean log-probability of the chosen answers, in nats per token.
+        own_words: log-probability under the base of the steered model's greedy answers to held-out prompts, in nats
+            per token. It is low if the steered text degenerates. None if the answers are the wanted ones.
+        own_length: mean number of tokens of those answers.
+        repeated: share of their 4-grams that occurred earlier in the same answer.
     """
 
     strength: float
@@ -103,19 +103,19 @@ class DosePoint:
 
     @classmethod
     def from_report(cls, row: Mapping[str, Any]) -> DosePoint:
-        """A point of an adapter's report; figures of another version that this one does not know are left out."""
+        """A point of an adapter's report; figures unknown to this version are left out."""
         names = {entry.name for entry in fields(cls)}
         return cls(**{name: value for name, value in row.items() if name in names})
 
 
 @dataclass(frozen=True)
 class AnswerRun:
-    """An answer under teacher forcing: one entry for each of its tokens, which the entry predicts.
+    """An answer under teacher forcing: one entry for each of its tokens, the position that predicts it.
 
     Attributes:
         ids: the answer's tokens, int64 `[answer]`, on the CPU.
         logits: `[answer, vocabulary]` float32; the first are those of the prompt's last token.
-        states: by site the states that the logits come from, `[answer, width]` in the stream's dtype.
+        states: by site, the states at the positions of the logits, `[answer, width]` in the stream's dtype.
     """
 
     ids: torch.Tensor
@@ -124,7 +124,7 @@ class AnswerRun:
 
     @property
     def nll(self) -> torch.Tensor:
-        """Mean negative log-likelihood of the answer, in nats a token, float32."""
+        """Mean negative log-likelihood of the answer, in nats per token, float32."""
         return torch.nn.functional.cross_entropy(self.logits, self.ids.to(self.logits.device))
 
 
@@ -132,7 +132,8 @@ class FitData(Protocol):
     """States of a preference data set and of general prompts, split for fitting.
 
     Preference rows (`prompt`, `chosen`, `rejected`) have `num_rows` rows; general prompts `num_general` rows. `part`
-    selects a split; splits are disjoint by prompt (and by group, if groups are given). `limits` is what steering may cost.
+    selects a split; splits are disjoint by prompt (and by group, if groups are given). `limits` bounds what steering
+    may cost.
     """
 
     info: ModelInfo
@@ -152,27 +153,27 @@ class FitData(Protocol):
         """Label of each row's prompt; rows that share a prompt are one query."""
 
     def groups(self, part: Part) -> np.ndarray:
-        """Label of what is held out together: the row's prompt, or its category where categories are split."""
+        """Label of what is held out together: the row's prompt, or its category if categories are split."""
 
     def kinds(self, part: Part) -> np.ndarray | None:
-        """Category of each row, `[rows]` of str, however the rows are split; None if the data set has none."""
+        """Category of each row, `[rows]` of str, whatever the split; None if the data set has none."""
 
     def texts(self, text: Literal["prompt", "general"], part: Part) -> list[str]:
-        """What the rows' prompts, or the general prompts, say: as they are given, without the chat template."""
+        """Texts of the rows' prompts, or of the general prompts, without the chat template."""
 
     def general(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
-        """The same of the general prompts, `[rows, width]` float32; zero rows if there are none."""
+        """States of the general prompts, `[rows, width]` float32; zero rows if there are none."""
 
     def chunks(
         self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
     ) -> Iterator[np.ndarray]:
-        """The same states, part after part, at most some thousand rows at a time, for what needs no more of them.
+        """The same states in chunks of at most a few thousand rows, part by part.
 
         Args:
             side: whose states.
             site: where they are taken.
-            parts: of the rows.
-            pool: of answers; queries have one state.
+            parts: splits to go through.
+            pool: pool of the answers; queries have one state.
 
         Yields:
             `[rows, width]` float32, of at least one row.
@@ -192,14 +193,14 @@ class FitData(Protocol):
     ) -> Iterator[AnswerRun]:
         """Run the model over the answers of some rows, in that order.
 
-        Gradients reach the tensors that `steering` uses in `transform`, and nothing of the model.
+        Gradients reach the tensors that `steering` uses in `transform`, not the model's.
 
         Args:
             text: which answers.
             part: the split.
             rows: indices of rows of the part.
-            steering: what steers; None for the model itself.
-            sites: whose states are wanted, as they are after steering.
+            steering: processor that steers; None for the unsteered model.
+            sites: sites whose states are returned, after steering.
         """
 
     def dose_response(
@@ -210,11 +211,11 @@ class FitData(Protocol):
         Args:
             build: makes the processor of a strength.
             strengths: lambdas to try, ascending.
-            share: of the held-out prompts that are looked at; a first look at many candidates needs only some.
+            share: share of the held-out prompts to use; a first look at many candidates needs only some.
         """
 
     def note(self, message: str) -> None:
-        """Show a line of progress."""
+        """Print a line of progress."""
 
 
 @dataclass
@@ -233,25 +234,25 @@ class FitResult:
 
 
 class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
-    """Base of all methods: a `SteeringProcessor` made of a config and tensors.
+    """Base of all methods: a `SteeringProcessor` built from a config and tensors.
 
     A subclass names its config in brackets, `class CAA(SteeringMethod[CAAConfig])`, which types `self.config` and sets
-    `config_cls`. It reads its parameters in `__init__`, and implements `tensor_shapes`, `needs` and `fit`. Nothing else in
-    the package names it.
+    `config_cls`. It reads its parameters in `__init__` and implements `tensor_shapes`, `needs` and `fit`. No other
+    code in the package names it.
 
     Args:
         config: the method's config, fitted.
         tensors: its parameters.
 
     Raises:
-        AdapterFileError: if a parameter is missing, left over, of a wrong shape or not finite.
+        AdapterFileError: if a parameter is missing, unexpected, of a wrong shape or not finite.
     """
 
     #: Class of the config: the one in brackets, unless a subclass sets another.
     config_cls: ClassVar[type[SteeringConfig]]
-    #: Features of `finesteer_hf.testing` that the method raises for, each with the reason.
+    #: Features of `finesteer_hf.testing` that the method refuses with an error, each with the reason.
     refuses: ClassVar[Mapping[str, str]] = {}
-    #: Features that the method defines otherwise than the suite does, each with the reason; they are not checked.
+    #: Features that the method defines differently from the suite, each with the reason; not checked.
     differs: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -278,20 +279,20 @@ class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
 
     @classmethod
     def tensor_shapes(cls, config: ConfigT) -> Mapping[str, Shape]:
-        """Names and shapes of the parameters that a config calls for.
+        """Names and shapes of the parameters that a config declares.
 
-        An axis is a size, or `Free` where the config does not say it. A plain tuple is float32, `Indices` are int64.
+        An axis is a size, or `Free` if the config does not fix it. A plain tuple is float32, `Indices` is int64.
         """
         raise NotImplementedError
 
     @classmethod
     def refused_by(cls, config: ConfigT) -> Mapping[str, str]:
-        """What an adapter of this config refuses, of `finesteer_hf.testing`'s features: `refuses`, unless it says more."""
+        """Features of `finesteer_hf.testing` that an adapter of this config refuses; `refuses` by default."""
         return cls.refuses
 
     @classmethod
     def needs(cls, config: ConfigT, info: ModelInfo) -> CaptureRequest:
-        """Sites and pools that `fit` will ask for.
+        """Sites and pools that `fit` will read.
 
         Raises:
             ValueError: if the config does not fit the model (a layer out of range).
@@ -303,7 +304,7 @@ class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
         """Fit the method on captured states.
 
         Raises:
-            DatasetError: if there are too few rows for what the config asks.
+            DatasetError: if there are too few rows for the config.
         """
         raise NotImplementedError
 
@@ -313,7 +314,7 @@ class SteeringMethod(SteeringProcessor, Generic[ConfigT]):
 
     @property
     def devices(self) -> list[torch.device]:
-        """Where copies of the parameters are."""
+        """Devices that have a copy of the parameters."""
         return list(self._on_device)
 
     def parameters_on(self, device: torch.device) -> dict[str, torch.Tensor]:

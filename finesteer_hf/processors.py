@@ -1,9 +1,9 @@
 """The activation twin of transformers' `LogitsProcessor`.
 
-A steering method at run time is a `SteeringProcessor`: it names the sites it reads and writes, and is asked three
-things, each optional. `decide` once per query, from the unsteered states of the prompt; `transform` at each forward, for
-maps of the activation and token-level methods; `logits_processors` once per call, for methods that act on logits. Hooks,
-positions, padding, caches, rows and scales are the run time's work, never the processor's.
+A steering method at run time is a `SteeringProcessor`: it names the sites it reads and writes, and implements any of
+three functions. `decide` is called once per query, with the unsteered states of the prompt; `transform` at each
+forward, for maps of the activation and token-level methods; `logits_processors` once per call, for methods that act on
+logits. The run time handles hooks, positions, padding, caches, rows and scales; the processor never does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class QueryStates(Mapping[Site, torch.Tensor]):
 
     Attributes:
         rows: number of rows in the batch, beams and returned sequences included.
-        device: where the rows live.
+        device: device of the rows.
     """
 
     def __init__(self, states: Mapping[Site, torch.Tensor], rows: int, device: torch.device) -> None:
@@ -49,12 +49,12 @@ class QueryStates(Mapping[Site, torch.Tensor]):
 
 @dataclass
 class Decision:
-    """What a processor decided for the rows of a call.
+    """A processor's decision for the rows of a call.
 
     Attributes:
         vectors: for each write site `[rows, width]` or `[1, width]`, float32: added to the stream.
-        gate: `[rows]` in [0, 1], or None for an ungated method. A row of exactly 0 leaves its stream bit-identical.
-        record: what `output_steering=True` shows, tensors with one entry a row (`score`, `experts`, ...).
+        gate: `[rows]` in [0, 1], or None for an ungated method. At exactly 0 the row's stream stays bit-identical.
+        record: what `output_steering=True` returns, tensors with one entry a row (`score`, `experts`, ...).
     """
 
     vectors: Mapping[Site, torch.Tensor]
@@ -86,17 +86,17 @@ class DecisionFormula:
 
 @dataclass
 class TokenView:
-    """What a `transform` may know of the forward that it is part of.
+    """What `transform` knows about the current forward.
 
     Attributes:
-        mask: bool `[rows, tokens]`: real tokens that the processor's `positions` name; None if it names them all.
+        mask: bool `[rows, tokens]`: real tokens that the processor's `positions` select; None if it selects all.
         last_index: int64 `[rows]`: index in this forward of each row's newest real token.
         in_prompt: whether the forward still contains prompt tokens.
-        scale: `[rows, 1, 1]` float32: the run-time scale of each row, strength not included.
-        state: the processor's own memory of this call; begins empty with each call.
+        scale: `[rows, 1, 1]` float32: the run-time scale of each row, without the strength.
+        state: the processor's memory of this call; empty at the start of each call.
         first_column: absolute position of this forward's first column.
         query_column: absolute position of the query tokens: a number if all rows agree, else int64 `[rows]`.
-        decision: what `decide` found for the rows; None where it has not been asked, or the processor reads nothing.
+        decision: the result of `decide` for the rows; None if it was not called, or the processor reads nothing.
     """
 
     mask: torch.Tensor | None
@@ -109,7 +109,7 @@ class TokenView:
     decision: Decision | None = None
 
     def since_query(self, hidden: torch.Tensor) -> torch.Tensor:
-        """How many tokens after the query each column stands: 0 the query itself, 1 the first generated token, ...
+        """Each column's distance from the query, in tokens: 0 the query itself, 1 the first generated token, ...
 
         Returns:
             int64 `[rows or 1, tokens]`.
@@ -128,16 +128,16 @@ class TokenView:
 
 @dataclass(frozen=True)
 class StepView:
-    """What `watch` may know of a decoding step, after its tokens were chosen.
+    """What `watch` knows about a decoding step, after its tokens are chosen.
 
-    The newest token has not been through the model: what `transform` saw last is the state that it was chosen from.
+    The newest token has not been through the model yet: `transform` last saw the state that it was chosen from.
 
     Attributes:
-        new_tokens: int64 `[rows]`: generated tokens of each row, the newest included.
+        new_tokens: int64 `[rows]`: number of generated tokens of each row, the newest included.
         newest: int64 `[rows]`: the newest token.
-        active: bool `[rows]`: rows that may go back: neither finished before this step nor of scale 0.
+        active: bool `[rows]`: rows that may backtrack: not finished before this step, and of a scale other than 0.
         ended: bool `[rows]`: rows that this token ends (end of sequence, length, any stopping criterion).
-        state: the processor's own memory of this call, the one that `transform` gets.
+        state: the processor's memory of this call, shared with `transform`.
     """
 
     new_tokens: torch.Tensor
@@ -152,17 +152,17 @@ class SteeringProcessor:
 
     Attributes:
         reads: sites whose states of the prompt `decide` needs.
-        query_pool: which states these are: of the prompt's `last` real token, or the `mean` over its real tokens. A mean
-            takes the whole prompt, so a call that leaves tokens to a cache from before it is refused, unless it brings
-            their ids as `generate` wants them.
+        query_pool: which states those are: of the prompt's `last` real token, or the `mean` over its real tokens. A
+            mean needs the whole prompt, so a call that continues an earlier cache is refused unless it passes all
+            token ids, as for `generate`.
         writes: sites that `decide` returns vectors for.
         maps: sites at which `transform` is called in each forward.
         positions: tokens that are steered: `all` (prompt and generated), `prompt`, or `generated` (from the last prompt
             token on, the first state that produces a generated token).
         strength: multiplies the vectors of `decide`; `steering_scale` multiplies it again at run time.
-        lookback: most tokens that `watch` ever drops; 0 if it is not to be asked.
-        remembers: whether what `transform` does to a token hinges on what `state` holds of the tokens before it. Rows that
-            change places, beams and those that go back, are then refused.
+        lookback: most tokens that `watch` ever drops; 0 if it is not called.
+        remembers: whether `transform` depends on what `state` holds of earlier tokens. Beams and backtracking, which
+            reorder or rewind rows, are then refused.
     """
 
     reads: tuple[Site, ...] = ()
@@ -179,20 +179,20 @@ class SteeringProcessor:
         return Decision(vectors={})
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Map the stream `[rows, tokens, width]` at a site of `maps`; rows of scale 0 must come back as they are."""
+        """Map the stream `[rows, tokens, width]` at a site of `maps`; rows of scale 0 must be returned unchanged."""
         return hidden
 
     def watch(self, step: StepView) -> torch.Tensor:
-        """After each step of `generate`: how many of its newest tokens each row takes back, int64 `[rows]`.
+        """After each step of `generate`: how many of its newest tokens each row drops, int64 `[rows]`.
 
-        The row goes on from what is left; its last kept token, or the prompt's, goes through the model once more.
+        The row continues from the rest; its last kept token, or the prompt's, goes through the model again.
         """
         return torch.zeros_like(step.new_tokens)
 
     def review(self, states: Mapping[Site, torch.Tensor], view: TokenView) -> None:
-        """Before a plain forward over prompt and answer (`prompt_lengths`) steers: the unsteered states at `maps`.
+        """See the unsteered states at `maps` before a plain forward over prompt and answer (`prompt_lengths`).
 
-        Asked of processors with a `lookback`, which may note in `view.state` what they would have done.
+        Called for processors with a `lookback`, which may store in `view.state` what they would have done.
 
         Args:
             states: `[rows, tokens, width]` at each site.
@@ -200,7 +200,7 @@ class SteeringProcessor:
         """
 
     def records(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What `output_steering=True` shows beside the record of `decide`, tensors with one entry a row of the batch."""
+        """What `output_steering=True` returns beside the record of `decide`: tensors with one entry a row."""
         return {}
 
     def logits_processors(self, scale: torch.Tensor | float) -> list[Any]:
@@ -210,11 +210,12 @@ class SteeringProcessor:
     def contrast_processors(
         self, scale: torch.Tensor | float, unsteered: Callable[[torch.Tensor], torch.Tensor]
     ) -> list[Any]:
-        """As `logits_processors`, after them, for methods that compare with what the model says unsteered.
+        """Like `logits_processors`, and run after them, for methods that compare with the unsteered logits.
 
         Args:
             scale: as for `logits_processors`.
-            unsteered: gives the unsteered model's logits `[rows, vocabulary]` float32 after `input_ids` `[rows, tokens]`.
+            unsteered: maps `input_ids` `[rows, tokens]` to the unsteered model's next-token logits `[rows,
+                vocabulary]` float32.
         """
         return []
 
@@ -229,12 +230,12 @@ class SteeringProcessor:
 
     @property
     def depends_on_query(self) -> bool:
-        """Whether what is done to a text depends on where its prompt ends."""
+        """Whether steering depends on where the prompt ends."""
         return bool(self.reads) or self.positions != "all" or self.lookback > 0 or self.acts_on_logits
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """All sites that need a hook, in the order in which a forward passes them."""
+        """All sites that need a hook, in forward order."""
         return tuple(sorted({*self.reads, *self.writes, *self.maps}))
 
 

@@ -1,7 +1,7 @@
 """Named places in a model where states are read and written.
 
-A site is a name, never a number into `hidden_states`: that tuple is off by one against the layers, and its last entry
-is taken after the final norm.
+A site is a name, never an index into `hidden_states`: that tuple is off by one against the layers, and its last entry
+comes after the final norm.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _OUTPUT_PROJECTIONS = (
     "attn.Wo",
     "multi_head_attention.dense",
     "norm_attn_norm.attn.out_proj",
-    # Blocks of one kind or another under one name: the others call their projection differently.
+    # One name for blocks of several kinds, whose projections have different names.
     "mixer.o_proj",
     "temporal_block.o_proj",
 )
-# Where blocks keep the last projection of a feed-forward that all tokens pass: what mixes its neurons. Experts, which some
-# tokens pass, are not among them.
+# Where blocks keep the last projection, which mixes the neurons, of a feed-forward that all tokens pass. Experts,
+# which only some tokens pass, are excluded.
 _LAST_PROJECTIONS = (
     *(f"mlp.{projection}" for projection in ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "fc_out", "Wo")),
     *("feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj", "mixer.down_proj"),
     *("ffn.down_proj", "ffn.2", "output.dense", "fc2"),
 )
-# Sites that are the input of a projection inside a block: where it is, and what it is.
+# Sites at the input of a projection inside a block: where the projection is, and its name in errors.
 _PROJECTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "head_out": (_OUTPUT_PROJECTIONS, "attention output projection"),
     "attention": (_OUTPUT_PROJECTIONS, "attention output projection"),
     "mlp_act": (_LAST_PROJECTIONS, "feed-forward that all tokens pass, with a last projection"),
 }
-# Kinds of sites that are not of the residual stream, and have a width of their own.
+# Kinds of sites outside the residual stream, with their own width.
 INNER_KINDS = frozenset(_PROJECTIONS)
-# How many tokens before each an `attention` site shows the weights of.
+# Number of earlier tokens whose weights an `attention` site shows.
 BACK = 10
 
 
@@ -65,14 +65,14 @@ BACK = 10
 class Site:
     """A place in the decoder: `resid_pre[l]`, `head_out[l]`, `attention[l]`, `mlp_act[l]` or `resid_post[l]`.
 
-    Sites are ordered as a forward passes them, so `read <= write` says that one pass is enough.
+    Sites are in forward order, so `read <= write` means that one pass is enough.
 
     Attributes:
         kind: `resid_pre` is the input of block `layer`, `resid_post` its output, `head_out` the input of the attention
             output projection (width: heads x head size, before the heads are mixed), `mlp_act` the input of the last
-            projection of the feed-forward (width: its neurons, after the activation and the gate's product). `attention`
-            can be looked at and not written: for each head the weights of a token to the `BACK` before it, the nearest
-            first (width: heads x `BACK`); 0 where there is none.
+            projection of the feed-forward (width: its neurons, after the activation and the gate's product).
+            `attention` can be read but not written: for each head, the weights of a token to the `BACK` tokens before
+            it, nearest first (width: heads x `BACK`); 0 where there is none.
         layer: index of the block, from 0.
     """
 
@@ -87,7 +87,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str | Site) -> Site:
-        """Read `"resid_post[12]"`.
+        """Parse `"resid_post[12]"`.
 
         Raises:
             SiteError: if the text has another form.
@@ -107,22 +107,22 @@ class Site:
 
 
 def resid_post(layer: int | str) -> Site:
-    """The output of a block, where most methods steer; `layer` is a number, though configs type it `int | str`."""
+    """The output of a block, where most methods steer; `layer` is a number, although configs type it `int | str`."""
     return Site("resid_post", int(layer))
 
 
 class TextTower:
     """The decoder stack of a causal LM: where its blocks are and how wide its streams are.
 
-    Found by the model's own account (`get_decoder`, `get_text_config`), so the text tower of a vision-language model is
-    taken however deep its vision tower is.
+    Found with the model's own functions (`get_decoder`, `get_text_config`), so for a vision-language model it is the
+    text tower, however deep the vision tower.
 
     Args:
         model: a `PreTrainedModel` with a causal language model head.
 
     Raises:
-        UnsupportedModelError: for encoder-decoder models, for decoders whose blocks cannot be told, and for those known
-            to have another layout than one stream `[rows, tokens, width]` that passes each block once.
+        UnsupportedModelError: for encoder-decoder models, for decoders whose blocks are not found, and for layouts
+            other than one stream `[rows, tokens, width]` that passes each block once.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,7 +144,7 @@ class TextTower:
         """Raise if the model has no such site.
 
         Raises:
-            SiteError: for a layer out of range, and for a block without the projection that the site is the input of.
+            SiteError: for a layer out of range, and for a block without the site's projection.
             UnsupportedModelError: for sites at a projection's input under tensor parallelism.
         """
         if site.layer >= self.num_layers:
@@ -154,19 +154,19 @@ class TextTower:
         if site.kind == "attention" and not self.shows_attention:
             raise UnsupportedModelError(
                 f"{site} needs attention weights, which attn_implementation="
-                f"{getattr(self.config, '_attn_implementation', None)!r} does not give. Load the model with "
+                f"{getattr(self.config, '_attn_implementation', None)!r} does not return. Load the model with "
                 "attn_implementation='eager', or call `model.set_attn_implementation('eager')` first."
             )
         if site.kind in INNER_KINDS and splits_its_input(self.projection(site)):
             raise UnsupportedModelError(
-                f"{site} cannot be steered under tensor parallelism: each rank holds its own heads or neurons there, not "
-                "the whole state. Steer a resid_pre or resid_post site, which every rank holds whole, or load the model "
+                f"{site} cannot be steered under tensor parallelism: each rank has its own heads or neurons there, not "
+                "the whole state. Steer a resid_pre or resid_post site, which every rank has in full, or load the model "
                 "unsharded."
             )
 
     @property
     def shows_attention(self) -> bool:
-        """Whether the model's attention gives its weights, which only the eager one does."""
+        """Whether the model's attention returns its weights; only the eager one does."""
         return getattr(self.config, "_attn_implementation", None) == "eager"
 
     def width(self, site: Site) -> int:
@@ -176,8 +176,8 @@ class TextTower:
         if site.kind not in INNER_KINDS:
             return self.hidden_size
         projection: Any = self.projection(site)
-        # Not heads x head size of the config: latent attention has value heads of a size of their own, and some models
-        # have heads of different sizes in different blocks.
+        # Not heads x head size of the config: latent attention has value heads of another size, and in some models
+        # head sizes differ between blocks.
         width = getattr(projection, "in_features", None)
         if width is None and isinstance(getattr(projection, "weight", None), torch.Tensor):
             width = projection.weight.shape[0]
@@ -190,7 +190,7 @@ class TextTower:
 
     @property
     def head_size(self) -> int:
-        """Size of one head at the head sites, those of the first block that has one; not always width / heads."""
+        """Size of one head at the first block with a head site; not always width / heads."""
         for layer in range(self.num_layers):
             with contextlib.suppress(SiteError):
                 return self.width(Site("head_out", layer)) // self.num_heads
@@ -201,15 +201,15 @@ class TextTower:
         return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
 
     def projection(self, site: Site) -> nn.Module:
-        """The projection that a `head_out` or `mlp_act` site is the input of, in its outermost form (a LoRA wrapper).
+        """The projection whose input is a `head_out` or `mlp_act` site, in its outermost form (a LoRA wrapper).
 
         Raises:
-            SiteError: if the block has none, or it has an unknown name.
+            SiteError: if the block has none, or its name is unknown.
         """
         return self._with_projection(site)[1]
 
     def _with_projection(self, site: Site) -> tuple[nn.Module, nn.Module]:
-        """The projection of a site and the module that it is part of."""
+        """The projection of a site and its parent module."""
         block = self.layers[site.layer]
         paths, what = _PROJECTIONS[site.kind]
         for path in paths:
@@ -226,7 +226,7 @@ class TextTower:
         )
 
     def module(self, site: Site) -> nn.Module:
-        """The module that a hook for this site is put on."""
+        """The module that gets the hook of this site."""
         self.check(site)
         if site.kind not in INNER_KINDS:
             return self.layers[site.layer]
@@ -235,7 +235,7 @@ class TextTower:
 
 
 def splits_its_input(projection: nn.Module) -> bool:
-    """Whether tensor parallelism gives each rank a part of a projection's input; FSDP shards another axis."""
+    """Whether tensor parallelism splits a projection's input over ranks; FSDP shards another axis."""
     for parameter in projection.parameters():
         last_axis = parameter.ndim - 1
         for placement in getattr(parameter, "placements", ()):
@@ -245,7 +245,7 @@ def splits_its_input(projection: nn.Module) -> bool:
 
 
 def stream_of(output: Any, site: Site, width: int) -> torch.Tensor:
-    """Take the state tensor `[rows, tokens, width]` out of what a block received or returned.
+    """Extract the state tensor `[rows, tokens, width]` from a block's input or output.
 
     Raises:
         UnsupportedModelError: for streams of another layout (hyper-connections with four axes, time-first tensors).
@@ -261,29 +261,29 @@ def stream_of(output: Any, site: Site, width: int) -> torch.Tensor:
 
 
 def attention_of(output: Any, site: Site, heads: int, past: int) -> torch.Tensor:
-    """What an attention module says of the weights of each token to those before it, as an `attention` site shows them.
+    """Extract an `attention` site's weights of each token to earlier ones from an attention module's output.
 
     Args:
-        output: of the module: the weights `[rows, heads, tokens, keys]` are its second part.
-        site: named in errors.
-        heads: of the block.
+        output: the module's output; the weights `[rows, heads, tokens, keys]` are its second part.
+        site: the site, for errors.
+        heads: number of heads of the block.
         past: absolute position of the first token.
 
     Returns:
         `[rows, tokens, heads * BACK]`, in the weights' dtype.
 
     Raises:
-        UnsupportedModelError: if the module gives no such weights.
+        UnsupportedModelError: if the module returns no such weights.
     """
     weights = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
     if not isinstance(weights, torch.Tensor) or weights.ndim != 4 or weights.shape[1] != heads:
         shape = tuple(weights.shape) if isinstance(weights, torch.Tensor) else type(weights).__name__
         raise UnsupportedModelError(
-            f"{site}: the attention gives no weights [rows, {heads}, tokens, keys], but {shape}. Load the model with "
-            "attn_implementation='eager'; some architectures give none even then."
+            f"{site}: the attention returns no weights [rows, {heads}, tokens, keys], but {shape}. Load the model with "
+            "attn_implementation='eager'; some architectures return none even then."
         )
     tokens, keys = weights.shape[2:]
-    # A static cache has room for keys to come; a sliding window has let go of the first ones.
+    # A static cache has room for future keys; a sliding window has dropped the first ones.
     own = past if keys > past + tokens else keys - tokens
     columns = torch.arange(own, own + tokens, device=weights.device)[:, None]
     behind = columns - torch.arange(1, BACK + 1, device=weights.device)

@@ -1,4 +1,4 @@
-"""What hangs, made to fail: a limit on the processor's time, which a busy machine does not use up."""
+"""A limit on processor time, so that a hang fails; a busy machine does not use it up."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def small_adapter(seed: int = 0, **settings: Any) -> SteeringAdapter:
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    """Two layers of width 16 over 64 tokens, with weights wide enough that steering changes what is said."""
+    """Two layers of width 16 over 64 tokens, with weights large enough that steering changes the answers."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,

@@ -44,12 +44,13 @@ from finesteer_hf.sites import TextTower
 class LoadReport:
     """What a load found.
 
-    There are no missing keys in it: a method computes with all of its tensors, so an adapter that lacks one is refused.
+    It has no missing keys: a method needs all of its tensors, so an adapter that lacks one is refused.
 
     Attributes:
-        adapter_name: the name that the adapter got.
+        adapter_name: name of the adapter on the model.
         unexpected_keys: tensors that the method does not use and that were left out, sorted (only with `strict=False`).
-        warnings: differences that do not prevent steering: another base of the same shape, another LoRA than at fit.
+        warnings: differences that do not prevent steering: another base of the same shape, a LoRA that differs from
+            the one at fit.
         revision: commit that the files came from, if they came from the Hub.
     """
 
@@ -82,17 +83,17 @@ class SteeringAdapter:
         return get_steering_method(self.config.steering_type).method_cls(self.config, self.tensors)
 
     def check_tensors(self, strict: bool = True) -> tuple[str, ...]:
-        """Compare the tensors with what the config calls for.
+        """Compare the tensors with those that the config declares.
 
         Args:
-            strict: whether tensors that the config does not call for are errors.
+            strict: whether undeclared tensors are an error.
 
         Returns:
-            Names of those tensors, sorted; empty if strict.
+            Names of the undeclared tensors, sorted; empty if strict.
 
         Raises:
-            AdapterFileError: for missing tensors, wrong shapes, wrong dtypes, NaN or infinity, and, if strict, for other
-                names.
+            AdapterFileError: for missing tensors, wrong shapes or dtypes, NaN or infinity and, if strict, undeclared
+                tensors.
         """
         expected = self.tensor_shapes()
         found = {name: (_dtype_name(tensor), tuple(tensor.shape)) for name, tensor in self.tensors.items()}
@@ -101,14 +102,14 @@ class SteeringAdapter:
         return unexpected
 
     def tensor_shapes(self) -> Mapping[str, Shape]:
-        """Names and shapes of the tensors that the config calls for."""
+        """Names and shapes of the tensors that the config declares."""
         return get_steering_method(self.config.steering_type).method_cls.tensor_shapes(self.config)
 
     def check_base(self, model: torch.nn.Module, tower: TextTower, strict: bool = False) -> tuple[str, ...]:
         """Compare the adapter with a model.
 
-        Where the adapter holds a fingerprint of its base, the weights decide, whatever the model is called; otherwise, and
-        where none of them can be compared, the names do.
+        If the adapter has a fingerprint of its base, the weights decide, whatever the model's name. Without one, or if
+        no weight can be compared, the names decide.
 
         Args:
             model: a causal LM of transformers.
@@ -116,11 +117,11 @@ class SteeringAdapter:
             strict: whether another base of the same shape is an error.
 
         Returns:
-            Warnings: another base of the same shape (not if strict), another LoRA than at fit.
+            Warnings: another base of the same shape (not if strict), a LoRA that differs from the one at fit.
 
         Raises:
-            AdapterMismatchError: if the widths or the numbers of layers differ; if strict, also for another base of the
-                same shape, and for an adapter that does not say which base is its own.
+            AdapterMismatchError: if the widths or the numbers of layers differ; if strict, also for another base of
+                the same shape, and for an adapter that does not name its base.
         """
         config = self.config
         check_sizes(config, model, tower)
@@ -136,7 +137,7 @@ class SteeringAdapter:
         config = self.config
         loaded, commit = base_of(model)
         name = loaded or type(model).__name__
-        fitted_on = f"fitted on {config.base_model_name_or_path or 'a base without a name'!r}"
+        fitted_on = f"fitted on {config.base_model_name_or_path or 'an unnamed base'!r}"
         if config.base_model_type is not None and config.base_model_type != tower.config.model_type:
             of, at = config.base_model_type, tower.config.model_type
             return [f"{fitted_on} (model_type {of!r}), loaded on {name!r} (model_type {at!r})"]
@@ -164,22 +165,23 @@ class SteeringAdapter:
     ) -> Path:
         """Write config, tensors and card into a folder, all of them or none.
 
-        Whenever it is cut short, by a full disk or a kill, the folder holds the adapter that was there or the new one.
+        If the save is interrupted, by a full disk or a kill, the folder holds either the old adapter or the new one.
 
         Args:
-            save_directory: the folder; made if it is not there.
+            save_directory: the folder; created if missing.
             push_to_hub: whether to upload it afterwards.
-            custom_generate: whether to add code with which plain transformers steers; see `push_adapter`.
+            custom_generate: whether to add code that lets plain transformers steer; see `push_adapter`.
             **push_kwargs: as for `push_to_hub`; `repo_id` defaults to the folder's name.
 
         Returns:
             The folder.
 
         Raises:
-            AdapterFileError: if the tensors do not match the config, or a figure of it is no JSON.
+            AdapterFileError: if the tensors do not match the config, or the config is not JSON.
             FileExistsError: if the path is a file.
-            OSError: if the disk is full or cannot be written.
-            ValueError: if it is to be pushed and names no base that others can load; nothing is written then.
+            OSError: if the disk is full or not writable.
+            ValueError: if `push_to_hub` is set and the adapter names no base that others can load; nothing is written
+                then.
         """
         if push_to_hub:
             above("with_public_base")(self, push_kwargs.get("base_model"))
@@ -195,20 +197,20 @@ class SteeringAdapter:
         return directory
 
     def write_files(self, directory: str | Path) -> Path:
-        """Write config and tensors, without a card, into a folder that is made if it is not there.
+        """Write config and tensors, without a card, into a folder, created if missing.
 
-        Errors are those of `save_pretrained`.
+        Raises what `save_pretrained` raises.
         """
         self._write(Path(directory), {})
         return Path(directory)
 
     def _write(self, directory: Path, others: Mapping[str, bytes | None]) -> None:
-        """Write everything, or nothing: from the moment that the config is in its place the new adapter counts, and until
-        then the old one. The tensors lie under the name of their hash until both agree, where loading finds them.
+        """Write everything or nothing. Replacing the config is what switches from the old adapter to the new one.
+        Until then the new tensors are stored under the name of their hash, where loading finds them.
 
         Args:
             directory: the folder.
-            others: more files by name; None for one that is to go.
+            others: more files by name; None deletes the file.
         """
         self.check_tensors()
         config = self.published().config
@@ -232,7 +234,7 @@ class SteeringAdapter:
                 left.unlink(missing_ok=True)
 
     def published(self) -> SteeringAdapter:
-        """This adapter without paths of this machine in what it says of its base, of its data and of other adapters."""
+        """This adapter without local paths in the names of its base, its data and other adapters."""
         names = [entry.name for entry in dataclasses.fields(self.config) if entry.metadata.get("may_be_path")]
         public: dict[str, Any] = {name: public_name(getattr(self.config, name)) for name in names}
         config = dataclasses.replace(self.config, fit=without_paths(self.config.fit), **public)
@@ -261,7 +263,7 @@ class SteeringAdapter:
 
     @staticmethod
     def _combined(adapters: list[SteeringAdapter], weights: list[float]) -> SteeringAdapter:
-        """Constant adapters form a vector space; for others `finesteer_hf.adapters.algebra.combine` says why not."""
+        """Sum constant adapters; for others `finesteer_hf.adapters.algebra.combine` raises and says why."""
         combined: SteeringAdapter = above("combine")(adapters, weights)
         return combined
 
@@ -280,15 +282,15 @@ class SteeringAdapter:
         Args:
             name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder` names a folder of the repo.
             revision: branch, tag or commit of the adapter's repo.
-            strict: whether tensors that the method does not use are an error. If not, they stay unread, and
-                `unexpected_keys` names them; missing ones are always an error. The base is compared where a model is:
-                `load_steering(strict=True)`.
-            accept: called with the config before the tensors are looked for; what it raises ends the load.
+            strict: whether tensors that the method does not use are an error. If not, they are not read, and
+                `unexpected_keys` names them; missing ones are always an error. The base is compared when the adapter
+                is loaded on a model: `load_steering(strict=True)`.
+            accept: called with the config before the tensors are read; what it raises ends the load.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
             NoAdapterError: (a `FileNotFoundError`) if there is no such folder, repo or revision, or no adapter in it.
-            HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache has not everything.
+            HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache is incomplete.
             AdapterFileError: if a file is damaged or does not match.
             UnknownMethodError: if no installed package provides its `steering_type`.
         """
@@ -296,7 +298,7 @@ class SteeringAdapter:
         data = read_config_file(files.config)
         digest = data.get("weights_sha256")
         if digest is not None and not isinstance(digest, str):
-            raise AdapterFileError(f"`weights_sha256` in {CONFIG_NAME} must be a text, got {type(digest).__name__}.")
+            raise AdapterFileError(f"`weights_sha256` in {CONFIG_NAME} must be a string, got {type(digest).__name__}.")
         adapter = cls(SteeringConfig.from_dict(data), {}, files.revision, files.name)
         if accept is not None:
             accept(adapter.config)
@@ -311,7 +313,7 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def active_lora_names(model: torch.nn.Module) -> list[str]:
-    """Names of the PEFT adapters that are active in a model, sorted; empty without PEFT layers."""
+    """Names of a model's active PEFT adapters, sorted; empty without PEFT layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names: set[str] = set()
@@ -322,7 +324,7 @@ def active_lora_names(model: torch.nn.Module) -> list[str]:
 
 
 def warn_about(report_warnings: tuple[str, ...], adapter_name: str) -> None:
-    """Say once, at load, what may make the adapter steer otherwise than where it was fitted."""
+    """Warn once, at load, of what may make the adapter steer differently from where it was fitted."""
     for note in report_warnings:
         warnings.warn(f"Steering adapter {adapter_name!r}: {note}.", stacklevel=3)
 

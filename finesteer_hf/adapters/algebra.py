@@ -1,7 +1,8 @@
-"""Sums and multiples of adapters that add the same vectors whatever the query.
+"""Sums and multiples of constant adapters: those that add the same vectors for every query.
 
-Any method qualifies whose processor reads no state, maps none and touches no logits: CAA, CONSTANT, a refusal vector. The
-result is a CONSTANT adapter. What depends on the query cannot be summed into one vector; it can be active side by side.
+A method qualifies if its processor reads no states, maps none and leaves the logits alone: CAA, CONSTANT, a refusal
+vector. The result is a CONSTANT adapter. Adapters that depend on the query cannot be summed into one vector, but
+several can be active together.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ def constant_vectors(adapter: SteeringAdapter) -> dict[Site, torch.Tensor]:
     kind = adapter.config.steering_type
     if processor.reads:
         raise ValueError(
-            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: what it adds depends on it, "
-            "so it is no constant vector. To use it with others, load both and call model.set_steering([...])."
+            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: its vector depends on it,  "
+            "so it is not a constant vector. Load both and call model.set_steering([...]) instead."
         )
     if processor.maps or processor.logits_processors(1.0) or not processor.writes:
         what = "maps the stream" if processor.maps else "acts on logits"
-        raise ValueError(f"This {kind} adapter {what}, where a constant vector is added to the stream.")
+        raise ValueError(f"This {kind} adapter {what}; a constant vector is added to the stream.")
     decision = processor.decide(QueryStates({}, 1, torch.device("cpu")))
     if decision.gate is not None:
-        raise ValueError(f"This {kind} adapter has a gate, and a constant vector has none.")
+        raise ValueError(f"This {kind} adapter has a gate; a constant vector has none.")
     return {site: vector[0] * processor.strength for site, vector in decision.vectors.items()}
 
 
 def constant_adapter(vectors: Mapping[Site, torch.Tensor], **settings: Any) -> SteeringAdapter:
-    """Make a CONSTANT adapter of vectors.
+    """Make a CONSTANT adapter from vectors.
 
     Args:
         vectors: `[width]` for each site, any float dtype.
@@ -64,11 +65,11 @@ def constant_adapter(vectors: Mapping[Site, torch.Tensor], **settings: Any) -> S
             f"One CONSTANT adapter steers one kind of site, got {sorted(map(str, vectors))}. Make one for each kind and "
             "activate both."
             if kinds
-            else "There is no vector to make an adapter of."
+            else "No vectors were given."
         )
     widths = {tuple(vector.shape) for vector in vectors.values()}
     if len(widths) != 1 or len(next(iter(widths))) != 1:
-        raise ValueError(f"The vectors must be one-dimensional and of one width, got the shapes {sorted(widths)}.")
+        raise ValueError(f"The vectors must be one-dimensional and equally wide, got the shapes {sorted(widths)}.")
     kind = next(iter(kinds))
     if kind not in INNER_KINDS:
         settings.setdefault("hidden_size", next(iter(widths))[0])
@@ -82,28 +83,29 @@ def constant_adapter(vectors: Mapping[Site, torch.Tensor], **settings: Any) -> S
 
 
 def combine(adapters: Sequence[SteeringAdapter], weights: Sequence[float] | None = None) -> SteeringAdapter:
-    """Add constant adapters up, `sum_i weight_i * adapter_i`, into one.
+    """Sum constant adapters into one: `sum_i weight_i * adapter_i`.
 
     Args:
         adapters: one or more, for the same base; a layer that only some of them steer is kept.
-        weights: a number for each; by default 1.
+        weights: one number each; 1 by default.
 
     Returns:
         A CONSTANT adapter of strength 1; `config.fit["combined"]` says what it was made of.
 
     Raises:
-        ValueError: if one is not constant, or they steer other tokens, other kinds of sites, or models of other widths.
+        ValueError: if one is not constant, or they differ in the tokens, kinds of sites or model widths that they
+            steer.
     """
     weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"Give at least one adapter and a weight for each: {len(adapters)} and {len(weights)} given.")
+        raise ValueError(f"Give at least one adapter and one weight each, got {len(adapters)} and {len(weights)}.")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"Weights must be finite numbers, got {weights}.")
     for name in ("positions", "hidden_size", "num_hidden_layers", "lora"):
         values = [getattr(adapter.config, name) for adapter in adapters]
         given = [value for value in values if value is not None]
         if any(value != given[0] for value in given):
-            raise ValueError(f"These adapters cannot be combined, they differ in {name}: {values}.")
+            raise ValueError(f"These adapters cannot be combined: they differ in {name}: {values}.")
     bases = list(dict.fromkeys(adapter.config.base_model_name_or_path for adapter in adapters))
     if len(bases) > 1:
         warnings.warn(f"Combining adapters that were fitted on different bases: {bases}.", stacklevel=2)

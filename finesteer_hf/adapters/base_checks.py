@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower) -> None:
-    """Raise `AdapterMismatchError` if a config is for a model of other sizes; its tensors are not needed for that."""
+    """Raise `AdapterMismatchError` if a config is for a model of other sizes. Needs no tensors."""
     heads = getattr(config, "attention_heads", None)
     for what, want, got in (
         ("hidden size", config.hidden_size, tower.hidden_size),
@@ -31,30 +31,30 @@ def check_sizes(config: SteeringConfig, model: torch.nn.Module, tower: TextTower
         if want is not None and want != got:
             raise AdapterMismatchError(
                 f"The adapter was fitted for {config.base_model_name_or_path!r} ({what} {want}), but the model "
-                f"{base_of(model)[0] or type(model).__name__!r} has {what} {got}. Load the base that the adapter names, or "
-                "fit one for this model."
+                f"{base_of(model)[0] or type(model).__name__!r} has {what} {got}. Load the adapter's base, or "
+                "fit an adapter for this model."
             )
 
 
 def refuse_other_base(config: SteeringConfig, differences: list[str]) -> None:
-    """Raise `AdapterMismatchError` for what `strict=True` does not take."""
+    """Raise `AdapterMismatchError` for differences that `strict=True` refuses."""
     if differences:
         raise AdapterMismatchError(
-            f"strict=True refuses the adapter: {'; '.join(differences)}. Load it on the base that it names, or fit one for "
-            "this model. The shapes agree, so without strict=True it loads with a warning, and steers a model that it was "
+            f"strict=True refuses the adapter: {'; '.join(differences)}. Load it on its own base, or fit an adapter for "
+            "this model. The shapes agree, so without strict=True it loads with a warning and steers a model that it was "
             "not fitted on."
         )
     if config.base_model_name_or_path is None and not config.base_model_fingerprint:
         raise AdapterMismatchError(
             f"strict=True refuses the adapter: its {CONFIG_NAME} has neither `base_model_name_or_path` nor "
-            "`base_model_fingerprint`, so nothing says that this model is its base. Without strict=True it loads."
+            "`base_model_fingerprint`, so this model cannot be checked against its base. Without strict=True it loads."
         )
 
 
 def check_widths(adapter: SteeringAdapter, processor: SteeringMethod, tower: TextTower) -> None:
-    """Raise `AdapterMismatchError` if what an adapter writes at heads or neurons is not as wide as they are.
+    """Raise `AdapterMismatchError` if an adapter's heads or neurons have another width than the model's.
 
-    Their sizes are in no config: blocks may have others than the first.
+    No config has these sizes, and they may differ between blocks.
     """
     heads = getattr(adapter.config, "attention_heads", None) or 0
     own = {
@@ -72,12 +72,12 @@ def check_widths(adapter: SteeringAdapter, processor: SteeringMethod, tower: Tex
             what = "heads" if site.kind == "head_out" else "neurons"
             raise AdapterMismatchError(
                 f"The adapter was fitted for {adapter.config.base_model_name_or_path!r}, whose {what} are together "
-                f"{sorted(got)} wide at {site}; those of this model are {tower.width(site)}. Load the base that it names."
+                f"{sorted(got)} wide at {site}; this model's are {tower.width(site)}. Load the adapter's base."
             )
 
 
 def _sizes(adapter: SteeringAdapter, axis: Free) -> set[int]:
-    """What an axis is in an adapter's tensors."""
+    """The sizes that an axis has in an adapter's tensors."""
     return {
         size
         for name, shape in adapter.tensor_shapes().items()

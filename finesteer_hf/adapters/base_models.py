@@ -1,7 +1,7 @@
-"""Names of base models: what an adapter calls the model that it was fitted on, and where that is found again.
+"""Names of base models: how an adapter names the model that it was fitted on, and how that name is resolved.
 
-A name is a Hub id, the id of a model that ships with the package, or `local:` and a folder's name. The last says what
-the folder was called and not where it was: it can be read by people, and loaded by nobody.
+A name is a Hub id, the id of a model that ships with the package, or `local:` and a folder's name. The last keeps the
+folder's name but not its path: people can read it, but nothing can load it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGED = {"playground": str(Path(__file__).parents[1] / "playground" / "weight
 
 
 def located(name: str) -> str:
-    """What `from_pretrained` of transformers takes for a name: the folder of a packaged model, anything else as it is.
+    """What to give transformers' `from_pretrained`: the folder of a packaged model, any other name as it is.
 
     Raises:
         FileNotFoundError: if the installation lacks a packaged model's weights.
@@ -33,19 +33,19 @@ def located(name: str) -> str:
         return name
     if not (Path(folder) / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no model.safetensors; reinstall finesteer-hf, "
+            f"{folder} has no model.safetensors; reinstall finesteer-hf, "
             f"or train it: python -m finesteer_hf.playground.train --out {folder}"
         )
     return folder
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a base model's name can be a Hub id, and is neither a packaged model nor a path of this machine."""
+    """Whether a base model's name can be a Hub id: not a packaged model, not a local path."""
     return names_a_repo(name) and not Path(name).exists()
 
 
 def names_a_repo(name: str) -> bool:
-    """Whether a name has the form of a Hub id, whatever folders there are."""
+    """Whether a name has the form of a Hub id, even if a folder of that name exists."""
     if name in PACKAGED:
         return False
     try:
@@ -56,19 +56,19 @@ def names_a_repo(name: str) -> bool:
 
 
 def is_public(name: str | None) -> bool:
-    """Whether others find a base model by this name."""
+    """Whether others can find a base model by this name."""
     return name is not None and (name in PACKAGED or is_hub_id(name))
 
 
 def public_name(name: str | None) -> str | None:
-    """A base model's name without a path of this machine: of a folder only what it is called."""
+    """A base model's name without local paths: of a folder only its name."""
     if not name or name.startswith(LOCAL) or name in PACKAGED or names_a_repo(name):
         return name or None
     return f"{LOCAL}{last_part(name)}"
 
 
 def without_paths(fit: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of a fit with data named as they may be published: of a path its last part."""
+    """A fit's provenance with publishable data names: a path is cut to its last part."""
     made = dict(fit)
     for key in ("data", "eval_data", "general_data"):
         source = fit.get(key)
@@ -81,14 +81,14 @@ def without_paths(fit: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_part(path: str) -> str:
-    """The last part of a path, whichever system wrote it."""
+    """The last part of a path of any operating system."""
     return PureWindowsPath(path).name or "folder"
 
 
 def base_of(model: Any) -> tuple[str | None, str | None]:
-    """Name and commit of a loaded model, as an adapter keeps them.
+    """Name and commit of a loaded model, as an adapter stores them.
 
-    A folder of the Hub's cache is the repo that it is a copy of, and the package's own folder is the packaged model.
+    A folder in the Hub's cache gets the name of its repo, and the package's own folder that of the packaged model.
 
     Args:
         model: a causal LM of transformers.

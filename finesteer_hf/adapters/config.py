@@ -1,8 +1,8 @@
-"""What is written in `steering_config.json`.
+"""The content of `steering_config.json`.
 
-A config is a dataclass a method; its fields are the file's keys. A file says which features its reader must understand
-(`requires`): a reader that does not know one of them refuses, where dropping an unknown key could change what the
-adapter does.
+Each method has a config dataclass; its fields are the file's keys. A file lists the features that a reader must
+understand (`requires`). A reader that does not know one refuses the file: ignoring an unknown key could change what
+the adapter does.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ CONFIG_NAME = "steering_config.json"
 WEIGHTS_NAME = "steering_model.safetensors"
 CUSTOM_GENERATE_NAME = "custom_generate/generate.py"
 FORMAT_VERSION = 1
-# A config is a page of settings and figures; anything larger is not one.
+# A config is a page of settings and figures; anything larger is something else.
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
-# Far above any model, and below what takes memory or time before the model is looked at.
+# Far above any model, and small enough to cost no memory or time before the model is checked.
 MOST_WIDTH = 1 << 20
 MOST_LAYERS = 10_000
 MOST_HEADS = 4096
-# Keys of the file that are no settings of the method.
+# Keys of the file that are not fields of the method.
 FILE_KEYS = frozenset({"format_version", "steering_type", "weights_sha256"})
 
 ConfigT = TypeVar("ConfigT", bound="SteeringConfig")
 
 
 def setting(text: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a config's field that a user sets: `finesteer fit --set` takes it, and `fit_steering` honours it.
+    """Metadata of a config field that a user sets: `finesteer fit --set` accepts it, and `fit_steering` honours it.
 
     Args:
         text: what it means, a few words.
@@ -61,7 +61,7 @@ def setting(text: str, **more: Any) -> dict[str, Any]:
 
 
 def written_by_fit(text: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a config's field that a fit writes and nobody chooses; arguments as for `setting`."""
+    """Metadata of a config field that the fit writes and no user chooses; arguments as for `setting`."""
     return setting(text, written_by_fit=True, **more)
 
 
@@ -70,9 +70,9 @@ class SteeringConfig:
     """Fields that every steering adapter has.
 
     Attributes:
-        base_model_name_or_path: what the adapter was fitted on: a Hub id, the id of a packaged model (`playground`), or
-            `local:` and the name of a folder.
-        base_model_revision: commit of that model, if it is known.
+        base_model_name_or_path: model that the adapter was fitted on: a Hub id, the id of a packaged model
+            (`playground`), or `local:` and the name of a folder.
+        base_model_revision: commit of that model, if known.
         base_model_fingerprint: hashes of its sizes and of a few weights; see `finesteer_hf.adapters.fingerprint`.
         base_model_type: its `config.model_type`.
         hidden_size: width of its residual stream.
@@ -80,9 +80,9 @@ class SteeringConfig:
         lora: names of the LoRA adapters that were active when it was fitted.
         positions: tokens that are steered: `all`, `prompt` or `generated`.
         strength: lambda of the update; a number once fitted.
-        limits: what steering may cost where a fit chooses, by the names of `Limits` in `methods/_shared/objective.py`;
-            what is not named has its default.
-        requires: features that a reader must understand, or refuse the file.
+        limits: limits on what steering may cost, used where a fit chooses; names as in `Limits` in
+            `methods/_shared/objective.py`, the others keep their defaults.
+        requires: features that a reader must understand; it refuses the file otherwise.
         fit: how it was fitted: data, seed, versions, held-out figures. Not needed to steer.
     """
 
@@ -112,7 +112,7 @@ class SteeringConfig:
     )
     fit: dict[str, Any] = field(default_factory=dict, metadata=written_by_fit("Provenance and held-out figures."))
 
-    #: What `positions` may be; a method that chooses them has `auto` besides.
+    #: Allowed values of `positions`; methods that choose them also allow `auto`.
     allowed_positions: ClassVar[tuple[str, ...]] = POSITIONS
 
     def __post_init__(self) -> None:
@@ -124,19 +124,19 @@ class SteeringConfig:
 
     @classmethod
     def setting_fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The fields that a user may choose, by name; the others are what a fit writes."""
+        """The fields that a user may set, by name; a fit writes the others."""
         return {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("written_by_fit")}
 
     def settings(self) -> dict[str, Any]:
-        """What was chosen, without what a fit wrote: `type(config)(**config.settings())` can be fitted anew."""
+        """The user's settings, without what a fit wrote: `type(config)(**config.settings())` can be fitted again."""
         return {name: getattr(self, name) for name in self.setting_fields()}
 
     @classmethod
     def check_kind(cls, name: str, value: Any) -> None:
-        """Compare a field's value, as JSON has it, with what the field is declared to hold.
+        """Compare a field's JSON value with the field's declared type.
 
         Raises:
-            TypeError: if it is something else.
+            TypeError: if they do not match.
         """
         kind = _field_kinds(cls).get(name, Any)
         if not fits(value, kind):
@@ -152,15 +152,15 @@ class SteeringConfig:
 
     @classmethod
     def from_dict(cls: type[ConfigT], data: dict[str, Any]) -> ConfigT:
-        """Build a config from a file's content; the class comes from `steering_type`.
+        """Build a config from a file's content; `steering_type` gives the class.
 
         Raises:
             AdapterFileError: for a format or a required feature that this version does not understand, and for fields
-                of a wrong kind.
+                of a wrong type.
             UnknownMethodError: if no installed package provides the `steering_type`.
         """
         if not isinstance(data, dict) or not isinstance(data.get("steering_type"), str):
-            raise AdapterFileError(f"{CONFIG_NAME} must hold a JSON object with a text `steering_type`.")
+            raise AdapterFileError(f"{CONFIG_NAME} must hold a JSON object with a string `steering_type`.")
         version = data.get("format_version", FORMAT_VERSION)
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise AdapterFileError(
@@ -169,8 +169,8 @@ class SteeringConfig:
         config_cls = get_steering_method(data["steering_type"]).config_cls
         if not issubclass(config_cls, cls):
             raise AdapterFileError(
-                f"The adapter is of steering_type {data['steering_type']!r}, not one that {cls.__name__} reads. Use "
-                "`SteeringConfig.from_pretrained` or `SteeringAdapter.from_pretrained`, which take any."
+                f"The adapter has steering_type {data['steering_type']!r}, which {cls.__name__} does not read. Use "
+                "`SteeringConfig.from_pretrained` or `SteeringAdapter.from_pretrained`, which read every type."
             )
         requires = data.get("requires", [])
         if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
@@ -201,8 +201,8 @@ class SteeringConfig:
         """Write `steering_config.json` into a folder.
 
         Args:
-            save_directory: the folder; made if it is not there.
-            weights_sha256: SHA-256 of the `steering_model.safetensors` that belongs to it, which loading checks.
+            save_directory: the folder; created if missing.
+            weights_sha256: SHA-256 of its `steering_model.safetensors`; loading checks it.
 
         Returns:
             Path of the file.
@@ -217,7 +217,7 @@ class SteeringConfig:
         """The text of `steering_config.json`; argument as for `save_pretrained`.
 
         Raises:
-            AdapterFileError: if a figure is something that no JSON file can say, such as NaN or an array.
+            AdapterFileError: if a value has no JSON form, such as NaN or an array.
         """
         data = self.to_dict()
         if weights_sha256 is not None:
@@ -228,8 +228,8 @@ class SteeringConfig:
         except (TypeError, ValueError, RecursionError) as error:
             odd = [name for name, value in data.items() if not _is_json(value)]
             raise AdapterFileError(
-                f"{odd} of the {self.steering_type} config cannot be written as JSON ({error}). Use texts, finite numbers, "
-                "lists and dicts with texts as keys."
+                f"{odd} of the {self.steering_type} config cannot be written as JSON ({error}). Use strings, numbers, "
+                "lists and dicts with string keys."
             ) from error
         return text
 
@@ -248,7 +248,7 @@ class SteeringConfig:
         """Read a `steering_config.json`.
 
         Raises:
-            AdapterFileError: if it is too large, no JSON, or no config.
+            AdapterFileError: if it is too large, not JSON, or not a config.
         """
         return cls.from_dict(read_config_file(path))
 
@@ -262,12 +262,12 @@ def _is_json(value: Any) -> bool:
 
 
 def _check_json(value: Any) -> None:
-    # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+    # JSON can escape half of a surrogate pair, but Python cannot write or print it.
     json.dumps(value, sort_keys=True, allow_nan=False, ensure_ascii=False).encode("utf-8")
 
 
 def check_bounds(config: SteeringConfig) -> None:
-    """Hold a config's numbers to the `least` and `most` of their fields' metadata; of a list, each of its numbers.
+    """Check a config's numbers against `least` and `most` of their fields' metadata; of a list, each number.
 
     Raises:
         ValueError: naming the field, its bounds and its value.
@@ -281,16 +281,16 @@ def check_bounds(config: SteeringConfig) -> None:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read the JSON of a `steering_config.json`, without making a config of it.
+    """Read the JSON of a `steering_config.json`, without building a config.
 
     Raises:
-        AdapterFileError: if it is not; see `read_json_object`.
+        AdapterFileError: as for `read_json_object`.
     """
     return read_json_object(path, MAX_CONFIG_BYTES)
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is what a config's field is declared to hold; a whole number is a float, true is no number."""
+    """Whether a JSON value matches a config field's declared type. An integer is a float; true is not."""
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -310,7 +310,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def _field_kinds(config_cls: type) -> dict[str, Any]:
-    """Declared types of a config's fields; empty if a name in them is unknown outside the class's own module."""
+    """Declared types of a config's fields; empty if one uses a name that is not defined in the class's module."""
     try:
         return get_type_hints(config_cls)
     except NameError:

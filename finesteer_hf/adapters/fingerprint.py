@@ -1,10 +1,11 @@
-"""What tells a base model's weights from others of the same shape, in a few hundred bytes and milliseconds.
+"""A fingerprint of a base model's weights: tells them from others of the same shape, in a few hundred bytes and
+milliseconds.
 
-A fingerprint has a hash of the sizes in the config, and for a few weights a pair of hashes of evenly spaced values: once
-rounded to bfloat16 and once to float16. A checkpoint in float32 gives the same bfloat16 hash whether it is loaded in
-float32 or bfloat16, and the same float16 hash in float32 or float16; one in bfloat16 gives the same in all three. So
-weights are the same if either hash is. What cannot be compared (quantised, offloaded or sharded weights, merged LoRA) is
-left out: of a model in 4 bits the norms and embeddings still tell.
+A fingerprint holds a hash of the sizes in the config and, for a few weights, two hashes of evenly spaced values:
+rounded to bfloat16 and to float16. A checkpoint in float32 gives the same bfloat16 hash whether it is loaded in
+float32 or bfloat16, and the same float16 hash in float32 or float16; one in bfloat16 gives the same hashes in all
+three. So two weights are the same if either hash matches. What cannot be compared (quantised, offloaded or sharded
+weights, merged LoRA) is left out; for a 4-bit model the norms and embeddings are still compared.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 CONFIG_KEY = "config"
 WEIGHTS = 8
 VALUES = 256
-# Sizes that every version of transformers writes, under the names that its configs map theirs to. The vocabulary is left
-# out: added tokens make no other model.
+# Sizes that every version of transformers writes, under their standard names. The vocabulary size is left out: added
+# tokens do not make another model.
 _SIZES = (
     "model_type",
     "hidden_size",
@@ -40,8 +41,8 @@ class Comparison:
     """How a model's weights compare with a fingerprint.
 
     Attributes:
-        compared: what could be compared.
-        differing: what of it is different.
+        compared: names of what could be compared.
+        differing: those that differ.
     """
 
     compared: tuple[str, ...]
@@ -49,17 +50,17 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether weights were compared, and all are the same."""
+        """Whether weights were compared and all match."""
         return bool(set(self.compared) - {CONFIG_KEY}) and not self.differing
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     """Fingerprint a causal LM: `config` and names of weights with their hashes, JSON-ready.
 
-    LoRA that is not merged does not count: the weights under it are read.
+    An unmerged LoRA does not count: the weights below it are read.
 
     Args:
-        model: a causal LM of transformers, or one that PEFT put its layers into.
+        model: a causal LM of transformers, with or without PEFT layers.
     """
     found = {name: weight for name, weight in _weights(model).items() if _is_readable(weight)}
     names = list(found)
@@ -68,7 +69,7 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
 
 
 def compare(model: torch.nn.Module, printed: Mapping[str, str]) -> Comparison:
-    """Compare a model with a fingerprint; never raises for what it cannot read.
+    """Compare a model with a fingerprint; what cannot be read is skipped.
 
     Args:
         model: as for `fingerprint`.
@@ -91,7 +92,7 @@ def compare(model: torch.nn.Module, printed: Mapping[str, str]) -> Comparison:
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights by the names that they have without PEFT, in the model's own order; without merged ones."""
+    """Weights under their names without PEFT, in the model's order; merged ones are left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     merged = {
@@ -107,7 +108,7 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _is_readable(weight: torch.Tensor) -> bool:
-    """Whether a weight is plain numbers in memory; subclasses of tensors are quantised or sharded."""
+    """Whether a weight is a plain tensor in memory; tensor subclasses are quantised or sharded."""
     plain = type(weight.data) is torch.Tensor
     return plain and weight.dtype in _FLOATS and weight.device.type != "meta" and weight.numel() > 0
 

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded, without repeated keys, and with nothing in it that JSON cannot say."""
+"""Untrusted JSON: bounded in size, without repeated keys, and strictly JSON."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def read_json_object(path: str | Path, most_bytes: int) -> dict[str, Any]:
 
     Args:
         path: the file.
-        most_bytes: size above which it is not read.
+        most_bytes: largest size that is read.
 
     Raises:
-        AdapterFileError: if it is too large, nested too deeply, no JSON object, repeats a key, or holds a number or a
-            text that no JSON file can say.
+        AdapterFileError: if it is too large, nested too deeply, not a JSON object, repeats a key, or holds a number or
+            string that JSON does not allow.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -34,7 +34,7 @@ def read_json_object(path: str | Path, most_bytes: int) -> dict[str, Any]:
         if text.count("[") + text.count("{") > MOST_BRACKETS:
             raise ValueError(f"it has more than {MOST_BRACKETS} lists and objects")
         data = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_finite, parse_float=_finite)
-        # Half of a surrogate pair can be escaped in JSON, but never be written or printed again.
+        # JSON can escape half of a surrogate pair, but Python cannot write or print it.
         json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path.name} is not readable JSON: {error}") from error
@@ -44,7 +44,7 @@ def read_json_object(path: str | Path, most_bytes: int) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object, for `object_pairs_hook`; raises `ValueError` if a key is repeated."""
+    """Build a JSON object, for `object_pairs_hook`; raises `ValueError` if a key is repeated."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError(f"a key is repeated among {sorted(made)[:20]}")
@@ -54,5 +54,5 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is no number that JSON can say")
+        raise ValueError(f"{text[:40]} is not a JSON number")
     return value

@@ -1,4 +1,4 @@
-"""The registry of steering methods: which config and which class belong to a name."""
+"""The registry of steering methods: the config and the class of each name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MethodSpec:
 
     @property
     def summary(self) -> str:
-        """What the method is: the first line of its file's docstring, or of its folder's, without its name."""
+        """What the method does: the first line of its module's or package's docstring, without the name."""
         module: ModuleType | None = sys.modules[self.method_cls.__module__]
         folder = sys.modules.get(self.method_cls.__module__.rpartition(".")[0])
         if getattr(folder, self.method_cls.__name__, None) is self.method_cls:
@@ -58,27 +58,28 @@ def register_steering_method(
     config_cls: type[SteeringConfig] | None = None,
     method_cls: type[SteeringMethod[Any]] | None = None,
 ) -> MethodSpec:
-    """Make a steering method known under its config's `steering_type`: `register_steering_method(MyMethod)`.
+    """Register a steering method under its config's `steering_type`: `register_steering_method(MyMethod)`.
 
-    A package may do so at import and name its module in the entry point group `finesteer_hf.methods`: then the method is
-    found without anybody importing it. A method of this package has its module in `finesteer_hf.methods.BUILT_IN`.
+    A package can do this at import and name its module in the entry point group `finesteer_hf.methods`: the method is
+    then found without an import. Methods of this package have their module in `finesteer_hf.methods.BUILT_IN`.
 
-    Packages for earlier versions give name, config and method, all three.
+    Packages written for earlier versions pass name, config and method.
 
     Raises:
-        TypeError: if the method does not say which class its config is.
-        ValueError: if another class already has the name, if the config has no `steering_type`, or another one than `name`.
+        TypeError: if the method does not declare its config class.
+        ValueError: if another class has the name already, or the config has no `steering_type` or one that differs
+            from `name`.
     """
     method_cls = method_cls if isinstance(name, str) else name
     config_cls = config_cls or getattr(method_cls, "config_cls", None)
     if method_cls is None or config_cls is None:
         raise TypeError(
-            f"{name if method_cls is None else method_cls.__name__} names no config. Write `class MyMethod(SteeringMethod["
+            f"{name if method_cls is None else method_cls.__name__} has no config. Write `class MyMethod(SteeringMethod["
             "MyConfig])`, then `register_steering_method(MyMethod)`."
         )
     name = name if isinstance(name, str) else config_cls.steering_type
     if not name:
-        raise ValueError(f"{config_cls.__name__} has no steering_type; it is the method's name, in files too.")
+        raise ValueError(f"{config_cls.__name__} has no steering_type; set it to the method's name.")
     if config_cls.steering_type != name:
         raise ValueError(f"{config_cls.__name__}.steering_type is {config_cls.steering_type!r}, expected {name!r}.")
     known = _REGISTRY.get(name)
@@ -106,10 +107,10 @@ def steering_methods() -> list[str]:
 
 
 def get_steering_method(name: str) -> MethodSpec:
-    """Look a method up, importing the package that declares it.
+    """Look up a method, importing the package that declares it.
 
     Raises:
-        UnknownMethodError: if there is none of that name.
+        UnknownMethodError: if no method has that name.
     """
     _register_built_in()
     if name not in _REGISTRY:

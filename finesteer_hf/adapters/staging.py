@@ -1,4 +1,4 @@
-"""Files that are written beside where they go, and moved there once all of them are complete and on the disk."""
+"""Files that are written beside their destination and moved there once all are complete and on disk."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-# Seconds to wait for another save, which takes milliseconds, and between two looks.
+# Seconds to wait for another save (a save takes milliseconds), and between two tries.
 PATIENCE, PAUSE = 30.0, 0.02
 _PREFIX = ".saving-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Staging:
-    """A folder inside the one that is written to; what is staged there is moved file by file, each at once.
+    """A staging folder inside the destination; staged files are moved one by one, each atomically.
 
-    One staging at a time works on a folder: a second one waits, half a minute at most. What one that was killed left behind
-    is deleted by the next. A block that raises leaves the folder as it was, apart from what it had published.
+    A folder has one staging at a time: a second one waits, half a minute at most. Leftovers of a killed one are
+    deleted by the next. A block that raises leaves the folder as it was, apart from files already published.
 
     Args:
-        directory: where the files go; made if it is not there.
+        directory: where the files go; created if missing.
 
     Raises:
-        FileExistsError: if it is a file.
-        OSError: if the disk is full or cannot be written.
+        FileExistsError: if the directory is a file.
+        OSError: if the disk is full or not writable.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -60,7 +60,8 @@ class Staging:
                 for left in self.directory.glob(f"{_PREFIX}*"):
                     shutil.rmtree(left, ignore_errors=True)
             self.folder.mkdir()
-            # A new file has the mode that the user's umask asks for; libraries that write through one of their own do not.
+            # A new file gets the mode of the user's umask; libraries that write through their own temporary file
+            # ignore it.
             probe = self.folder / "mode"
             probe.touch()
             self._mode = probe.stat().st_mode & 0o777
@@ -76,24 +77,24 @@ class Staging:
                 with contextlib.suppress(OSError):
                     path.rmdir()
         if self._lock is not None:
-            # Closing alone would not do: a process that was forked meanwhile has a copy.
+            # Closing is not enough: a process forked meanwhile holds a copy.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
 
     @property
     def alone(self) -> bool:
-        """Whether no other save works on the folder, so that what is left of others may be deleted."""
+        """Whether no other save works on the folder, so that leftovers of others may be deleted."""
         return self._lock is not None
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Write a staged file: gives its path, and puts it onto the disk at the end of the block.
+        """Write a staged file: yields its path, and flushes it to disk at the end of the block.
 
         Args:
-            name: where it will go, from the directory on.
+            name: its destination, relative to the directory.
 
         Raises:
-            OSError: if the disk is full or cannot be written.
+            OSError: if the disk is full or not writable.
         """
         path = self.folder / name
         with self._told():
@@ -108,11 +109,11 @@ class Staging:
             path.write_bytes(content)
 
     def publish(self, name: str, staged: str | None = None) -> None:
-        """Move a staged file to its place.
+        """Move a staged file to its destination.
 
         Args:
-            name: the place, from the directory on.
-            staged: its name here, if it is another.
+            name: its destination, relative to the directory.
+            staged: its name in the staging folder, if it differs.
         """
         target = self.directory / name
         with self._told():
@@ -123,7 +124,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Say where a disk is full, and that what was there is still there."""
+        """Turn a full disk's error into one that names the folder and says that the old files are intact."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -131,13 +132,13 @@ class Staging:
             if number not in _FULL and f"os error {errno.ENOSPC}" not in str(error):
                 raise
             raise OSError(
-                errno.ENOSPC, f"No space left to save in {self.directory}; what was there is as it was"
+                errno.ENOSPC, f"No space left to save in {self.directory}; the files there are unchanged"
             ) from error
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file beside its place and move it there at the end, so that a full disk leaves no half file."""
+    """Write a file beside its destination and move it there at the end, so that a full disk leaves no partial file."""
     path = Path(path)
     with Staging(path.parent) as stage:
         with stage.writing(path.name) as staged:
@@ -146,7 +147,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _locked(directory: Path) -> int | None:
-    """A handle that keeps others out of a folder; None where the system has no such thing, or one stays in it."""
+    """A handle that locks a folder; None if the system has no locks, or another process keeps the lock."""
     if fcntl is None:
         return None
     handle = os.open(directory, os.O_RDONLY)

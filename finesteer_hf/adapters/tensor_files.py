@@ -21,10 +21,10 @@ from finesteer_hf.sites import Site
 
 @dataclass(frozen=True)
 class Free:
-    """An axis whose size the config does not say; axes of one name have one size.
+    """An axis whose size is not in the config; axes of the same name have the same size.
 
     Attributes:
-        name: of the axis.
+        name: name of the axis.
         most: its largest size.
     """
 
@@ -49,7 +49,7 @@ class Indices(tuple[Axis, ...]):
 
 
 def dtype_of(shape: Shape) -> str:
-    """The dtype that a shape stands for, as safetensors names it."""
+    """The dtype of a shape, in safetensors' spelling."""
     return "I64" if isinstance(shape, Indices) else "F32"
 
 
@@ -63,36 +63,36 @@ def most_bytes(shapes: Mapping[str, Shape]) -> int:
     return total
 
 
-# The header names each tensor once: 100 bytes or so for each. Adapters have tens of them.
+# The header takes about 100 bytes a tensor. Adapters have tens of tensors.
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 SHA256 = re.compile(r"[0-9a-f]{64}")
-_ALL_NEEDED = " strict=False leaves out tensors that are not called for; the method cannot steer without one that is."
+_ALL_NEEDED = " strict=False ignores undeclared tensors; the method cannot steer without a declared one."
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
 def read_tensors(
     path: str | Path, shapes: Mapping[str, Shape], *, strict: bool = True, sha256: str | None = None
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Read a safetensors file whose names, dtypes and shapes were checked in its header before any tensor is loaded.
+    """Read a safetensors file; names, dtypes and shapes are checked in its header before any tensor is loaded.
 
     Args:
         path: the file.
-        shapes: name and shape of each tensor that is called for.
-        strict: whether other tensors are an error; if not, they stay unread.
-        sha256: hash that the file must have, if it is known.
+        shapes: name and shape of each declared tensor.
+        strict: whether other tensors are an error; if not, they are not read.
+        sha256: hash that the file must have, if known.
 
     Returns:
-        float32 and int64 tensors by name, and the sorted names of what the file holds besides.
+        float32 and int64 tensors by name, and the sorted names of the file's other tensors.
 
     Raises:
-        AdapterFileError: if the file is truncated, malformed or another one than its hash says, or a tensor is missing,
-            not called for, of another shape or dtype, or holds NaN or infinity.
+        AdapterFileError: if the file is truncated, malformed or does not match its hash, or a tensor is missing,
+            undeclared, of another shape or dtype, or holds NaN or infinity.
     """
     path = Path(path)
     check_header(path)
     if sha256 is not None and sha256_of(path) != sha256:
         raise AdapterFileError(
-            f"{path.name} is not the file that its config was saved with (its SHA-256 is another): it is damaged, or one "
+            f"{path.name} is not the file that its config was saved with (its SHA-256 differs): it is damaged, or one "
             "of the two was replaced. Download or save the adapter again."
         )
     try:
@@ -112,12 +112,12 @@ def read_tensors(
 def check_layout(
     what: str, found: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Mapping[str, Shape], strict: bool
 ) -> tuple[str, ...]:
-    """Compare names, dtypes and shapes with what is called for.
+    """Compare names, dtypes and shapes with the declared ones.
 
     Args:
         what: the file or adapter, for the message.
         found: dtype, as safetensors names it, and shape of each tensor.
-        shapes: name and shape of each tensor that is called for.
+        shapes: name and shape of each declared tensor.
         strict: whether other tensors are an error.
 
     Returns:
@@ -129,13 +129,13 @@ def check_layout(
     missing, unexpected = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     if missing or (unexpected and strict):
         raise AdapterFileError(
-            f"{what} does not match its config: missing {missing[:20]}, unexpected {unexpected[:20]}. Called for: "
+            f"{what} does not match its config: missing {missing[:20]}, unexpected {unexpected[:20]}. Declared: "
             f"{sorted(shapes)[:50]}." + ("" if strict or not missing else _ALL_NEEDED)
         )
     for name, want in shapes.items():
         if found[name][0] != dtype_of(want):
             raise AdapterFileError(
-                f"Tensor {name!r} has dtype {found[name][0]}; the config calls for {dtype_of(want)}."
+                f"Tensor {name!r} has dtype {found[name][0]}; the config declares {dtype_of(want)}."
             )
     sizes: dict[str, int] = {}
     for name, want in shapes.items():
@@ -143,14 +143,14 @@ def check_layout(
         fits = len(shape) == len(want) and all(_fits(w, s, sizes) for w, s in zip(want, shape, strict=True))
         if not fits:
             raise AdapterFileError(
-                f"Tensor {name!r} has shape {shape}, the config calls for {want}"
+                f"Tensor {name!r} has shape {shape}, the config declares {want}"
                 + (f", where others of the adapter have {sizes}." if sizes else ".")
             )
     return tuple(unexpected)
 
 
 def _fits(want: Axis, size: int, sizes: dict[str, int]) -> bool:
-    """Whether an axis has its size; a free one that was not met yet takes the one that it has."""
+    """Whether an axis has its declared size; a free axis takes the first size seen."""
     if isinstance(want, int):
         return size == want
     if want is None:
@@ -166,10 +166,10 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a safetensors header that would take much memory, or declares a tensor twice (the last would win).
+    """Refuse a safetensors header that takes too much memory or declares a tensor twice (the last would win).
 
     Raises:
-        AdapterFileError: for such a header, or none.
+        AdapterFileError: for such a header, or if there is none.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -189,13 +189,13 @@ def check_header(path: Path) -> None:
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write a safetensors file; returns its SHA-256, which is the same for the same tensors."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry of metadata: of several, the order in the file is another each time, and so would be its hash.
+    # One metadata entry: with several, their order in the file, and so its hash, varies from save to save.
     save_file(contiguous, path, metadata={"format": "pt"})
     return sha256_of(Path(path))
 
 
 def hashed_name(sha256: str) -> str:
-    """What the tensors' file is called while a save is under way that ends with `steering_model.safetensors`."""
+    """Temporary name of `steering_model.safetensors` while a save is in progress."""
     return f"steering_model-{sha256}.safetensors"
 
 

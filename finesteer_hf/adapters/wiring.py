@@ -1,7 +1,7 @@
-"""What adapters ask of the layers above them, by name.
+"""Functions of higher layers that adapters call, by name.
 
-An adapter can be pulled, pushed, shown on a card and summed up, and yet this layer imports nothing of that: the names are
-looked up when they are first called, as methods are by the registry.
+An adapter can be pulled, pushed, shown on a card and summed, but this layer imports none of that code. The names are
+looked up at the first call, as the registry does with methods.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ _HOMES = {
 
 
 def above(name: str) -> Any:
-    """A function of a layer above, by its name in `_HOMES`."""
+    """A function of a higher layer, by its name in `_HOMES`."""
     return getattr(importlib.import_module(_HOMES[name]), name)

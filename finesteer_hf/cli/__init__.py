@@ -1,4 +1,4 @@
-"""The `finesteer` command; one file a command."""
+"""The `finesteer` command; each command has its own file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    # Typer and rich are imported once a command is run, when ctrl-C is watched.
+    # Typer and rich are imported when a command runs, after the ctrl-C handler is set.
     if name == "app":
         from finesteer_hf.cli.commands import app
 

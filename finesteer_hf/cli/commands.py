@@ -1,4 +1,4 @@
-"""The commands; each is a file of its own, which imports what it needs once it runs."""
+"""The commands; each has its own file and imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.show import show
 
 
-# Plain help: boxes leave the texts too narrow a column on 80 characters.
+# Plain help: on 80 characters, boxes leave too narrow a column for the text.
 app = typer.Typer(name="finesteer", no_args_is_help=True, pretty_exceptions_show_locals=False, rich_markup_mode=None)
 for name, command in (
     ("demo", demo),
@@ -32,7 +32,7 @@ for name, command in (
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and end, if it is asked for."""
+    """Print the version and exit, if asked to."""
     if wanted:
         typer.echo(f"finesteer-hf {__version__}")
         raise typer.Exit
@@ -44,4 +44,4 @@ def main(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Fit, use, evaluate and look at steering adapters for Hugging Face models."""
+    """Fit, run, evaluate and inspect steering adapters for Hugging Face models."""

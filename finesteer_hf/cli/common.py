@@ -1,4 +1,4 @@
-"""What the commands share: the consoles, loading, errors as one line."""
+"""What the commands share: consoles, loading, one-line errors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from finesteer_hf.cli.options import assignments
 from finesteer_hf.errors import SteeringError
 
 
-# Results go to stdout, so that they can be piped; what is said on the way goes to stderr.
+# Results go to stdout, so that they can be piped; progress goes to stderr.
 console = Console()
 errors = Console(stderr=True)
-# Of a model's keyword arguments, those that its tokenizer is to be read with as well.
+# The model's keyword arguments that its tokenizer is loaded with too.
 SHARED = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
 
 
 def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show what a user can mend as a message; anything else is a fault of the package and keeps its traceback."""
+    """Show errors that a user can fix as a message; anything else is a bug and keeps its traceback."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
-    """A warning as a message, once: which line of the package it comes from is nothing that its user can mend."""
+    """Show a warning as a message, once, without the source line, which does not help the user."""
     if str(message) in shown:
         return
     shown.add(str(message))
@@ -65,16 +65,16 @@ def load(
     quantization: Literal["4bit", "8bit"] | None = None,
     model_arg: list[str] | None = None,
 ) -> tuple[Any, Any]:
-    """A model that can be steered, in its place, and its tokenizer.
+    """Load a steerable model onto its device, and its tokenizer.
 
     Args:
         model: Hub id, folder or `playground`.
         steering: adapter: a folder or a Hub id (org/name, org/name@revision).
         steering_revision: branch, tag or commit of the adapter's repo.
         revision: branch, tag or commit of the base model's repo.
-        dtype: what the weights are loaded in; `auto` is what they were saved in.
+        dtype: dtype of the loaded weights; `auto` is the saved one.
         device: where the model goes, such as cpu or cuda; by default a GPU if there is one.
-        device_map: how it is spread over devices: auto, balanced, sequential, a device, or a JSON object.
+        device_map: how the model is spread over devices: auto, balanced, sequential, a device, or a JSON object.
         quantization: loads the weights in 4 or 8 bits, with bitsandbytes.
         model_arg: one more argument of transformers' from_pretrained, name=value; may be repeated.
 
@@ -82,7 +82,7 @@ def load(
         The model and the tokenizer.
 
     Raises:
-        ValueError: for arguments that contradict each other, or what transformers lacks for them.
+        ValueError: for arguments that contradict each other, or that need a package which is not installed.
     """
     if device and (device_map or quantization):
         raise ValueError(
@@ -105,7 +105,7 @@ def load(
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
     shared = {name: arguments[name] for name in SHARED if name in arguments}
     tokenizer = AutoTokenizer.from_pretrained(location, **shared)
-    # A package that only this way of loading needs, of which transformers says how to install it; an unknown argument.
+    # A missing package (transformers says how to install it), or an unknown argument.
     mendable = (ImportError, TypeError) if model_arg else ImportError
     try:
         loaded = SteeredModelForCausalLM.from_pretrained(
@@ -119,17 +119,17 @@ def load(
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a file where a folder is to be written, before what is to be written has taken its hours.
+    """Refuse a file where a folder is needed, before hours of computing.
 
     Raises:
-        FileExistsError: if it is one.
+        FileExistsError: if the path is a file.
     """
     if path.is_file():
         raise FileExistsError(f"--out {path} is a file; give a folder.")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
-    """A rich table of texts, none of which is read as markup."""
+    """A rich table of plain text, without markup."""
     made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
     for index, name in enumerate(columns):
         made.add_column(name, overflow="fold", style="bold" if index == 0 else None)
@@ -139,5 +139,5 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 
 def say(message: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     errors.print(f"[dim]{escape(message)}[/]", highlight=False)

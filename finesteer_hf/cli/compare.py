@@ -1,4 +1,4 @@
-"""`finesteer compare`: methods beside each other on a user's own rows."""
+"""`finesteer compare`: methods side by side on a user's own rows."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ from finesteer_hf.cli.options import FIT, LOAD, takes
 def compare(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     data: Annotated[str, typer.Option(help="Rows of prompt, chosen, rejected: a file or a Hub id.")],
-    methods: Annotated[
-        str, typer.Option(help="Methods with commas between; see `finesteer methods`.")
-    ] = "FINESTEER,CAA",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods; see `finesteer methods`.")] = "FINESTEER,CAA",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="METHOD.name=value, a setting of one; may be repeated.")
+        list[str] | None, typer.Option("--set", help="METHOD.name=value, a method's setting; may be repeated.")
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of report.html, figures.json and the adapters.")
+        Path, typer.Option("--out", "-o", help="Folder for report.html, figures.json and the adapters.")
     ] = Path("out/compare"),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
     *,
     fitting: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
     """Fit methods on your rows and compare them.
 
-    A fifth of the prompts, or of the categories with --split group, is held out; every method chooses its own layer and
-    strength on the rest, and answers the held-out prompts once. Figures are paired: McNemar's test for shares, sign flips
-    for MC2; a star marks what Holm's correction for all p of a table leaves. With several answers a prompt, MC2 takes all
-    of them, MC1 the first chosen one.
+    A fifth of the prompts, or of the categories with --split group, is held out. Each method chooses its layer and
+    strength on the rest and answers the held-out prompts once. Tests are paired: McNemar's test for shares, sign flips
+    for MC2. A star marks what is significant after Holm's correction over all p of a table. If a prompt has several
+    answers, MC2 uses all of them, MC1 the first chosen one.
     """
     check_folder(out)
     configs = make_configs(methods, settings or [])
@@ -63,7 +61,7 @@ def compare(
     loaded, tokenizer = load(model, **loading)
     result = compare_methods(loaded, tokenizer, parts, configs, max_new_tokens=max_new_tokens, note=say, **fitting)
     if not result.trials:
-        raise ValueError("None of the methods could be fitted on these rows; the reasons are above.")
+        raise ValueError("No method could be fitted on these rows; the reasons are above.")
     for trial in result.trials:
         figures = [row.to_dict() for row in trial.against_base(result)]
         trial.adapter.config.fit["evaluation"] = figures
@@ -89,10 +87,10 @@ def compare(
 
 
 def make_configs(methods: str, settings: list[str]) -> dict[str, Any]:
-    """The configs of methods by name, with the settings that are theirs.
+    """The methods' configs by name, each with its settings.
 
     Raises:
-        ValueError: for a method that is not there or named twice, and for a setting of a method that is not compared.
+        ValueError: for an unknown method, one named twice, or a setting of a method that is not compared.
     """
     names = [name.strip().upper() for name in methods.split(",") if name.strip()]
     if not names or len(set(names)) != len(names):

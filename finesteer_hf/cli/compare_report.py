@@ -17,7 +17,7 @@ from finesteer_hf.method_api import DosePoint
 
 
 EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")
-DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second less first", "p")
+DUEL_COLUMNS = ("first", "second", "MC1: first only / second only", "p", "MC2, second minus first", "p")
 COST_COLUMNS = ("method", "general answers unchanged", "gate fires on rows", "on general", "fit", "size")
 SHOWN = 6
 
@@ -37,7 +37,7 @@ def effect_rows(result: MethodComparison) -> list[tuple[str, ...]]:
 
 
 def effects_that_hold(result: MethodComparison) -> dict[tuple[str, str], bool]:
-    """For each method and figure whether its difference to unsteered is left by Holm's correction for all of them."""
+    """For each method and figure, whether its difference from unsteered is significant after Holm's correction."""
     figures = {
         (trial.name, metric): row for trial in result.trials for metric, row in _effects_of(result, trial).items()
     }
@@ -51,11 +51,11 @@ def _effects_of(result: MethodComparison, trial: MethodTrial) -> dict[str, Compa
 
 
 def rank_note(result: MethodComparison) -> str:
-    """The methods from the best mean MC2 down, each rank with its interval."""
+    """The methods from the best mean MC2 down, with rank intervals."""
     scores = {trial.name: trial.own.choices.mc2 for trial in result.trials if trial.own.choices is not None}
     ranks = sorted(ranks_with_intervals(scores).items(), key=lambda found: found[1].value)
     shown = "; ".join(f"{name} {rank}" for name, rank in ranks)
-    return f"Ranks by MC2 [95% over draws of the prompts]: {shown}."
+    return f"Ranks by MC2 [95%, bootstrap over prompts]: {shown}."
 
 
 def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
@@ -64,7 +64,7 @@ def _pair(outcome: Outcome, metric: str) -> tuple[str, str]:
 
 
 def duel_rows(result: MethodComparison) -> list[tuple[str, ...]]:
-    """Each pair of methods."""
+    """One row for each pair of methods."""
     duels = result.duels()
     mc1, mc2 = np.split(holm([*(duel.mc1.p_value for duel in duels), *(duel.mc2_p for duel in duels)]) < ALPHA, 2)
     return [
@@ -81,7 +81,7 @@ def duel_rows(result: MethodComparison) -> list[tuple[str, ...]]:
 
 
 def cost_rows(result: MethodComparison) -> list[tuple[str, ...]]:
-    """What each method changes elsewhere and what it takes."""
+    """What each method changes on general prompts, and what it costs."""
     return [
         (
             trial.name,
@@ -101,7 +101,7 @@ def _fires(outcome: Outcome) -> str:
 
 
 def mark(result: MethodComparison, trial: MethodTrial) -> Mark:
-    """Whether a method's MC2 is above the base model's (`good`), below it (`bad`), or not told apart after Holm."""
+    """Whether a method's MC2 is above the base model's (`good`), below (`bad`), or not different after Holm."""
     if not effects_that_hold(result)[trial.name, "MC2"]:
         return ""
     return "good" if result.mc2_change(trial).value > 0 else "bad"
@@ -111,8 +111,8 @@ def build_report(result: MethodComparison, model: str) -> Report:
     """The report of a comparison."""
     return Report(
         title="Steering methods compared",
-        lead=f"Fitted on {result.fitted} rows for {model}, and asked {len(result.own.prompts)} prompts that were held out "
-        f"and {len(result.general.prompts)} general ones. Nothing was chosen on these.",
+        lead=f"Fitted on {result.fitted} rows for {model}, tested on {len(result.own.prompts)} held-out prompts "
+        f"and {len(result.general.prompts)} general ones. No setting was chosen on these.",
         headline=[_headline(result, trial) for trial in result.trials],
         sections=[_effects(result), _costs(result), _answers(result)],
         provenance={name: version(name) for name in ("finesteer-hf", "torch", "transformers")},
@@ -122,7 +122,7 @@ def build_report(result: MethodComparison, model: str) -> Report:
 def _headline(result: MethodComparison, trial: MethodTrial) -> Headline:
     change = result.mc2_change(trial)
     same = trial.general.identical_to(result.general)
-    words: dict[Mark, str] = {"good": "above unsteered", "bad": "below unsteered", "": "not told from unsteered"}
+    words: dict[Mark, str] = {"good": "above unsteered", "bad": "below unsteered", "": "no significant difference"}
     where = mark(result, trial)
     detail = f"change of MC2: {words[where]}; {100 * same.value:.0f}% of general answers unchanged"
     return Headline(trial.name, f"{change.value:+.3f}", detail, where)
@@ -136,7 +136,7 @@ def _effects(result: MethodComparison) -> Section:
         [
             "MC1: the first chosen answer is likelier than every rejected one. MC2: the chosen answers' share of the "
             "probability. p: McNemar's exact test for shares, sign flips for MC2. "
-            f"{HOLM_NOTE} Above and below unsteered is said of MC2 after it.",
+            f"{HOLM_NOTE} Above and below unsteered: MC2, after the correction.",
             *([rank_note(result)] if len(result.trials) > 1 else []),
             *failed,
         ],
@@ -178,12 +178,12 @@ def _costs(result: MethodComparison) -> Section:
         if len(points) > 1:
             leads = (report.get("objective") or {}).get("criterion", "sayable")
             figure = plot_dose_response(points, chosen=float(trial.adapter.config.strength), leads=leads)
-            section.plots.append(Plot(figure, f"{trial.name}: dose response on rows that its fit held out."))
+            section.plots.append(Plot(figure, f"{trial.name}: dose response on rows held out from its fit."))
     return section
 
 
 def _answers(result: MethodComparison) -> Section:
-    """Prompts spread over the held-out ones, without regard to what was answered."""
+    """Evenly spread held-out prompts, chosen without looking at the answers."""
     count = len(result.own.prompts)
     chosen = range(0, count, max(1, count // SHOWN))[:SHOWN]
     conditions = [("unsteered", result.own), *((trial.name, trial.own) for trial in result.trials)]
@@ -193,7 +193,7 @@ def _answers(result: MethodComparison) -> Section:
             Exchange(result.own.prompts[row].text, [_answer(name, outcome, row) for name, outcome in conditions])
             for row in chosen
         ],
-        exchanges_title="Held-out prompts, drawn without regard to the outcome",
+        exchanges_title="Held-out prompts, chosen without looking at the outcome",
     )
 
 

@@ -1,4 +1,4 @@
-"""`finesteer eval`: a benchmark, unsteered beside steered."""
+"""`finesteer eval`: a benchmark, unsteered and steered."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def evaluate(
     choosing: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
-    """Ask a benchmark, unsteered and steered.
+    """Run a benchmark, unsteered and steered.
 
-    Every figure comes with its n and interval; both conditions answer the same prompts.
+    Each figure has its n and interval; both conditions answer the same prompts.
     """
     from finesteer_hf.evaluation.behaviour import evaluate as ask
     from finesteer_hf.evaluation.comparison import COLUMNS, HOLM_NOTE, compare, table_cells
@@ -42,7 +42,7 @@ def evaluate(
     if update_card and not Path(steering).is_dir():
         raise ValueError("--update-card needs a local adapter folder; save the adapter first.")
     if update_card and scale != 1.0:
-        raise ValueError("--update-card needs --scale 1: the card is about the adapter's own strength.")
+        raise ValueError("--update-card needs --scale 1: the card shows the adapter's own strength.")
     sets = load_benchmark(benchmark, data, **choosing)
     loaded, tokenizer = load(model, steering=steering, **loading)
     adapter = next(iter(loaded.steering_adapters))

@@ -35,7 +35,7 @@ class Half(str, Enum):
 def fit(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     dataset: Annotated[str, typer.Argument(help="Rows of prompt, chosen, rejected: a file or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapter.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapter.")],
     method: Annotated[str, typer.Option(help="See `finesteer methods`.")] = "FINESTEER",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the method, name=value; may be repeated.")
@@ -43,12 +43,12 @@ def fit(
     data_format: Annotated[
         DataFormat, typer.Option("--format", help="What the data set holds.")
     ] = DataFormat.preference,
-    half: Annotated[Half, typer.Option(help="With --format truthfulqa: the half that `eval` leaves out.")] = Half.fit,
-    about: Annotated[
-        str | None, typer.Option(help="What the adapter does, in a sentence; the first words of its card.")
-    ] = None,
+    half: Annotated[
+        Half, typer.Option(help="With --format truthfulqa: which half; `eval` uses the other.")
+    ] = Half.fit,
+    about: Annotated[str | None, typer.Option(help="What the adapter does, in one sentence; opens its card.")] = None,
     example: Annotated[
-        str | None, typer.Option(help="A prompt that the card shows with both answers; it is published with it.")
+        str | None, typer.Option(help="A prompt that the card shows with both answers. It is published.")
     ] = None,
     *,
     fitting: dict[str, Any],
@@ -83,10 +83,10 @@ def fit(
 
 
 def make_config(method: str, settings: list[str]) -> SteeringConfig:
-    """A method's config from `name=value` texts; values are JSON, or else text.
+    """A method's config from `name=value` arguments; a value that is not JSON is a string.
 
     Raises:
-        ValueError: for what is no setting of the method, or a value that it cannot have.
+        ValueError: for an unknown setting, or a value that it does not allow.
     """
     from finesteer_hf.adapters.registry import get_steering_method
 
@@ -96,7 +96,7 @@ def make_config(method: str, settings: list[str]) -> SteeringConfig:
         name = setting.partition("=")[0]
         if name not in known and name in {field.name for field in dataclasses.fields(config_cls)}:
             raise ValueError(
-                f"--set {setting!r}: {name} is what a fit writes, not a setting. Settings of {config_cls.__name__}: "
+                f"--set {setting!r}: {name} is written by the fit and is not a setting. Settings of {config_cls.__name__}: "
                 f"{', '.join(sorted(known))}."
             )
     values = assignments("--set", settings, list(known))

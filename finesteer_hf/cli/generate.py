@@ -16,21 +16,21 @@ from finesteer_hf.cli.options import LOAD, takes
 def generate(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; else lines of stdin.")
+        list[str] | None, typer.Option("--prompt", "-p", help="May be repeated; by default lines of stdin.")
     ] = None,
     scale: Annotated[float, typer.Option(help="Multiplies the adapter's strength.")] = 1.0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Give the prompt as it is, without the chat template.")
+        bool, typer.Option("--plain", help="Use the prompt as it is, without the chat template.")
     ] = False,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Show the unsteered answer too.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
     *,
     loading: dict[str, Any],
 ) -> None:
     """Answer prompts, unsteered and steered.
 
-    Answers are greedy; with a gate its value is shown.
+    Answers are greedy. The gate's value is shown if the adapter has one.
     """
     from finesteer_hf.evaluation.measures.generation import greedy_answers
     from finesteer_hf.evaluation.measures.prompts import as_chat
@@ -38,7 +38,7 @@ def generate(
 
     texts = list(prompt) if prompt else [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
-        raise ValueError("Give --prompt TEXT, or a line of text on standard input.")
+        raise ValueError("Give --prompt TEXT, or lines of text on standard input.")
     if plain and system:
         raise ValueError("--system needs the chat template; leave --plain out.")
     steering = loading["steering"]

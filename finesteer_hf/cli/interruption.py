@@ -1,4 +1,4 @@
-"""Ctrl-C: one line and exit code 130, wherever it comes."""
+"""Ctrl-C: one line and exit code 130, at any point."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _came = False
 
 
 def came() -> bool:
-    """Whether ctrl-C was pressed: an import that it cuts short often raises another error than KeyboardInterrupt."""
+    """Whether ctrl-C was pressed: an interrupted import often raises an error other than KeyboardInterrupt."""
     return _came
 
 
 def watch() -> None:
-    """Note ctrl-C, and end at once where Python would only print it or where it is pressed twice."""
+    """Record ctrl-C; exit at once on a second press, or where Python would only print it."""
     usual = sys.unraisablehook
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -39,11 +39,11 @@ def watch() -> None:
 
 
 def leave() -> None:
-    """End the process as it is."""
+    """End the process at once."""
     say_so()
     os._exit(STOPPED)
 
 
 def say_so() -> None:
-    """The one line."""
+    """Print the one line."""
     print("stopped", file=sys.stderr, flush=True)

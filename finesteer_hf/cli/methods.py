@@ -1,4 +1,4 @@
-"""`finesteer methods`: what can be fitted."""
+"""`finesteer methods`: the methods that can be fitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of a command that are a function's keyword parameters."""
+"""Command options made from a function's keyword parameters."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class OptionsOf:
-    """A function whose keyword parameters a command takes as options.
+    """A function whose keyword parameters become a command's options.
 
     Attributes:
         module: file of its module inside the package.
         function: its name.
-        without: parameters that the command does not take.
-        also: other names of options, such as `-s`, by parameter.
+        without: parameters to leave out.
+        also: further option names, such as `-s`, by parameter.
     """
 
     module: str
@@ -37,7 +37,7 @@ class OptionsOf:
     also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def parameters(self) -> list[Parameter]:
-        """The parameters that are taken."""
+        """The parameters that become options."""
         return [p for p in keyword_parameters(self.module, self.function) if p.name not in self.without]
 
 
@@ -47,10 +47,10 @@ LOAD = OptionsOf("cli/common.py", "load", also={"steering": ("-s",)})
 
 
 def takes(**groups: OptionsOf) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of functions.
+    """Give a command the options of other functions.
 
     Args:
-        **groups: for each argument of the command that is to hold keyword arguments as a dict, whose they are.
+        **groups: the function for each argument of the command that receives keyword arguments as a dict.
 
     Example:
         >>> @takes(fitting=FIT)
@@ -78,7 +78,7 @@ def takes(**groups: OptionsOf) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def _option(parameter: Parameter, options: OptionsOf) -> inspect.Parameter:
-    """A parameter as typer reads it."""
+    """A parameter in typer's form."""
     settings: dict[str, Any] = {"help": _sentence(parameter.help)}
     also = options.also.get(parameter.name, ())
     names = [f"--{parameter.name.replace('_', '-')}", *also] if also else []
@@ -106,7 +106,7 @@ def _option(parameter: Parameter, options: OptionsOf) -> inspect.Parameter:
 
 
 def _choice(parameter: Parameter) -> Any:
-    """An Enum of a parameter's values: what all versions of typer read."""
+    """An Enum of a parameter's values, which all versions of typer accept."""
     return Enum(parameter.name, {value: value for value in parameter.choices})
 
 
@@ -115,7 +115,7 @@ def _metavar(parameter: Parameter) -> str:
 
 
 def _read(parameter: Parameter, text: str) -> Any:
-    """A text as the first of a parameter's types that it can be; `none` is None where that is allowed."""
+    """Parse a text as the first of the parameter's types that accepts it; `none` is None where allowed."""
     if parameter.optional and text == NONE:
         return None
     for kind in sorted(parameter.kinds, key=lambda each: each is str):
@@ -131,21 +131,21 @@ def _plain(value: Any) -> Any:
 
 
 def _sentence(text: str) -> str:
-    """The first sentence of a parameter's text, with a capital letter and without the marks of code."""
+    """The first sentence of a parameter's text, capitalised and without backticks."""
     first = re.split(r"(?<=[.;])\s", text, maxsplit=1)[0].rstrip(".;").replace("`", "")
     return f"{first[:1].upper()}{first[1:]}." if first else ""
 
 
 def assignments(option: str, texts: Sequence[str], known: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read `name=value` texts; values are JSON, or else text.
+    """Read `name=value` arguments; a value that is not JSON is a string.
 
     Args:
-        option: the option that they were given to, for the message.
-        texts: what was given.
-        known: the names that there are; None takes any.
+        option: the option's name, for the message.
+        texts: the arguments.
+        known: the known names; None allows any.
 
     Raises:
-        ValueError: for a text without `=`, or an unknown name; it lists those that there are.
+        ValueError: for an argument without `=`, or an unknown name; lists the known ones.
     """
     values: dict[str, Any] = {}
     for given in texts:

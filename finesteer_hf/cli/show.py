@@ -12,7 +12,7 @@ from finesteer_hf.cli.common import console, table
 
 def show(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id (org/name, org/name@revision).")],
-    as_json: Annotated[bool, typer.Option("--json", help="The whole steering_config.json instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole steering_config.json instead.")] = False,
 ) -> None:
     """Show an adapter's settings and figures."""
     from finesteer_hf.adapters.adapter import SteeringAdapter

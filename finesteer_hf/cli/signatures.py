@@ -1,7 +1,7 @@
 """A function's keyword parameters, read from its source without importing it.
 
-Importing what fits or loads a model takes seconds, most of them torch's and transformers'; `--help` should not wait for
-that, and a list of options that is written here once more would grow stale. So the options come from the source itself.
+Importing the code that fits or loads a model takes seconds, mostly for torch and transformers. `--help` should not
+wait for that, and a second list of options here would go stale. So the options are read from the source.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Parameter:
     """A keyword parameter.
 
     Attributes:
-        name: as the function has it.
-        kinds: the scalar types that it takes; what is no scalar (a data set) is a text here: a file or an id.
+        name: name in the function.
+        kinds: its scalar types; a non-scalar (a data set) is a string here: a file or an id.
         choices: the values of a `Literal`; empty if there is none.
         default: its default; `...` if it has none.
         optional: whether it may be None.
-        help: what the function's docstring says of it, on one line.
+        help: its text in the function's docstring, on one line.
     """
 
     name: str
@@ -45,10 +45,10 @@ def keyword_parameters(module: str, function: str) -> tuple[Parameter, ...]:
 
     Args:
         module: file of the module inside the package, such as `fitting/fit.py`.
-        function: name of the function at the module's top.
+        function: name of a function at module level.
 
     Raises:
-        LookupError: if there is none of that name.
+        LookupError: if there is no such function.
     """
     tree = _tree(PACKAGE / module)
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
@@ -120,13 +120,13 @@ def _value(default: ast.expr, tree: ast.Module) -> Any:
     """A default: a constant, or the name of one."""
     if isinstance(default, ast.Name):
         named = _named(default.id, tree)
-        assert named is not None, f"the default {default.id} is no constant of the package"
+        assert named is not None, f"the default {default.id} is not a constant of the package"
         default = named
     return ast.literal_eval(default)
 
 
 def _named(name: str, tree: ast.Module) -> ast.expr | None:
-    """What a name is assigned at the top of a module, or of the module of this package that it is imported from."""
+    """The value of a module-level name, followed through imports within this package."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             return node.value

@@ -1,7 +1,7 @@
 """The mathematics of steering, scikit-learn style: subspaces, scores, gates and vectors.
 
-Nothing here knows of models or tokens: arrays in, arrays out. An estimator learns by `fit`, and `state()` gives the
-fp32 tensors that its run-time function takes as keyword arguments. That function is the only place of the formula:
+Nothing here uses models or tokens: arrays in, arrays out. An estimator learns in `fit`, and `state()` returns the fp32
+tensors that its run-time function takes as keyword arguments. Only that function contains the formula:
 
     score = SCORE_FUNCTIONS[name](h, **score_estimator.state())     # h [B, d] -> [B]
     gate = GATE_FUNCTIONS[name](score, **gate_estimator.state())    # [B] -> [B] in [0, 1]

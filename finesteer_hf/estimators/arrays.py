@@ -1,4 +1,4 @@
-"""What goes in and out of an estimator: checked fp64 arrays in, fp32 tensors out."""
+"""Inputs and outputs of estimators: checked fp64 arrays in, fp32 tensors out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _refuse_not_finite(array: Matrix, name: str) -> None:
     if not finite.all():
         bad = np.flatnonzero(~finite)
         raise ValueError(
-            f"{name}: {bad.size} of {len(array)} rows hold NaN or Inf (the first is row {bad[0]}). "
+            f"{name}: {bad.size} of {len(array)} rows contain NaN or Inf (the first is row {bad[0]}). "
             "Drop these rows, or capture the states in float32."
         )
 
@@ -37,16 +37,17 @@ def _refuse_not_finite(array: Matrix, name: str) -> None:
 def as_matrix(
     values: ArrayLike, name: str, *, min_rows: int = 2, width: int | None = None, width_of: str = ""
 ) -> Matrix:
-    """Check a table of states and give it as fp64.
+    """Check a table of states and return it as fp64.
 
     Args:
         values: [rows, d], any numeric dtype, numpy or torch on any device.
-        name: what to call it in an error.
-        min_rows: the fewest rows that make sense.
-        width: the d to insist on; `width_of` says whose it is.
+        name: its name in errors.
+        min_rows: fewest rows allowed.
+        width: required d; `width_of` names what has it.
 
     Raises:
-        ValueError: not two-dimensional, too few rows, NaN or Inf (with the number of rows), wrong width.
+        ValueError: if it is not two-dimensional, has too few rows, NaN or Inf (with the number of rows), or the wrong
+            width.
     """
     array = as_float64(values, name)
     if array.ndim != 2:
@@ -60,7 +61,7 @@ def as_matrix(
 
 
 def as_vector(values: ArrayLike, name: str, *, min_rows: int = 1) -> Matrix:
-    """Check a list of scores [n] and give it as fp64; raises ValueError as `as_matrix` does."""
+    """Check a list of scores [n] and return it as fp64; raises ValueError as `as_matrix`."""
     array = as_float64(values, name)
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional [rows], not of shape {list(array.shape)}.")
@@ -71,7 +72,7 @@ def as_vector(values: ArrayLike, name: str, *, min_rows: int = 1) -> Matrix:
 
 
 def as_groups(groups: Any, rows: int, name: str = "groups") -> NDArray[Any] | None:
-    """Check group labels, one a row; None stays None. Raises ValueError for a wrong number of labels."""
+    """Check group labels, one per row; None stays None. Raises ValueError for a wrong number of labels."""
     if groups is None:
         return None
     labels = np.asarray(groups)
@@ -81,42 +82,42 @@ def as_groups(groups: Any, rows: int, name: str = "groups") -> NDArray[Any] | No
 
 
 def paired(states: ArrayLike, shifts: ArrayLike, *, min_rows: int = 4) -> tuple[Matrix, Matrix]:
-    """Check states h [M, d] against their shifts delta [M, d]; raises ValueError when they do not pair up."""
+    """Check states h [M, d] against their shifts delta [M, d]; raises ValueError if they do not match."""
     h = as_matrix(states, "states", min_rows=min_rows)
     delta = as_matrix(shifts, "shifts", min_rows=min_rows)
     if len(h) != len(delta):
-        raise ValueError(f"states has {len(h)} rows and shifts has {len(delta)}: one shift belongs to each state.")
+        raise ValueError(f"states has {len(h)} rows and shifts has {len(delta)}: each state needs one shift.")
     return h, delta
 
 
 def positive(value: float, name: str) -> float:
-    """Give a finite number above zero back, or raise ValueError."""
+    """Return a finite number above zero, or raise ValueError."""
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r} must be a positive number.")
     return float(value)
 
 
 def fraction(value: float, name: str) -> float:
-    """Give a number strictly between 0 and 1 back, or raise ValueError."""
+    """Return a number strictly between 0 and 1, or raise ValueError."""
     if not 0.0 < value < 1.0:
-        raise ValueError(f"{name}={value!r} must lie strictly between 0 and 1.")
+        raise ValueError(f"{name}={value!r} must be strictly between 0 and 1.")
     return float(value)
 
 
 def one_of(value: str, options: Mapping[str, Any] | tuple[str, ...], name: str) -> str:
-    """Give a known word back, or raise ValueError with the words that exist."""
+    """Return a known option, or raise ValueError listing the options."""
     if value not in options:
-        raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(map(repr, options))}.")
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, options))}.")
     return value
 
 
 def runtime_tensor(values: Any) -> torch.Tensor:
-    """Give a learned array as the contiguous fp32 CPU tensor that an adapter stores."""
+    """Convert a learned array to the contiguous fp32 CPU tensor that an adapter stores."""
     return torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
 
 
 def run(function: Callable[..., torch.Tensor], inputs: ArrayLike, state: State) -> NDArray[np.float32]:
-    """Apply a run-time function to checked inputs: the estimators predict with what steering evaluates."""
+    """Apply a run-time function to checked inputs, so that estimators predict with the code that steers."""
     tensor = torch.as_tensor(inputs).to("cpu", torch.float32)
     with torch.no_grad():
         return function(tensor, **state).numpy()

@@ -26,7 +26,7 @@ from finesteer_hf.estimators.selection import (
 def low_rank_vector(
     h: torch.Tensor, mean: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Give v(h) = bias + up^T down^T (h - mean).
+    """Return v(h) = bias + up^T down^T (h - mean).
 
     Args:
         h: query states [..., d], any floating dtype.
@@ -42,23 +42,23 @@ def low_rank_vector(
 
 
 class ReducedRankSteering(BaseEstimator):
-    """v(h) = delta_bar + B^T (h - h_bar), B of rank r, ridge and rank chosen on held-out rows: no epochs, no seed.
+    """v(h) = delta_bar + B^T (h - h_bar), B of rank r; ridge and rank chosen on held-out rows: no epochs, no seed.
 
-    The mean shift is kept whole; only the deviation from it is predicted, and, regression predictions being shrunk,
+    The mean shift is kept in full; only the deviation from it is predicted. Since regression shrinks predictions, it
     is multiplied by the slope of the held-out shifts on it (at most 2).
 
     Args:
-        rank: r, or "auto": the smallest within one standard error, or .001 of R^2, of the best cross-fitted loss; 0
-            where nothing is predicted.
-        ridge: strength, or "auto": the least exact leave-one-out (with groups: leave-one-group-out) loss.
-        max_rank: the highest of "auto"; 40 keeps an adapter of d = 4096 under 2 MB.
-        calibrate: multiply by the slope. It is measured in any case.
-        folds, seed: of the cross-fit that chooses the rank and measures the slope.
+        rank: r, or "auto": the smallest within one standard error, or .001 of R^2, of the best cross-fitted loss; 0 if
+            nothing is predicted.
+        ridge: strength, or "auto": the lowest exact leave-one-out (with groups: leave-one-group-out) loss.
+        max_rank: the highest rank of "auto"; 40 keeps an adapter of d = 4096 under 2 MB.
+        calibrate: whether to multiply by the slope. It is always measured.
+        folds, seed: those of the cross-fit that chooses the rank and measures the slope.
 
     Attributes:
         mean_ [d], bias_ [d], down_ [d, r], up_ [r, d] (orthonormal rows): v as stored, fp32.
-        ridge_, rank_, slope_: what was learned; held_out_r2_, held_out_cosine_: of the cross-fit, slope applied or not
-            as in v. Choosing the rank on the same folds makes them slightly optimistic.
+        ridge_, rank_, slope_: learned values; held_out_r2_, held_out_cosine_: from the cross-fit, with the slope if v
+            has it. They are slightly optimistic, since the rank is chosen on the same folds.
         ridge_curve_: dicts ridge, held_out_r2. rank_curve_: dicts rank, held_out_r2.
     """
 
@@ -86,7 +86,7 @@ class ReducedRankSteering(BaseEstimator):
             groups: [M] labels; rows of a group are held out together in every choice.
 
         Raises:
-            ValueError: bad rows, rank or ridge out of range.
+            ValueError: for bad rows, and a rank or ridge out of range.
         """
         h, delta = paired(states, shifts)
         labels = as_groups(groups, len(h))
@@ -115,12 +115,12 @@ class ReducedRankSteering(BaseEstimator):
         return max(curve, key=lambda ridge: curve[ridge])
 
     def _choose_rank(self, path: RidgePath, features: Matrix, targets: Matrix, groups: NDArray[Any] | None) -> None:
-        """Refit without each fold and judge all ranks at once: a rank-r prediction is the first r of r + 1 terms."""
+        """Refit without each fold and score all ranks at once: a rank-r prediction is r terms of a larger one."""
         limit = len(path.eigenvalues)
         whole = isinstance(self.rank, int | np.integer) and not isinstance(self.rank, bool)
         if not (self.rank == "auto" or (whole and 0 <= int(self.rank) <= limit)):
             raise ValueError(
-                f"rank={self.rank!r} must be 'auto' or a whole number from 0 to the {limit} that the centred states have."
+                f"rank={self.rank!r} must be 'auto' or an integer from 0 to {limit}, the rank of the centred states."
             )
         top = path.response_directions(
             self.ridge_, min(self.max_rank, limit) if self.rank == "auto" else int(self.rank)
@@ -159,12 +159,12 @@ class ReducedRankSteering(BaseEstimator):
         self.held_out_cosine_ = mean_cosine(targets, predicted)
 
     def predict(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give v of states [B, d]: [B, d] fp32."""
+        """Return v of states [B, d]: [B, d] fp32."""
         check_is_fitted(self)
         checked = as_matrix(states, "states", min_rows=1, width=len(self.mean_))
         return run(low_rank_vector, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `low_rank_vector`."""
+        """Return the arguments of `low_rank_vector`."""
         check_is_fitted(self)
         return {name: runtime_tensor(getattr(self, f"{name}_")) for name in ("mean", "down", "up", "bias")}

@@ -1,7 +1,7 @@
-"""Low-rank maps that carry head states into ellipsoids of wanted ones (FLORAIN, arXiv 2502.04043).
+"""Low-rank maps that move head states into ellipsoids of wanted ones (FLORAIN, arXiv 2502.04043).
 
-For a state a of one head, f(a) = a + L_a R' a + c with (L_a)_ij = tanh(a_i W_ij + b_ij); W, b and R are `[d, r]`. The map
-is trained to bring states within a Mahalanobis distance of a centre; inside, there is no loss.
+For a state a of one head, f(a) = a + L_a R' a + c with (L_a)_ij = tanh(a_i W_ij + b_ij); W, b and R are `[d, r]`. The
+map is trained to move states within a Mahalanobis distance of a centre; the loss is zero inside.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf
 
 
-# A square root has no slope at zero.
+# Keeps the gradient of the square root finite at zero.
 _LEAST_SQUARE = 1e-12
 
 
 @dataclass(frozen=True)
 class HeadMap:
-    """The parameters of one map a head.
+    """The parameters of one map per head.
 
     Attributes:
         weight, bias, readout: W, b and R, `[heads, d, r]` float32.
@@ -35,19 +35,19 @@ class HeadMap:
     shift: torch.Tensor
 
     def displacement(self, states: torch.Tensor) -> torch.Tensor:
-        """f(a) - a of states `[..., heads, d]`; holds `[..., heads, d, r]` on the way."""
+        """f(a) - a of states `[..., heads, d]`; allocates `[..., heads, d, r]`."""
         coordinates = torch.einsum("...hd,hdr->...hr", states, self.readout)
         factors = torch.tanh(states[..., None] * self.weight + self.bias)
         return torch.einsum("...hdr,...hr->...hd", factors, coordinates) + self.shift
 
     def rescaled(self, scale: torch.Tensor) -> HeadMap:
-        """The map of states in their own units, where this one is of states divided by `scale`, `[heads]`."""
+        """This map, trained on states divided by `scale` `[heads]`, converted to the states' own units."""
         return HeadMap(self.weight / scale[:, None, None], self.bias, self.readout, self.shift * scale[:, None])
 
 
 @dataclass(frozen=True)
 class Regions:
-    """For each state the ellipsoid that it is to be brought into.
+    """For each state, the ellipsoid to move it into.
 
     Attributes:
         centre: `[n, heads, d]`.
@@ -60,7 +60,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class WantedStates:
-    """What wanted and unwanted states have in common over all questions.
+    """Statistics of wanted and unwanted states over all questions.
 
     Attributes:
         direction: unit vectors from the unwanted states' mean to the wanted ones', `[heads, d]`.
@@ -76,9 +76,10 @@ class WantedStates:
     def of(
         cls, states: NDArray[np.floating], wanted: NDArray[np.bool_], questions: NDArray[np.integer]
     ) -> WantedStates:
-        """Means, and the covariance of wanted states within questions (about their common mean if each has one only).
+        """Estimate the means, and the covariance of wanted states within questions (about their common mean if each
+        has one).
 
-        Covariances are shrunk (Ledoit-Wolf), so that they have an inverse with few states.
+        Covariances are shrunk (Ledoit-Wolf), so that they are invertible with few states.
 
         Args:
             states: `[n, heads, d]`.
@@ -112,17 +113,17 @@ class WantedStates:
     ) -> Regions:
         """The region of each state's question.
 
-        Its centre is the mean of the question's wanted states, moved on by delta times
-        (alpha u_question + (1 - alpha) u_all), u the unit shifts from unwanted to wanted means; its squared radius is the
-        largest squared distance of these states from their mean, divided by `shrink`.
+        Its centre is the mean of the question's wanted states, moved by delta times (alpha u_question + (1 - alpha)
+        u_all), where u are the unit shifts from unwanted to wanted means. Its squared radius is the largest squared
+        distance of these states from their mean, divided by `shrink`.
 
         Args:
             states: `[n, heads, d]`.
             wanted: `[n]`; each question has both kinds.
             questions: `[n]` labels.
-            delta: in lengths of the head's mean shift.
+            delta: in units of the head's mean shift.
             alpha: share of the question's own shift.
-            shrink: at least 1 keeps the region within what was seen.
+            shrink: with at least 1 the region stays within the seen states.
         """
         states = states.astype(np.float64)
         centre, radius = np.zeros(states.shape), np.zeros(states.shape[:2])
@@ -157,7 +158,7 @@ def region_loss(
 
 @dataclass(frozen=True)
 class TrainedMap:
-    """A map with its losses, means over heads, of each epoch: `training` and `held_out`."""
+    """A map, and its losses of each epoch as means over heads: `training` and `held_out`."""
 
     map: HeadMap
     training: list[float]
@@ -178,22 +179,22 @@ def train_head_maps(
     generator: torch.Generator,
     advance: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> TrainedMap:
-    """Train one map a head by Adam; each head keeps the epoch with its best held-out loss.
+    """Train one map per head with Adam; each head keeps the epoch with its best held-out loss.
 
-    States go through it in units of their root mean square a head, and the map is put back into theirs.
+    States are scaled by their root mean square per head for training, and the map is converted back.
 
     Args:
         states: `[n, heads, d]`.
-        regions: theirs.
+        regions: their regions.
         held_out: `[m, heads, d]`.
-        held_out_regions: theirs.
+        held_out_regions: their regions.
         whitening: `[heads, d, d]`.
         rank: r.
         epochs: passes over the states.
-        batch_size: states a step.
-        learning_rate: of Adam.
-        generator: of the initial map and the order.
-        advance: told of each epoch's number and held-out loss.
+        batch_size: states per step.
+        learning_rate: Adam's.
+        generator: for the initial map and the order.
+        advance: called with each epoch's number and held-out loss.
     """
     heads, width = states.shape[1:]
     scale = np.sqrt(np.square(states, dtype=np.float64).mean(axis=(0, 2))).clip(1e-12)
@@ -204,7 +205,7 @@ def train_head_maps(
     white = torch.from_numpy((whitening * scale[:, None, None]).astype(np.float32))
     train = (scaled(states), scaled(regions.centre), torch.from_numpy(regions.radius).float())
     check = (scaled(held_out), scaled(held_out_regions.centre), torch.from_numpy(held_out_regions.radius).float())
-    # Kaiming's bound for a linear layer of r inputs, as published; the map begins near, not at, the identity.
+    # Kaiming's bound for a linear layer of r inputs, as published; the map starts near the identity, not at it.
     bound = 1 / math.sqrt(rank)
     shape = (heads, width, rank)
     initial = [(2 * torch.rand(shape, generator=generator) - 1) * bound for _ in range(2)]

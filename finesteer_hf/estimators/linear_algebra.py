@@ -9,15 +9,15 @@ from sklearn.utils.extmath import randomized_svd
 from finesteer_hf.estimators.arrays import Matrix
 
 
-# Above this many rows an exact Gram eigenproblem of a wide table costs more than the accuracy it adds.
+# Above this many rows an exact Gram eigenproblem of a wide table costs more than its accuracy is worth.
 RANDOMISED_ABOVE_ROWS = 5_000
 RANDOMISED_ABOVE_SIDE = 1_024
 
 
 def row_space(matrix: Matrix) -> tuple[Matrix, Matrix]:
-    """Write a table in an orthonormal basis of the space of its rows, without loss.
+    """Write a table in an orthonormal basis of its row space, without loss.
 
-    Distances, Gram matrices, ridge and PCA do not change under it, so a fit at d=4096 on 400 rows is a fit at 400.
+    Distances, Gram matrices, ridge and PCA do not change, so a fit at d=4096 on 400 rows becomes a fit at d=400.
 
     Args:
         matrix: [rows, d] fp64.
@@ -37,11 +37,11 @@ def gram_eigen(centred: Matrix, count: int | None = None) -> tuple[Matrix, Matri
 
     Args:
         centred: [rows, d] fp64.
-        count: how many leading directions; None for all.
+        count: number of leading directions; None for all.
 
     Returns:
-        left [rows, k], eigenvalues [k] descending (squared singular values), right [d, k]. k is less than `count`
-        where the table has a lower numerical rank. The sign of a direction makes its largest entry positive.
+        left [rows, k], eigenvalues [k] descending (squared singular values), right [d, k]. k is less than `count` if
+        the table has a lower numerical rank. The largest entry of each direction is positive.
     """
     rows, width = centred.shape
     tall = rows >= width
@@ -50,7 +50,7 @@ def gram_eigen(centred: Matrix, count: int | None = None) -> tuple[Matrix, Matri
     wanted = side if count is None else min(count, side)
     if wanted == 0:
         return np.empty((rows, 0)), np.empty(0), np.empty((width, 0))
-    if wanted < side // 8:  # only then is a part of the spectrum cheaper than all of it
+    if wanted < side // 8:  # only then is part of the spectrum cheaper than all of it
         values, vectors = scipy.linalg.eigh(gram, subset_by_index=[side - wanted, side - 1], check_finite=False)
     else:
         values, vectors = scipy.linalg.eigh(gram, driver="evd", check_finite=False)
@@ -66,14 +66,15 @@ def gram_eigen(centred: Matrix, count: int | None = None) -> tuple[Matrix, Matri
 
 
 def principal_directions(centred: Matrix, count: int, seed: int = 0) -> tuple[Matrix, Matrix]:
-    """Give the top right singular vectors of a centred table.
+    """Return the top right singular vectors of a centred table.
 
-    Exact by the Gram trick; randomised (Halko et al. 2011, four power iterations) only for very long and wide tables.
+    Exact, by the Gram matrix; randomised (Halko et al. 2011, four power iterations) only for very long and wide
+    tables.
 
     Args:
         centred: [rows, d] fp64.
-        count: how many directions.
-        seed: of the randomised method.
+        count: number of directions.
+        seed: seed of the randomised method.
 
     Returns:
         squared singular values [k] descending and orthonormal directions [d, k], k <= count.
@@ -86,6 +87,6 @@ def principal_directions(centred: Matrix, count: int, seed: int = 0) -> tuple[Ma
         sign = np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(directions.shape[1])])
         return singular**2, directions * sign
     _, values, right = gram_eigen(centred, count)
-    # dividing by small singular values costs orthogonality; a QR whose signs are kept restores it
+    # dividing by small singular values loses orthogonality; a sign-preserving QR restores it
     directions, triangle = scipy.linalg.qr(right, mode="economic", check_finite=False)
     return values, directions * np.sign(np.diag(triangle))

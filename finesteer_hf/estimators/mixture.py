@@ -1,4 +1,4 @@
-"""Interpretable experts in closed form: routed prototypes plus a reduced-rank residual, each only if it pays."""
+"""Interpretable experts in closed form: routed prototypes plus a reduced-rank residual, each only if it helps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from finesteer_hf.estimators.selection import (
 )
 
 
-# of the experts whose leavings the residual is fitted on; the outer cross-fit judges the result
+# folds of the experts whose residuals are regressed; the outer cross-fit judges the result
 INNER_FOLDS = 3
 
 
@@ -44,14 +44,14 @@ def mixture_vector(
     bias: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Give v(h) = C softmax(R h + b) + up^T down^T (h - mean) + bias.
+    """Return v(h) = C softmax(R h + b) + up^T down^T (h - mean) + bias.
 
     Args:
         h: query states [..., d], any floating dtype.
         router_weight, router_bias: R [K, d] and b [K] fp32.
         prototypes: C^T [K, d] fp32, in the units of the shifts.
-        mean, down, up, bias: of the residual, as in `low_rank_vector`.
-        weights: softmax(R h + b) [..., K], if it is known already.
+        mean, down, up, bias: those of the residual, as in `low_rank_vector`.
+        weights: softmax(R h + b) [..., K], if already computed.
 
     Returns:
         [..., d] fp32.
@@ -73,31 +73,31 @@ class _Trial:
 
     @property
     def stored_vectors(self) -> float:
-        """How many vectors of width d it takes to store: the measure of simplicity."""
+        """Number of stored vectors of width d: the measure of complexity."""
         return (2 * self.num_experts if self.num_experts > 1 else 1) + 2 * self.residual_rank
 
 
 class MixtureSteering(BaseEstimator):
-    """The default vector: v(h) = C softmax(R h + b) + U^T D^T (h - h_bar) + c, nothing of it trained by gradient.
+    """The default vector: v(h) = C softmax(R h + b) + U^T D^T (h - h_bar) + c, without gradient training.
 
-    Experts are clusters of the shifts with prototypes in their own units, routed by a linear discriminant of the
-    state; the residual is reduced-rank ridge regression of what routing, held out, leaves. One expert and no residual
-    is the constant mean shift. The combinations are cross-fitted, and the simplest within one standard error (or .001
-    of R^2) of the best is kept: the whole comparison stays in `ablations_`.
+    Experts are clusters of the shifts, with prototypes in the shifts' units, routed by a linear discriminant of the
+    state. The residual is a reduced-rank ridge regression of what held-out routing leaves. One expert without a
+    residual is the constant mean shift. The combinations are cross-fitted, and the simplest within one standard error
+    (or .001 of R^2) of the best is kept; `ablations_` has the whole comparison.
 
     Args:
         num_experts: K, or "auto" for 1 to 4.
         residual_rank: r, 0 for no residual, or "auto" (chosen by `ReducedRankSteering`, or none).
         max_rank: the highest residual rank of "auto".
-        calibrate: multiply the deviation from the mean shift by its held-out slope.
-        folds, seed: of the cross-fits and of K-means.
+        calibrate: whether to multiply the deviation from the mean shift by its held-out slope.
+        folds, seed: those of the cross-fits and of K-means.
 
     Attributes:
         router_weight_ [K, d], router_bias_ [K], prototypes_ [K, d], mean_ [d], down_ [d, r], up_ [r, d], bias_ [d]:
             v as stored, fp32.
         num_experts_, residual_rank_, expert_sizes_ [K], slope_, held_out_r2_, held_out_cosine_.
         ablations_: dicts num_experts, residual_rank (mean over folds), held_out_r2, cosine, slope,
-            standard_error (of the R^2 difference to the best), chosen. K = 1 and r = 0 are always among them.
+            standard_error (of the R^2 difference from the best), chosen. K = 1 and r = 0 are always included.
     """
 
     EXPERT_CANDIDATES = (1, 2, 3, 4)
@@ -126,7 +126,7 @@ class MixtureSteering(BaseEstimator):
             groups: [M] labels; rows of a group are held out together in every choice.
 
         Raises:
-            ValueError: bad rows, more experts than rows, experts with too few rows each, rank out of range.
+            ValueError: for bad rows, more experts than rows, experts with too few rows each, and a rank out of range.
         """
         h, delta = paired(states, shifts, min_rows=10)
         labels = as_groups(groups, len(h))
@@ -141,8 +141,8 @@ class MixtureSteering(BaseEstimator):
             experts = {count: fitted for count, fitted in experts.items() if len(fitted.sizes) == count}
         elif len(experts[counts[-1]].sizes) < counts[-1]:
             raise ValueError(
-                f"num_experts={counts[-1]} leaves an expert with too few of the {len(h)} rows to route to; "
-                f"{len(experts[counts[-1]].sizes)} is possible."
+                f"num_experts={counts[-1]} leaves an expert with too few of the {len(h)} rows; "
+                f"at most {len(experts[counts[-1]].sizes)} are possible."
             )
         choice = self._compare(features, targets, labels, list(experts))
         self._keep(experts[choice], features, targets, labels, (feature_basis, target_basis))
@@ -154,7 +154,7 @@ class MixtureSteering(BaseEstimator):
         count = self.num_experts
         if not isinstance(count, int | np.integer) or isinstance(count, bool) or not 1 <= count <= rows:
             raise ValueError(
-                f"num_experts={count!r} must be 'auto' or a whole number from 1 to the {rows} rows there are."
+                f"num_experts={count!r} must be 'auto' or an integer from 1 to the number of rows, {rows}."
             )
         return (1,) if count == 1 else (1, int(count))
 
@@ -162,12 +162,12 @@ class MixtureSteering(BaseEstimator):
         rank = self.residual_rank
         whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
         if not (rank == "auto" or (whole and 0 <= int(rank) <= limit)):
-            raise ValueError(f"residual_rank={rank!r} must be 'auto' or a whole number from 0 to {limit}.")
+            raise ValueError(f"residual_rank={rank!r} must be 'auto' or an integer from 0 to {limit}.")
 
     def _fit_residual(
         self, experts: RoutedPrototypes, features: Matrix, targets: Matrix, groups: NDArray[Any] | None
     ) -> ReducedRankSteering:
-        """Regress on the states what experts that have not seen a row leave of its shift."""
+        """Regress on the states the part of each shift that experts fitted without the row leave."""
         left = targets - targets.mean(axis=0)
         count = len(experts.sizes)
         if count > 1:
@@ -184,9 +184,9 @@ class MixtureSteering(BaseEstimator):
         return residual.fit(features, left, groups)
 
     def _compare(self, features: Matrix, targets: Matrix, groups: NDArray[Any] | None, counts: list[int]) -> int:
-        """Cross-fit the combinations, fill `ablations_`, set the choice and its slope; give its number of experts.
+        """Cross-fit the combinations, fill `ablations_`, set the choice and its slope; return its number of experts.
 
-        All numbers of experts are compared without a residual; with one, only K = 1 and the best of the others.
+        All numbers of experts are compared without a residual; with one, only K = 1 and the best other K.
         """
         self._folds = make_folds(len(features), self.folds, groups, self.seed)
         experts = [
@@ -240,7 +240,7 @@ class MixtureSteering(BaseEstimator):
         return _Trial(count, with_residual, rank, predicted, row_losses(targets, predicted))
 
     def _eligible(self, trial: _Trial, counts: list[int]) -> bool:
-        """Whether a combination is what was asked for; the others are there for comparison."""
+        """Whether a combination may be chosen; the others are only for comparison."""
         if self.num_experts != "auto" and trial.num_experts != counts[-1]:
             return False
         return self.residual_rank == "auto" or trial.with_residual == (self.residual_rank != 0)
@@ -287,13 +287,13 @@ class MixtureSteering(BaseEstimator):
         self.up_, self.bias_ = (up @ outputs.T).astype(np.float32), (outputs @ bias).astype(np.float32)
 
     def predict(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give v of states [B, d]: [B, d] fp32."""
+        """Return v of states [B, d]: [B, d] fp32."""
         check_is_fitted(self)
         checked = as_matrix(states, "states", min_rows=1, width=len(self.mean_))
         return run(mixture_vector, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `mixture_vector`."""
+        """Return the arguments of `mixture_vector`."""
         check_is_fitted(self)
         names = ("router_weight", "router_bias", "prototypes", "mean", "down", "up", "bias")
         return {name: runtime_tensor(getattr(self, f"{name}_")) for name in names}

@@ -50,7 +50,7 @@ def mose_vector(
     residual_basis: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Give v(h) = C alpha(h) + U beta(h) (Eq. 11), beta a one-hidden-layer ReLU network.
+    """Return v(h) = C alpha(h) + U beta(h) (Eq. 11), beta a one-hidden-layer ReLU network.
 
     Args:
         h: query states [..., d], any floating dtype.
@@ -58,7 +58,7 @@ def mose_vector(
         prototypes: C^T [K, d].
         hidden_weight, hidden_bias, output_weight, output_bias: of beta (Eq. 13-14), [m, d], [m], [r, m], [r].
         residual_basis: U [d, r], orthonormal.
-        weights: alpha(h) [..., K], if it is known already.
+        weights: alpha(h) [..., K], if already computed.
 
     Returns:
         [..., d] fp32.
@@ -72,7 +72,7 @@ def mose_vector(
 
 
 class _Unfolded(nn.Module):
-    """MoSE as it is trained: query, key (and value) projections apart."""
+    """MoSE in training: separate query, key (and value) projections."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class _Unfolded(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> State:
-        """Give the arguments of `mose_vector`: W_Q, W_K and C meet in a K x d matrix, W_V and C in another.
+        """Return the arguments of `mose_vector`: W_Q, W_K and C fold into a K x d matrix, W_V and C into another.
 
         The bias of W_Q becomes the router's; that of W_K is in the keys.
         """
@@ -125,33 +125,34 @@ class _Unfolded(nn.Module):
 
 
 class PaperMoSE(BaseEstimator):
-    """MoSE to the letter: frozen prototypes and residual basis, trained routing and residual network.
+    """MoSE as published: frozen prototypes and residual basis, trained routing and residual network.
 
     variant="paper": shifts are normalised, reduced to 256 dimensions and clustered; prototypes are the centroids of
-    the *normalised* shifts; the residual basis is PCA of the centred raw shifts. variant="orthogonal": raw shifts
-    are clustered, prototypes pass a learned value projection, and the residual basis is PCA of what the span of the
-    prototypes leaves. Known of the paper's form: prototypes are at most of unit length and the basis need not hold
-    the mean shift, so v cannot reach it at scale, and lambda repairs part of it. `closed_form` does not have this.
+    the *normalised* shifts; the residual basis is PCA of the centred raw shifts. variant="orthogonal": raw shifts are
+    clustered, prototypes pass a learned value projection, and the residual basis is PCA of what the span of the
+    prototypes leaves. A known limit of the paper's form: prototypes have at most unit length and the basis need not
+    contain the mean shift, so v may not reach its length; lambda makes up for part of it. `closed_form` has no such
+    limit.
 
-    compat="official" trains as the published code does where that differs from the paper: W_Q, W_K and W_V have biases,
-    W_V starts at random and not from the prototypes themselves, the orthogonal variant's K is the median of three
-    criteria, and validation rows are drawn one by one, whatever their groups.
+    compat="official" trains as the published code does where that differs from the paper: W_Q, W_K and W_V have
+    biases, W_V starts at random instead of at the prototypes, the orthogonal variant's K is the median of three
+    criteria, and validation rows are drawn singly, ignoring groups.
 
-    Stored size is that of the residual network, 4 d m bytes: 67 MB at d = m = 4096.
+    The residual network dominates the stored size, 4 d m bytes: 67 MB at d = m = 4096.
 
     Args:
-        num_experts: K, or "auto": the best Calinski-Harabasz index of 4 to 10.
+        num_experts: K, or "auto": the best Calinski-Harabasz index from 4 to 10.
         residual_rank: r.
         key_dim: d_k; None for d.
         hidden_dim: m, width of the residual network; None for d.
         variant: "paper" or "orthogonal".
         compat: None, or "official".
-        lr, weight_decay: of AdamW, full batch, on the mean squared error of the elements.
-        epochs: at most.
+        lr, weight_decay: those of AdamW, full batch, on the element-wise mean squared error.
+        epochs: most epochs.
         patience: epochs without a better validation error before stopping; the best epoch's weights are kept.
-        val_fraction: of the rows (of the groups, where given).
-        max_grad_norm: gradients are clipped to it, after the backward pass.
-        seed: of clustering, split and initial weights.
+        val_fraction: validation share of the rows (of the groups, if given).
+        max_grad_norm: gradients are clipped to this norm, after the backward pass.
+        seed: seed of clustering, split and initial weights.
 
     Attributes:
         num_experts_, labels_ [M], expert_curve_ (K to Calinski-Harabasz index), centroids_ [K, d], residual_basis_
@@ -198,7 +199,7 @@ class PaperMoSE(BaseEstimator):
             groups: [M] labels; the validation rows are whole groups.
 
         Raises:
-            ValueError: bad rows, more experts than rows, residual rank or another parameter out of range.
+            ValueError: for bad rows, more experts than rows, and a residual rank or another parameter out of range.
         """
         h, delta = paired(states, shifts)
         labels = as_groups(groups, len(h))
@@ -230,10 +231,10 @@ class PaperMoSE(BaseEstimator):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_experts != "auto" and not 1 <= int(self.num_experts) <= rows:
-            raise ValueError(f"num_experts={self.num_experts} must lie between 1 and the {rows} rows there are.")
+            raise ValueError(f"num_experts={self.num_experts} must be between 1 and the number of rows, {rows}.")
         if not 1 <= self.residual_rank <= min(rows - 1, width):
             raise ValueError(
-                f"residual_rank={self.residual_rank} must lie between 1 and min(rows - 1, d) = {min(rows - 1, width)}."
+                f"residual_rank={self.residual_rank} must be between 1 and min(rows - 1, d) = {min(rows - 1, width)}."
             )
 
     def _cluster(self, delta: Matrix) -> None:
@@ -298,12 +299,12 @@ class PaperMoSE(BaseEstimator):
         network.load_state_dict(best)
 
     def predict(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give v of states [B, d]: [B, d] fp32."""
+        """Return v of states [B, d]: [B, d] fp32."""
         check_is_fitted(self, "network_")
         checked = as_matrix(states, "states", min_rows=1, width=self.centroids_.shape[1])
         return run(mose_vector, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `mose_vector`."""
+        """Return the arguments of `mose_vector`."""
         check_is_fitted(self, "network_")
         return dict(self._state)

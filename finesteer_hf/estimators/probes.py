@@ -1,4 +1,4 @@
-"""Linear probes on attention heads: which heads tell wanted from unwanted, and in which direction (ITI, FASB)."""
+"""Linear probes on attention heads: which heads separate wanted from unwanted states, and how (ITI, FASB)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MAX_ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class HeadProbes:
-    """A logistic regression a head: p(wanted) = sigmoid(weight . x + bias).
+    """One logistic regression per head: p(wanted) = sigmoid(weight . x + bias).
 
     Attributes:
         weight: `[heads, size]` float64.
         bias: `[heads]`.
-        accuracy: `[heads]` share of held-out states that are told right.
+        accuracy: `[heads]` share of held-out states classified correctly.
         log_loss: `[heads]` mean negative log-likelihood of the held-out labels, in nats.
     """
 
@@ -35,7 +35,7 @@ def fit_head_probes(
     held_out: NDArray[np.floating],
     held_out_labels: NDArray[np.integer],
 ) -> HeadProbes:
-    """Fit a probe on each head, and judge it on held-out states.
+    """Fit a probe on each head and score it on held-out states.
 
     Args:
         states: `[n, heads, size]`.
@@ -59,7 +59,7 @@ def fit_head_probes(
 
 
 def best_heads(accuracy: NDArray[np.float64], log_loss: NDArray[np.float64], count: int) -> NDArray[np.intp]:
-    """Indices of the heads with the highest held-out accuracy; among equals the smaller loss, then the earlier head."""
+    """Indices of the heads with the best held-out accuracy; ties go to the smaller loss, then the earlier head."""
     return np.lexsort((np.arange(len(accuracy)), log_loss, -accuracy))[:count]
 
 
@@ -83,5 +83,5 @@ def unit_rows(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def spread_along(states: NDArray[np.floating], directions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviation of states projected on a direction a head, `[heads]` of `[n, heads, size]`."""
+    """Standard deviation of states `[n, heads, size]` projected on each head's direction, `[heads]`."""
     return np.einsum("nhs,hs->nh", states.astype(np.float64), directions).std(axis=0)

@@ -1,4 +1,4 @@
-"""Ridge regression of shifts on states by one eigenproblem: every strength, rank and held-out residual from it."""
+"""Ridge regression of shifts on states: one eigenproblem gives every strength, rank and held-out residual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finesteer_hf.estimators.linear_algebra import gram_eigen, row_space
 
 @dataclass(frozen=True)
 class RidgePath:
-    """The eigen-decomposed regression delta - delta_bar = (h - h_bar) B of M rows, for every ridge at once.
+    """The eigendecomposed regression delta - delta_bar = (h - h_bar) B of M rows, for every ridge at once.
 
     Attributes:
         feature_mean: h_bar [p].
@@ -42,13 +42,14 @@ class RidgePath:
         return cls(feature_mean, target_mean, centred, left, eigenvalues, right, left.T @ centred)
 
     def held_out_curve(self, blocks: Sequence[NDArray[Any]] | None = None) -> dict[float, float]:
-        """Give the exact held-out R^2 of ridge strengths: each decade around the mean eigenvalue, thirds near the best.
+        """Return the exact held-out R^2 of ridge strengths: each decade around the mean eigenvalue, thirds near the
+        best.
 
         Args:
             blocks: as in `held_out_residuals`.
 
         Returns:
-            Strength to R^2 against the constant predictor, itself refitted without the row; by rising strength.
+            Strength to R^2 against the constant predictor, itself refitted without the row; by ascending strength.
         """
         constant = float(np.square(self.held_out_residuals(np.inf, blocks)).sum())
         scale = float(self.eigenvalues.mean()) if len(self.eigenvalues) else 1.0
@@ -63,20 +64,20 @@ class RidgePath:
         return dict(sorted(curve.items()))
 
     def held_out_residuals(self, ridge: float, blocks: Sequence[NDArray[Any]] | None = None) -> Matrix:
-        """Give what a refit without the row (or its block) leaves of each row, exactly and without refitting.
+        """Return each row's residual under a fit without the row (or its block), exactly and without refitting.
 
         With the hat matrix S = 1 1^T / M + U diag(w / (w + ridge)) U^T, which contains both means, the residual of
         a left-out block is (I - S_bb)^{-1} e_b; for a single row e_i / (1 - S_ii).
 
         Args:
             ridge: strength.
-            blocks: row indices that are left out together; None for each row alone.
+            blocks: row indices that are left out together; None for single rows.
 
         Returns:
             [M, q].
 
         Raises:
-            ValueError: a row is fitted exactly whatever it says (leverage 1), so nothing is held out.
+            ValueError: if a row is always fitted exactly (leverage 1), so that nothing is held out.
         """
         rows = len(self.targets)
         shrink = self.eigenvalues / (self.eigenvalues + ridge)
@@ -100,45 +101,45 @@ class RidgePath:
         return held_out
 
     def response_directions(self, ridge: float, rank: int) -> Matrix:
-        """Give the orthonormal output directions [q, r] of the best rank-r map at this ridge, best first.
+        """Return the orthonormal output directions [q, r] of the best rank-r map at this ridge, best first.
 
-        They are the right singular vectors of the fitted values of the augmented least-squares problem
-        [A; sqrt(ridge) I] B = [D; 0], whose Gram matrix is P^T diag(w / (w + ridge)) P (Izenman 1975; Mukherjee and
-        Zhu 2011). Without ridge: of the ordinary fitted values. Not those of the shifts themselves, which may be
-        large where nothing is predictable.
+        They are the right singular vectors of the fitted values of the augmented least-squares problem [A; sqrt(ridge)
+        I] B = [D; 0], whose Gram matrix is P^T diag(w / (w + ridge)) P (Izenman 1975; Mukherjee and Zhu 2011). Without
+        ridge, of the ordinary fitted values. They are not those of the shifts, which may be large where nothing is
+        predictable.
         """
         shrink = self.eigenvalues / (self.eigenvalues + ridge)
         return gram_eigen(np.sqrt(shrink)[:, None] * self.projected, rank)[2]
 
     def input_directions(self, ridge: float, directions: Matrix) -> Matrix:
-        """Give B @ directions [p, r]: what a state is multiplied with to get its coefficients."""
+        """Return B @ directions [p, r]: a state times it gives the state's coefficients."""
         weights = np.sqrt(self.eigenvalues) / (self.eigenvalues + ridge)
         return self.right @ (weights[:, None] * (self.projected @ directions))
 
 
 def group_blocks(groups: NDArray[Any] | None) -> list[NDArray[np.intp]] | None:
-    """Give the row indices of each group; None where each row is alone; ValueError if all rows are of one group."""
+    """Return the row indices of each group; None without groups; ValueError if all rows are in one group."""
     if groups is None:
         return None
     names = np.unique(groups)
     if len(names) < 2:
-        raise ValueError(f"groups: all rows are of '{names[0]}', so no group can be held out. Give 2 groups, or none.")
+        raise ValueError(f"groups: all rows are in '{names[0]}', so no group can be held out. Give 2 groups, or none.")
     if len(names) == len(groups):
         return None
     return [np.flatnonzero(groups == name) for name in names]
 
 
 def held_out_residuals(states: ArrayLike, shifts: ArrayLike, ridge: float, groups: Any = None) -> Matrix:
-    """Give exact leave-one-out (or leave-one-group-out) residuals of ridge regression with an intercept.
+    """Return exact leave-one-out (or leave-one-group-out) residuals of ridge regression with an intercept.
 
     Args:
         states: [M, d].
         shifts: [M, d].
-        ridge: strength, of the penalty ridge * ||B||_F^2 on the centred problem.
-        groups: [M] labels, or None for each row alone.
+        ridge: strength of the penalty ridge * ||B||_F^2 on the centred problem.
+        groups: [M] labels, or None for single rows.
 
     Returns:
-        [M, d] fp64: shift minus the prediction of a fit, means included, without the row (or its group).
+        [M, d] fp64: shift minus the prediction of a fit without the row (or its group), means included.
     """
     h, delta = paired(states, shifts, min_rows=3)
     path = RidgePath.of(row_space(h)[0], delta)

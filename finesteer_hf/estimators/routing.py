@@ -33,14 +33,14 @@ class RoutedPrototypes:
     sizes: NDArray[np.intp]
 
     def predict(self, features: Matrix) -> Matrix:
-        """Give the routed prototypes of features [n, p]: [n, q]."""
+        """Return the routed prototypes of features [n, p]: [n, q]."""
         return softmax(features @ self.weight.T + self.bias, axis=1) @ self.prototypes
 
 
 def shrunken_prototypes(shifts: Matrix, labels: NDArray[np.intp]) -> Matrix:
-    """Give cluster means drawn to the overall mean: delta_bar + n_k t^2 / (n_k t^2 + s^2) (mean_k - delta_bar).
+    """Return cluster means shrunk to the overall mean: delta_bar + n_k t^2 / (n_k t^2 + s^2) (mean_k - delta_bar).
 
-    s^2 is the variance within clusters and t^2 that between them, both summed over dimensions.
+    s^2 is the variance within clusters and t^2 the variance between them, both summed over dimensions.
 
     Args:
         shifts: [M, q].
@@ -62,18 +62,18 @@ def shrunken_prototypes(shifts: Matrix, labels: NDArray[np.intp]) -> Matrix:
 def fit_prototypes(
     features: Matrix, shifts: Matrix, counts: Sequence[int], *, groups: NDArray[Any] | None = None, seed: int = 0
 ) -> list[RoutedPrototypes]:
-    """Cluster the shifts, and learn to tell the cluster from the state.
+    """Cluster the shifts, and learn to predict the cluster from the state.
 
     Routing is linear discriminant analysis with a pooled Ledoit-Wolf covariance on the leading principal components, which
     gives log-priors plus affine log-likelihood ratios; the ratios are scaled by the one factor that minimises the
-    cross-fitted log-loss, so that routing which cannot tell the clusters apart falls back to their frequencies.
+    cross-fitted log-loss, so that routing that cannot separate the clusters falls back to their frequencies.
 
     Args:
         features: [M, p] states.
         shifts: [M, q].
-        counts: numbers of experts, each fitted for itself; fewer experts are made where one would have under 5 rows.
-        groups: [M], kept together when the factor is fitted.
-        seed: of K-means and folds.
+        counts: numbers of experts, each fitted separately; fewer experts are used if one would have under 5 rows.
+        groups: [M] labels, kept together when the factor is fitted.
+        seed: seed of K-means and folds.
 
     Returns:
         The prototypes of each count.
@@ -113,7 +113,7 @@ def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp
     for fewer in range(min(count, len(features) // SMALLEST_EXPERT), 1, -1):
         try:
             labels = cluster(features, fewer, restarts=5, seed=seed)
-        except ValueError:  # fewer distinct shifts than that
+        except ValueError:  # fewer distinct shifts than clusters
             continue
         if np.bincount(labels).min() >= SMALLEST_EXPERT:
             return labels
@@ -121,9 +121,9 @@ def _usable_clusters(features: Matrix, count: int, seed: int) -> NDArray[np.intp
 
 
 def _discriminant(coordinates: Matrix, labels: NDArray[np.intp], count: int) -> tuple[Matrix, Matrix]:
-    """Give the affine log-likelihood ratios, weight [K, p] and offset [K]; 0 for a class without rows.
+    """Return the affine log-likelihood ratios, weight [K, p] and offset [K]; 0 for a class without rows.
 
-    The pooled covariance is shrunk once; scikit-learn's discriminant shrinks each class, in five times the time.
+    The pooled covariance is shrunk once; scikit-learn's discriminant shrinks each class and takes five times as long.
     """
     weight, offset = np.zeros((count, coordinates.shape[1])), np.zeros(count)
     classes, members = np.unique(labels, return_inverse=True)

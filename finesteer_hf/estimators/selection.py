@@ -1,4 +1,4 @@
-"""How a fit is judged and chosen: folds, held-out figures, the one-standard-error rule."""
+"""How a fit is evaluated and chosen: folds, held-out figures, the one-standard-error rule."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ Fold = tuple[NDArray[np.intp], NDArray[np.intp]]
 def make_folds(rows: int, folds: int = 5, groups: NDArray[Any] | None = None, seed: int = 0) -> list[Fold]:
     """Split rows into (train, test) index pairs; rows of one group are never on both sides.
 
-    Fewer folds are made where there are fewer rows or groups than `folds`.
+    There are fewer folds if there are fewer rows or groups than `folds`.
 
     Raises:
-        ValueError: fewer than two folds can be made.
+        ValueError: if fewer than two folds are possible.
     """
     parts = rows if groups is None else len(np.unique(groups))
     count = min(folds, parts)
     if count < 2:
         what = "rows" if groups is None else "groups"
-        raise ValueError(f"cross-validation needs at least 2 folds: folds={folds}, and there are {parts} {what}.")
+        raise ValueError(f"cross-validation needs at least 2 folds, got folds={folds} and {parts} {what}.")
     splitter = KFold if groups is None else GroupKFold
     return list(splitter(count, shuffle=True, random_state=seed).split(np.empty((rows, 0)), groups=groups))
 
 
 def row_losses(target: ArrayLike, prediction: ArrayLike) -> Matrix:
-    """Give the squared error ||target - prediction||^2 of each row, [rows] fp64."""
+    """Return the squared error ||target - prediction||^2 of each row, [rows] fp64."""
     return np.square(as_float64(target, "target") - as_float64(prediction, "prediction")).sum(axis=-1)
 
 
 def held_out_r2(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -> float:
-    """Give 1 - SSE(prediction) / SSE(constant): what is explained beyond the constant predictor.
+    """Return 1 - SSE(prediction) / SSE(constant): the share explained beyond the constant predictor.
 
     Args:
         target: shifts [rows, d] that the fit has not seen.
         prediction: [rows, d].
-        constant: mean shift of the rows that were fitted, [d] or, where folds differ, [rows, d].
+        constant: mean shift of the fitted rows, [d] or, if folds differ, [rows, d].
 
     Returns:
-        At most 1; 0 is no better than steering every query alike; nan where the constant has no error to explain.
+        At most 1; 0 is no better than steering every query the same; nan if the constant has no error to explain.
     """
     total = float(row_losses(target, constant).sum())
     return 1.0 - float(row_losses(target, prediction).sum()) / total if total > 0 else float("nan")
 
 
 def mean_cosine(target: ArrayLike, prediction: ArrayLike) -> float:
-    """Give the mean cosine between each shift and its prediction, both [rows, d]; a zero vector counts as 0."""
+    """Return the mean cosine between each shift and its prediction, both [rows, d]; a zero vector counts as 0."""
     a, b = as_float64(target, "target"), as_float64(prediction, "prediction")
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return float(np.mean((a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)))
 
 
 def calibration_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -> float:
-    """Give the slope of target on prediction, both taken from `constant` (methods: regression shrinks, slope > 1).
+    """Return the slope of target on prediction, both relative to `constant` (regression shrinks, so slope > 1).
 
     Args:
         target: held-out shifts [rows, d].
@@ -68,7 +68,7 @@ def calibration_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayL
         constant: [d] or [rows, d].
 
     Returns:
-        The least-squares slope; 1.0 where the prediction never leaves the constant.
+        The least-squares slope; 1.0 if the prediction never leaves the constant.
     """
     base = as_float64(constant, "constant")
     moved = as_float64(prediction, "prediction") - base
@@ -76,14 +76,14 @@ def calibration_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayL
     return float(((as_float64(target, "target") - base) * moved).sum()) / energy if energy > 0 else 1.0
 
 
-# A thousandth of the variance of the shifts is worth no stored vector, however surely it is held out.
+# A thousandth of the variance of the shifts is not worth a stored vector, however significant it is.
 WORTHLESS_R2 = 1e-3
-# A larger slope comes from predictions too small to measure one.
+# Larger slopes come from predictions too small to measure one.
 MAX_SLOPE = 2.0
 
 
 def usable_slope(target: ArrayLike, prediction: ArrayLike, constant: ArrayLike) -> float:
-    """Give `calibration_slope` within [0, MAX_SLOPE]: what a prediction may be multiplied with."""
+    """Return `calibration_slope` clipped to [0, MAX_SLOPE], as a factor for predictions."""
     return float(np.clip(calibration_slope(target, prediction, constant), 0.0, MAX_SLOPE))
 
 
@@ -96,13 +96,13 @@ def one_standard_error(
 ) -> int:
     """Choose the simplest candidate whose held-out loss is within one standard error of the best.
 
-    The standard error is that of the paired difference to the best candidate, row by row: losses of one row under
-    two candidates rise and fall together, so an unpaired error would accept almost anything.
+    The standard error is that of the paired difference from the best candidate, row by row: the losses of one row
+    under two candidates are correlated, so an unpaired error would accept almost anything.
 
     Args:
         losses: [candidates, rows] held-out loss of each row.
         complexity: [candidates], smaller is simpler.
-        groups: [rows]; rows of a group count as one observation of the difference.
+        groups: [rows] labels; rows of a group count as one observation of the difference.
         indifference: a mean loss per row that is not worth any complexity.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Descent under a sparse group penalty: few rows of a matrix, and in them few entries, leave zero."""
+"""Descent under a sparse group penalty: few rows of a matrix, and few entries in them, are non-zero."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 
-# A step is accepted if the objective falls by this share of what its length promises (Wright et al. 2009, Eq. 22).
+# A step is accepted if the objective falls by this share of what its length predicts (Wright et al. 2009, Eq. 22).
 SUFFICIENT = 1e-2
 MAX_HALVINGS = 20
 
@@ -37,16 +37,16 @@ def proximal_descent(
     """Proximal gradient descent with Barzilai-Borwein steps, halved until the objective falls (SpaRSA, monotone).
 
     Args:
-        smooth: gives value and gradient of the part without penalties.
+        smooth: returns value and gradient of the part without penalties.
         start: `[groups, size]`.
         l1: penalty on coordinates.
         group: penalty on rows.
         step: length of the first step in units of the gradient.
         iterations: most steps.
-        tolerance: relative change of the iterate at which it ends.
+        tolerance: relative change of the iterate at which it stops.
 
     Yields:
-        Each accepted iterate, and the smooth part there.
+        Each accepted iterate, and the smooth part's value there.
     """
     size = start.shape[1]
 

@@ -30,7 +30,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def scaled_deviation(h: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split h - mean into entries of at most 1 and a scale, so that squares of it cannot overflow.
+    """Split h - mean into entries of at most 1 and a scale, so that its squares cannot overflow.
 
     Args:
         h: [..., d], any floating dtype.
@@ -45,9 +45,9 @@ def scaled_deviation(h: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def subspace_energy_ratio(h: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Give s(h) = ||V^T (h - mu)||^2 / ||h - mu||^2 (Eq. 6-7): the denominator is the *total* energy.
+    """Return s(h) = ||V^T (h - mu)||^2 / ||h - mu||^2 (Eq. 6-7): the denominator is the *total* energy.
 
-    It is scale-free, and h and 2 mu - h tie.
+    It is scale-free, and h and 2 mu - h have the same score.
 
     Args:
         h: query states [..., d], any floating dtype.
@@ -68,18 +68,20 @@ class IntervenedSubspace(BaseEstimator):
 
     Args:
         rank: number of directions k, or "auto" to choose it on held-out rows.
-        criterion: of "auto": "gap" takes the largest k whose mean SER in sample exceeds the cross-fitted one by at
-            most `gap_tolerance`; "likelihood" the k of the best held-out log-likelihood of probabilistic PCA.
+        criterion: how "auto" chooses: "gap" takes the largest k whose in-sample mean SER exceeds the cross-fitted one
+            by at most `gap_tolerance`; "likelihood" takes the k with the best held-out log-likelihood of probabilistic
+            PCA.
         max_fraction: "auto" stops at this fraction of the rows (and at half the width); an explicit rank above it
             only warns.
         gap_tolerance: in SER units.
-        folds: of the cross-fit.
-        seed: of the folds.
+        folds: folds of the cross-fit.
+        seed: seed of the folds.
 
     Attributes:
         mean_ [d], basis_ [d, k] (fp32), variances_ [k] of the rows along the basis, rank_, n_rows_.
-        curve_: one dict a candidate rank: rank, in_sample, held_out (mean SER), gap, log_likelihood (a row, held out).
-        chosen_params_: what "auto" settled on.
+        curve_: one dict per candidate rank: rank, in_sample, held_out (mean SER), gap, log_likelihood (per held-out
+            row).
+        chosen_params_: what "auto" chose.
     """
 
     def __init__(
@@ -104,11 +106,11 @@ class IntervenedSubspace(BaseEstimator):
 
         Args:
             ir: states of IR queries [M, d].
-            general: not used: this is a one-class estimator.
+            general: not used; this is a one-class estimator.
             groups: [M] labels; rows of a group stay on one side of each cross-fit.
 
         Raises:
-            ValueError: bad rows, rank out of range, rows without any variation.
+            ValueError: for bad rows, a rank out of range, and rows without variation.
         """
         rows = as_matrix(ir, "ir")
         labels = as_groups(groups, len(rows))
@@ -141,9 +143,9 @@ class IntervenedSubspace(BaseEstimator):
 
     def _explicit_rank(self, limit: int, cap: int) -> int:
         if not isinstance(self.rank, int | np.integer) or isinstance(self.rank, bool):
-            raise ValueError(f"rank={self.rank!r} must be a whole number or 'auto'.")
+            raise ValueError(f"rank={self.rank!r} must be an integer or 'auto'.")
         if not 1 <= self.rank <= limit:
-            raise ValueError(f"rank={self.rank} must lie between 1 and min(rows - 1, d) = {limit}.")
+            raise ValueError(f"rank={self.rank} must be between 1 and min(rows - 1, d) = {limit}.")
         if self.rank > cap:
             warnings.warn(
                 f"rank={self.rank} is above {self.max_fraction:.3g} of the rows ({cap}): the energy ratio of the rows "
@@ -155,7 +157,7 @@ class IntervenedSubspace(BaseEstimator):
     def _curve(
         self, rows: Matrix, centred: Matrix, directions: Matrix, groups: NDArray[Any] | None
     ) -> list[dict[str, float]]:
-        """Judge every rank at once: the bases are nested, so energies are running sums."""
+        """Score every rank at once: the bases are nested, so energies are running sums."""
         top = directions.shape[1]
         in_sample = _nested_energy_ratios(centred, directions).mean(axis=0)
         held_out, likelihood = [], []
@@ -185,13 +187,13 @@ class IntervenedSubspace(BaseEstimator):
         return int(max((row["rank"] for row in self.curve_ if row["gap"] <= self.gap_tolerance), default=1))
 
     def score_samples(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give the energy ratio of states [B, d]: [B] in [0, 1], higher is more like the IR queries."""
+        """Return the energy ratio of states [B, d]: [B] in [0, 1], higher is more like the IR queries."""
         check_is_fitted(self)
         checked = as_matrix(states, "states", min_rows=1, width=len(self.mean_))
         return run(subspace_energy_ratio, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `subspace_energy_ratio`: mean [d], basis [d, k]."""
+        """Return the arguments of `subspace_energy_ratio`: mean [d], basis [d, k]."""
         check_is_fitted(self)
         return {"mean": runtime_tensor(self.mean_), "basis": runtime_tensor(self.basis_)}
 
@@ -203,7 +205,7 @@ def _nested_energy_ratios(centred: Matrix, directions: Matrix) -> Matrix:
 
 
 def _ppca_log_likelihood(centred: Matrix, directions: Matrix, variances: Matrix, total_variance: float) -> Matrix:
-    """Log-density of rows under probabilistic PCA (Tipping and Bishop 1999) of each rank 1..k, [rows, k]."""
+    """Log-density of rows under probabilistic PCA (Tipping and Bishop 1999) for each rank 1..k, [rows, k]."""
     width, top = directions.shape
     ranks = np.arange(1, top + 1)
     noise = np.maximum(total_variance - np.cumsum(variances), 1e-12 * total_variance) / np.maximum(width - ranks, 1)

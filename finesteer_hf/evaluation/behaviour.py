@@ -1,4 +1,4 @@
-"""What a model does on judged prompts: answers, likelihoods and gates of one condition, ready to compare with another."""
+"""A model's behaviour on judged prompts: answers, likelihoods and gates of one condition, to compare with another."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from finesteer_hf.evaluation.measures.utility import identical_share
 
 @dataclass(frozen=True)
 class JudgedPrompt:
-    """A prompt and what its answer is held against.
+    """A prompt and how its answer is judged.
 
     Attributes:
         id: unique name.
         prompt: text or chat.
-        judge: says of an answer whether it is what is wanted; None if it is neither right nor wrong.
+        judge: whether an answer is the wanted one; None if it is neither right nor wrong.
         category: kind of question, task or harm.
-        choices: right and wrong answers for MC1 and MC2, if there are any.
+        choices: right and wrong answers for MC1 and MC2, if any.
     """
 
     id: str
@@ -44,7 +44,7 @@ class JudgedPrompt:
 
     @property
     def text(self) -> str:
-        """What the user says."""
+        """The user's text."""
         return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
 
 
@@ -53,10 +53,10 @@ class Outcome:
     """One condition on a list of judged prompts.
 
     Attributes:
-        prompts: what was asked.
-        answers: what came back.
-        verdicts: the judge's word on each answer.
-        choices: MC1 and MC2, where the prompts have choices.
+        prompts: the prompts.
+        answers: the answers.
+        verdicts: the judge's verdict on each answer.
+        choices: MC1 and MC2, if the prompts have choices.
         adapter: name of the adapter that steered; None for the base model.
     """
 
@@ -68,16 +68,16 @@ class Outcome:
 
     @property
     def hits(self) -> list[bool]:
-        """Whether each answer is what is wanted."""
+        """Whether each answer is the wanted one."""
         return [verdict is True for verdict in self.verdicts]
 
     @property
     def share(self) -> Proportion:
-        """Share of answers that are what is wanted."""
+        """Share of wanted answers."""
         return proportion(self.hits)
 
     def recorded(self, name: str) -> np.ndarray | None:
-        """What the adapter recorded for each prompt (`gate`, `score`, `experts`); None if it recorded no such thing."""
+        """The adapter's record for each prompt (`gate`, `score`, `experts`); None if it has none."""
         values = self.answers.steering.get(self.adapter or "", {}).get(name)
         return None if values is None else values.numpy()
 
@@ -120,11 +120,11 @@ def evaluate(
     Args:
         model: a causal LM; a steered one if an adapter is named.
         tokenizer: its tokenizer.
-        prompts: what to ask.
+        prompts: the prompts.
         adapter: name of a loaded adapter; None for the base model.
         scale: run-time factor of its strength.
-        choices: whether MC1 and MC2 are scored for prompts that have choices.
-        max_new_tokens: limit of an answer.
+        choices: whether to score MC1 and MC2 for prompts that have choices.
+        max_new_tokens: most tokens of an answer.
     """
     with steered_as(model, adapter, scale):
         answers = greedy_answers(model, tokenizer, [item.prompt for item in prompts], max_new_tokens=max_new_tokens)

@@ -1,4 +1,4 @@
-"""One condition beside another, as rows that tables, cards and reports print."""
+"""Two conditions side by side, as rows for tables, cards and reports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ComparisonRow:
     """A figure under two conditions.
 
     Attributes:
-        dataset: what was asked.
-        metric: what was counted.
-        unsteered: the figure of the base model; None where it has none (a gate).
+        dataset: name of the prompts.
+        metric: what is counted.
+        unsteered: the figure of the base model; None if it has none (a gate).
         steered: the figure under steering.
-        p_value: of the two conditions on the same prompts: McNemar's exact test for shares, sign flips for means.
+        p_value: p of the two conditions on the same prompts: McNemar's exact test for shares, sign flips for means.
     """
 
     dataset: str
@@ -29,12 +29,12 @@ class ComparisonRow:
     p_value: float | None = None
 
     def cells(self, holds: bool = False) -> tuple[str, str, str, str, str]:
-        """The row as texts, with a star if its p holds in a table; a dash for what does not exist."""
+        """The row as strings, with a star if its p is significant in the table and a dash for missing values."""
         p_value = "-" if self.p_value is None else p_text(self.p_value, holds)
         return self.dataset, self.metric, _text(self.unsteered), _text(self.steered), p_value
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, kept in an adapter's config and shown on its card."""
+        """JSON-ready form, stored in an adapter's config and shown on its card."""
         return {
             "dataset": self.dataset,
             "metric": self.metric,
@@ -44,7 +44,7 @@ class ComparisonRow:
         }
 
 
-# What holds in a table of several p-values, after a correction for all of them.
+# Significance level in a table of several p-values, after correction.
 ALPHA = 0.05
 HOLM_NOTE = f"*: below {ALPHA:g} after Holm's correction for all p of the table."
 COLUMNS = ("data", "figure", "unsteered", "steered", "paired p")
@@ -55,12 +55,12 @@ def _text(figure: Proportion | Mean | None) -> str:
 
 
 def p_text(value: float, holds: bool) -> str:
-    """A p-value as text, with a star if it is left by the correction for its table."""
+    """A p-value as text, with a star if it is significant after the table's correction."""
     return f"{value:.2g}{'*' if holds else ''}"
 
 
 def table_cells(rows: Sequence[ComparisonRow]) -> list[tuple[str, str, str, str, str]]:
-    """The rows of one table as texts; a star marks the p-values that Holm's correction for all of them leaves."""
+    """The rows of a table as strings; a star marks p-values that are significant after Holm's correction."""
     corrected = iter(holm([row.p_value for row in rows if row.p_value is not None]))
     return [row.cells(row.p_value is not None and bool(next(corrected) < ALPHA)) for row in rows]
 
@@ -69,7 +69,7 @@ def compare(dataset: str, metric: str, base: Outcome, steered: Outcome) -> list[
     """All figures of two conditions on the same prompts.
 
     Args:
-        dataset: name of what was asked.
+        dataset: name of the prompts.
         metric: what a hit is, for example "truthful".
         base: outcome of the base model.
         steered: outcome under steering.

@@ -13,13 +13,14 @@ from finesteer_hf.evaluation.measures.scoring import steered_as
 
 
 def examples_of(dataset: str, base: Outcome, steered: Outcome) -> list[dict[str, Any]]:
-    """A prompt that steering brings to the wanted answer and one that it changes in vain; for `config.fit["examples"]`.
+    """A prompt whose answer steering makes the wanted one, and one that it changes in vain; for
+    `config.fit["examples"]`.
 
-    The first of each kind, and not the best: a card should show neither the luckiest answer alone nor wins alone. Where
-    nothing is judged, the first answer that changes.
+    The first of each kind, not the best: a card should not show only lucky answers or only wins. If nothing is judged,
+    the first answer that changes.
 
     Args:
-        dataset: name of what was asked.
+        dataset: name of the prompts.
         base: answers of the base model.
         steered: answers under an adapter, to the same prompts.
     """
@@ -57,7 +58,7 @@ def ask_example(
         tokenizer: its tokenizer.
         prompt: a text or a chat.
         adapter: name of a loaded adapter.
-        max_new_tokens: limit of an answer.
+        max_new_tokens: most tokens of an answer.
     """
 
     def ask(name: str | None) -> Answers:
@@ -71,5 +72,5 @@ def ask_example(
         "unsteered": base.texts[0],
         "steered": steered.texts[0],
         "gate": None if gate is None else round(float(gate[0]), 4),
-        "source": "chosen by who fitted it",
+        "source": "chosen by whoever fitted it",
     }

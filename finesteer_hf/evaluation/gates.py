@@ -1,4 +1,4 @@
-"""What a gate does, with no judge needed: misses, false alarms, separation, dose."""
+"""Figures of a gate, without a judge: misses, false alarms, separation, dose."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class GateFigures:
         dose_ir: mean gate value on IR queries.
         dose_general: mean gate value on general queries.
         zero_general: share of general queries whose gate is exactly 0, which leaves the model bit-identical.
-        auroc: of the score, IR against general; NaN if one side is empty.
+        auroc: AUROC of the score, IR against general; NaN if one side is empty.
         tpr_at_1_fpr: largest share of IR queries above a score threshold that at most 1% of general queries pass.
-        threshold: what counted as firing.
+        threshold: gate value from which it fires.
     """
 
     miss: Proportion
@@ -53,7 +53,7 @@ def gate_figures(
     Args:
         gate_ir: gate values of IR queries, `[n]` in [0, 1].
         gate_general: gate values of general queries, `[m]`.
-        score_ir: what the gate was computed from, larger for IR; the gate itself if not given.
+        score_ir: scores behind the gate, larger for IR; by default the gate itself.
         score_general: the same for general queries.
         threshold: gate value from which it counts as firing.
 

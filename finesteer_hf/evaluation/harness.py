@@ -1,7 +1,7 @@
-"""lm-eval's harness for steered models: its model `finesteer`.
+"""Steered models in lm-eval: its model `finesteer`.
 
-lm-eval's own `HFLM` puts a context and its continuation through the model in one forward and does not say where the
-context ends. Here the steering is told, row by row, so it decides on the context, as it does in `generate`.
+lm-eval's `HFLM` runs a context and its continuation in one forward and does not say where the context ends. Here each
+row's context length is passed on, so steering decides on the context, as in `generate`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}. lm-eval is an extra: pip install 'finesteer-hf[eval]'.") from error
 
 
-# lm-eval's own request: context and continuation as texts (None for a piece of a running text), and the ids of both.
+# lm-eval's request: context and continuation as texts (None for a piece of a running text), and the ids of both.
 Request: TypeAlias = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class _Row(NamedTuple):
-    """One row of a forward: the requests that it answers all at once, and the ids that lm-eval's batching looks at."""
+    """One row of a forward: the requests that it answers, and the ids that lm-eval batches by."""
 
     requests: list[int]
     context: list[int]
@@ -43,20 +43,21 @@ class _Row(NamedTuple):
 
 @register_model("finesteer")
 class FineSteerLM(HFLM):
-    """A steered model for lm-eval: `HFLM` with all that it takes, and steering.
+    """A steered model for lm-eval: `HFLM` with all its arguments, plus steering.
 
     Args:
-        pretrained: the base model's id or folder; or a model of `SteeredModelForCausalLM`, which is evaluated with what is
-            active on it at the time, so that `with model.steering(...)` around an evaluation counts.
-        steering: the adapter, where `pretrained` is an id: `org/name`, `org/name@revision`, a folder or a
-            `SteeringAdapter`; several as a dict of name to these, or as such a dict in JSON. All are active, in order.
-        steering_scale: a number that multiplies all of them, or a dict of name to number, or that in JSON.
+        pretrained: the base model's id or folder; or a model from `SteeredModelForCausalLM`, which is evaluated with
+            its active steering, including `with model.steering(...)` around the evaluation.
+        steering: the adapter, if `pretrained` is an id: `org/name`, `org/name@revision`, a folder or a
+            `SteeringAdapter`; or several, as a dict from name to one of these or as such a dict in JSON. All are
+            active, in order.
+        steering_scale: a number that multiplies all scales, or a dict from name to number, or such a dict in JSON.
         steering_revision: branch, tag or commit of the adapters' repos; `revision` is the base model's.
         **kwargs: as for `HFLM`: `batch_size`, `device`, `dtype`, `peft`, `tokenizer`, `max_length`, ...
 
     Raises:
-        ValueError: for a model object that is not steered or together with `steering`, a scale without an adapter, an
-            encoder-decoder.
+        ValueError: for a model object that is not steered, a model object together with `steering`, a scale without an
+            adapter, or an encoder-decoder.
 
     Example:
         >>> lm = FineSteerLM("org/model", steering="org/model-truthful@v1", steering_scale=1.5, batch_size=8)
@@ -79,7 +80,7 @@ class FineSteerLM(HFLM):
                 )
             if steering is not None or steering_scale != 1.0:
                 raise ValueError(
-                    "A model object is evaluated as it is steered. Instead of `steering` and `steering_scale` use "
+                    "A model object is evaluated with its own steering. Instead of `steering` and `steering_scale` use "
                     "`model.set_steering(...)`, or `with model.steering(name, scale=...)` around the evaluation."
                 )
         self._adapters = _load(_parsed(steering), steering_revision)
@@ -88,7 +89,7 @@ class FineSteerLM(HFLM):
         super().__init__(pretrained=pretrained, **kwargs)
         if self.backend != "causal":
             raise ValueError(
-                f"Steering needs a causal language model; lm-eval takes this one for a {self.backend} model."
+                f"Steering needs a causal language model; lm-eval treats this one as a {self.backend} model."
             )
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
@@ -101,10 +102,10 @@ class FineSteerLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether greedy search would say it; the queries are the contexts' ends.
+        """Log-probability of each continuation, and whether it is the greedy one; the queries are the contexts' ends.
 
-        A piece of a running text (`loglikelihood_rolling`) has no prompt: what comes before its first scored token, the
-        first token of a text or one token of context, stands for it.
+        A piece of a running text (`loglikelihood_rolling`) has no prompt; the token before its first scored one serves
+        as prompt.
         """
         answers: list[Any] = [None] * len(requests)
         rows = self._rows(requests)
@@ -128,13 +129,13 @@ class FineSteerLM(HFLM):
         return answers
 
     def _rows(self, requests: Sequence[Request]) -> list[_Row]:
-        """One row for all requests of one prompt that differ in their last token alone, as options A to D do."""
+        """One row for all requests of one prompt that differ only in their last token, such as options A to D."""
         rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
         for index, (pair, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
                     f"Request {index} has {len(context)} tokens of context and {len(continuation)} of continuation; each "
-                    f"needs one, and a continuation may have {self.max_length}."
+                    f"needs one, and a continuation may have at most {self.max_length}."
                 )
             ids = context + continuation
             end = self._prompt_length(pair, context, continuation)
@@ -145,8 +146,9 @@ class FineSteerLM(HFLM):
     def _prompt_length(self, pair: tuple[str, str] | None, context: list[int], continuation: list[int]) -> int:
         """Number of tokens up to the one at which `generate` would decide.
 
-        lm-eval gives the space at a context's end to the continuation, also the newline that ends a chat template. It is
-        scored there, but the prompt ends after it, unless it has become one token with what follows.
+        lm-eval moves whitespace at a context's end to the continuation, including the newline that ends a chat
+        template. It is scored there, but the prompt ends after it, unless it is merged into one token with what
+        follows.
         """
         if pair is None or pair[0] == pair[0].rstrip():
             return len(context)
@@ -155,7 +157,7 @@ class FineSteerLM(HFLM):
 
     def _batch_logits(self, batch: Sequence[_Row]) -> Iterator[tuple[_Row, torch.Tensor]]:
         """Logits `[tokens, vocabulary]` that predict the tokens of each row, from the second one on."""
-        # The last token predicts nothing that is asked for. What is too long loses its beginning.
+        # The last token predicts nothing that is scored. Texts that are too long lose their beginning.
         ids = [(row.context + row.continuation)[-(self.max_length + 1) : -1] for row in batch]
         ends = [max(len(kept) + 1 - len(row.continuation), 1) for kept, row in zip(ids, batch, strict=True)]
         width = max(map(len, ids))
@@ -183,13 +185,13 @@ class FineSteerLM(HFLM):
         Args:
             inps: `[rows, tokens]`.
             attn_mask: `[rows, tokens]`, 0 at pads.
-            labels: of encoder-decoders; not used.
-            prompt_lengths: `[rows]`; None: the rows are prompts alone, as where lm-eval tries out batch sizes.
+            labels: for encoder-decoders; not used.
+            prompt_lengths: `[rows]`; None if the rows are only prompts, as when lm-eval tries batch sizes.
         """
         if prompt_lengths is None:
             prompt_lengths = torch.full((len(inps),), inps.shape[1])
         if not any(self._active()):
-            # As lm-eval does it: pads on the right change nothing before them, and the base's scores are HFLM's to the bit.
+            # As in lm-eval: right padding changes nothing before it, and the base's scores equal HFLM's to the bit.
             attn_mask = None
         mixed = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None):
@@ -198,7 +200,7 @@ class FineSteerLM(HFLM):
     # -- what is evaluated --------------------------------------------------------------------------------------------
 
     def _active(self) -> tuple[dict[str, float], tuple[SteeringProcessor, ...]]:
-        """What steers here and now: adapters with their scales, and processors of the user's own."""
+        """The active steering: adapters with their scales, and the user's own processors."""
         selection, processors = self.model._steering.active()
         return {name: scale for name, scale in selection if scale != 0}, processors
 
@@ -214,14 +216,16 @@ class FineSteerLM(HFLM):
         return known[1]
 
     def _identity(self) -> str:
-        """A name for what answers: the base model and what steers it now.
+        """A name for what is evaluated: the base model and its active steering.
 
         Raises:
-            ValueError: under `steering_with`: processors have no name.
+            ValueError: under `steering_with`, since processors have no name.
         """
         active, processors = self._active()
         if processors:
-            raise ValueError("Answers under `model.steering_with(...)` cannot be told apart; leave `use_cache` out.")
+            raise ValueError(
+                "The cache cannot identify processors of `model.steering_with(...)`; leave `use_cache` out."
+            )
         config = self.model.config
         base = [
             config._name_or_path,
@@ -234,14 +238,14 @@ class FineSteerLM(HFLM):
         return hashlib.sha256(json.dumps([base, steering]).encode()).hexdigest()
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Let lm-eval's cache of answers (`use_cache`), which knows requests alone, tell adapters and scales apart."""
+        """Make lm-eval's cache of answers (`use_cache`), keyed by requests only, distinguish adapters and scales."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             cache_hook.dbdict.encode_key = lambda key: f"{self._identity()}:{key}"
             cache_hook.dbdict.decode_key = lambda stored: stored.rpartition(":")[2]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results, with each active adapter's method, origin, scale and SHA-256."""
+        """Metadata for lm-eval's results, with each active adapter's method, origin, scale and SHA-256."""
         adapters = self.model.steering_adapters
         steering = {
             name: {
@@ -257,13 +261,13 @@ class FineSteerLM(HFLM):
 
 
 def _parsed(value: Any) -> Any:
-    """lm-eval's command line gives numbers and dicts as such, its string of arguments gives a dict as JSON text."""
+    """lm-eval's command line passes numbers and dicts, its argument string passes a dict as JSON."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{value!r} is no JSON: {error}. Give several adapters as model_args in a dict."
+                f"{value!r} is not JSON: {error}. Give several adapters as model_args in a dict."
             ) from error
     return value
 
@@ -283,7 +287,7 @@ def _load(steering: Any, revision: str | None) -> dict[str, SteeringAdapter]:
 def _selection(adapters: Mapping[str, SteeringAdapter], scale: Any) -> dict[str, float]:
     if not isinstance(scale, Mapping):
         if not adapters and scale != 1.0:
-            raise ValueError(f"steering_scale={scale!r} scales nothing: no `steering` was given.")
+            raise ValueError(f"steering_scale={scale!r} has no effect: no `steering` was given.")
         return dict.fromkeys(adapters, float(scale))
     unknown = sorted(set(scale) - set(adapters))
     if unknown:
@@ -292,7 +296,7 @@ def _selection(adapters: Mapping[str, SteeringAdapter], scale: Any) -> dict[str,
 
 
 def main() -> None:
-    """lm-eval's own command, for versions of it that do not look for models of other packages."""
+    """lm-eval's command, for versions that do not find models of other packages."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

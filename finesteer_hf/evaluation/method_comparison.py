@@ -1,4 +1,4 @@
-"""Methods fitted on one part of a user's own rows and asked the other: what each gains, what each costs."""
+"""Methods fitted on one part of a user's rows and tested on the other: what each gains and costs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class MethodTrial:
     """A method on the held-out prompts.
 
     Attributes:
-        name: of the method.
-        adapter: as it was fitted.
+        name: name of the method.
+        adapter: the fitted adapter.
         own: answers and choices on prompts of the user's rows.
         general: answers to general prompts.
-        seconds: time of its fit; states that an earlier fit captured are not read again.
+        seconds: time of its fit, without states that an earlier fit captured.
     """
 
     name: str
@@ -60,9 +60,9 @@ class MethodTrial:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.adapter.tensors.values())
 
     def against_base(self, comparison: MethodComparison) -> list[ComparisonRow]:
-        """All figures beside the base model's, paired."""
+        """All figures, paired with the base model's."""
         own = compare(OWN, HIT, comparison.own, self.own)
-        # General prompts have no right answer here: what counts is that the answer stays.
+        # General prompts have no right answer here; the answer should stay the same.
         general = compare(GENERAL, HIT, comparison.general, self.general)[1:]
         return [*own, *general]
 
@@ -72,8 +72,8 @@ class Duel:
     """Two methods on the same held-out prompts.
 
     Attributes:
-        first: name of one.
-        second: name of the other.
+        first: name of the first.
+        second: name of the second.
         mc1: McNemar's test of MC1.
         mc2: paired change of MC2 from the first to the second.
         mc2_p: its p-value, by sign flips.
@@ -93,9 +93,9 @@ class MethodComparison:
     Attributes:
         own: the base model on the held-out prompts of the user's rows.
         general: the base model on general prompts.
-        trials: the methods that could be fitted, in the order that they were asked for.
-        failed: why the others could not.
-        fitted: number of rows that methods were fitted on.
+        trials: the methods that were fitted, in the given order.
+        failed: why the others failed.
+        fitted: number of rows in the fits.
     """
 
     own: Outcome
@@ -134,7 +134,7 @@ class Parts:
 
     Attributes:
         fit: rows to fit on, in TRL's preference format.
-        general_fit: general prompts to fit with; None for a fit without any.
+        general_fit: general prompts for the fit; None for a fit without any.
         own: held-out prompts with their chosen and rejected answers.
         general: held-out general prompts.
     """
@@ -153,15 +153,15 @@ def part(
     seed: int = 0,
     max_rows: int | None = None,
 ) -> Parts:
-    """Hold a fifth of the prompts out, or of the categories, and a fifth of the general prompts.
+    """Hold out a fifth of the prompts or categories, and a fifth of the general prompts.
 
     Args:
         dataset: rows as for `fit_steering`.
         general_dataset: prompts that must not be steered; `default` takes the packaged ones, None fits without any and
-            asks the packaged ones all the same.
+            still tests on the packaged ones.
         split: `prompt`, or `group` for whole categories.
-        seed: of the draws.
-        max_rows: most rows that are used of each data set.
+        seed: seed of the draws.
+        max_rows: most rows used of each data set.
 
     Raises:
         DatasetError: if there are too few prompts, categories or general prompts to hold any out.
@@ -200,7 +200,7 @@ def _record(row: PreferenceRow) -> dict[str, Any]:
 
 
 def _judged(rows: Sequence[PreferenceRow]) -> list[JudgedPrompt]:
-    """Each prompt once, with all answers that its rows have."""
+    """Each prompt once, with the answers of all its rows."""
     of_prompt: dict[str, list[PreferenceRow]] = {}
     for row in rows:
         of_prompt.setdefault(prompt_key(row.prompt), []).append(row)
@@ -238,22 +238,23 @@ def compare_methods(
     note: Callable[[str], None] = lambda message: None,
     **fitting: Any,
 ) -> MethodComparison:
-    """Fit methods on the same rows and ask them the same held-out prompts.
+    """Fit methods on the same rows and test them on the same held-out prompts.
 
-    Each method chooses its layer and strength in its own fit, on rows of the fit part; the held-out part chooses nothing.
+    Each method chooses its layer and strength in its fit, on rows of the fit part; nothing is chosen on the held-out
+    part.
 
     Args:
         model: a steered model without an active adapter.
         tokenizer: its tokenizer.
-        parts: the user's data, parted.
-        configs: by name, what is fitted.
-        max_new_tokens: limit of an answer.
+        parts: the user's data, split.
+        configs: the methods' configs by name.
+        max_new_tokens: most tokens of an answer.
         store_dir: folder of the captured states; by default a temporary one, which the methods share.
-        note: shows a line of progress.
+        note: prints a line of progress.
         **fitting: more arguments of `fit_steering`.
 
     Returns:
-        The comparison; a method that the data do not allow is named in `failed` with the reason.
+        The comparison; a method that cannot be fitted on the data is in `failed` with the reason.
     """
     ask = partial(evaluate, model, tokenizer, max_new_tokens=max_new_tokens)
     note(f"{len(parts.fit)} rows to fit on; {len(parts.own)} prompts and {len(parts.general)} general ones held out")
@@ -273,7 +274,7 @@ def compare_methods(
                     **fitting,
                 )
             except ValueError as error:
-                # Too few rows for this method, a model that it cannot steer: the others can still be compared.
+                # Too few rows for this method, or a model that it cannot steer: the others are still compared.
                 failed[name] = str(error)
                 note(f"{name} cannot be fitted on these rows: {error}")
                 continue

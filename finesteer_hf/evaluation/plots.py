@@ -1,4 +1,4 @@
-"""Plots of gates, experts and doses; drawn without a display, in colours that colour-blind readers can tell apart."""
+"""Plots of gates, experts and doses; drawn without a display, in colour-blind-safe colours."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from finesteer_hf.method_api import DosePoint
 from finesteer_hf.methods._shared.objective import Criterion
 
 
-# Okabe and Ito's palette, without its yellow, which is too light for lines.
+# Okabe and Ito's palette without yellow, which is too light for lines.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 INK, GREY = "#222222", "#8a8a8a"
-# Nats that the axis of a divergence shows at least.
+# Smallest range of a divergence axis, in nats.
 LEAST_KL = 0.01
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
-# Line styles as well as colours, so that a plot survives a black-and-white print.
+# Line styles as well as colours, for black-and-white prints.
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 
 
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
-    """A figure as a PNG file's bytes."""
+    """A figure as the bytes of a PNG file."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     # No software version in the metadata: the same figure gives the same bytes.
@@ -116,15 +116,16 @@ def plot_gate_roc(scores: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
 def plot_dose_response(
     points: Sequence[DosePoint], *, chosen: float | None = None, leads: Criterion = "sayable"
 ) -> Figure:
-    """What a strength was chosen by, and what it costs: general prompts' divergence and the model's own words.
+    """The figure that a strength was chosen by, and its costs: divergence on general prompts, and the model's own
+    words.
 
     Args:
         points: the curve.
-        chosen: the strength that was taken.
+        chosen: the chosen strength.
         leads: the figure that it was chosen by.
     """
     spoken = [point for point in points if point.own_words is not None]
-    # One point, the unsteered model's, is no curve.
+    # One point, the unsteered model's, is not a curve.
     spoken = spoken if len(spoken) > 1 else []
     figure, axes = _axes(6.4, 4.6 + 1.8 * bool(spoken), 2 + bool(spoken), sharex=True)
     strength = np.array([point.strength for point in points])
@@ -133,18 +134,18 @@ def plot_dose_response(
     error = np.array([point.bottleneck_se if sayable else point.preference_se for point in points])
     axes[0].fill_between(strength, value - error, value + error, color=BLUE, alpha=0.2, linewidth=0)
     axes[0].plot(strength, value, color=BLUE, marker="o", markersize=4, linewidth=2)
-    name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\na token"
+    name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\nper token"
     axes[0].set_ylabel(f"{name}\n(band: 1 SE)", fontsize=9)
     axes[1].plot(strength, [point.kl for point in points], color=VERMILION, marker="s", markersize=4, linewidth=2)
     axes[1].set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
-    # Rounding alone, of some 1e-8 nats, must not fill the panel.
+    # Rounding errors, about 1e-8 nats, must not fill the panel.
     axes[1].set_ylim(0, max(1.1 * max((point.kl for point in points), default=0.0), LEAST_KL))
     if sayable:
         axes[0].set_ylim(bottom=0)
     if spoken:
         words = [point.own_words for point in spoken]
         axes[2].plot([point.strength for point in spoken], words, color=GREY, marker="^", markersize=4, linewidth=2)  # type: ignore[arg-type]
-        axes[2].set_ylabel("own words under the\nbase, nats a token", fontsize=9)
+        axes[2].set_ylabel("own words under the\nbase, nats per token", fontsize=9)
     axes[-1].set_xlabel("strength")
     if chosen is not None:
         for axis in axes:
@@ -180,10 +181,10 @@ def plot_effect_and_cost(
     effect: str = "change of MC2",
     cost: str = "general answers changed",
 ) -> Figure:
-    """What each method gains against what it changes elsewhere; the best place is at the top left.
+    """Each method's gain against what it changes elsewhere; the best place is at the top left.
 
     Args:
-        points: for each method the change of its effect, and the share of general prompts whose answer stays.
+        points: for each method, the change of its effect and the share of general prompts whose answer stays the same.
         effect: name of the effect, for the axis.
         cost: name of the cost, for the axis.
     """
@@ -229,7 +230,7 @@ def plot_shares(shares: Mapping[str, Mapping[str, Proportion | Mean]]) -> Figure
         low = values - np.array([share.low for _, share in rows])
         high = np.array([share.high for _, share in rows]) - values
         places = np.array([place + offset for place, _ in rows])
-        # Rounding may put a bound a hair inside the value.
+        # Rounding may move a bound slightly past the value.
         error = np.clip(np.stack([low, high]), 0, None) if rows else None
         axis.errorbar(values, places, xerr=error, fmt=marker, color=colour, capsize=3, markersize=6, label=condition)
     axis.set_yticks(range(len(shares)), list(shares))

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing beside it: tables, plots, answers side by side."""
+"""A report as one self-contained HTML file: tables, plots, answers side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Mark = Literal["good", "bad", ""]
 
 @dataclass(frozen=True)
 class Headline:
-    """A figure at the top of a report; the mark says whether it is a win or a loss, which the detail says in words."""
+    """A figure at the top of a report; the mark says whether it is a win or a loss, the detail says it in words."""
 
     label: str
     value: str
@@ -31,7 +31,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; figures carry their n and interval themselves. Marks, one a row, colour the last cells."""
+    """A table of strings; figures include their n and interval. Marks, one per row, colour the last cells."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with a caption that says what is seen without seeing it."""
+    """A plot with a caption that describes it for readers who cannot see it."""
 
     figure: Figure
     caption: str
@@ -55,7 +55,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Answer:
-    """One condition's answer; the mark says whether it is what is wanted."""
+    """One condition's answer; the mark says whether it is the wanted one."""
 
     condition: str
     text: str
@@ -104,7 +104,7 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """The report as HTML; prompts and answers are escaped, whatever a model wrote."""
+    """The report as HTML; prompts and answers are escaped."""
     environment = Environment(
         loader=PackageLoader("finesteer_hf.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -112,11 +112,11 @@ def render_report(report: Report) -> str:
 
 
 def write_report(report: Report, path: str | Path) -> Path:
-    """Write the report; an earlier one is replaced only once the new one is complete.
+    """Write the report; an earlier one is replaced only when the new one is complete.
 
     Args:
         report: its content.
-        path: an `.html` file; its folder is made.
+        path: an `.html` file; its folder is created.
 
     Returns:
         The path.

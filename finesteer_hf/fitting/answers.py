@@ -1,4 +1,4 @@
-"""Answers under teacher forcing: the logits that predict their tokens, and the states that these come from."""
+"""Answers under teacher forcing: the logits that predict their tokens, and the states behind them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finesteer_hf.processors import QueryStates, SteeringProcessor, SteeringProc
 from finesteer_hf.sites import Site
 
 
-# Logits of a batch, in values: the vocabulary is what a batch is wide in.
+# Most logits of a batch, in values: the vocabulary is its largest axis.
 LOGIT_BUDGET = 1 << 28
 TOKEN_BUDGET = 4096
 
@@ -31,13 +31,13 @@ def answer_logits(
     processors: Sequence[SteeringProcessor],
     prompts: PromptCache | None = None,
 ) -> Iterator[torch.Tensor]:
-    """For each passage the logits that predict its answer's tokens and the one after.
+    """Yield for each passage the logits that predict its answer's tokens and the next one.
 
     Args:
-        model: a steered model; what is active on it plays no part.
+        model: a steered model; its active adapters are ignored.
         batch: prompts with their answers.
-        processors: what steers instead.
-        prompts: keeps what the prompts' tokens before the last become; None runs whole texts.
+        processors: the processors to use instead.
+        prompts: caches the prompts' tokens before the last; None runs whole texts.
 
     Yields:
         `[answer + 1, vocabulary]` float32.
@@ -65,7 +65,7 @@ def answer_logits(
 
 
 def logit_budget(model: Any) -> int:
-    """Tokens of a batch whose logits fit."""
+    """Most tokens of a batch, so that its logits fit."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     return max(1, min(TOKEN_BUDGET, LOGIT_BUDGET // vocabulary))
 
@@ -77,16 +77,16 @@ def run_answers(
     sites: Sequence[Site] = (),
     prompts: PromptCache | None = None,
 ) -> Iterator[AnswerRun]:
-    """Run answers through a model, batch by batch, in their order.
+    """Run answers through a model in batches, in order.
 
-    Gradients reach the tensors that `steering` uses in `transform` and that ask for them, and nothing else: the model's
-    own parameters are frozen in its forwards, and blocks below the first steered one leave no graph.
+    Gradients reach only the tensors with `requires_grad` that `steering` uses in `transform`: the model's parameters
+    are frozen during its forwards, and blocks below the first steered one leave no graph.
 
     Args:
-        model: the base model, steered or not; adapters that are active on it play no part.
+        model: the base model, steered or not; its active adapters are ignored.
         passages: prompts with their answers.
-        steering: what steers; None for the model itself.
-        sites: whose states are wanted, as they are after steering.
+        steering: processor that steers; None for the unsteered model.
+        sites: sites whose states are returned, after steering.
         prompts: as for `answer_logits`.
     """
     recorder = StateRecorder(sites)
@@ -97,7 +97,7 @@ def run_answers(
         for row, (passage, of_answer) in enumerate(zip(batch, logits, strict=True)):
             columns = slice(int(passage.answer_start or 0) - 1, len(passage.ids) - 1)
             if recorder.behind:
-                # Behind a kept prompt a forward begins with each row's last prompt token.
+                # After a cached prompt a forward begins with each row's last prompt token.
                 columns = slice(0, len(passage.ids) - int(passage.answer_start or 0))
             states = {site: hidden[row, columns] for site, hidden in recorder.states.items()}
             yield AnswerRun(
@@ -106,11 +106,11 @@ def run_answers(
 
 
 class StateRecorder(SteeringProcessor):
-    """Keep the streams of the last forward at some sites, `[rows, tokens, width]` each, as they are."""
+    """Keep the streams of the last forward at some sites, `[rows, tokens, width]` each, unchanged."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.maps = tuple(sites)
-        # It changes nothing, so it stands in the way of no kept prompt.
+        # It changes nothing, so cached prompts remain usable.
         self.positions = "generated"
         self.states: dict[Site, torch.Tensor] = {}
         self.behind = False
@@ -122,22 +122,22 @@ class StateRecorder(SteeringProcessor):
 
 
 class QueryRecorder(StateRecorder):
-    """Keep what a gate would see of a batch: the unsteered states of its queries.
+    """Keep what a gate sees of a batch: the unsteered states of its queries.
 
     Args:
-        batch: the passages of the forward that it takes part in.
-        processors: whose gates these are.
+        batch: the passages of the forward.
+        processors: processors that have the gates.
     """
 
     def __init__(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> None:
         super().__init__(sorted({site for processor in processors for site in processor.reads}))
         self.batch = batch
         if any(processor.query_pool == "mean" for processor in processors):
-            # Then whole texts are run.
+            # In this case whole texts are run.
             self.query_pool = "mean"
 
     def steered_by(self, processor: SteeringProcessor) -> list[bool]:
-        """Of each passage, whether a processor would change anything in it: whether its gate is not exactly shut."""
+        """For each passage, whether a processor would change it: whether its gate is not exactly 0."""
         if not processor.reads:
             return [True] * len(self.batch)
         rows = list(range(len(self.batch)))
@@ -156,7 +156,7 @@ class QueryRecorder(StateRecorder):
 
 @contextlib.contextmanager
 def steered(model: Any) -> Iterator[None]:
-    """Give a model the steering verbs inside a block, if it has not got them."""
+    """Make a model steerable inside a block, if it is not."""
     already = isinstance(model, SteeringMixin)
     SteeredModelForCausalLM.from_model(model)
     try:
@@ -168,7 +168,7 @@ def steered(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients inside a block."""
+    """Turn off gradients of all parameters inside a block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

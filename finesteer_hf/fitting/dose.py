@@ -1,4 +1,4 @@
-"""Dose response: what a strength does to held-out answers, to what the model says itself, and to general prompts."""
+"""Dose response: the effect of a strength on held-out answers, the model's own answers and general prompts."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from finesteer_hf.methods._shared.objective import is_sayable
 from finesteer_hf.processors import SteeringProcessor
 
 
-# More rows make the curve no clearer than its standard error shows, and each costs two passes a strength.
+# More rows barely reduce the curve's standard error, and each costs two passes per strength.
 MAX_ROWS, MAX_PROMPTS = 200, 64
-# Greedy tokens after a general prompt over which the divergence is taken, beside the first.
+# Greedy tokens after a general prompt over which the divergence is measured, besides the first.
 CONTINUATION = 8
-# The same for methods that take tokens back: they judge whole answers, and so does their measure.
+# The same for backtracking methods: they judge whole answers, so more tokens are measured.
 OWN_TOKENS = 48
-# Held-out prompts whose steered answers are read, and their greedy tokens. What they show, a text that falls apart, shows
-# in a few.
+# Held-out prompts whose steered answers are generated, and their greedy tokens. A few are enough to show text that
+# breaks.
 SPOKEN_PROMPTS, SPOKEN_TOKENS = 24, 24
 
 
 @dataclass(frozen=True)
 class Look:
-    """How much of the held-out data is looked at: rows, and prompts that the model answers."""
+    """How much of the held-out data to use: rows, and prompts that the model answers."""
 
     rows: int
     spoken: int
 
 
 class DoseRunner:
-    """Runs a model steered at several strengths on fixed rows; it is steered for the length of a run only.
+    """Runs a model steered at several strengths on fixed rows; it is steered only during a run.
 
     Args:
-        model: the base model, steered or not; adapters that are active on it play no part.
+        model: the base model, steered or not; its active adapters are ignored.
         rows: held-out preference rows.
         prompts: general prompts.
-        seed: of the draw where there are more than `MAX_ROWS` or `MAX_PROMPTS`.
-        cache: keeps what the prompts become; None makes one.
+        seed: seed of the draw if there are more than `MAX_ROWS` or `MAX_PROMPTS`.
+        cache: caches the prompts; None creates a cache.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DoseRunner:
         self.cache = PromptCache(model) if cache is None else cache
         self._general: dict[int, list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
-        # What is known of a way to steer goes when nobody can ask for it again.
+        # Results for a `build` are freed when the `build` is.
         self._known: WeakKeyDictionary[Any, dict[float, Measured]] = WeakKeyDictionary()
         self._unsteered = Measured(effects=SideEffects(0.0, None))
 
@@ -84,20 +84,20 @@ class DoseRunner:
         advance: Callable[[int], None] = lambda done: None,
         share: float = 1.0,
     ) -> list[DosePoint]:
-        """The curve, in the order of the strengths; strength 0 is the model itself.
+        """The curve, in the order of the strengths; strength 0 is the unsteered model.
 
-        What was run for the same `build` before is not run again.
+        Earlier runs of the same `build` are reused.
 
         Args:
             build: makes the processor of a strength.
             strengths: lambdas to try.
-            advance: told of each forward's number of texts.
-            share: of the held-out prompts that are looked at.
+            advance: called with each forward's number of texts.
+            share: share of the held-out prompts to use.
 
         Returns:
-            Rows of one prompt are taken together in means and standard errors; divergences are in nats, at the next
-            token and along the unsteered greedy continuation. Methods that take tokens back steer what they would in
-            generation (see `Heard`), and it is also counted how many of the continuations they change.
+            The points. Rows of one prompt count as one in means and standard errors; divergences are in nats, at the
+            next token and along the unsteered greedy continuation. Backtracking methods steer as in generation (see
+            `Heard`), and the points also count how many continuations they change.
         """
         look, known = self._look(share), self._known_of(build, strengths)
         new = {strength: found for strength, found in known.items() if strength and self._lacks(found, look)}
@@ -109,7 +109,7 @@ class DoseRunner:
     def texts(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
     ) -> int:
-        """Number of texts that `run` would put through the model, what is generated left out."""
+        """Number of texts that `run` would run, without generated ones."""
         look = self._look(share)
         known = {0.0: self._unsteered} | self._known_of(build, strengths)
         unknown = {strength: found for strength, found in known.items() if self._lacks(found, look) or not strength}
@@ -121,7 +121,7 @@ class DoseRunner:
     def _known_of(
         self, build: Callable[[float], SteeringProcessor], strengths: Sequence[float]
     ) -> dict[float, Measured]:
-        """What is known of some strengths, to be added to."""
+        """The results of some strengths, to be extended."""
         known = self._known.setdefault(build, {0.0: self._unsteered})
         return {strength: known.setdefault(strength, Measured()) for strength in map(float, strengths)}
 
@@ -143,7 +143,7 @@ class DoseRunner:
         self._affect({s: p for s, p in processors.items() if known[s].effects is None}, known, takes_back, advance)
         self._speak(None, self._unsteered, look)
         for strength, processor in processors.items():
-            # Where whole wanted answers come, they are what the model says, and need not be listened to.
+            # If the model gives the wanted answers, its own answers need not be generated.
             if not is_sayable(self._point(strength, known, look)):
                 self._speak(processor, known[strength], look)
 
@@ -183,7 +183,7 @@ class DoseRunner:
         look: Look,
         advance: Callable[[int], None],
     ) -> None:
-        """Run the rows' answers at each strength, and unsteered, as far as they are not known."""
+        """Run the rows' missing answers at each strength and unsteered."""
         together: dict[tuple[Passage, ...], list[tuple[float, Measured]]] = {}
         for strength, found in (*((s, known[s]) for s in processors), (0.0, self._unsteered)):
             together.setdefault(tuple(self._unknown(found, look)), []).append((strength, found))
@@ -210,10 +210,10 @@ class DoseRunner:
     def _as_generated(
         self, batch: Sequence[Passage], processors: dict[float, SteeringProcessor]
     ) -> dict[float, SteeringProcessor]:
-        """Processors as they steer a batch's answers in generation.
+        """Processors in the state in which they steer a batch's answers in generation.
 
-        One that takes tokens back has by then judged what the model said first, and not the answer that is wanted, on
-        which it would find nothing to steer.
+        In generation a backtracking processor judges the model's first answer, not the wanted one, in which it would
+        find nothing to steer.
         """
         sites = next((processor.maps for processor in processors.values() if processor.lookback), ())
         if not sites:
@@ -224,15 +224,15 @@ class DoseRunner:
         return {strength: heard.judged_by(processor) for strength, processor in processors.items()}
 
     def _asked(self, look: Look) -> list[Passage]:
-        """The first held-out prompts, to which the model's own answers are listened to."""
+        """The first held-out prompts, for the model's own answers."""
         return list(dict.fromkeys(row.prompt for row in self.rows[: look.rows]))[: look.spoken]
 
     def _unheard(self, found: Measured, look: Look) -> list[Passage]:
-        """Prompts whose answers are yet to be heard, where anybody listens."""
+        """Prompts whose own answers are missing, if they are needed."""
         return [prompt for prompt in self._asked(look) if found.words and prompt not in found.words]
 
     def _speak(self, processor: SteeringProcessor | None, found: Measured, look: Look) -> None:
-        """Listen to what the model says to prompts, and ask the base how likely it finds that."""
+        """Generate the model's own answers to prompts and compute their likelihood under the base."""
         prompts = [prompt for prompt in self._asked(look) if prompt not in found.words]
         said = own_words(self.model, prompts, SPOKEN_TOKENS, [processor] if processor else [], self.cache)
         scores = {p: _score(p, logits) for batch in self._batches(said) for p, logits in self._logits(batch, None)}
@@ -247,7 +247,7 @@ class DoseRunner:
         takes_back: bool,
         advance: Callable[[int], None],
     ) -> None:
-        """Find what each strength does to general prompts."""
+        """Measure each strength's effect on general prompts."""
         if not processors:
             return
         length = OWN_TOKENS if takes_back else CONTINUATION
@@ -259,7 +259,7 @@ class DoseRunner:
             queries = QueryRecorder(batch, list(processors.values()))
             base = [logits.log_softmax(-1) for _, logits in self._logits(batch, queries)]
             for strength, processor in processors.items():
-                # What a gate is shut on stays as it is, and costs no forward.
+                # Prompts with a shut gate do not change and cost no forward.
                 steers = [True] * len(batch) if takes_back else queries.steered_by(processor)
                 moved = self._logits(list(compress(batch, steers)), processor)
                 for reference, is_steered in zip(base, steers, strict=True):
@@ -269,7 +269,8 @@ class DoseRunner:
                     _, logits = next(moved)
                     kl = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
                     divergences[strength].append(kl.clamp(min=0).cpu())
-                    # Greedy, a text stays as it is if each of its tokens is still the likeliest after those before it.
+                    # A greedy text does not change if each of its tokens is still the most likely after the earlier
+                    # ones.
                     differs = reference[:-1].argmax(-1) != logits[:-1].argmax(-1)
                     changed[strength].append(bool(differs.any()))
                 advance(len(batch))
@@ -283,14 +284,14 @@ class DoseRunner:
 
     def _look(self, share: float) -> Look:
         rows = len(self.rows)
-        # But all general prompts: a percentile of few is that of the one on which a gate errs.
+        # But all general prompts: a percentile over few is decided by a single gate error.
         return Look(min(rows, max(1, round(share * rows))), math.ceil(share * SPOKEN_PROMPTS))
 
     def _passages(self, look: Look) -> list[Passage]:
         return list(dict.fromkeys(answer for row in self.rows[: look.rows] for answer in (row.chosen, row.rejected)))
 
     def _batches(self, passages: Sequence[Passage]) -> Iterator[list[Passage]]:
-        """Passages of similar length whose logits fit."""
+        """Batches of passages of similar length whose logits fit in memory."""
         ordered = sorted(passages, key=lambda p: (p.answer_start or 0, len(p.ids)), reverse=True)
         return batches(ordered, lambda batch: len(batch) * max(len(p.ids) for p in batch), logit_budget(self.model))
 
@@ -298,7 +299,7 @@ class DoseRunner:
     def _logits(
         self, batch: Sequence[Passage], processor: SteeringProcessor | None
     ) -> Iterator[tuple[Passage, torch.Tensor]]:
-        """For each passage the logits that predict its answer's tokens and the one after, `[answer + 1, vocabulary]`."""
+        """For each passage, the logits of its answer's tokens and the next one, `[answer + 1, vocabulary]`."""
         if not batch:
             return
         processors = [] if processor is None else [processor]
@@ -312,7 +313,7 @@ def _score(passage: Passage, logits: torch.Tensor) -> AnswerScores:
 
 
 def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:
-    """At most so many items, drawn at random, in their order."""
+    """At most `most` items, drawn at random, in their order."""
     if len(items) <= most:
         return list(items)
     kept = np.sort(np.random.default_rng(seed).choice(len(items), most, replace=False))

@@ -35,7 +35,7 @@ from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.sites import TextTower
 
 
-# What is fitted are linear maps of a few thousand columns and thresholds on a score.
+# Enough for what is fitted: linear maps of a few thousand columns, and thresholds on a score.
 MAX_ROWS = 20_000
 RECORDED_PACKAGES = ("finesteer-hf", "torch", "transformers", "scikit-learn", "numpy")
 
@@ -60,47 +60,47 @@ def fit_steering(
 ) -> SteeringAdapter:
     """Fit a steering adapter.
 
-    Under `accelerate launch` or `torchrun` every process must call it, with the same data and the model on its own device:
-    each puts its share of the texts through the model, and all return the adapter that one process would, up to the
-    rounding of other batches. For 4 GPUs: `accelerate launch --multi_gpu --num_processes 4 fit.py`, with the model on
-    `accelerate.PartialState().device`.
-    Without GPUs, or with the model on the CPU, the same command starts 4 processes there (a state that the script makes is
-    `PartialState(cpu=True)` then), as does `torchrun --nproc-per-node 4 fit.py`; `accelerate launch --cpu` starts one.
+    Under `accelerate launch` or `torchrun` every process must call it, with the same data and the model on its own
+    device: each runs its share of the texts through the model, and all return the same adapter as one process, up to
+    rounding from different batches. For 4 GPUs: `accelerate launch --multi_gpu --num_processes 4 fit.py`, with the
+    model on `accelerate.PartialState().device`. Without GPUs, or with the model on the CPU, the same command starts 4
+    processes there (a script that creates the state then uses `PartialState(cpu=True)`), as does `torchrun
+    --nproc-per-node 4 fit.py`; `accelerate launch --cpu` starts one.
 
     Args:
-        model: the causal LM, as it will be steered (quantised, sharded, with LoRA). It is read unsteered and left as it
-            was.
+        model: the causal LM, as it will be steered (quantised, sharded, with LoRA). It is read unsteered and left
+            unchanged.
         tokenizer: its tokenizer.
         train_dataset: rows `{"prompt", "chosen", "rejected"}` in TRL's preference format, text or chat messages, with
-            an optional `category`; a list, a generator, a `datasets.Dataset` or `IterableDataset`, a file or a Hub id. It
-            is read row by row, so it may be larger than the memory.
+            an optional `category`; a list, a generator, a `datasets.Dataset` or `IterableDataset`, a file or a Hub id.
+            It is read row by row, so it may be larger than memory.
         config: the method and its settings.
         eval_dataset: rows to validate on; None takes a fifth of the training prompts.
         general_dataset: rows `{"prompt"}` that must not be steered; `"default"` takes the packaged ones, None none.
-            Plain text takes the form of the training prompts.
-        batch_size: texts a forward, or `auto`.
+            Plain text is put into the form of the training prompts.
+        batch_size: texts per forward, or `auto`.
         progress: whether to show progress.
-        seed: of splits and fits.
-        store_dir: folder that keeps the captured states: a fit that was killed continues there, and other methods and
-            settings reuse them. All processes must see it.
-        resume: whether states that are already in `store_dir` are used; if not, they are captured again.
-        split: whether prompts are held out, or whole categories (`group`).
+        seed: seed of splits and fits.
+        store_dir: folder for the captured states: a killed fit continues from there, and other methods and settings
+            reuse them. All processes must see it.
+        resume: whether to use states that are already in `store_dir`; if not, they are captured again.
+        split: what is held out: prompts, or whole categories (`group`).
         answer_end: whether the end of turn belongs to a chat answer (`include`, as in FineSteer's code) or not
             (`exclude`).
-        max_length: most tokens of prompt and answer; longer answers are cut, longer prompts are errors.
-        max_rows: most rows that are used of each data set; of a larger one as many prompts, with all their rows, as give
-            at most so many, drawn by a seeded hash of the prompt. The draw does not depend on the order of the rows, and
-            a larger `max_rows` only adds prompts, so that a store's states serve again. 20,000 by default: a linear map
-            of some thousand columns gets hardly better with more, and each row costs forward passes. None uses all.
+        max_length: most tokens of prompt and answer; longer answers are cut, longer prompts are an error.
+        max_rows: most rows used of each data set. From a larger one, prompts with all their rows are drawn by a seeded
+            hash of the prompt, up to this number of rows. The draw does not depend on the order of the rows, and a
+            larger `max_rows` only adds prompts, so that stored states are reused. 20,000 by default: more rows barely
+            improve a linear map of a few thousand columns, and each row costs forward passes. None uses all.
 
     Returns:
         The adapter, with data, versions and held-out figures in `config.fit`.
 
     Raises:
-        DatasetError: for data that cannot be fitted, naming the rows, before the model runs; and for rows whose states
-            are NaN or infinite.
-        ValueError: for a config that does not fit the model, or that holds what a fit writes.
-        OSError: if `store_dir` cannot be written.
+        DatasetError: for bad data, naming the rows, before the model runs; and for rows whose states are NaN or
+            infinite.
+        ValueError: for a config that does not match the model, or that sets fields which the fit writes.
+        OSError: if `store_dir` is not writable.
 
     Example:
         >>> adapter = fit_steering(model, tokenizer, rows, FineSteerConfig())
@@ -148,7 +148,7 @@ def fit_steering(
         reader.describe = inputs.describe
         capture_missing(reader, states_of(request), jobs, store, bars)
         if "gradient" in request.pools:
-            # Each prompt's answers are read together, so nothing need be kept of it.
+            # Each prompt's answers are read together, so it need not be cached.
             gradients = GradientReader(model, request.sites, PromptCache(model, most_bytes=0), inputs.describe)
             capture_gradients(gradients, jobs, store, bars)
         captured = time.perf_counter()
@@ -220,30 +220,30 @@ def fit_steering(
 
 
 def check_settings(config: SteeringConfig) -> None:
-    """Refuse a config in which something is set that a fit writes, for it would be written over without a word.
+    """Refuse a config that sets fields which the fit writes: they would be silently overwritten.
 
     Raises:
         ValueError: naming these fields.
     """
     kind = type(config)
-    # Some fields follow from the settings (`requires`): they are as in a fresh config then.
+    # Some fields follow from the settings (`requires`): a fresh config has the same ones.
     fresh = kind(**config.settings())
     written = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(fresh, f.name)]
     if written:
         raise ValueError(
-            f"{written} of {kind.__name__} are what a fit writes, not settings: they follow from the model, the data and "
-            f"what was chosen. Leave them out, or fit `{kind.__name__}(**config.settings())`, which holds the settings of "
-            f"a fitted config alone. Settings: {sorted(kind.setting_fields())}."
+            f"{written} of {kind.__name__} are written by the fit and are not settings: they come from the model, the data "
+            f"and the fit's choices. Leave them out, or fit `{kind.__name__}(**config.settings())`, the settings alone of "
+            f"a fitted config. Settings: {sorted(kind.setting_fields())}."
         )
 
 
 def states_of(request: CaptureRequest) -> CaptureRequest:
-    """What of a request is read without gradients."""
+    """The part of a request that is read without gradients."""
     return CaptureRequest(request.sites, tuple(pool for pool in request.pools if pool != "gradient"))
 
 
 def capture_gradients(reader: GradientReader, jobs: list[Job], store: ActivationStore, bars: FitProgress) -> None:
-    """Read the gradients that a store lacks of the jobs' answers; arguments as for `capture_missing`."""
+    """Read the gradients of the jobs' answers that a store lacks; arguments as for `capture_missing`."""
     keys: list[Key] = [(site, "gradient") for site in reader.probe.maps]
     answers = dict.fromkeys(answer for job in jobs for answer in job.answers)
     missing = store.processes.share([answer for answer in answers if store.lacks(answer, keys)])
@@ -256,19 +256,19 @@ def capture_gradients(reader: GradientReader, jobs: list[Job], store: Activation
 def capture_missing(
     reader: StateReader, request: CaptureRequest, jobs: list[Job], store: ActivationStore, bars: FitProgress
 ) -> CaptureCount:
-    """Capture what a store lacks, and nothing else.
+    """Capture only what a store lacks.
 
-    Jobs that lack the same sites are read together: a resumed capture lacks whole rows, a second method lacks sites.
+    Jobs that lack the same sites are read together: a resumed capture lacks rows, a second method lacks sites.
 
     Args:
         reader: reads the sites of the request.
-        request: what the store is to hold.
+        request: what the store must contain.
         jobs: prompts with their answers.
-        store: receives the states; of several processes each reads its share, and all know all of them at the end.
-        bars: shows how far it is.
+        store: receives the states; each process reads its share, and all have all states at the end.
+        bars: shows progress.
 
     Returns:
-        What this process did.
+        Statistics of this process.
     """
     keys: list[Key] = [(site, pool) for site in request.sites for pool in request.pools]
     query = [key for key in keys if key[1] in PROMPT_POOLS]

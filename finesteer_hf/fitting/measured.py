@@ -1,4 +1,4 @@
-"""What is known of a strength: answers under teacher forcing, the model's own words, side effects on general prompts."""
+"""Measurements of a strength: answers under teacher forcing, own words, side effects on general prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finesteer_hf.fitting.data.encoding import Passage
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What a strength does to general prompts; see `DosePoint`."""
+    """Effects of a strength on general prompts; see `DosePoint`."""
 
     kl: float
     changed: float | None
@@ -19,7 +19,7 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class Words:
-    """What the model says to a prompt itself, greedily: its tokens, what the base thinks of one, what it repeats."""
+    """The model's greedy answer to a prompt: tokens, likelihood per token under the base, repeated share."""
 
     log_prob: float
     tokens: int
@@ -28,7 +28,7 @@ class Words:
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """An answer under teacher forcing: its summed log-probability, its tokens, and its least likely one's probability."""
+    """An answer under teacher forcing: summed log-probability, number of tokens, lowest token probability."""
 
     total: float
     tokens: int
@@ -37,12 +37,13 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class RowScores:
-    """What a strength makes of the rows' answers, an entry a row.
+    """Scores of the rows' answers at a strength, one entry per row.
 
     Attributes:
-        bottleneck: least probability of a token of the chosen answer.
-        preference, preference_summed: of the chosen answer over the rejected one, by log-probability a token and summed.
-        likelihood: log-probability a token of the chosen answer, in nats.
+        bottleneck: lowest probability of a token of the chosen answer.
+        preference, preference_summed: preference for the chosen answer over the rejected one, by log-probability per
+            token and summed.
+        likelihood: log-probability per token of the chosen answer, in nats.
     """
 
     bottleneck: np.ndarray
@@ -53,12 +54,12 @@ class RowScores:
 
 @dataclass
 class Measured:
-    """All that is known of a strength, text by text, so that a longer look costs only what it adds.
+    """All measurements of a strength, by text, so that a larger look only runs what is new.
 
     Attributes:
-        answers: of rows' answers.
-        words: what was said to prompts; empty where nobody has listened.
-        effects: on general prompts; None where they have not been run.
+        answers: scores of rows' answers.
+        words: own answers to prompts; empty if none were generated.
+        effects: effects on general prompts; None if they were not run.
     """
 
     answers: dict[Passage, AnswerScores] = field(default_factory=dict)

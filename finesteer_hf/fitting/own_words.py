@@ -1,4 +1,4 @@
-"""What the model says by itself, steered or not, and what methods that take tokens back make of it."""
+"""The model's own answers, steered or not, and how backtracking methods judge them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def own_words(
     processors: Sequence[SteeringProcessor] = (),
     cache: PromptCache | None = None,
 ) -> list[Passage]:
-    """The prompts with the model's greedy continuation, up to and with the first end of the text.
+    """The prompts with the model's greedy continuations, up to and including the first end of text.
 
     Args:
-        model: the base model, steered or not; adapters that are active on it play no part.
-        prompts: what it is asked; answers that they hold are left out.
-        new_tokens: most tokens of a continuation; fewer where the model has no room for so many.
-        processors: what steers; nothing by default.
-        cache: keeps what the prompts become.
+        model: the base model, steered or not; its active adapters are ignored.
+        prompts: the prompts; answers in them are ignored.
+        new_tokens: most tokens of a continuation; fewer if the model's context is too short.
+        processors: processors that steer; none by default.
+        cache: caches the prompts.
 
     Returns:
-        In the order of the prompts.
+        Passages in the order of the prompts.
     """
     eos = model.generation_config.eos_token_id
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -62,19 +62,19 @@ def own_words(
 
 
 def repeated_share(said: Passage) -> float:
-    """Share of an answer's runs of four tokens that occurred earlier in it; 0 for an answer of fewer."""
+    """Share of an answer's 4-grams that occurred earlier in it; 0 for an answer of fewer than four tokens."""
     answer = said.ids[said.answer_start :]
     runs = [answer[i : i + 4] for i in range(len(answer) - 3)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 class Heard:
-    """The states of what the model said, to be judged by processors that take tokens back.
+    """The states of the model's own answers, for backtracking processors to judge.
 
     Args:
         model: a steered model.
-        said: what it said to each prompt of a batch.
-        sites: where the processors judge.
+        said: its answer to each prompt of a batch.
+        sites: sites that the processors read.
     """
 
     @torch.no_grad()
@@ -87,8 +87,8 @@ class Heard:
         self._lengths = torch.tensor([len(passage.ids) for passage in said])
 
     def judged_by(self, processor: SteeringProcessor) -> SteeringProcessor:
-        """The processor as it is in generation when it has gone back: it steers whatever answer comes next by what it
-        made of the answer that was said before.
+        """The processor in the state it has in generation after it went back: it steers the next answer by its
+        judgement of the previous one.
         """
         memory: dict[str, Any] = {}
         first = next(iter(self._states.values()))
@@ -101,7 +101,7 @@ class Heard:
 
 
 class _Judged(SteeringProcessor):
-    """A processor whose review of a text is known beforehand."""
+    """A processor with a precomputed review of a text."""
 
     def __init__(self, processor: SteeringProcessor, memory: dict[str, Any]) -> None:
         self.processor = processor

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class FitProgress:
-    """Bars and lines on stderr, or silence.
+    """Bars and lines on stderr, or nothing.
 
     Args:
         shown: whether anything is printed.
@@ -18,7 +18,7 @@ class FitProgress:
 
     def __init__(self, shown: bool) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Stdout is for what a program prints, stderr for how far it is.
+        # Stdout is for results, stderr for progress.
         self._bars = Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
         self._shown = shown
 
@@ -28,7 +28,7 @@ class FitProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # Older versions of rich end even bars that nobody sees with an empty line.
+        # Older versions of rich print an empty line even after hidden bars.
         if self._shown:
             self._bars.stop()
 
@@ -39,7 +39,7 @@ class FitProgress:
 
     @contextlib.contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar for the length of a block; the block is given the function that moves it on."""
+        """Show a bar during a block; yields the function that advances it."""
         task = self._bars.add_task(description, total=total)
         try:
             yield lambda done: self._bars.advance(task, done)

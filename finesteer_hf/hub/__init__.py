@@ -1,4 +1,4 @@
-"""Steering adapters on the Hub: push, pull, find."""
+"""Steering adapters on the Hub: push, pull, search."""
 
 from finesteer_hf.hub.pull import AdapterFiles, resolve_adapter_files
 from finesteer_hf.hub.push import push_adapter, with_public_base

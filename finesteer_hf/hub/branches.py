@@ -1,4 +1,4 @@
-"""Branches and tags of a repo: where a commit goes, and the name that it gets."""
+"""Branches and tags of a repo: where a commit goes, and its tag."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finesteer_hf.hub.integrity import FAILURES
 from finesteer_hf.hub.names import listed
 
 
-# Seconds before a commit or tag that did not arrive is sent again.
+# Seconds before a failed commit or tag is sent again.
 PAUSES = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a commit goes, and the commit that it goes on top of."""
+    """Where a commit goes, and its parent commit."""
 
     repo_id: str
     name: str
@@ -28,20 +28,22 @@ class Branch:
 
 
 def prepare_branch(api: HfApi, repo_id: str, tag: str | None, revision: str | None, private: bool | None) -> Branch:
-    """Look at the repo, make it and the branch where they are missing, and refuse what cannot be done."""
+    """Check the repo, create it and the branch if missing, and raise for an impossible push."""
     refs = _refs(api, repo_id, private)
     tags = {ref.name for ref in refs.tags}
     if tag in tags:
         raise ValueError(
-            f"{repo_id} has a tag {tag!r} already, and a version never changes its meaning. Nothing was pushed. Tags "
-            f"there: {listed(tags)}. Choose another, or first HfApi().delete_tag({repo_id!r}, tag={tag!r})."
+            f"{repo_id} already has a tag {tag!r}, and a version must not change. Nothing was pushed. Existing "
+            f"tags: {listed(tags)}. Choose another, or first HfApi().delete_tag({repo_id!r}, tag={tag!r})."
         )
     name = revision or "main"
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     if name in heads:
         return Branch(repo_id, name, heads[name])
     if name in tags:
-        raise ValueError(f"{name!r} is a tag of {repo_id}; commits go to branches. Branches there: {listed(heads)}.")
+        raise ValueError(
+            f"{name!r} is a tag of {repo_id}; commits go to branches. Existing branches: {listed(heads)}."
+        )
     if not name.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=name, exist_ok=True)
     return Branch(repo_id, name, head_of(api, repo_id, name))
@@ -69,7 +71,7 @@ def head_of(api: HfApi, repo_id: str, branch: str) -> str:
 
 
 def tag_commit(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    """Name a commit; an answer that got lost is told from a tag that somebody else made."""
+    """Tag a commit; distinguishes a lost response from a tag that someone else made."""
     pauses = list(PAUSES)
     while True:
         try:
@@ -84,17 +86,19 @@ def tag_commit(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
             return None
         if tag in there or not pauses:
             why = (
-                "somebody else made one meanwhile, on another commit" if tag in there else reason_of(failure, repo_id)
+                "someone else made one in the meantime, on another commit"
+                if tag in there
+                else reason_of(failure, repo_id)
             )
             raise PushError(
-                f"The adapter was pushed to {repo_id} as commit {commit}, but the tag {tag!r} was not made: {why}. "
-                f"Make one with HfApi().create_tag({repo_id!r}, tag=..., revision={commit!r})."
+                f"The adapter was pushed to {repo_id} as commit {commit}, but the tag {tag!r} was not created: {why}. "
+                f"Create one with HfApi().create_tag({repo_id!r}, tag=..., revision={commit!r})."
             ) from failure
         time.sleep(pauses.pop(0))
 
 
 def reason_of(error: Exception, repo_id: str) -> str:
-    """What the Hub said, and what to do where that is known."""
+    """The Hub's error, with advice if there is any."""
     status = status_of(error)
     if status in (401, 403):
         return (

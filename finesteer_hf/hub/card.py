@@ -1,8 +1,8 @@
-"""The model card of an adapter: written at save, merged into what a README already says.
+"""The model card of an adapter: written at save, merged into an existing README.
 
-Our part stands between two markers and is replaced as a whole; text outside the markers and metadata that the user
-wrote are kept. What metadata we wrote is remembered in the start marker, so a value that nobody changed since follows
-the adapter, and a value that somebody changed stays.
+Our section is between two markers and is replaced as a whole; text outside the markers and the user's metadata are
+kept. The start marker stores the metadata that we wrote, so a value that is unchanged since is updated and a value
+that the user changed is kept.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ DOSE_PLOT, GATE_PLOT = "dose_response.png", "gate_scores.png"
 PLOT_NAMES = (DOSE_PLOT, GATE_PLOT)
 _START = "<!-- finesteer_hf:start"
 _END = "<!-- finesteer_hf:end -->"
-# What makes a line a heading, a quote, a fence or a list.
+# Starts of headings, quotes, fences and lists.
 _BLOCK_START = re.compile(r"[#>=~]|[-+*](?=\s)")
 
 
 def write_card(
     adapter: SteeringAdapter, directory: Path, repo_id: str | None = None, subfolder: str | None = None
 ) -> Path:
-    """Write the adapter's `README.md` and its plots into a folder, merged into the README that is there.
+    """Write the adapter's `README.md` and its plots into a folder, merged into an existing README.
 
     Args:
         adapter: a fitted adapter.
         directory: an existing folder.
         repo_id: Hub id that the card's example loads; by default a placeholder, since a card may be published and a
-            folder's path should not.
-        subfolder: folder of that repo which holds the adapter, for the example.
+            local path should not.
+        subfolder: the adapter's folder in that repo, for the example.
 
     Returns:
-        Path of the README. One that cannot be merged is left as it is, with a warning.
+        Path of the README. If it cannot be merged, it is left unchanged, with a warning.
     """
     directory = Path(directory)
     for name, content in render_card(adapter, directory, repo_id, subfolder).items():
@@ -69,7 +69,7 @@ def render_card(
 ) -> dict[str, bytes | None]:
     """The files of a card by name, as `write_card` writes them; None for a plot that the card no longer shows.
 
-    Nothing is written. Empty where the README that is there cannot be merged, with a warning.
+    Writes nothing. Empty, with a warning, if the existing README cannot be merged.
     """
     plots = draw_plots(adapter)
     body = render_section(adapter, repo_id or PLACEHOLDER, subfolder, plots)
@@ -84,12 +84,12 @@ def render_card(
 
 
 def warn_unmerged(path: Path, error: ReadmeError) -> None:
-    """Say that a README cannot be merged and stays what it is."""
-    warnings.warn(f"{path} cannot be merged and was left as it is: {error}.", stacklevel=3)
+    """Warn that a README cannot be merged and is left unchanged."""
+    warnings.warn(f"{path} cannot be merged and was left unchanged: {error}.", stacklevel=3)
 
 
 def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
-    """The card's YAML metadata, as huggingface_hub defines it; without a base that is only a local path."""
+    """The card's YAML metadata, as huggingface_hub defines it; a base that is only a local path is left out."""
     config = adapter.config
     base = config.base_model_name_or_path
     on_hub = base is not None and is_hub_id(base)
@@ -108,7 +108,7 @@ def card_metadata(adapter: SteeringAdapter) -> dict[str, Any]:
 
 
 def eval_results(rows: list[Any]) -> list[EvalResult]:
-    """The steered figures of an evaluation, as the Hub's metadata wants them."""
+    """The steered figures of an evaluation, in the format of the Hub's metadata."""
     known = [row for row in rows if isinstance(row, dict) and is_estimate(row.get("steered"))]
     return [
         EvalResult(
@@ -138,7 +138,7 @@ class CardPlot:
 
 
 def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
-    """Plots of what the fit kept: the dose-response curve, the gate's scores; by file name."""
+    """Plots of the fit's report by file name: the dose-response curve, the gate's scores."""
     report = figures_of(adapter, "report", dict)
     plots = {}
     for name, key, draw in ((DOSE_PLOT, "dose_response", _draw_dose), (GATE_PLOT, "gate_scores", _draw_gate)):
@@ -148,7 +148,7 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
             plot = draw(name, report, adapter)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             warnings.warn(
-                f"The card has no {name}: `fit.report.{key}` holds no figures of a fit ({error}).", stacklevel=2
+                f"The card has no {name}: `fit.report.{key}` does not hold figures of a fit ({error}).", stacklevel=2
             )
             continue
         if plot is not None:
@@ -174,12 +174,12 @@ def _draw_gate(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> C
     if not scores["ir"] and not scores["general"]:
         return None
     figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
-    caption = "Scores of the gate on held-out queries that are to be steered and on general ones."
+    caption = "Scores of the gate on held-out queries to steer and on general ones."
     return CardPlot(name, png(figure, dpi=110), caption)
 
 
 def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:
-    """Our part of the card, from the packaged template."""
+    """Our section of the card, from the packaged template."""
     base = adapter.config.base_model_name_or_path
     name = base_name(adapter)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -199,9 +199,9 @@ def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, p
 
 
 def escape_markdown(text: str) -> str:
-    """A value as Markdown that shows it and does nothing else: on one line, no HTML, no link, no image, no block.
+    """Escape a value so that Markdown only shows it: on one line, no HTML, no link, no image, no block.
 
-    Every value that goes into a card goes through this; `[13.3, 28.9]` alone is no link and stays readable.
+    Every value in a card goes through this; `[13.3, 28.9]` alone is not a link and stays readable.
     """
     line = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace("`", "&#96;").replace("|", "\\|")
     for mark in "([:":
@@ -210,21 +210,21 @@ def escape_markdown(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A value as a code span, without what would end the span or the cell, or be HTML outside of it."""
+    """A value as a code span, without characters that would end the span or the cell, or be HTML outside of it."""
     return f"`{re.sub(r'[`<>|]', '_', plain(text)) or '_'}`"
 
 
 def merge_card(readme: Readme, body: str, metadata: dict[str, Any]) -> str:
-    """Put our section and metadata into a README; gives its new text.
+    """Put our section and metadata into a README; returns its new text.
 
     Args:
-        readme: what is there.
+        readme: the existing README.
         body: our section, without markers.
         metadata: our YAML metadata.
     """
     section = Section.find(readme.text, _START, _END)
     merged = merge_metadata(readme.metadata, metadata, _written_before(section))
-    # A comment ends with the first `-->`, whoever wrote it.
+    # A comment ends at the first `-->`, even inside a value.
     written = json.dumps(metadata, sort_keys=True).replace("<", "\\u003c").replace(">", "\\u003e")
     ours = f"{_START} {written} -->\n{body.strip()}\n{_END}"
     return readme.write(merged, put_section(readme.text, section, ours))
@@ -239,7 +239,7 @@ def _written_before(section: Section | None) -> dict[str, Any]:
 
 
 def template_text(name: str) -> str:
-    """A card template: from the wheel, or from `hub_cards/templates` of a source checkout.
+    """A card template, from the wheel or from `hub_cards/templates` of a source checkout.
 
     Raises:
         FileNotFoundError: if neither place has it.

@@ -1,4 +1,4 @@
-"""What is told of an adapter, by its card and by `finesteer show`: settings, data, held-out figures."""
+"""Facts of an adapter for its card and `finesteer show`: settings, data, held-out figures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 Row = tuple[str, str]
 Figures = TypeVar("Figures", dict[str, Any], list[Any])
 _LONGEST_TEXT = 200
-# They show a text in another order than it has.
+# They display text in another order than it is stored.
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-# Parts of `fit` that are no row of the data table.
+# Parts of `fit` that are not rows of the data table.
 SHOWN_ELSEWHERE: dict[str, type] = {"report": dict, "evaluation": list, "examples": list, "about": str}
 
 
@@ -31,9 +31,9 @@ class AdapterFacts:
 
     Attributes:
         settings: method, base, sites, strength, size.
-        data: what it was fitted on, with what.
+        data: data and versions that it was fitted with.
         held_out: figures of the fit's own held-out rows.
-        evaluation: rows of `dataset`, `metric`, `unsteered`, `steered`, `p_value`, all texts.
+        evaluation: rows of `dataset`, `metric`, `unsteered`, `steered`, `p_value`, all strings.
     """
 
     settings: list[Row]
@@ -43,7 +43,7 @@ class AdapterFacts:
 
 
 def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
-    """Collect what an adapter says of itself; figures of a kind that no fit writes are told as plain text."""
+    """Collect an adapter's facts; figures in a form that no fit writes become plain text."""
     report, evaluation = figures_of(adapter, "report", dict), figures_of(adapter, "evaluation", list)
     rest = {
         name: value
@@ -59,7 +59,7 @@ def adapter_facts(adapter: SteeringAdapter) -> AdapterFacts:
 
 
 def figures_of(adapter: SteeringAdapter, name: str, kind: type[Figures]) -> Figures:
-    """A part of an adapter's provenance, empty if it is of another kind than a fit writes."""
+    """A part of an adapter's provenance, empty if it has another type than a fit writes."""
     found = adapter.config.fit.get(name)
     return found if isinstance(found, kind) else kind()
 
@@ -87,13 +87,13 @@ def _settings(adapter: SteeringAdapter) -> list[Row]:
 
 
 def base_name(adapter: SteeringAdapter) -> str | None:
-    """The base model's Hub id; of a local path only the last part, for a card may be published."""
+    """The base model's Hub id; of a local path only the last part, since a card may be published."""
     name = adapter.config.base_model_name_or_path
     return plain(name if is_public(name) else last_part(name.removeprefix(LOCAL))) if name else name
 
 
 def plain(text: str) -> str:
-    """A text on one line without control characters, which a terminal obeys, and without marks that turn it around."""
+    """A text on one line, without terminal control characters and without marks that change its direction."""
     line = " ".join(text.split())
     return "".join(
         character for character in line if unicodedata.category(character) != "Cc" and character not in _BIDI
@@ -101,7 +101,7 @@ def plain(text: str) -> str:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[Row]:
-    """Nested settings and figures as rows; curves and samples, which are no text, are left out."""
+    """Nested settings and figures as rows; curves and samples are left out."""
     rows: list[Row] = []
     for key, value in values.items():
         name = plain(f"{prefix}{key}".replace("_", " "))
@@ -133,12 +133,12 @@ def is_estimate(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number of JSON; true is none."""
+    """Whether a value is a JSON number; true is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def share_text(value: Any) -> str:
-    """A share or mean of JSON as text, with n and interval; anything else as it is."""
+    """A share or mean from JSON as text, with n and interval; anything else as it is."""
     if value is None:
         return "-"
     if not is_estimate(value):
@@ -157,7 +157,7 @@ def as_text(value: Any) -> str:
 
 
 def shorten_digest(text: str) -> str:
-    """The first digits of a hexadecimal digest: enough to compare by eye; the config has it whole."""
+    """The first digits of a hexadecimal digest, enough to compare by eye; the config has all of it."""
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,64}", text) else text
 
 

@@ -1,4 +1,4 @@
-"""What a card says in words before its tables: what the adapter does, an example, what it costs, what is not known."""
+"""The card's text before its tables: what the adapter does, an example, what it costs, what was not tested."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LONGEST_ANSWER, _MOST_EXAMPLES = 400, 3
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its answers, all texts.
+    """A prompt with its answers, all strings.
 
     Attributes:
-        prompt: what was asked.
+        prompt: the prompt.
         unsteered: the base model's answer.
         steered: the answer with the adapter.
-        remark: where the prompt is from and what the gate said.
+        remark: the prompt's source and the gate's value.
     """
 
     prompt: str
@@ -36,14 +36,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Story:
-    """The words of a card.
+    """The text of a card.
 
     Attributes:
         what: what the adapter does, in a sentence or two.
-        effect: the first figure that has both conditions; empty if none was measured.
+        effect: the first figure with both conditions; empty if there is none.
         examples: prompts with both answers, if any were recorded.
-        costs: what steering takes and what it changes that it should not.
-        untested: what the figures say nothing about.
+        costs: memory, and unwanted changes.
+        untested: what the figures do not cover.
     """
 
     what: str
@@ -54,7 +54,7 @@ class Story:
 
 
 def tell(adapter: SteeringAdapter) -> Story:
-    """Put into words what an adapter's config and tensors say; figures of another kind than a fit writes are left out."""
+    """Describe an adapter's config and tensors in words; figures in a form that no fit writes are left out."""
     fit = adapter.config.fit
     report = _mapping(fit.get("report"))
     evaluation = [row for row in _list(fit.get("evaluation")) if isinstance(row, dict)]
@@ -80,7 +80,7 @@ def _number(value: Any) -> float | None:
 
 
 def _figure(value: Any) -> str | None:
-    """A share or mean of JSON as text; None for anything else, and where nothing was counted."""
+    """A share or mean from JSON as text; None for anything else, and if nothing was counted."""
     value = _mapping(value)
     known = all(_number(value.get(name)) is not None for name in ("value", "low", "high"))
     return share_text(dict(value)) if known else None
@@ -90,10 +90,10 @@ def _what(adapter: SteeringAdapter, gate: Mapping[str, Any]) -> str:
     about = adapter.config.fit.get("about")
     start = f"{about.strip().rstrip('.')}. " if isinstance(about, str) and about.strip() else ""
     base = base_name(adapter) or "its base model"
-    whose = "on prompts that its gate takes for such, and leaves others as they are" if gate else "on every prompt"
+    whose = "on prompts for which its gate opens, and leaves others unchanged" if gate else "on every prompt"
     method = get_steering_method(adapter.config.steering_type)
     return (
-        f"{start}It moves the answers of {base} towards those that its training data prefer, {whose}. "
+        f"{start}It moves the answers of {base} towards those preferred in its training data, {whose}. "
         f"{method.name}: {method.summary}"
     )
 
@@ -131,19 +131,19 @@ def _costs(adapter: SteeringAdapter, report: Mapping[str, Any], evaluation: list
         if row.get("metric") == "identical output" and _figure(row.get("steered"))
     ]
     if same:
-        costs.append(f"Answers that stay the base's, token for token. {'; '.join(same)}.")
+        costs.append(f"General answers identical to the base's, token by token: {'; '.join(same)}.")
     for row in evaluation:
         before, after = (_number(_mapping(row.get(side)).get("value")) for side in ("unsteered", "steered"))
         if str(row.get("metric", "")).startswith("own words") and before is not None and after is not None:
             lost = before - after
             how = "less" if lost >= 0 else "more"
-            costs.append(f"What it writes is {abs(lost):.2f} nats a token {how} likely under the base.")
+            costs.append(f"Its answers are {abs(lost):.2f} nats per token {how} likely under the base.")
     gate = _mapping(report.get("gate"))
     alarms, misses = _figure(gate.get("false_alarms")), _figure(gate.get("misses"))
     if alarms:
-        costs.append(f"The gate opens on general prompts that the fit held out: {alarms}.")
+        costs.append(f"The gate opens on held-out general prompts: {alarms}.")
     if misses:
-        costs.append(f"The gate stays closed on prompts that it should steer: {misses}.")
+        costs.append(f"The gate stays closed on held-out prompts that it should steer: {misses}.")
     if report and not gate:
         costs.append("It has no gate: every prompt is steered, general ones too.")
     curve = [_mapping(point) for point in _list(report.get("dose_response"))]
@@ -157,17 +157,19 @@ def _costs(adapter: SteeringAdapter, report: Mapping[str, Any], evaluation: list
 def _untested(fit: Mapping[str, Any], report: Mapping[str, Any], evaluation: list[dict[str, Any]]) -> list[str]:
     asked = list(dict.fromkeys(str(row.get("dataset")) for row in evaluation))
     untested = [
-        f"Anything but {'; '.join(asked)}." if asked else "Any benchmark: there are the fit's own rows at most.",
+        f"Anything other than {'; '.join(asked)}."
+        if asked
+        else "Any benchmark: the only figures are from the fit's own rows.",
         "Other base models, fine-tunes and quantisations of the one that it was fitted on.",
-        "Sampling, long answers, later turns of a chat, other languages, system prompts and chat templates, unless a data "
+        "Sampling, long answers, later chat turns, other languages, system prompts and templates, unless a data "
         "set's name says so.",
     ]
     if fit.get("held_out") is False:
-        untested.append("New prompts: there were too few to hold any out, so the fit's own figures are in-sample.")
+        untested.append("New prompts: there were too few rows to hold any out, so the fit's figures are in-sample.")
     elif fit.get("split") == "prompt":
         untested.append("New kinds of prompts: the fit held out prompts, not whole categories.")
     limits = _mapping(report.get("gate")).get("not_guaranteed")
     if isinstance(limits, str):
         untested.append(f"The gate guarantees nothing about {limits.removeprefix('anything about ')}.")
-    untested.append("People who work around it: steering makes a behaviour less likely, it does not exclude it.")
+    untested.append("Attempts to get around it: steering makes a behaviour less likely, but does not rule it out.")
     return untested

@@ -1,4 +1,4 @@
-"""The code that an adapter's repo may carry, with which plain transformers steers."""
+"""Code that an adapter's repo may carry, so that plain transformers can steer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def write_custom_generate(directory: str | Path, repo: str | None) -> Path:
     """Write `custom_generate/generate.py` into a folder.
 
     Args:
-        directory: what becomes the root of the repo.
-        repo: what the code loads, `org/name`; None where it is not known yet: callers then have to say
+        directory: root of the future repo.
+        repo: repo that the code loads, `org/name`; None if it is not known yet: callers must then pass
             `steering_adapter="org/name"`.
 
     Returns:

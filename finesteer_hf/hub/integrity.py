@@ -1,7 +1,7 @@
-"""Downloads whose content is what the Hub says it is.
+"""Downloads that are checked against the Hub's hashes.
 
-huggingface_hub checks the size of a download, not its hash, and names the cached file after the hash that the Hub
-announced: the git hash of a small file, the SHA-256 of a large one. So the name tells whether the content is right.
+huggingface_hub checks the size of a download, not its hash. It names the cached file after the hash that the Hub
+announces: the git hash of a small file, the SHA-256 of a large one. So the content can be checked against the name.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from finesteer_hf.adapters.tensor_files import sha256_of
 from finesteer_hf.errors import AdapterFileError
 
 
-# What a connection, the Hub or its storage may fail with; huggingface_hub reports a failed upload as RuntimeError.
+# Errors of a connection, the Hub or its storage; huggingface_hub reports a failed upload as RuntimeError.
 FAILURES = (HTTPError, HfHubHTTPError, OSError, RuntimeError)
-# Seconds before a download that failed is tried once more.
+# Seconds before a failed download is retried once.
 PAUSE = 0.5
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class TooLarge(AdapterFileError):
-    """A file that is larger than what it is downloaded for can be."""
+    """A file is larger than the caller allows."""
 
 
 def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None = None, **kwargs: Any) -> Path:
     """Download a file into the cache, or find it there, and check it against its announced hash.
 
-    A cached file that is damaged is downloaded once more, unless no request may be made.
+    A damaged cached file is downloaded again, unless no request may be made.
 
     Args:
         repo_id: `org/name`.
         path: path in the repo.
-        most_bytes: size above which nothing of it is downloaded.
+        most_bytes: size above which the file is not downloaded.
         revision: branch, tag or commit.
         **kwargs: as for `hf_hub_download`.
 
@@ -47,8 +47,8 @@ def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None =
         Path in the cache.
 
     Raises:
-        TooLarge: (an `AdapterFileError`) if it has more bytes.
-        AdapterFileError: if the content is not what the Hub announced; it is not left in the cache then.
+        TooLarge: (an `AdapterFileError`) if it has more than `most_bytes`.
+        AdapterFileError: if the content does not match the Hub's hash; it is then removed from the cache.
     """
     kwargs["tqdm_class"] = _bar_up_to(most_bytes, f"{path} of {repo_id}")
     try:
@@ -62,24 +62,24 @@ def download(repo_id: str, path: str, *, most_bytes: int, revision: str | None =
         return local
     if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
         raise AdapterFileError(
-            f"{path} of {repo_id} is damaged in the cache ({local}). Load it once with the Hub at hand to replace it."
+            f"{path} of {repo_id} is damaged in the cache ({local}). Load it once while online to replace it."
         )
     forget(local)
     local = _fetch(repo_id, path, commit_of(local, path), {**kwargs, "force_download": True})
     if not is_intact(local):
         forget(local)
         raise AdapterFileError(
-            f"{path} of {repo_id} arrived twice with another content than the Hub announces. Nothing was kept. Try "
-            "again; if it stays so, the file is damaged on the Hub, or something on the way to it is."
+            f"{path} of {repo_id} was downloaded twice with content other than announced. Nothing was kept. Try "
+            "again; if it keeps failing, the file is damaged on the Hub or on the way."
         )
     return local
 
 
 def _bar_up_to(most_bytes: int, what: str) -> type[tqdm]:
-    """A progress bar that ends a download which is too large.
+    """A progress bar that stops a download that is too large.
 
-    It is what huggingface_hub tells the announced size before the first byte arrives, and the size of each piece; to ask
-    for the size by hand would take one more request a file.
+    huggingface_hub gives it the announced size before the first byte, and the size of each piece. Asking for the size
+    would take one more request for each file.
     """
 
     class BoundedBar(tqdm):
@@ -97,7 +97,7 @@ def _bar_up_to(most_bytes: int, what: str) -> type[tqdm]:
             if size > most_bytes:
                 self.close()
                 raise TooLarge(
-                    f"{what} has {int(size)} bytes or more; at most {most_bytes} are called for. It is not downloaded."
+                    f"{what} has {int(size)} bytes or more; at most {most_bytes} are allowed. It was not downloaded."
                 )
 
     return BoundedBar
@@ -107,7 +107,7 @@ def _fetch(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]
     try:
         return Path(hf_hub_download(repo_id, path, revision=revision, **kwargs))
     except OSError as error:
-        # huggingface_hub's own check of the size raises a bare OSError, without a class or a number.
+        # huggingface_hub's size check raises a bare OSError, without a subclass or errno.
         if type(error) is not OSError or error.errno is not None:
             raise
         wrong_size = error
@@ -117,24 +117,24 @@ def _fetch(repo_id: str, path: str, revision: str | None, kwargs: dict[str, Any]
         if type(error) is not OSError or error.errno is not None:
             raise
         raise AdapterFileError(
-            f"{path} of {repo_id} arrived twice with another size than the Hub announces. Nothing was kept: {wrong_size}"
+            f"{path} of {repo_id} was downloaded twice with a size other than announced. Nothing was kept: {wrong_size}"
         ) from error
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether a failure may be gone a moment later and was not retried yet: a connection that was closed, a 5xx."""
+    """Whether a failure may be temporary and was not retried yet: a closed connection, a 5xx."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500
     return isinstance(error, HTTPError)
 
 
 def commit_of(local: Path, path: str) -> str:
-    """The commit of a cached file, which the cache keeps under `snapshots/<commit>/<path in the repo>`."""
+    """The commit of a cached file, from its path `snapshots/<commit>/<path in the repo>`."""
     return local.parents[len(Path(path).parts) - 1].name
 
 
 def is_intact(local: Path) -> bool:
-    """Whether a cached file has the content that its blob's name says; true where the cache keeps no blobs."""
+    """Whether a cached file's content matches the hash in its blob's name; true if the cache has no blobs."""
     blob = local.resolve()
     if blob.parent.name != "blobs" or not _HASH.fullmatch(blob.name):
         return True
@@ -144,12 +144,12 @@ def is_intact(local: Path) -> bool:
 
 
 def forget(local: Path) -> None:
-    """Take a file out of the cache, its blob included."""
+    """Remove a file and its blob from the cache."""
     blob = local.resolve()
     local.unlink(missing_ok=True)
     blob.unlink(missing_ok=True)
 
 
 def git_blob_sha1(content: bytes) -> str:
-    """The hash by which git names a content."""
+    """git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

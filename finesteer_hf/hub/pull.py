@@ -1,4 +1,4 @@
-"""Find an adapter's files: in a folder, or in a repo of the Hub at one commit."""
+"""Find an adapter's files in a folder, or in a Hub repo at one commit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from finesteer_hf.hub.names import check_subfolder, is_repo_name, listed, split_
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Where an adapter's files are on this machine, and where they came from.
+    """Local paths of an adapter's files, and their source.
 
     Attributes:
         config: path of `steering_config.json`.
         source: the folder, or the repo's id (with the folder in it).
         find_weights: see `weights`.
         revision: commit that all files came from, None for a folder.
-        requested: branch, tag or commit that was asked for, None for the default branch.
+        requested: requested branch, tag or commit, None for the default branch.
     """
 
     config: Path
@@ -45,15 +45,15 @@ class AdapterFiles:
 
     @property
     def name(self) -> str:
-        """The source with the branch or tag that was asked for: `org/name@v1`."""
+        """The source with the requested branch or tag: `org/name@v1`."""
         return f"{self.source}@{self.requested}" if self.requested not in (None, self.revision) else self.source
 
     def weights(self, sha256: str | None, most_bytes: int) -> Path:
-        """Path of the tensors' file, which is downloaded now if it is on the Hub.
+        """Path of the tensors' file, downloaded now if it is on the Hub.
 
         Args:
-            sha256: hash that the config gives it, if it does.
-            most_bytes: what the config calls for; a larger file is not downloaded.
+            sha256: its hash in the config, if any.
+            most_bytes: largest size by the config; a larger file is not downloaded.
 
         Raises:
             NoAdapterError, HubUnreachableError, AdapterFileError: as for `resolve_adapter_files`.
@@ -71,37 +71,37 @@ def resolve_adapter_files(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> AdapterFiles:
-    """Find an adapter's config, downloading it if it is on the Hub, and say where its tensors are.
+    """Find an adapter's config, downloading it if it is on the Hub, and locate its tensors.
 
-    The config comes first: what it declares bounds what is downloaded after it. It is asked for by the revision's name,
-    which also tells the commit; the tensors by that commit, so one load never mixes two. A load whose files are in the
-    cache makes one request, and none if the revision is a full commit hash, `local_files_only` is set, or the Hub is
-    switched off (`HF_HUB_OFFLINE`).
+    The config comes first: its content bounds the later downloads. It is requested by the revision's name, which also
+    gives the commit; the tensors are requested by that commit, so one load never mixes two. A load from the cache
+    makes one request, and none if the revision is a full commit hash, `local_files_only` is set, or `HF_HUB_OFFLINE`
+    is set.
 
     Args:
         name_or_path: a folder, `org/name` or `org/name@revision`; `org/name/folder@revision` names a folder of the repo.
         revision: branch, tag or commit of the adapter's repo.
         subfolder: folder inside the repo or folder.
-        token: token of the Hub, if not the one that is signed in.
-        cache_dir: the cache, if not the usual one.
-        local_files_only: whether to look in the cache alone, without any request.
-        force_download: whether to download what is in the cache already.
+        token: Hub token, if not the signed-in one.
+        cache_dir: cache folder, if not the default one.
+        local_files_only: whether to use only the cache, without any request.
+        force_download: whether to download files that are already in the cache.
 
     Raises:
         NoAdapterError: (a `FileNotFoundError`) if there is no such folder, repo, revision or adapter in it.
-        HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache has not everything.
-        AdapterFileError: if a file is damaged or lies outside its folder.
-        ValueError: if an argument does not fit the others or is no name.
+        HubUnreachableError: (a `ConnectionError`) if the Hub does not answer and the cache is incomplete.
+        AdapterFileError: if a file is damaged or links outside its folder.
+        ValueError: if arguments contradict each other, or one is not a valid name.
     """
     check_subfolder(subfolder)
     folder = Path(name_or_path)
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"{folder} is a folder and has no revisions, so revision={revision!r} cannot be taken.")
+            raise ValueError(f"{folder} is a folder and has no revisions; leave out revision={revision!r}.")
         return _folder_files(folder, subfolder)
     if not isinstance(name_or_path, str) or not is_repo_name(name_or_path):
         raise NoAdapterError(
-            f"There is no folder {str(name_or_path)!r}, and it is no Hub id of the form org/name or org/name@revision."
+            f"There is no folder {str(name_or_path)!r}, and it is not a Hub id (org/name or org/name@revision)."
         )
     repo_id, subfolder, revision = split_name(name_or_path, subfolder, revision)
     where = _Place(repo_id, revision, subfolder, token)
@@ -133,14 +133,14 @@ def _folder_files(folder: Path, subfolder: str | None) -> AdapterFiles:
         if not path.is_file():
             found = sorted(p.parent.relative_to(folder).as_posix() for p in folder.glob(f"*/{CONFIG_NAME}"))
             raise NoAdapterError(
-                f"{inner} holds no {path.name}; it is no steering adapter, or only a part of one."
-                + (f" Folders in it that hold one: {listed(found)}." if found else "")
+                f"{inner} has no {path.name}; it is not a steering adapter, or an incomplete one."
+                + (f" Subfolders that have one: {listed(found)}." if found else "")
             )
         _check_inside(path, folder)
         return path
 
     def find_weights(sha256: str | None, most_bytes: int) -> Path:
-        # A save that was cut short, or is under way, has the tensors under their hash; see `SteeringAdapter._write`.
+        # An interrupted or running save has the tensors under their hash; see `SteeringAdapter._write`.
         hashed = inner / hashed_name(sha256) if sha256 and SHA256.fullmatch(sha256) else None
         return checked(hashed if hashed is not None and hashed.is_file() else inner / WEIGHTS_NAME)
 
@@ -148,7 +148,7 @@ def _folder_files(folder: Path, subfolder: str | None) -> AdapterFiles:
 
 
 def _check_inside(path: Path, folder: Path) -> None:
-    """Refuse a link that leads out of the folder; the Hub's cache links from `snapshots/<commit>` to `blobs`."""
+    """Refuse a link out of the folder; the Hub's cache links from `snapshots/<commit>` to `blobs`."""
     real, inside = path.resolve(), folder.resolve()
     if inside in real.parents:
         return
@@ -162,7 +162,7 @@ def _check_inside(path: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where on the Hub an adapter was looked for, and what to say if it is not there."""
+    """Where on the Hub an adapter was looked for; builds the error if it is missing."""
 
     repo_id: str
     revision: str | None
@@ -188,7 +188,7 @@ class _Place:
             return NoAdapterError(
                 f"There is no repo {self.repo_id!r} on the Hub, or it is private and "
                 + (
-                    "this token may not read it. Check the name, or give token= one that may."
+                    "this token may not read it. Check the name, or give a token that may read it."
                     if signed_in
                     else "no token was sent. Check the name, sign in with `hf auth login`, or give token=."
                 )
@@ -197,7 +197,7 @@ class _Place:
             return NoAdapterError(f"{self.repo_id} has no revision {self.revision!r}. {self._revisions()}")
         if isinstance(error, LocalEntryNotFoundError):
             missing = f"The steering adapter {self.name!r}{at} is not in the cache, and "
-            todo = "Load it once with the Hub at hand, or give the folder that holds it."
+            todo = "Load it once while online, or give a local folder."
             if local_files_only:
                 return NoAdapterError(f"{missing}local_files_only=True makes no request. {todo}")
             if constants.HF_HUB_OFFLINE:
@@ -205,22 +205,22 @@ class _Place:
             return HubUnreachableError(f"{missing}the Hub cannot be reached. {todo} ({error.__cause__ or error})")
         if isinstance(error, EntryNotFoundError):
             files = f"{CONFIG_NAME} and {WEIGHTS_NAME}"
-            return NoAdapterError(f"{self.name}{at} holds no steering adapter ({files}). {self._contents()}")
+            return NoAdapterError(f"{self.name}{at} has no steering adapter ({files}). {self._contents()}")
         return HubUnreachableError(f"The steering adapter {self.name!r}{at} could not be downloaded: {error}")
 
     def _revisions(self) -> str:
         try:
             refs = HfApi(token=self.token).list_repo_refs(self.repo_id)
         except (HTTPError, OSError):
-            return "Look at the repo's page for its tags and branches."
+            return "See the repo's page for its tags and branches."
         tags, branches = (listed(ref.name for ref in kind) for kind in (refs.tags, refs.branches))
-        return f"Tags: {tags}; branches: {branches}. A commit is given by its 40 digits."
+        return f"Tags: {tags}; branches: {branches}. Give a commit by its 40 digits."
 
     def _contents(self) -> str:
         try:
             files = HfApi(token=self.token).list_repo_files(self.repo_id, revision=self.revision)
         except (HTTPError, OSError):
-            return "Look at the repo's page for what it holds."
+            return "See the repo's page for its files."
         adapters = [path.rpartition("/")[0] or "the root" for path in files if path.endswith(CONFIG_NAME)]
         if adapters:
             return f"Steering adapters in it: {listed(adapters)}; give subfolder= for one that is not in the root."

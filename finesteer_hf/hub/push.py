@@ -1,8 +1,8 @@
-"""Push an adapter: one commit, made against the commit that was looked at.
+"""Push an adapter: one commit on top of the commit that was read.
 
-What is on the Hub never changes by half: the files and the merged card travel in one commit with `parent_commit`, so a
-branch that moved meanwhile refuses it. If it was moved by other files alone, the card is merged again and the commit is
-made on top, once; if the adapter's own files changed, the push stops and says so.
+The Hub never has a partial push: the files and the merged card are in one commit with `parent_commit`, which fails if
+the branch has moved. If only other files changed, the card is merged again and the commit is retried once on top; if
+the adapter's own files changed, the push stops with an error.
 """
 
 from __future__ import annotations
@@ -54,29 +54,28 @@ def push_adapter(
 
     Args:
         adapter: a fitted adapter.
-        repo_id: `org/name`, or `name` in the token's own namespace; created if it is not there.
-        tag: name for the new commit; must not exist yet, so that a version never changes its meaning.
-        revision: branch to commit to, created from `main` if it is not there; by default `main`.
+        repo_id: `org/name`, or `name` in the token's own namespace; created if missing.
+        tag: name for the new commit; must not exist yet, so that a version never changes.
+        revision: branch to commit to, created from `main` if missing; by default `main`.
         create_pr: whether to open a pull request instead of changing the branch.
-        private: visibility of a repo that is created; one that exists with the other visibility is an error.
+        private: visibility of a new repo; an existing repo with the other visibility is an error.
         commit_message: title of the commit.
-        commit_description: its text.
-        token: token of the Hub, if not the one that is signed in.
+        commit_description: description of the commit.
+        token: Hub token, if not the signed-in one.
         subfolder: folder of the repo for the adapter, so that one repo can hold several.
-        custom_generate: whether to add `custom_generate/generate.py`, with which plain transformers steers by
+        custom_generate: whether to add `custom_generate/generate.py`, so that plain transformers steers with
             `model.generate(**inputs, custom_generate=repo_id, trust_remote_code=True)`.
-        base_model: Hub id of the base model, where the adapter was fitted on a folder.
+        base_model: Hub id of the base model, if the adapter was fitted on a folder.
 
     Returns:
-        The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. Where every file was there already, the commit
-        that is there.
+        The commit: `oid`, `commit_url` and, with `create_pr`, `pr_url`. If no file changed, the existing commit.
 
     Raises:
         AdapterFileError: if the tensors do not match the config.
-        ValueError: if the tag exists, `tag` and `create_pr` are both given, a name is none, or the adapter names no base
-            that others can load.
-        PushConflictError: if somebody else changed the adapter's files meanwhile; nothing was pushed.
-        PushError: if the Hub did not take it; the message says what is there.
+        ValueError: if the tag exists, `tag` and `create_pr` are both given, a name is invalid, or the adapter names no
+            base that others can load.
+        PushConflictError: if someone else changed the adapter's files in the meantime; nothing was pushed.
+        PushError: if the Hub rejected the push; the message says what is on the Hub.
     """
     adapter = with_public_base(adapter, base_model).published()
     adapter.check_tensors()
@@ -103,11 +102,11 @@ def push_adapter(
 
 
 def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> SteeringAdapter:
-    """The adapter with a base that others can load, which is what the Hub finds adapters by.
+    """The adapter with a base that others can load, by which the Hub finds adapters.
 
     Args:
         adapter: a fitted adapter.
-        base_model: Hub id to name in place of the one that the adapter names.
+        base_model: Hub id to use instead of the adapter's own base.
 
     Raises:
         ValueError: if there is none.
@@ -116,12 +115,12 @@ def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> Steeri
     if base_model is None:
         if not is_public(name):
             raise ValueError(
-                f"The adapter was fitted on {public_name(name) or 'a base without a name'!r}, which nobody else can load "
-                "and the Hub cannot find. Say which model of the Hub it is: base_model='org/name'."
+                f"The adapter was fitted on {public_name(name) or 'an unnamed base'!r}, which nobody else can load "
+                "and the Hub cannot find. Name its model on the Hub: base_model='org/name'."
             )
         return adapter
     if not names_a_repo(base_model) and base_model not in PACKAGED:
-        raise ValueError(f"base_model={base_model!r} is no Hub id of the form org/name.")
+        raise ValueError(f"base_model={base_model!r} is not a Hub id of the form org/name.")
     commit = adapter.config.base_model_revision if base_model == name else None
     config = dataclasses.replace(adapter.config, base_model_name_or_path=base_model, base_model_revision=commit)
     return dataclasses.replace(adapter, config=config)
@@ -129,7 +128,7 @@ def with_public_base(adapter: SteeringAdapter, base_model: str | None) -> Steeri
 
 @dataclass
 class _Push:
-    """One push under way."""
+    """One push in progress."""
 
     api: HfApi
     adapter: SteeringAdapter
@@ -141,7 +140,7 @@ class _Push:
     description: str | None
 
     def commit(self) -> CommitInfo:
-        """Commit to the branch, again where that is safe."""
+        """Commit to the branch; retry if that is safe."""
         repo_id, name, parent = self.branch.repo_id, self.branch.name, self.branch.head
         merged_again, pauses = False, list(PAUSES)
         while True:
@@ -156,30 +155,31 @@ class _Push:
             if head == parent:
                 if not pauses:
                     raise PushError(
-                        f"The Hub did not take the commit to {repo_id}: {failure}. Nothing was pushed, {name} is still "
+                        f"The Hub rejected the commit to {repo_id}: {failure}. Nothing was pushed, {name} is still "
                         f"at {parent[:8]}. Push again."
                     ) from failure
                 time.sleep(pauses.pop(0))
             elif self.holds(files, head):
-                # The commit arrived, its answer did not: sent again it changes nothing, and its answer names it.
+                # The commit arrived, but its response was lost: sent again it changes nothing, and the response names
+                # it.
                 parent = head
             elif merged_again or not self.unchanged(files, parent, head):
                 raise PushConflictError(
-                    f"Somebody else pushed to {repo_id} meanwhile: {name} is at {head[:8]}, no longer at {parent[:8]}. "
-                    "Nothing of yours was pushed. Look at what is there, then push again to put yours on top."
+                    f"Someone else pushed to {repo_id} in the meantime: {name} is now at {head[:8]}, not {parent[:8]}. "
+                    "Nothing was pushed. Check the repo, then push again to put your version on top."
                 ) from failure
             else:
                 merged_again, parent = True, head
 
     def open_pull_request(self) -> CommitInfo:
-        """Open a pull request; sent once, since a second one might be a duplicate."""
+        """Open a pull request; sent only once, since a second one might be a duplicate."""
         try:
             return self.send(self.write(self.branch.head), self.branch.head, create_pr=True)
         except FAILURES as error:
             if (status := status_of(error)) is not None and status < 500:
                 raise
             raise PushError(
-                f"The Hub did not answer to the pull request for {self.branch.repo_id}: {error}. Look there whether it "
+                f"The Hub did not answer the pull request for {self.branch.repo_id}: {error}. Check whether it "
                 "was opened before you push again."
             ) from error
 
@@ -195,7 +195,7 @@ class _Push:
         )
 
     def write(self, parent: str) -> dict[str, Path]:
-        """Write everything that is uploaded, cards merged with those of a commit; paths in the repo and here."""
+        """Write all files to upload, with cards merged with a commit's; returns local paths by path in the repo."""
         shutil.rmtree(self.folder)
         directory = self.folder / (self.subfolder or "")
         directory.mkdir(parents=True)
@@ -215,7 +215,7 @@ class _Push:
             write_custom_generate(self.folder, name)
         found = sorted(path for path in self.folder.rglob("*") if path.is_file())
         files = {path.relative_to(self.folder).as_posix(): path for path in found}
-        # A card that could not be merged is not sent: the Hub would check what is none of ours.
+        # A card that cannot be merged is not sent: the Hub would validate content that is not ours.
         return {
             path: source
             for path, source in files.items()
@@ -224,7 +224,7 @@ class _Push:
 
     @property
     def cards(self) -> list[str]:
-        """READMEs of the repo that the push merges something into."""
+        """READMEs of the repo that the push merges into."""
         return [CARD_NAME, f"{self.subfolder}/{CARD_NAME}"] if self.subfolder else [CARD_NAME]
 
     def fetch(self, path: str, commit: str) -> bytes | None:
@@ -245,8 +245,8 @@ class _Push:
             return head_of(self.api, self.branch.repo_id, self.branch.name)
         except FAILURES as error:
             raise PushError(
-                f"The push to {self.branch.repo_id} failed ({failure}), and the Hub does not say what it has ({error}). "
-                f"{self.branch.name} was at {self.branch.head[:8]} before: look there, then push again."
+                f"The push to {self.branch.repo_id} failed ({failure}), and the Hub's state is unknown ({error}). "
+                f"{self.branch.name} was at {self.branch.head[:8]} before: check it, then push again."
             ) from failure
 
     def holds(self, files: Mapping[str, Path], commit: str) -> bool:
@@ -263,7 +263,7 @@ class _Push:
         return True
 
     def unchanged(self, files: Mapping[str, Path], before: str, after: str) -> bool:
-        """Whether the files, cards aside, are the same in two commits."""
+        """Whether the files except cards are the same in two commits."""
         ours = [path for path in files if Path(path).name != CARD_NAME]
         old, new = self.entries(ours, before), self.entries(ours, after)
         return {p: e.blob_id for p, e in old.items()} == {p: e.blob_id for p, e in new.items()}

@@ -1,7 +1,6 @@
-"""A README, which may be a stranger's: its metadata block, and the sections between markers of ours.
+"""An untrusted README: its metadata block, and the sections between our markers.
 
-Whatever it holds is found in time that grows with its length alone. What cannot be read for sure is not merged:
-`ReadmeError`, upon which it is left as it is.
+Parsing takes linear time. A README that cannot be parsed safely raises `ReadmeError` and is left unchanged.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _FENCE = "---"
 
 
 class ReadmeError(ValueError):
-    """A README that cannot be merged with anything."""
+    """A README that cannot be merged."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Readme:
     """A README in its two parts.
 
     Attributes:
-        metadata: its YAML block, read.
+        metadata: its YAML block, parsed.
         block: the block as it was written, `---` lines included; empty if there is none.
         text: what follows.
         newline: the line ends that the file uses.
@@ -46,23 +45,23 @@ class Readme:
 
     @classmethod
     def read(cls, path: Path) -> Readme:
-        """Read a file; one that is not there is empty.
+        """Read a file; a missing one is empty.
 
         Raises:
-            ReadmeError: if it is too large, no UTF-8, or its metadata is no YAML mapping of a README's kind.
+            ReadmeError: if it is too large, not UTF-8, or its metadata is not a YAML mapping as a README has.
         """
         if not path.exists():
             return cls({}, "", "", "\n")
         if path.stat().st_size > MOST_README_BYTES:
-            raise ReadmeError(f"it has {path.stat().st_size} bytes, and at most {MOST_README_BYTES} are read")
+            raise ReadmeError(f"it has {path.stat().st_size} bytes; at most {MOST_README_BYTES} are read")
         try:
             return cls.parse(path.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise ReadmeError(f"it is no UTF-8 text ({error})") from error
+            raise ReadmeError(f"it is not UTF-8 text ({error})") from error
 
     @classmethod
     def parse(cls, raw: str) -> Readme:
-        """Take a text apart; errors as for `read`."""
+        """Parse a text; errors as for `read`."""
         newline = "\r\n" if "\r\n" in raw else "\n"
         raw = raw.replace("\r\n", "\n")
         start = len(raw) - len(raw.lstrip())
@@ -72,28 +71,28 @@ class Readme:
         inside = start + len(first)
         stop = _fence_after(raw, inside)
         if stop is None:
-            # A rule above the text, not a block.
+            # A horizontal rule above the text, not a block.
             return cls({}, "", raw, newline)
         line_end = raw.find("\n", stop + 1)
         after = len(raw) if line_end < 0 else line_end + 1
         return cls(_metadata(raw[inside:stop]), raw[:after], raw[after:], newline)
 
     def write(self, metadata: dict[str, Any], text: str) -> str:
-        """The whole text with other metadata and another text."""
+        """The whole README with new metadata and text."""
         block = self.block
-        # Written anew only where it changes: a user's comments and order would be lost for nothing.
+        # Rewritten only if it changes, to keep the user's comments and order.
         if not block or metadata != self.metadata:
             block = f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
         return f"{block}{text if text.startswith(chr(10)) else chr(10) + text}".replace("\n", self.newline)
 
     def texts(self, name: str) -> list[str]:
-        """An entry of the metadata that holds one text or several."""
+        """A metadata entry that holds one string or several."""
         value = self.metadata.get(name)
         return [value] if isinstance(value, str) else list(value or [])
 
 
 def _fence_after(raw: str, position: int) -> int | None:
-    """Where the line break before the next line of `---` is."""
+    """Position of the line break before the next `---` line."""
     while (position := raw.find(f"\n{_FENCE}", position)) >= 0:
         end = raw.find("\n", position + 1)
         if not raw[position + 1 + len(_FENCE) : len(raw) if end < 0 else end].strip(" \t"):
@@ -118,7 +117,7 @@ def _metadata(block: str) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ReadmeError("its metadata block cannot be read (it must be a mapping of names)")
-    # Aliases make a few lines hold more than any memory, and a block hold itself.
+    # With aliases, a few lines can exceed any memory, and a block can contain itself.
     left = _MOST_VALUES
     waiting: list[tuple[Any, int]] = [(found, 0)]
     while waiting:
@@ -132,7 +131,7 @@ def _metadata(block: str) -> dict[str, Any]:
         value = found.get(name)
         entries = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(entry, str) for entry in entries):
-            raise ReadmeError(f"its metadata block cannot be read ({name} must be a text or a list of texts)")
+            raise ReadmeError(f"its metadata block cannot be read ({name} must be a string or a list of strings)")
     return found
 
 
@@ -141,10 +140,10 @@ class Section:
     """A part of a text between two markers, each at the start of a line.
 
     Attributes:
-        begin: where the first marker begins.
-        end: where the last one ends.
+        begin: start of the first marker.
+        end: end of the last marker.
         header: the rest of the first marker's line, without the end of the comment.
-        body: what is between the lines of the markers.
+        body: the text between the marker lines.
     """
 
     begin: int
@@ -154,11 +153,11 @@ class Section:
 
     @classmethod
     def find(cls, text: str, first: str, last: str) -> Section | None:
-        """Find a section by the beginnings of its marker lines; None if it is not there, or not whole."""
+        """Find a section by the starts of its marker lines; None if it is missing or incomplete."""
         begin = None
         for marker in re.finditer(f"^(?:{re.escape(first)}|{re.escape(last)})", text, re.MULTILINE):
             if marker.group() == first:
-                # The nearest one before a last one: what follows a first marker without it is a user's words.
+                # The first marker nearest before a last one: text after an unclosed first marker is the user's.
                 begin = marker.start()
             elif begin is not None:
                 line_end = text.find("\n", begin)
@@ -168,18 +167,18 @@ class Section:
 
 
 def put_section(text: str, section: Section | None, ours: str) -> str:
-    """Put a section in the place of its former self, or at the end."""
+    """Replace the old section, or append at the end."""
     if section is not None:
         return text[: section.begin] + ours + text[section.end :]
     return f"{text.rstrip()}\n\n{ours}\n" if text.strip() else f"{ours}\n"
 
 
 def merge_metadata(theirs: dict[str, Any], ours: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Unite metadata: a user's value wins, unless it is the one that we wrote last time; tags are united.
+    """Merge metadata: a user's value wins unless it is what we wrote last time; tags are merged.
 
     Args:
         theirs: the README's.
-        ours: what we would write.
+        ours: what we write now.
         before: what we wrote last time.
     """
     merged = {k: v for k, v in theirs.items() if k == "tags" or k not in before or before[k] != v or k in ours}

@@ -1,4 +1,4 @@
-"""The README of a repo whose adapters are in folders: the Hub reads what a repo is from the one in its root."""
+"""The root README of a repo with adapters in folders: the Hub reads only the root's metadata."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def write_repo_card(adapter: SteeringAdapter, directory: Path, subfolder: str) -> Path:
-    """Put the metadata of a folder's adapter into the README of its repo's root, by which the Hub finds it.
+    """Put the metadata of a folder's adapter into the README of the repo's root, where the Hub finds it.
 
-    What stands there is kept: values as they are, tags united, text untouched. Where there is no README, one is written
-    that points to the folder.
+    An existing README keeps its values and text; tags are merged. If there is none, one is written that points to the
+    folder.
 
     Args:
         adapter: the adapter in the folder.
@@ -25,7 +25,7 @@ def write_repo_card(adapter: SteeringAdapter, directory: Path, subfolder: str) -
         subfolder: the adapter's folder.
 
     Returns:
-        Path of the README. One that cannot be merged is left as it is, with a warning.
+        Path of the README. If it cannot be merged, it is left unchanged, with a warning.
     """
     path = directory / CARD_NAME
     try:
@@ -38,6 +38,6 @@ def write_repo_card(adapter: SteeringAdapter, directory: Path, subfolder: str) -
     body = readme.text
     if not body.strip():
         link = f"[{subfolder}]({subfolder}/{CARD_NAME})"
-        body = f"\n# Steering adapters\n\nEach folder holds one, with a card of its own: {link}.\n"
+        body = f"\n# Steering adapters\n\nEach folder has one, with its own card: {link}.\n"
     path.write_bytes(readme.write(merged, body).encode("utf-8"))
     return path

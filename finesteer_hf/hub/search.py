@@ -15,14 +15,14 @@ _BASE_TAG = "base_model:adapter:"
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """A repo of the Hub that says it holds a steering adapter.
+    """A Hub repo tagged as a steering adapter.
 
     Attributes:
-        repo_id: what `steering=` takes.
-        base_models: models that it names as its base.
-        tags: all its tags; among them the steering method in lower case.
-        downloads: in the last 30 days.
-        likes: how many liked it.
+        repo_id: id for `steering=`.
+        base_models: base models that it names.
+        tags: all its tags, including the steering method in lower case.
+        downloads: downloads in the last 30 days.
+        likes: number of likes.
         private: whether only its owners see it.
     """
 
@@ -45,17 +45,17 @@ def list_adapters(
     """List the steering adapters of the Hub, by the tags of their cards.
 
     Args:
-        base_model: Hub id of the model that they have to be for.
+        base_model: only adapters for this model, a Hub id.
         method: a steering method, such as `FINESTEER`.
         author: a user or organisation.
-        token: token of the Hub, if not the one that is signed in; it shows private repos too.
-        limit: how many at most.
+        token: Hub token, if not the signed-in one; shows its private repos too.
+        limit: most results.
 
     Returns:
         The adapters, in the Hub's order.
 
     Raises:
-        ValueError: if `base_model` is no Hub id.
+        ValueError: if `base_model` is not a Hub id.
     """
     tags = [LIBRARY]
     if base_model is not None:

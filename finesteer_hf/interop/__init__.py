@@ -1,4 +1,4 @@
-"""Steering vectors of other libraries, read into CONSTANT adapters; adapters written as GGUF and for vLLM."""
+"""Reads steering vectors of other libraries as CONSTANT adapters, and writes adapters as GGUF and for vLLM."""
 
 from finesteer_hf.interop.gguf_files import save_gguf
 from finesteer_hf.interop.load import FORMATS, load_vectors

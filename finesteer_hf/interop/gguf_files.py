@@ -22,7 +22,7 @@ from finesteer_hf.sites import INNER_KINDS
 
 ARCHITECTURE = "controlvector"
 PREFIX = "direction."
-# A control vector has a handful of metadata entries; a language model's vocabulary has hundreds of thousands.
+# A control vector has a few metadata entries; a model with its vocabulary has hundreds of thousands.
 MOST_ENTRIES = 10_000
 
 
@@ -30,26 +30,26 @@ def read_gguf(path: Path) -> ForeignVectors:
     """Read a control vector.
 
     Raises:
-        AdapterFileError: if the file is damaged, or holds something else.
+        AdapterFileError: if the file is damaged or not a control vector.
         ImportError: without the `gguf` package.
     """
     try:
         reader = _bounded_reader(path)
         fields, tensors = reader.fields, reader.tensors
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise AdapterFileError(f"{path.name} is damaged or no control vector: {error}") from error
+        raise AdapterFileError(f"{path.name} is damaged or not a control vector: {error}") from error
     architecture = _text(fields.get("general.architecture"))
     if architecture != ARCHITECTURE:
-        raise AdapterFileError(f"{path.name} is a GGUF of {architecture!r}, not of a {ARCHITECTURE}.")
+        raise AdapterFileError(f"{path.name} is a GGUF of {architecture!r}, not {ARCHITECTURE}.")
     shapes = {f"{number}: {tensor.name}": tuple(int(n) for n in tensor.shape) for number, tensor in enumerate(tensors)}
     check_sizes(shapes, 8, path.name)
     if sum(int(tensor.n_bytes) for tensor in tensors) > path.stat().st_size:
-        raise AdapterFileError(f"{path.name} is damaged: its tensors lie over each other.")
+        raise AdapterFileError(f"{path.name} is damaged: its tensors overlap.")
     vectors = {}
     for tensor in tensors:
         what = f"{tensor.name!r} of {path.name}"
         if not tensor.name.startswith(PREFIX):
-            raise AdapterFileError(f"{what} is no control vector's tensor; they are named {PREFIX}<layer>.")
+            raise AdapterFileError(f"{what} is not a control vector's tensor; those are named {PREFIX}<layer>.")
         if tensor.tensor_type.name not in ("F32", "F16", "F64"):
             raise AdapterFileError(f"{what} is stored as {tensor.tensor_type.name}; F32, F16 and F64 are read.")
         layer = as_layer(tensor.name.removeprefix(PREFIX), what)
@@ -68,13 +68,13 @@ def save_gguf(adapter: SteeringAdapter, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: if the adapter cannot be said by a control vector: it is gated or depends on the query, steers some
-            tokens only, steers inside attention, or the output of block 0.
+        ValueError: if a control vector cannot express the adapter: it is gated or depends on the query, steers only
+            some tokens, or steers inside attention or the output of block 0.
         ImportError: without the `gguf` package.
     """
     path = Path(path)
     if path.suffix != ".gguf":
-        raise ValueError(f"{path.name} must end in .gguf: llama.cpp and repeng look for that.")
+        raise ValueError(f"{path.name} must end in .gguf: llama.cpp and repeng require it.")
     vectors = constant_vectors(adapter)
     if adapter.config.positions != "all":
         raise ValueError(
@@ -86,7 +86,7 @@ def save_gguf(adapter: SteeringAdapter, path: str | Path) -> Path:
         layer = site.layer if site.kind == "resid_post" else site.layer - 1
         if site.kind in INNER_KINDS or layer < 1:
             raise ValueError(
-                f"A control vector cannot say {site}: llama.cpp adds vectors to the outputs of blocks from 1 on."
+                f"A control vector cannot steer {site}: llama.cpp adds vectors to the outputs of blocks from 1 on."
             )
         directions[layer] = directions.get(layer, np.float32(0)) + vector.numpy()
     gguf = _gguf()
@@ -112,7 +112,7 @@ def _gguf() -> Any:
 
 
 def _bounded_reader(path: Path) -> Any:
-    """gguf's reader, which takes a declared length at its word: past the end of the file it reads nothing, forever."""
+    """gguf's reader with bounds checks: the original trusts declared lengths and loops forever past the file's end."""
 
     class BoundedReader(_gguf().GGUFReader):  # type: ignore[misc]
         entries = 0
@@ -120,7 +120,7 @@ def _bounded_reader(path: Path) -> Any:
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             end = int(offset) + int(np.dtype(dtype).itemsize) * int(count)
             if end > len(self.data):
-                raise ValueError(f"it declares {end} bytes and has {len(self.data)}")
+                raise ValueError(f"it declares {end} bytes but has {len(self.data)}")
             return super()._get(offset, dtype, count, override_order)
 
         def _build_tensor_info(self, offs: int, count: int) -> Any:
@@ -131,7 +131,7 @@ def _bounded_reader(path: Path) -> Any:
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
             self.entries += 1
             if self.entries > MOST_ENTRIES:
-                raise ValueError(f"it has more than {MOST_ENTRIES} entries of metadata")
+                raise ValueError(f"it has more than {MOST_ENTRIES} metadata entries")
             return super()._get_field_parts(orig_offs, raw_type)
 
     return BoundedReader(path)

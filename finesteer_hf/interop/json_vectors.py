@@ -1,7 +1,8 @@
 """`.svec` files: JSON of IBM's activation-steering (CAST) and of AISteer360.
 
-Both hold `{"model_type": ..., "directions": {"<layer>": numbers}}`. CAST writes a list of numbers a layer and adds it to
-the block's input; AISteer360 writes a list of such lists (one for a constant vector) and adds it to the block's output.
+Both hold `{"model_type": ..., "directions": {"<layer>": numbers}}`. For each layer CAST writes a list of numbers,
+added to the block's input; AISteer360 writes a list of such lists (one for a constant vector), added to the block's
+output.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ def read_svec(path: Path) -> ForeignVectors:
     """Read an `.svec` file.
 
     Raises:
-        AdapterFileError: if it is damaged, holds something else, or several directions a layer.
+        AdapterFileError: if it is damaged, not an `.svec` file, or has several directions for a layer.
     """
     data = read_json_object(path, MOST_BYTES)
     directions = data.get("directions")
     if not isinstance(directions, dict) or not directions:
-        raise AdapterFileError(f"{path.name} has no `directions` by layer; it is no .svec file of CAST or AISteer360.")
+        raise AdapterFileError(
+            f"{path.name} has no `directions` by layer; it is not an .svec file of CAST or AISteer360."
+        )
     nested = {isinstance(value, list) and bool(value) and isinstance(value[0], list) for value in directions.values()}
     if len(nested) != 1:
-        raise AdapterFileError(f"{path.name} mixes layers of one vector with layers of several.")
+        raise AdapterFileError(f"{path.name} has one vector for some layers and several for others.")
     vectors = {}
     for key, value in directions.items():
         what = f"layer {key[:20]!r} of {path.name}"
@@ -52,4 +55,4 @@ def _tensor(value: Any, what: str) -> torch.Tensor:
     try:
         return torch.tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
-        raise AdapterFileError(f"{what} is no list of numbers: {error}") from error
+        raise AdapterFileError(f"{what} is not a list of numbers: {error}") from error

@@ -1,4 +1,4 @@
-"""Read another library's vectors, whatever the format."""
+"""Read another library's vectors, in any known format."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def load_vectors(
 ) -> SteeringAdapter:
     """Read the steering vectors of another library into a CONSTANT adapter.
 
-    Nothing is unpickled, and a file is refused if a constant vector cannot say what it does.
+    Nothing is unpickled. A file is refused if a constant vector cannot express what it does.
 
     Args:
         path: the file.
         format: `gguf` (repeng, llama.cpp), `svec` (CAST, AISteer360), `lm_eval` (its `steered` model's `.pt`) or
-            `steering_lite`; by default told by the file's ending.
-        site: what of the blocks is steered, if not what the format says: GGUF, AISteer360, lm-eval and steering-lite add
-            to the output (`resid_post`), CAST to the input (`resid_pre`).
-        strength: lambda, if not the file's own (1, where it has none).
+            `steering_lite`; by default from the file's extension.
+        site: site kind to steer, if not the format's own: GGUF, AISteer360, lm-eval and steering-lite add to the
+            output (`resid_post`), CAST to the input (`resid_pre`).
+        strength: lambda, if not the file's own (1 if it has none).
         **settings: more fields of `ConstantConfig`, such as `base_model_name_or_path` or `positions`.
 
     Returns:
@@ -60,7 +60,7 @@ def load_vectors(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        AdapterFileError: if the file is damaged, or cannot be said by a constant vector.
+        AdapterFileError: if the file is damaged, or a constant vector cannot express it.
         ValueError: for an unknown format.
     """
     path = Path(path)
@@ -70,13 +70,13 @@ def load_vectors(
         raise AdapterFileError(f"{path.name} has {path.stat().st_size} bytes; at most {MOST_BYTES} are read.")
     name = format or _SUFFIXES.get(path.suffix.lower())
     if name not in _READERS:
-        known = f"Give format= one of {list(FORMATS)}; known endings: {sorted(_SUFFIXES)}."
+        known = f"Give format= one of {list(FORMATS)}; known extensions: {sorted(_SUFFIXES)}."
         raise ValueError(
-            f"Unknown format {format!r}. {known}" if format else f"{path.name} is of no known kind. {known}"
+            f"Unknown format {format!r}. {known}" if format else f"{path.name} has no known extension. {known}"
         )
     found = _READERS[name](path)
     if not found.vectors:
-        raise AdapterFileError(f"{path.name} holds no vector.")
+        raise AdapterFileError(f"{path.name} holds no vectors.")
     if site is not None:
         found = dataclasses.replace(found, site=site)
     vectors = {Site(found.site, layer): vector for layer, vector in found.vectors.items()}

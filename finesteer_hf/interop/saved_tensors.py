@@ -1,7 +1,7 @@
-"""What `torch.save` writes, read without an unpickler: texts, numbers, lists, dicts and plain tensors, and nothing else.
+"""Reads files of `torch.save` without an unpickler: strings, numbers, lists, dicts and plain tensors only.
 
-A pickle is a program. This reads the few instructions that plain data needs and calls nothing that a file names; sizes
-are checked before anything is read or made.
+A pickle is a program. This runs the few instructions that plain data needs and calls nothing that a file names; sizes
+are checked before anything is read or allocated.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_saved_tensors(path: Path) -> Any:
         path: the file, in the zip format that torch writes since version 1.6.
 
     Returns:
-        Texts, numbers, lists, tuples and dicts with texts as keys, and dense tensors in them.
+        Strings, numbers, lists, tuples, dicts with string keys, and dense tensors in them.
 
     Raises:
         AdapterFileError: if it is damaged, holds anything else, or asks for more memory than `MOST_BYTES`.
@@ -59,18 +59,16 @@ def read_saved_tensors(path: Path) -> Any:
             return _Reader(archive, path.name).read()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
         raise AdapterFileError(
-            f"{path.name} is no file that torch.save wrote in its current format ({error}); older ones are pickles."
+            f"{path.name} is not a torch.save file in the current format ({error}); older formats are pickles."
         ) from error
     except (ValueError, TypeError, LookupError, OverflowError, RuntimeError, RecursionError, AttributeError) as error:
         if isinstance(error, AdapterFileError):
             raise
-        raise AdapterFileError(
-            f"{path.name} holds something else than plain tensors, or is damaged: {error}"
-        ) from error
+        raise AdapterFileError(f"{path.name} holds more than plain tensors, or is damaged: {error}") from error
 
 
 def _check_directory(path: Path) -> None:
-    """Refuse an archive with more entries than vectors, before a record is made of each."""
+    """Refuse an archive with too many entries, before a record of each is built."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 22))
         end = file.read()
@@ -91,7 +89,7 @@ class _Global:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Numbers side by side."""
+    """A flat array of numbers."""
 
     values: torch.Tensor
 
@@ -103,9 +101,9 @@ class _Reader:
         pickles = [entry for entry in self.entries if entry.endswith("/data.pkl")]
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if len(self.entries) != len(archive.infolist()) or len(pickles) != 1:
-            raise zipfile.BadZipFile("it has not one data.pkl, or an entry twice")
+            raise zipfile.BadZipFile("it needs exactly one data.pkl and no entry twice")
         if unpacked > MOST_BYTES or any(entry.file_size != entry.compress_size for entry in archive.infolist()):
-            raise AdapterFileError(f"{name} would unpack to {unpacked} bytes; torch.save packs nothing.")
+            raise AdapterFileError(f"{name} would unpack to {unpacked} bytes; torch.save does not compress.")
         self.folder = pickles[0].removesuffix("data.pkl")
         self.storages: dict[str, _Storage] = {}
         self.left = MOST_BYTES
@@ -162,18 +160,18 @@ class _Reader:
             function, arguments = self.pop(2)
             stack.append(self.made(function, arguments))
         else:
-            raise ValueError(f"the instruction {name} is none that plain tensors need")
+            raise ValueError(f"plain tensors do not need the instruction {name}")
 
     def pop(self, count: int) -> list[Any]:
-        """Take the newest values off."""
+        """Pop the newest values."""
         if len(self.stack) < count + (self.marks[-1] if self.marks else 0):
-            raise ValueError("it takes more values than there are")
+            raise ValueError("it pops more values than there are")
         taken = self.stack[-count:]
         del self.stack[-count:]
         return taken
 
     def marked(self) -> list[Any]:
-        """Take everything since the last mark off."""
+        """Pop everything since the last mark."""
         start = self.marks.pop()
         taken = self.stack[start:]
         del self.stack[start:]
@@ -181,22 +179,22 @@ class _Reader:
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise ValueError(f"a {type(self.stack[-1]).__name__} where a {kind.__name__} belongs")
+            raise ValueError(f"found a {type(self.stack[-1]).__name__} instead of a {kind.__name__}")
         return self.stack[-1]
 
     @staticmethod
     def set_items(target: dict[Any, Any], pairs: list[Any]) -> None:
         keys = pairs[::2]
-        # Other keys may hold each other a thousand times over, and their hash takes for ever.
+        # Other keys may nest each other many times over, and hashing them takes forever.
         if not all(type(key) in (str, int) for key in keys):
-            raise ValueError("a key is neither a text nor a whole number")
+            raise ValueError("a key is neither a string nor an integer")
         target.update(zip(keys, pairs[1::2], strict=True))
 
     def storage(self, identity: Any) -> _Storage:
         kind, dtype, key, _, count = identity
         name = dtype.name.removeprefix("torch ") if isinstance(dtype, _Global) else ""
         if kind != "storage" or name not in _STORAGES or type(key) is not str or type(count) is not int:
-            raise ValueError(f"{name or 'it'} is no kind of numbers that is read")
+            raise ValueError(f"{name or 'it'} is not a supported number type")
         if key not in self.storages:
             values = self.archive.read(self.entries[f"{self.folder}data/{key}"])
             numbers = torch.frombuffer(bytearray(values), dtype=_STORAGES[name]) if values else torch.empty(0)
@@ -204,14 +202,14 @@ class _Reader:
         return self.storages[key]
 
     def made(self, function: Any, arguments: Any) -> Any:
-        """What one of the three functions gives that plain tensors are saved with."""
+        """The result of one of the three functions that plain tensors are saved with."""
         name = function.name if isinstance(function, _Global) else type(function).__name__
         if name == _ORDERED and arguments == ():
             return OrderedDict()
         if name == _PARAMETER and isinstance(arguments[0], torch.Tensor):
             return arguments[0]
         if name != _TENSOR:
-            raise ValueError(f"{name!r} is nothing that plain tensors are made of")
+            raise ValueError(f"{name!r} is not part of a plain tensor")
         storage, offset, size, stride = arguments[:4]
         if not isinstance(storage, _Storage):
             raise ValueError("a tensor has no numbers")
@@ -219,9 +217,7 @@ class _Reader:
             raise ValueError("a tensor has no shape")
         numbers = math.prod(size)
         if len(size) > 8 or not 0 < numbers <= WIDEST:
-            raise AdapterFileError(
-                f"{self.name} has a tensor that has shape {tuple(size)}; that is no steering vector."
-            )
+            raise AdapterFileError(f"{self.name} has a tensor of shape {tuple(size)}, which is not a steering vector.")
         self.left -= numbers * storage.values.element_size()
         if self.left < 0:
             raise AdapterFileError(f"{self.name} holds more than {MOST_BYTES} bytes of tensors.")

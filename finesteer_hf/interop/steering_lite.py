@@ -17,8 +17,8 @@ from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.vectors import ForeignVectors, as_layer, as_vector, check_sizes
 
 
-# Its methods that add `coeff * v` to a block's output, whatever the state; v may be stored in groups of `[k, width]`.
-# A number of the widest dtype beside its float32.
+# Its methods that add `coeff * v` to a block's output in every state; v may be stored in groups of `[k, width]`.
+# Bytes of a number in the widest dtype and of its float32 copy.
 ITEM_BYTES = 12
 CONSTANT_METHODS = ("mean_diff", "pca", "random", "suppressed_mean_diff")
 _NAME = re.compile(r"layer(\d+)\.(?:(?:shared|stacked)\.)?([vV])", re.ASCII)
@@ -28,7 +28,7 @@ def read_steering_lite(path: Path) -> ForeignVectors:
     """Read a vector of steering-lite whose method adds a constant.
 
     Raises:
-        AdapterFileError: if the file is damaged, of another library, or its method depends on the state.
+        AdapterFileError: if the file is damaged, from another library, or its method depends on the state.
     """
     check_header(path)
     try:
@@ -38,27 +38,27 @@ def read_steering_lite(path: Path) -> ForeignVectors:
             check_sizes(shapes, ITEM_BYTES, path.name)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path.name} is damaged or no safetensors file: {error}") from error
+        raise AdapterFileError(f"{path.name} is damaged or not a safetensors file: {error}") from error
     method, coefficient = config.get("method"), config.get("coeff", 1.0)
     if method not in CONSTANT_METHODS:
         raise AdapterFileError(
-            f"{path.name} holds steering-lite's method {str(method)[:40]!r}, which looks at the state; of its methods "
+            f"{path.name} holds steering-lite's method {str(method)[:40]!r}, which depends on the state; of its methods "
             f"only {list(CONSTANT_METHODS)} add a constant vector."
         )
     if config.get("target", "residual") != "residual" or config.get("target_submodule") is not None:
         raise AdapterFileError(f"{path.name} steers a module inside the blocks; only their outputs can be read.")
     if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)) or not math.isfinite(coefficient):
-        raise AdapterFileError(f"{path.name} has no number as its coeff.")
+        raise AdapterFileError(f"{path.name} has a coeff that is not a number.")
     vectors: dict[int, torch.Tensor] = {}
     for name, tensor in tensors.items():
         what = f"{name[:60]!r} of {path.name}"
         match = _NAME.fullmatch(name)
         if match is None:
-            raise AdapterFileError(f"{what} is no part of a constant vector of steering-lite (layer<l>.v).")
+            raise AdapterFileError(f"{what} is not part of a constant vector of steering-lite (layer<l>.v).")
         layer = as_layer(match.group(1), what)
         if layer in vectors:
             raise AdapterFileError(f"{path.name} names layer {layer} twice.")
-        # The directions of a group are all added.
+        # All directions of a group are added.
         vectors[layer] = as_vector(tensor.float().sum(0) if tensor.ndim == 2 else tensor, what)
     return ForeignVectors(vectors, "resid_post", strength=float(coefficient))
 
@@ -72,5 +72,5 @@ def _config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
             "SteeringAdapter.from_pretrained(folder)."
         ) from error
     if not isinstance(config, dict):
-        raise AdapterFileError(f"{path.name} has a steering-lite config that is no JSON object.")
+        raise AdapterFileError(f"{path.name} has a steering-lite config that is not a JSON object.")
     return config

@@ -1,7 +1,7 @@
 """The built-in steering methods.
 
-Nothing is imported here, so that methods may import what they need. Whoever asks the registry for a method has the modules
-of `BUILT_IN` imported, and each registers its own.
+Nothing is imported here, so that methods may import what they need. The registry imports the modules in `BUILT_IN`
+when a method is looked up, and each registers its method.
 """
 
 BUILT_IN = (

@@ -1,9 +1,9 @@
-"""ALPHASTEER: a linear map of the query that is blind to what benign queries are made of (arXiv 2506.07022, ICLR 2026).
+"""ALPHASTEER: a linear map of the query that ignores the directions of benign queries (arXiv 2506.07022, ICLR 2026).
 
-Per layer h' = h + lambda D P h, with P the projector on the directions in which benign states have next to no energy, and D
-the ridge solution of D P h_m = r over malicious queries h_m, r the refusal direction. All targets are the same r, so D P
-is of rank one, exactly: D P = r w', with w the ridge regression of the constant 1 on the projected malicious states. Two
-vectors a layer are kept instead of a d x d matrix.
+Per layer h' = h + lambda D P h, with P the projector on the directions in which benign states have almost no energy,
+and D the ridge solution of D P h_m = r over malicious queries h_m, r the refusal direction. All targets are the same
+r, so D P has exactly rank one: D P = r w', with w the ridge regression of the constant 1 on the projected malicious
+states. Each layer stores two vectors instead of a d x d matrix.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from finesteer_hf.sites import Site
 
 POOLS = ("answer_mean", "answer_last")
 MIN_ROWS = 4
-# The input of the first block is the last token's embedding, which a chat template makes the same for all queries.
+# The input of the first block is the last token's embedding; with a chat template it is the same for all queries.
 FIRST_LAYER = 1
 
 
@@ -52,7 +52,7 @@ class AlphaSteerConfig(SteeringConfig):
     Attributes:
         layers: decoder blocks whose inputs are read and steered; `auto` compares single blocks between 20% and 80% of the
             depth, the best of them together, and all of them, on held-out rows.
-        null_space: share of the directions, those with the least benign energy, that count as the null space.
+        null_space: share of the directions, those with the least benign energy, that form the null space.
         ridge: penalty on |D P|^2, against squared errors summed over the malicious queries.
         pool: answer states whose difference of means is the refusal direction.
     """
@@ -65,7 +65,7 @@ class AlphaSteerConfig(SteeringConfig):
         default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
     layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
-    null_space: float = field(default=0.5, metadata=setting("Share of directions that make the null space."))
+    null_space: float = field(default=0.5, metadata=setting("Share of directions in the null space."))
     ridge: float = field(default=10.0, metadata=setting("Penalty on the map."))
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
@@ -83,8 +83,8 @@ class AlphaSteerConfig(SteeringConfig):
 class AlphaSteer(SteeringMethod[AlphaSteerConfig]):
     """`H_l <- H_l + strength * r_l (w_l . h_l)` at the inputs of some blocks, h_l the query's unsteered state there.
 
-    The published code reads each layer where earlier ones have already written. Here all are read from the unsteered
-    prompt, as every decision is, so a layer's map gets the states that it was fitted on.
+    The published code reads each layer after earlier ones have written. Here all are read from the unsteered prompt,
+    as every decision is, so a layer's map sees the kind of states that it was fitted on.
 
     Args:
         config: a fitted `AlphaSteerConfig`.
@@ -99,7 +99,7 @@ class AlphaSteer(SteeringMethod[AlphaSteerConfig]):
         self.reads = self.writes = tuple(_site(layer) for layer in config.layers)
 
     def decide(self, queries: QueryStates) -> Decision:
-        """The map's value at each layer, `[rows, hidden_size]`; recorded is `score`, the mean over layers of w . h."""
+        """The map's value at each layer, `[rows, hidden_size]`; records `score`, the mean over layers of w . h."""
         tensors = self.parameters_on(queries.device)
         scores = [queries[site] @ probe for site, probe in zip(self.reads, tensors["probe"], strict=True)]
         vectors = {
@@ -110,7 +110,7 @@ class AlphaSteer(SteeringMethod[AlphaSteerConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: AlphaSteerConfig) -> dict[str, tuple[int | None, ...]]:
-        """Two vectors a layer."""
+        """Two vectors per layer."""
         require_fitted(config, "layers")
         shape = (len(config.layers), config.hidden_size)
         return {"refusal": shape, "probe": shape}
@@ -172,9 +172,9 @@ def null_space_probe(
 ) -> NDArray[np.float64]:
     """The vector w with D P = r w': ridge regression of 1 on malicious states inside the benign null space.
 
-    P projects on the eigenvectors of the uncentred H_b' H_b with the smallest eigenvalues. Where there are fewer benign
-    queries than directions to be removed, the null space is exact and larger than asked: what no benign query has
-    cannot be told from one another, and none of it is removed.
+    P projects on the eigenvectors of the uncentred H_b' H_b with the smallest eigenvalues. With fewer benign queries
+    than directions to remove, the null space is exact and larger than requested: directions that no benign query has
+    are all kept.
 
     Args:
         benign: `[N, d]`.
@@ -187,7 +187,7 @@ def null_space_probe(
     """
     width = benign.shape[1]
     removed = gram_eigen(benign, width - round(null_space * width))[2]
-    # Once more, for what is left of directions whose energy is large.
+    # Twice, to remove the remainder of directions with large energy.
     projected = malicious - (malicious @ removed) @ removed.T
     projected = projected - (projected @ removed) @ removed.T
     gram = projected @ projected.T
@@ -210,14 +210,14 @@ def _fit_layer(data: FitData, config: AlphaSteerConfig, layer: int) -> tuple[NDA
     if min(len(benign), len(malicious)) < MIN_ROWS:
         raise DatasetError(
             f"ALPHASTEER needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset), got "
-            f"{len(malicious)} and {len(benign)}; thousands of general prompts are what the paper uses."
+            f"{len(malicious)} and {len(benign)}; the paper uses thousands of general prompts."
         )
     refusal, _ = mean_difference(data, ("chosen", "rejected"), site, parts, config.pool)
     return refusal, null_space_probe(benign, malicious, config.null_space, config.ridge)
 
 
 def _judge(data: FitData, layer: int, probe: NDArray[np.float64]) -> dict[str, float | None]:
-    """Mean share of r that held-out queries get, and how much general ones get at most times."""
+    """Mean share of r for held-out queries, and a high quantile of its size for general ones."""
     general = data.general(_site(layer), "validation").astype(np.float64) @ probe
     queries = _queries(data, layer, ("validation",)) @ probe
     return {

@@ -1,11 +1,11 @@
 """ANGULAR: rotations of the stream in one plane, which keep its norm (Angular Steering, arXiv 2510.26243).
 
-The plane is spanned by b1, the direction of the feature that is to go, and b2, orthonormal to it. `mode="angular"` turns
+The plane is spanned by b1, the direction of the feature to remove, and b2, orthonormal to it. `mode="angular"` turns
 every token to one angle in that plane, `mode="adaptive"` only tokens that show the feature, and `mode="selective"`
-(Selective Steering, arXiv 2601.19375) turns every token by one angle, at layers that tell the two sides apart.
+(Selective Steering, arXiv 2601.19375) turns every token by one angle, at layers that separate the two sides.
 
-The papers rotate the outputs of the normalisation layers. Here the output of the block is rotated: that is what the next
-normalisation rescales, and the stream itself keeps its norm.
+The papers rotate the outputs of the normalisation layers. Here the output of the block is rotated: the next
+normalisation rescales it, and the stream keeps its norm.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from finesteer_hf.sites import Site, resid_post
 
 MODES = ("angular", "adaptive", "selective")
 POOLS = ("answer_mean", "answer_last")
-# Parts of the whole turn.
+# Shares of the whole turn.
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 MIN_ROWS = 2
 ORTHONORMAL = 1e-5
@@ -55,10 +55,10 @@ class AngularConfig(SteeringConfig):
         mode: `angular` (to an angle), `adaptive` (to an angle, tokens with the feature only) or `selective` (by an
             angle).
         layers: decoder blocks whose outputs are rotated; `auto` takes those between 20% and 80% of the depth and, for
-            `selective`, of these the ones at which the two sides project on b1 with opposite signs.
+            `selective`, only those at which the two sides project on b1 with opposite signs.
         angle: degrees: the angle to b1 to turn to, or for `selective` to turn by; `auto` is 180, away from the
             feature, or for `selective` the angle from the rejected answers' mean to the chosen ones'.
-        threshold: `adaptive` leaves tokens alone whose product with b1 is at most this.
+        threshold: `adaptive` leaves tokens unchanged whose product with b1 is at most this.
         pool: answer states that the plane is fitted to.
         strength: share of the turn: 1 is the papers' rotation.
     """
@@ -120,7 +120,7 @@ def rotate(
     if mode == "selective":
         turn = angle * share * torch.ones_like(x)
     else:
-        # The short way round.
+        # Turn the short way.
         turn = share * (torch.remainder(angle - torch.atan2(y, x) + math.pi, 2 * math.pi) - math.pi)
     if mode == "adaptive":
         turn = torch.where(x > threshold, turn, 0.0)
@@ -146,13 +146,13 @@ class Angular(SteeringMethod[AngularConfig]):
         plane = tensors.get("plane")
         if plane is None or not torch.allclose(plane @ plane.T, torch.eye(2), atol=ORTHONORMAL):
             raise AdapterFileError(
-                "An ANGULAR adapter needs the tensor 'plane' with two orthonormal rows: any other would change norms."
+                "An ANGULAR adapter needs the tensor 'plane' with two orthonormal rows; others would change norms."
             )
         self.maps = tuple(resid_post(layer) for layer in config.layers)
         self.angle = math.radians(float(config.angle))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Rotate the named tokens of `[rows, tokens, hidden_size]` by the row's share of the turn."""
+        """Rotate the selected tokens of `[rows, tokens, hidden_size]` by the row's share of the turn."""
         settings = self.config
         rotated = rotate(
             hidden,
@@ -189,12 +189,12 @@ class Angular(SteeringMethod[AngularConfig]):
         """Find the plane, the layers and the angle on the `fit` part, the share of the turn on `validation`.
 
         Raises:
-            DatasetError: for too few rows; if the sides do not differ; if no layer is fit for `selective`.
+            DatasetError: for too few rows; if the sides do not differ; if no layer suits `selective`.
         """
         layers = layers_of(config.layers, data.info.num_layers)
         sides = {layer: _sides(data, config, layer) for layer in layers}
         if min(len(side) for pair in sides.values() for side in pair) < MIN_ROWS:
-            raise DatasetError(f"ANGULAR needs at least {MIN_ROWS} rows to fit on; hundreds are advised.")
+            raise DatasetError(f"ANGULAR needs at least {MIN_ROWS} rows to fit on; hundreds are recommended.")
         plane = find_plane(list(sides.values()))
         projections = {layer: _projections(pair, plane) for layer, pair in sides.items()}
         if config.mode == "selective" and config.layers == "auto":
@@ -202,7 +202,7 @@ class Angular(SteeringMethod[AngularConfig]):
             if not layers:
                 raise DatasetError(
                     "mode='selective' rotates layers at which chosen and rejected answers project on the feature with "
-                    f"opposite signs, and there is none among {list(projections)}. Name layers, or use mode='adaptive'."
+                    f"opposite signs, but there is none among {list(projections)}. Name layers, or use mode='adaptive'."
                 )
         angle = _angle(config, [sides[layer] for layer in layers], plane)
         tensors = {"plane": torch.from_numpy(plane.astype(np.float32))}
@@ -227,20 +227,20 @@ Sides = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def find_plane(sides: list[Sides]) -> NDArray[np.float64]:
-    """The plane of a feature, from the states of those who show it and those who do not.
+    """The plane of a feature, from states with and without it.
 
-    Every layer has a candidate: the unit difference of means. b1 is the one that is most like the others (by mean
+    Every layer has a candidate: the unit difference of means. b1 is the one most similar to the others (by mean
     cosine), b2 the first principal component of the candidates, made orthogonal to b1. With one layer, the candidates
     of b2 are the rows' own unit differences.
 
     Args:
-        sides: for each layer the two tables `[rows, d]`, row by row.
+        sides: for each layer, two tables `[rows, d]` with matching rows.
 
     Returns:
         `[2, d]`, orthonormal rows.
 
     Raises:
-        DatasetError: if the means do not differ, or nothing varies beside b1.
+        DatasetError: if the means do not differ, or nothing varies besides b1.
     """
     candidates = np.stack([with_it.mean(axis=0) - without.mean(axis=0) for with_it, without in sides])
     norms = np.linalg.norm(candidates, axis=1, keepdims=True)
@@ -271,7 +271,7 @@ def _sides(data: FitData, config: AngularConfig, layer: int) -> Sides:
 
 
 def _projections(sides: Sides, plane: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean products of b1 with the unit states of either side."""
+    """Mean products of b1 with the unit states of each side."""
     units = [side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12) for side in sides]
     return float((units[0] @ plane[0]).mean()), float((units[1] @ plane[0]).mean())
 

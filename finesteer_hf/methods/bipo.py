@@ -1,10 +1,10 @@
 """BIPO: a constant vector learned from preferences in both directions (Cao et al., NeurIPS 2024, arXiv 2406.00045).
 
-With the model frozen, a vector v minimises, for a direction d that is -1 or 1 with equal chance in each step,
+With the model frozen, a vector v minimises, for a direction d drawn as -1 or 1 with equal chance in each step,
 
     -log sigmoid(d beta [log p(chosen | d v) - log p(chosen) - log p(rejected | d v) + log p(rejected)])
 
-so that adding it makes wanted answers likelier and subtracting it unwanted ones. Log-probabilities are sums over an
+so that adding it makes wanted answers more likely and subtracting it unwanted ones. Log-probabilities are sums over an
 answer's tokens; those without v are the unsteered model's.
 """
 
@@ -31,11 +31,11 @@ from finesteer_hf.sites import Site
 class BIPOConfig(PreferenceVectorConfig):
     """Settings of BIPO; see `PreferenceVectorConfig` for those of the training.
 
-    The default takes fewer epochs than the paper, at a rate that fits the model's states, and stops by held-out rows; see
+    The default uses fewer epochs than the paper, a rate scaled to the model's states, and stops on held-out rows; see
     `paper`.
 
     Attributes:
-        beta: how strongly log-probabilities count: the smaller, the further the model may be led from its own.
+        beta: factor of the log-probabilities: the smaller, the further the model may move from the unsteered one.
     """
 
     steering_type: ClassVar[str] = "BIPO"
@@ -51,10 +51,10 @@ class BIPOConfig(PreferenceVectorConfig):
         """The published settings, for models of 7 billion parameters.
 
         AdamW at 5e-4 with decay 0.05, 20 epochs of batches of 4, all rows, beta 0.1, a cosine after 100 steps of warm-up;
-        the last vector, as it is. The paper's layers are 15 of Llama-2-7b-chat and 13 of Mistral-7B-Instruct.
+        the last vector, unscaled. The paper's layers are 15 of Llama-2-7b-chat and 13 of Mistral-7B-Instruct.
 
         Args:
-            **overrides: fields to change, for instance `layer=15`.
+            **overrides: fields to change, for example `layer=15`.
         """
         settings: dict[str, Any] = {
             "num_rows": None,
@@ -84,7 +84,7 @@ def bipo_loss(steered: PairScores, plain: PairScores, direction: float, beta: fl
 
 
 class BIPO(PreferenceVector[BIPOConfig]):
-    """`H <- H + strength * v` at the output of one block, whatever the query.
+    """`H <- H + strength * v` at the output of one block, for every query.
 
     Args:
         config: a fitted `BIPOConfig`.
@@ -95,7 +95,7 @@ class BIPO(PreferenceVector[BIPOConfig]):
     def first_losses(
         cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: BIPOConfig
     ) -> torch.Tensor:
-        """The loss in the direction 1; at zero its slope is that of the other direction, too."""
+        """The loss in direction 1; at zero the other direction has the same slope."""
         return bipo_loss(rows.steered(which, steering), rows.plain[which], 1.0, config.beta)
 
     @classmethod
@@ -108,7 +108,7 @@ class BIPO(PreferenceVector[BIPOConfig]):
         config: BIPOConfig,
         rng: np.random.Generator | None,
     ) -> torch.Tensor:
-        """The loss in a direction that is drawn, or the mean of both."""
+        """The loss in a drawn direction, or the mean of both."""
 
         def towards(direction: float) -> torch.Tensor:
             steering = TrainedShift({site: vector}, positions=config.positions, factor=direction)

@@ -1,9 +1,9 @@
 """CAA: one constant vector, the mean difference of wanted and unwanted answers (Rimsky et al., ACL 2024).
 
-With `vector="queries"` it is the difference of the prompts' own states, these less general ones: a refusal vector
-(Arditi et al., NeurIPS 2024) when these are harmful and the general ones harmless. With `vector="gradient"` it is the mean
-gradient of the preference for the wanted answer, by a vector at the block: what moves the model to say it, where the
-difference says what the answers are about.
+With `vector="queries"` it is the mean difference of the prompts' states, training minus general ones: a refusal vector
+(Arditi et al., NeurIPS 2024) if the former are harmful and the latter harmless. With `vector="gradient"` it is the
+mean gradient of the preference for the wanted answer with respect to a vector at the block: it moves the model to give
+that answer, while the difference reflects what the answers are about.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class CAAConfig(SteeringConfig):
     Attributes:
         positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, as the paper does, unless
             `all` steers held-out rows better.
-        layer: decoder block whose output is steered; `auto` steers at each and takes the one that is best on held-out rows.
-        pool: answer states that are averaged: `answer_mean` over the answer's tokens, `answer_last` its last token (the
+        layer: decoder block whose output is steered; `auto` tries each and takes the best on held-out rows.
+        pool: answer states to average: `answer_mean` over the answer's tokens, or `answer_last`, its last token (the
             answer's letter in the paper's multiple-choice prompts).
-        vector: `answers` (chosen minus rejected), `queries` (these prompts minus the general ones) or `gradient` (of the
-            preference, scaled to a tenth of the state's norm).
+        vector: `answers` (chosen minus rejected), `queries` (training prompts minus general ones) or `gradient` (of
+            the preference, scaled to a tenth of the state's norm).
     """
 
     steering_type: ClassVar[str] = "CAA"
@@ -63,7 +63,7 @@ class CAAConfig(SteeringConfig):
         default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
     vector: Literal["answers", "queries", "gradient"] = field(
-        default="answers", metadata=setting("What the vector is made of: answers, queries or gradient.")
+        default="answers", metadata=setting("What the vector is made from: answers, queries or gradient.")
     )
 
     def __post_init__(self) -> None:
@@ -75,15 +75,15 @@ class CAAConfig(SteeringConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> CAAConfig:
-        """What the paper fixes: the vector is added after the user's turn, to the prompt's last token and to what is
-        generated. Layer and strength it sweeps; the states are those of an answer's letter, so prompts are to be multiple
+        """The paper's settings: the vector is added after the user's turn, to the prompt's last token and to generated
+        tokens. It sweeps layer and strength. The states are those of an answer's letter, so prompts should be multiple
         choice.
         """
         return cls(**{"positions": "generated", "pool": "answer_last", **overrides})
 
 
 class CAA(SteeringMethod[CAAConfig]):
-    """`H <- H + strength * v` at the output of one block, whatever the query.
+    """`H <- H + strength * v` at the output of one block, for every query.
 
     Args:
         config: a fitted `CAAConfig`.
@@ -129,7 +129,7 @@ class CAA(SteeringMethod[CAAConfig]):
         """Average the differences of the `fit` and `calibration` parts; choose layer and strength on `validation`.
 
         Raises:
-            DatasetError: for too few rows, or for a vector of queries without general prompts.
+            DatasetError: for too few rows, or for `vector="queries"` without general prompts.
         """
         layers = candidate_layers(config.layer, data.info.num_layers)
         vectors = {layer: _mean_difference(data, config, resid_post(layer)) for layer in layers}
@@ -158,7 +158,7 @@ def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tens
     if config.vector == "gradient":
         gradient = preference_gradients(data, [site], parts)[site]
         if len(gradient) < MIN_ROWS:
-            raise DatasetError(f"CAA averages the gradients of {len(gradient)} rows, and needs at least {MIN_ROWS}.")
+            raise DatasetError(f"CAA averages the gradients of {len(gradient)} rows, but needs at least {MIN_ROWS}.")
         mean = gradient.mean(axis=0)
         length = SCREEN_DOSE * state_norms(data, [site])[site] / max(float(np.linalg.norm(mean)), 1e-12)
         return torch.from_numpy((mean * length).astype(np.float32))
@@ -166,7 +166,7 @@ def _mean_difference(data: FitData, config: CAAConfig, site: Site) -> torch.Tens
     if min(counts) < MIN_ROWS:
         what = "general prompts (general_dataset)" if config.vector == "queries" else "rows"
         raise DatasetError(
-            f"CAA with vector={config.vector!r} averages {counts[0]} states against {counts[1]}, and needs at "
+            f"CAA with vector={config.vector!r} averages {counts[0]} states against {counts[1]}, but needs at "
             f"least {MIN_ROWS} of each: give more {what}."
         )
     return torch.from_numpy(vector.astype(np.float32))

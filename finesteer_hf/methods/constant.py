@@ -1,7 +1,7 @@
-"""CONSTANT: vectors that are added at one or more sites, whatever the query.
+"""CONSTANT: vectors that are added at one or more sites, for every query.
 
-What other libraries call a control vector or a steering vector; it is not fitted here, but read from their files, made by
-hand, or combined from other constant adapters.
+Other libraries call it a control vector or a steering vector. It is not fitted here, but read from their files, made
+by hand, or combined from other constant adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finesteer_hf.sites import INNER_KINDS, Site, SiteKind
 
 
 _NOT_FITTED = (
-    "CONSTANT holds vectors that were made elsewhere and is not fitted. Read them with finesteer_hf.interop.load_vectors, "
+    "CONSTANT has vectors that were made elsewhere and is not fitted. Read them with finesteer_hf.interop.load_vectors, "
     "or fit a method such as CAA."
 )
 
@@ -33,7 +33,7 @@ class ConstantConfig(SteeringConfig):
 
     Attributes:
         layers: decoder blocks, each with a tensor `vectors.<layer>`.
-        site: what of each block is steered: `resid_post` (its output), `resid_pre` (its input), `head_out` or `mlp_act`.
+        site: steered site of each block: `resid_post` (its output), `resid_pre` (its input), `head_out` or `mlp_act`.
     """
 
     steering_type: ClassVar[str] = "CONSTANT"
@@ -46,7 +46,7 @@ class ConstantConfig(SteeringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.site == "attention":
-            raise ValueError("site='attention' can be looked at, and not be steered.")
+            raise ValueError("site='attention' can be read but not steered.")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers names a block twice: {self.layers[:50]}.")
         for site in self.sites:
@@ -80,14 +80,14 @@ class ConstantVectors(SteeringMethod[ConstantConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: ConstantConfig) -> dict[str, Shape]:
-        """One vector a layer; as wide as the residual stream, or as all heads or neurons of a block together.
+        """One vector per layer; as wide as the residual stream, or as all heads or neurons of a block.
 
         Raises:
             AdapterFileError: if the width of the residual stream is not in the config.
         """
         if config.hidden_size is None and config.site not in INNER_KINDS:
             raise AdapterFileError(
-                "The CONSTANT config has no hidden_size, so its vectors cannot be told to fit a model."
+                "The CONSTANT config has no hidden_size, so its vectors cannot be checked against a model."
             )
         # Heads and feed-forwards of different blocks may have different sizes.
         return {

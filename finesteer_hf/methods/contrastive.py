@@ -2,9 +2,9 @@
 
     logits = base + alpha (steered - base)
 
-`steered` is what the model says with a constant vector added (the vector of CAA), `base` what it says without, from a
-second stream with its own cache, in the manner of transformers' classifier-free guidance. alpha = 1 is the vector alone;
-more extrapolates along what the vector changes in the logits, and leaves alone what it does not change.
+`steered` are the logits with a constant vector added (CAA's vector), `base` those without, from a second stream with
+its own cache, as in transformers' classifier-free guidance. alpha = 1 is the vector alone; more extrapolates the
+vector's change of the logits and leaves the rest unchanged.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ContrastiveConfig(SteeringConfig):
     Attributes:
         layer: decoder block whose output gets the vector; `auto` as for CAA.
         pool: answer states that the vector is fitted to.
-        vector_strength: factor of the vector in the stream, chosen as CAA's strength is.
-        strength: alpha, of the contrast at the logits.
+        vector_strength: factor of the vector in the stream, chosen like CAA's strength.
+        strength: alpha, the factor of the contrast at the logits.
     """
 
     steering_type: ClassVar[str] = "CONTRASTIVE"
@@ -63,21 +63,21 @@ class ContrastiveConfig(SteeringConfig):
         check_strength(self.strength, ("kl",))
         check_strength(self.vector_strength)
         if self.positions == "prompt":
-            raise ValueError("positions='prompt' cannot be honoured: the contrast steers what is generated.")
+            raise ValueError("positions='prompt' is not possible: the contrast steers generated tokens.")
 
     def vector_config(self) -> CAAConfig:
-        """The settings of the vector's own fit."""
+        """The settings of the vector's fit."""
         return CAAConfig(
             layer=self.layer, pool=self.pool, strength=self.vector_strength, positions=self.positions, vector="answers"
         )
 
 
 class ContrastWithUnsteered(LogitsProcessor):
-    """base + alpha (scores - base), `base` the unsteered model's logits.
+    """base + alpha (scores - base), with `base` the unsteered model's logits.
 
     Args:
-        unsteered: gives base `[rows, vocabulary]` for `input_ids` `[rows, tokens]`.
-        scale: run-time scale, a number or `[rows]`; rows of 0 are unsteered already and stay as they are.
+        unsteered: returns base `[rows, vocabulary]` for `input_ids` `[rows, tokens]`.
+        scale: run-time scale, a number or `[rows]`; rows of 0 are unsteered and stay as they are.
         alpha: strength of the contrast.
     """
 
@@ -91,15 +91,15 @@ class ContrastWithUnsteered(LogitsProcessor):
         base = self.unsteered(input_ids).to(scores.device)
         scale = torch.as_tensor(self.scale, dtype=torch.float32, device=scores.device).reshape(-1, 1)
         contrast = base + scale * self.alpha * (scores - base)
-        # What other processors forbade stays forbidden.
+        # Tokens that other processors forbid stay forbidden.
         return torch.where((scale == 0) | scores.isinf(), scores, contrast.to(scores.dtype))
 
 
 class Contrastive(SteeringMethod[ContrastiveConfig]):
-    """Add a constant vector in the stream, and contrast what comes of it with the unsteered model's logits.
+    """Add a constant vector in the stream, and contrast the resulting logits with the unsteered model's.
 
-    `steering_scale` multiplies alpha, not the vector. The logits that are contrasted are those that transformers'
-    own processors leave, so penalties count once, and guidance is contrasted with the unguided, unsteered model.
+    `steering_scale` multiplies alpha, not the vector. The contrast comes after transformers' own processors, so
+    penalties count once, and guidance is contrasted with the unguided, unsteered model.
 
     Args:
         config: a fitted `ContrastiveConfig`.
@@ -120,7 +120,7 @@ class Contrastive(SteeringMethod[ContrastiveConfig]):
         self.vector_strength = float(config.vector_strength)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Add the vector to the named tokens of rows that are steered at all, whatever their scale."""
+        """Add the vector to the selected tokens of steered rows, whatever their scale."""
         steered = view.scale != 0
         if view.mask is not None:
             steered = steered & view.mask[..., None]

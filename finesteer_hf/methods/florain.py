@@ -1,13 +1,13 @@
 """FLORAIN: a learned low-rank map on all heads of one block, without a probe at run time (arXiv 2502.04043, NAACL 2025).
 
-For a head's output a, f(a) = a + L_a R' a + c with (L_a)_ij = tanh(a_i W_ij + b_ij). It is trained to bring the states of
-wanted and of unwanted answers into the ellipsoid of their question's wanted ones; see `WantedStates.regions`.
+For a head's output a, f(a) = a + L_a R' a + c with (L_a)_ij = tanh(a_i W_ij + b_ij). It is trained to move the states
+of wanted and unwanted answers into the ellipsoid of their question's wanted ones; see `WantedStates.regions`.
 
-Differences from the published code. At run time it drops the "a +" that it was trained with; here the map is the one that
-was trained. It maps the output of the attention's projection, cut into pieces of a head's size; here it is the heads'
-outputs before they are mixed. For multiple choice it maps all positions from the last token; here each token is mapped by
-itself. It leaves questions out that have one wanted answer; here such a question's region is a point. Its `delta` is in
-units of the activations, 30 in the published script; here it is in lengths of the head's mean shift.
+Differences from the published code. At run time it drops the "a +" of training; here the map is the trained one. It
+maps the output of the attention's projection, cut into pieces of a head's size; here the heads' outputs are mapped
+before the projection. For multiple choice it maps all positions from the last token; here each token is mapped
+separately. It skips questions with one wanted answer; here such a question's region is a point. Its `delta` is in
+units of the activations, 30 in the published script; here it is in units of the head's mean shift.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from finesteer_hf.sites import Site
 
 TENSORS = ("weight", "bias", "readout", "shift")
 MIN_ROWS = 4
-# Values of heads x size x rank that a forward holds at a time.
+# Most values of heads x size x rank in memory at a time.
 VALUES = 1 << 26
 
 
@@ -53,20 +53,20 @@ VALUES = 1 << 26
 class FlorainConfig(SteeringConfig):
     """Settings of FLORAIN.
 
-    The paper's script trains maps of rank 32 for 1000 epochs at a rate of 2e-4, see `paper`. The default is smaller and
-    learns faster.
+    The paper's script trains maps of rank 32 for 1000 epochs at a rate of 2e-4, see `paper`. The default is smaller
+    and trains faster.
 
     Attributes:
-        layer: block whose heads are mapped; `auto` trains maps for a few between 20% and 80% of the depth, those on whose
-            heads linear probes are right most often, and takes the one that brings held-out answers nearest.
-        strength: share of the way from a to f(a); 1 is the paper's.
-        rank: r of the maps.
-        delta: how far beyond the question's wanted mean the region lies, in lengths of the head's mean shift.
-        alpha: share of the question's own shift in the direction of delta; the rest is all questions'.
+        layer: block whose heads are mapped; `auto` trains maps for the few blocks between 20% and 80% of the depth
+            whose heads' linear probes are most accurate, and takes the best on held-out answers.
+        strength: share of the way from a to f(a); 1 in the paper.
+        rank: rank r of the maps.
+        delta: how far beyond the question's wanted mean the region is, in units of the head's mean shift.
+        alpha: share of the question's own shift in delta's direction; the rest is the shift of all questions.
         shrink: divides the region's squared radius.
         epochs: passes over the answers.
-        batch_size: answers a step.
-        learning_rate: of Adam.
+        batch_size: answers per step.
+        learning_rate: Adam's.
         attention_heads: number of heads of the block, filled in by the fit.
     """
 
@@ -81,7 +81,7 @@ class FlorainConfig(SteeringConfig):
     alpha: float = field(default=0.2, metadata=setting("Share of the question's own shift."))
     shrink: float = field(default=1.0, metadata=setting("Divides the region's squared radius."))
     epochs: int = field(default=200, metadata=setting("Passes over the answers."))
-    batch_size: int = field(default=100, metadata=setting("Answers a step."))
+    batch_size: int = field(default=100, metadata=setting("Answers per step."))
     learning_rate: float = field(default=2e-3, metadata=setting("Learning rate of Adam."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of the block.", least=1, most=MOST_HEADS)
@@ -102,10 +102,10 @@ class FlorainConfig(SteeringConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> FlorainConfig:
-        """The published script's sizes: rank 32, 1000 epochs at a rate of 2e-4, the whole way.
+        """The published script's settings: rank 32, 1000 epochs at a rate of 2e-4, strength 1.
 
         Args:
-            **overrides: fields to change, for instance `layer=12`.
+            **overrides: fields to change, for example `layer=12`.
         """
         settings: dict[str, Any] = {"rank": 32, "epochs": 1000, "learning_rate": 2e-4, "strength": 1.0}
         return cls(**{**settings, **overrides})
@@ -132,16 +132,16 @@ class Florain(SteeringMethod[FlorainConfig]):
         if not weight == tensors["bias"].shape == tensors["readout"].shape or tensors["shift"].shape != weight[:2]:
             found = {name: list(tensors[name].shape) for name in TENSORS}
             raise AdapterFileError(
-                f"The tensors of a FLORAIN adapter must agree in heads and their size, got {found}."
+                f"The tensors of a FLORAIN adapter must agree in the number and size of heads, got {found}."
             )
         self.site = Site("head_out", int(config.layer))
         self.maps = (self.site,)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Map the heads of the named tokens of `[rows, tokens, heads * size]`."""
+        """Map the heads of the selected tokens of `[rows, tokens, heads * size]`."""
         maps = HeadMap(**self.parameters_on(hidden.device))
         heads = maps.shift.shape[0]
-        # A prompt's tokens one after the other, so that the ranks of all of them never lie side by side.
+        # In chunks of tokens, to bound the memory of the rank-r products.
         tokens = max(1, VALUES // (maps.weight.numel() * hidden.shape[0]))
         moved = [
             maps.displacement(part.float().unflatten(-1, (heads, -1))).flatten(-2)
@@ -155,7 +155,7 @@ class Florain(SteeringMethod[FlorainConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: FlorainConfig) -> dict[str, Shape]:
-        """One map a head; the size of a head is the model's.
+        """One map per head; the model gives the size of a head.
 
         Raises:
             AdapterFileError: if the config is not fitted.
@@ -228,7 +228,7 @@ def _answers(data: FitData, layer: int, part: Part) -> Answers:
     sides = [data.chosen(site, part, "answer_last"), data.rejected(site, part, "answer_last")]
     states, wanted = np.concatenate(sides), np.repeat([True, False], [len(side) for side in sides])
     questions = np.tile(np.unique(data.prompts(part), return_inverse=True)[1], 2)
-    # Rows pair each wanted answer with several unwanted ones, and the other way round.
+    # Rows pair each wanted answer with several unwanted ones, and vice versa.
     keys = np.column_stack([questions, wanted, states])
     first = np.sort(np.unique(keys, axis=0, return_index=True)[1]) if len(keys) else slice(0)
     heads = data.info.num_heads
@@ -236,7 +236,7 @@ def _answers(data: FitData, layer: int, part: Part) -> Answers:
 
 
 def _told_apart(data: FitData, layer: int) -> tuple[float, float]:
-    """Mean over heads of their probes' held-out accuracy, and of their log-likelihood."""
+    """Means over heads of their probes' held-out accuracy and log-likelihood."""
     fit, held_out = _answers(data, layer, "fit"), _answers(data, layer, "calibration")
     held_out = held_out if len(held_out.states) else fit
     probes = fit_head_probes(fit.states, fit.wanted.astype(int), held_out.states, held_out.wanted.astype(int))
@@ -245,7 +245,7 @@ def _told_apart(data: FitData, layer: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """The maps of a block: what is common to its wanted states, the training, and how to try a share of the way."""
+    """The maps of a block: its wanted states' statistics, the training, and the trial of a strength."""
 
     common: WantedStates
     trained: TrainedMap
@@ -262,7 +262,7 @@ def _fit_layer(data: FitData, config: FlorainConfig, layer: int) -> LayerFit:
     try:
         common = WantedStates.of(train.states, train.wanted, train.questions)
     except ValueError as error:
-        raise DatasetError(f"FLORAIN cannot find where wanted answers lie: {error} Give other rows.") from error
+        raise DatasetError(f"FLORAIN cannot find the region of wanted answers: {error} Give other rows.") from error
     trained = _train(data, config, layer, train, held_out if len(held_out.states) else train, common)
     fitted = filled_in(config, data.info, layer=layer, attention_heads=data.info.num_heads)
     tensors = tensors_of(trained.map)
@@ -305,7 +305,7 @@ def _regions(answers: Answers, common: WantedStates, config: FlorainConfig) -> R
 
 
 def _judge(found: LayerFit, answers: Answers, config: FlorainConfig) -> dict[str, float] | None:
-    """Mean loss over heads of held-out answers as they are, and mapped; None without any."""
+    """Mean loss over heads of held-out answers, unmapped and mapped; None without any."""
     if not len(answers.states):
         return None
     regions = _regions(answers, found.common, config)

@@ -1,12 +1,12 @@
-"""INFERALIGNER: a safety vector of an aligned sibling, added where a query looks harmful (arXiv 2401.11206, EMNLP 2024).
+"""INFERALIGNER: a safety vector of an aligned sibling, added if a query looks harmful (arXiv 2401.11206, EMNLP 2024).
 
-Per layer, s_l is the mean state of harmful queries less that of harmless ones in the model itself (the safety-related
-vector, SRV) and theta_l the same difference in a sibling of the same base that was aligned (the safety steering vector,
-SSV). A query opens the gate g_l = 1[<h_l, s_l> + b_l > 0]; then h_l + alpha g_l theta_l at all its tokens.
+Per layer, s_l is the mean state of harmful queries minus that of harmless ones in the model itself (the safety-related
+vector, SRV), and theta_l the same difference in an aligned sibling of the same base (the safety steering vector, SSV).
+A query sets the gate g_l = 1[<h_l, s_l> + b_l > 0]; all its tokens become h_l + alpha g_l theta_l.
 
-An SSV comes from another model, so it is fitted there first: an INFERALIGNER adapter of the sibling, on the same data,
-holds it as its own SRV, and `sibling` names that adapter. Without one the model's own vectors serve. No code was
-published; b_l puts the boundary halfway between the two means.
+An SSV comes from another model, so it is fitted there first: an INFERALIGNER adapter of the sibling, fitted on the
+same data, has it as its own SRV, and `sibling` names that adapter. Without a sibling the model's own vectors are used.
+No code was published; b_l puts the boundary halfway between the two means.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class InferAlignerConfig(SteeringConfig):
     Attributes:
         layers: decoder blocks whose outputs are steered; `auto` compares single blocks between 20% and 80% of the depth,
             the best of them together, and all of them, on held-out rows.
-        guard_layer: block whose gate decides for all layers; None lets each layer decide for itself, as in the paper.
-        vector: what is added: `sibling` (the paper: the SRV of the adapter that `sibling` names), `answers` (the model's
-            own chosen minus rejected answers) or `queries` (its own SRV).
-        sibling: folder or Hub id of an INFERALIGNER adapter that was fitted on the aligned sibling, on the same data.
+        guard_layer: block whose gate decides for all layers; None: each layer decides for itself, as in the paper.
+        vector: what is added: `sibling` (as in the paper: the SRV of the adapter named in `sibling`), `answers` (the
+            model's own chosen minus rejected answers) or `queries` (its own SRV).
+        sibling: folder or Hub id of an INFERALIGNER adapter fitted on the aligned sibling, on the same data.
         pool: answer states that `vector="answers"` averages.
     """
 
@@ -91,13 +91,13 @@ class InferAlignerConfig(SteeringConfig):
         check_strength(self.strength)
         if (self.vector == "sibling") != (self.sibling is not None):
             raise ValueError(
-                f"vector='sibling' and `sibling` belong together, got vector={self.vector!r} and "
+                f"vector='sibling' and `sibling` must be given together, got vector={self.vector!r} and "
                 f"sibling={self.sibling!r}. Name the folder or Hub id of the adapter fitted on the aligned sibling."
             )
 
     @property
     def gate_layers(self) -> list[int]:
-        """The blocks whose states decide, once `layers` is fitted."""
+        """The blocks whose states decide, for a config with fitted `layers`."""
         return [int(layer) for layer in self.layers] if self.guard_layer is None else [self.guard_layer]
 
 
@@ -121,13 +121,13 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
         self.writes = tuple(resid_post(layer) for layer in config.layers)
 
     def decide(self, queries: QueryStates) -> Decision:
-        """Open the layers' gates; recorded are `score` `[rows]`, the highest <h, s> + b, and the share `open_layers`."""
+        """Compute the layers' gates; records `score` `[rows]`, the highest <h, s> + b, and the share `open_layers`."""
         tensors = self.parameters_on(queries.device)
         scores = torch.stack([queries[site] @ srv for site, srv in zip(self.reads, tensors["srv"], strict=True)])
         scores = scores + tensors["bias"][:, None]
         is_open = (scores > 0).expand(len(self.writes), -1)
         vectors = {
-            # -0.0 leaves the stream of a layer that stays closed as it is, to the bit.
+            # -0.0 leaves the stream bit-identical at layers with a closed gate.
             site: torch.where(opened[:, None], vector, -0.0)
             for site, opened, vector in zip(self.writes, is_open, tensors["ssv"], strict=True)
         }
@@ -136,7 +136,7 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: InferAlignerConfig) -> dict[str, tuple[int | None, ...]]:
-        """A vector and a bias a gate, a vector a steered layer.
+        """A vector and a bias per gate, a vector per steered layer.
 
         Raises:
             AdapterFileError: if the config is not fitted.
@@ -207,19 +207,19 @@ class InferAligner(SteeringMethod[InferAlignerConfig]):
 
 
 def safety_gate(harmful: NDArray[np.floating], harmless: NDArray[np.floating]) -> tuple[NDArray[np.float64], float]:
-    """The difference of means s, and the bias b with <h, s> + b > 0 where h is nearer to the harmful mean.
+    """The difference of means s, and the bias b with <h, s> + b > 0 if h is nearer to the harmful mean.
 
     Args:
         harmful: `[n, d]`.
         harmless: `[m, d]`.
 
     Raises:
-        DatasetError: for too few of either.
+        DatasetError: for too few rows of either kind.
     """
     if min(len(harmful), len(harmless)) < MIN_ROWS:
         raise DatasetError(
-            f"INFERALIGNER needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset) to tell "
-            f"apart, got {len(harmful)} and {len(harmless)}."
+            f"INFERALIGNER needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset) to "
+            f"separate, got {len(harmful)} and {len(harmless)}."
         )
     means = [side.mean(axis=0, dtype=np.float64) for side in (harmful, harmless)]
     direction = means[0] - means[1]
@@ -232,7 +232,7 @@ def _own_vectors(
     layers: list[int],
     gates: Mapping[int, tuple[NDArray[np.float64], float]],
 ) -> dict[int, NDArray[np.float64]]:
-    """What the model itself gives to add at each layer, `[hidden_size]`."""
+    """The model's own vector at each layer, `[hidden_size]`."""
     if config.vector == "queries":
         return {layer: gates[layer][0] for layer in layers}
     parts: tuple[Part, ...] = ("fit", "calibration")
@@ -243,7 +243,7 @@ def _own_vectors(
 def _resolved(
     config: InferAlignerConfig, info: ModelInfo
 ) -> tuple[InferAlignerConfig, dict[int, NDArray[np.float64]] | None]:
-    """The config with the layers that may be steered, and the sibling's vector at each, `[hidden_size]`; None without one.
+    """The config with the layers that may be steered, and the sibling's vectors `[hidden_size]`, None without one.
 
     Raises:
         ValueError: if a layer is out of range.
@@ -256,7 +256,7 @@ def _resolved(
         return dataclasses.replace(config, layers=layers), None
     theirs, srv = _sibling(config.sibling)
     if config.layers == "auto":
-        # Only where the sibling has a vector can one be added.
+        # Only layers for which the sibling has a vector can be steered.
         layers = layers_of(theirs.gate_layers, info.num_layers)
     if (
         theirs.hidden_size != info.hidden_size
@@ -291,7 +291,7 @@ def _queries(data: FitData, layer: int) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _held_out(data: FitData, layer: int, srv: NDArray[np.float64], bias: float) -> dict[str, float | None]:
-    """Shares of held-out rows and of held-out general prompts that open a gate; None without any."""
+    """Shares of held-out rows and held-out general prompts that open a gate; None without any."""
     sides = {
         "opened": data.query(resid_post(layer), "validation"),
         "false_alarms": data.general(resid_post(layer), "validation"),

@@ -1,4 +1,4 @@
-"""ITI, inference-time intervention: constant shifts of the heads that tell truth best (Li et al., NeurIPS 2023)."""
+"""ITI, inference-time intervention: constant shifts of the heads that detect truth best (Li et al., NeurIPS 2023)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ITIConfig(HeadsConfig):
     """Settings of ITI (arXiv 2306.03341); fields as in `HeadsConfig`.
 
     The paper shifts the last position of every forward: the prompt's last token, then each generated one. With a cache
-    these are the positions `generated`, and a forward over prompt and answer steers them as well.
+    these are the positions `generated`, which a forward over prompt and answer steers too.
     """
 
     steering_type: ClassVar[str] = "ITI"
@@ -29,7 +29,7 @@ class ITIConfig(HeadsConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> ITIConfig:
-        """What the paper uses for 7B models: 48 heads, alpha 15, differences of the class means."""
+        """The paper's settings for 7B models: 48 heads, alpha 15, differences of the class means."""
         return cls(**{"num_heads": cls.published_count, "strength": 15.0, "direction": "centre", **overrides})
 
 
@@ -56,7 +56,7 @@ class ITI(SteeringMethod[ITIConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: ITIConfig) -> dict[str, Shape]:
-        """One row a head."""
+        """One row per head."""
         count = len(config.heads)
         return {"directions": (count, HEAD_SIZE), "sigma": (count,)}
 

@@ -5,9 +5,9 @@ With the model frozen, a vector v minimises -log sigmoid(D+) - log sigmoid(D-), 
     D+ = b+ / |c| log p(c | h + a v) - 1 / |r| log p(r | h + a v),    b+ = max(log p(r) - log p(c), 1)
     D- = b- / |r| log p(r | h - n v) - 1 / |c| log p(c | h - n v),    b- = max(log p(c) - log p(r), 1)
 
-for the chosen answer c, the rejected r, and a factor a that is drawn from several in each step. The weights b are the
-unsteered model's: the less likely the side that is to win, the more it counts. What D- is steered by takes the vector's
-direction out of each token's state, n = relu(h . v) / |v|^2, so that without it the model says what is not wanted.
+for the chosen answer c, the rejected r, and a factor a drawn from several in each step. The weights b come from the
+unsteered model: the less likely the side that should win, the more it counts. D- removes the vector's direction from
+each token's state, n = relu(h . v) / |v|^2, so that without it the model gives the unwanted answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finesteer_hf.processors import Positions, SteeringProcessor, TokenView
 from finesteer_hf.sites import Site
 
 
-# The published factors, 2 to 20: what counts is that the largest is ten times the least.
+# The published factors, 2 to 20; only their ratios matter.
 PAPER_FACTORS = tuple(float(factor) for factor in range(2, 21, 2))
 NEGATIVES = ("null", "subtract")
 
@@ -40,14 +40,14 @@ Length = torch.Tensor | float
 class REPSConfig(PreferenceVectorConfig):
     """Settings of REPS; see `PreferenceVectorConfig` for those of the training.
 
-    The default takes fewer epochs than the paper, at a rate that fits the model's states, and stops by held-out rows; see
+    The default uses fewer epochs than the paper, a rate scaled to the model's states, and stops on held-out rows; see
     `paper`.
 
     Attributes:
-        factors: what multiplies the vector in training, one of them drawn in each step. The vector that is stored is the
-            trained one times their mean, so that strength 1 is what training saw on average.
-        negative: what the rejected answers are to win under: `null` (the paper's: the direction taken out of states that
-            show it) or `subtract` (a factor times the vector subtracted).
+        factors: factors of the vector in training; each step draws one. The stored vector is the trained one times
+            their mean, so that strength 1 is the training average.
+        negative: steering under which the rejected answers should win: `null` (as in the paper: the direction is
+            removed from states that show it) or `subtract` (a factor times the vector is subtracted).
         compat: `official` divides by the length of prompt and answer together, as the published code does; the paper
             divides by the answer's.
     """
@@ -67,7 +67,7 @@ class REPSConfig(PreferenceVectorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.factors:
-            raise ValueError("factors must name at least one factor of the vector, got none. Give for instance [1.0].")
+            raise ValueError("factors must have at least one factor of the vector, got none. Give for example [1.0].")
         for factor in self.factors:
             check_number("factors", factor, above=0)
         check_one_of("negative", self.negative, NEGATIVES)
@@ -82,12 +82,12 @@ class REPSConfig(PreferenceVectorConfig):
     def paper(cls, **overrides: Any) -> REPSConfig:
         """The published settings of a steering vector, for Gemma-2-2b.
 
-        AdamW at 0.04 (0.08 for Gemma-2-9b), falling linearly to zero, without decay, gradients clipped to a norm of 1, 18
-        epochs of batches of 6, all rows, factors 2 to 20; the last vector. The factor it is used with is chosen on
-        held-out prompts, so `strength` stays `auto`.
+        AdamW at 0.04 (0.08 for Gemma-2-9b), falling linearly to zero, without decay, gradients clipped to a norm of 1,
+        18 epochs of batches of 6, all rows, factors 2 to 20; the last vector. The factor in use is chosen on held-out
+        prompts, so `strength` stays `auto`.
 
         Args:
-            **overrides: fields to change, for instance `layer=10`.
+            **overrides: fields to change, for example `layer=10`.
         """
         settings: dict[str, Any] = {
             "num_rows": None,
@@ -104,14 +104,14 @@ class REPSConfig(PreferenceVectorConfig):
 def reps_loss(
     positive: PairScores, negative: PairScores, plain: PairScores, chosen_lengths: Length, rejected_lengths: Length
 ) -> torch.Tensor:
-    """The loss of each row, `[rows]` float32: both halves added.
+    """The loss of each row, `[rows]` float32: the sum of both halves.
 
     Args:
         positive: scores under positive steering.
         negative: scores under negative steering.
         plain: scores of the unsteered model, for the weights; no gradients reach them.
-        chosen_lengths: what a chosen answer's log-probability is divided by, `[rows]` tokens.
-        rejected_lengths: likewise for the rejected answers.
+        chosen_lengths: divisors of the chosen answers' log-probabilities, `[rows]` tokens.
+        rejected_lengths: those of the rejected answers.
     """
     return positive_half(positive, plain, chosen_lengths, rejected_lengths) + _half(
         negative.rejected / rejected_lengths, negative.chosen / chosen_lengths, plain.margins
@@ -126,16 +126,16 @@ def positive_half(
 
 
 def _half(winning: torch.Tensor, losing: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-    """`winning` and `losing` in nats a token; `behind`: by how many nats the winning side is the less likely."""
+    """`winning` and `losing` in nats per token; `behind`: by how many nats the winning side is less likely."""
     return -logsigmoid(behind.detach().clamp(min=1.0) * winning - losing)
 
 
 class NulledDirection(SteeringProcessor):
-    """Take a direction out of the states that show it: `h - relu(h . v) / |v|^2 v`.
+    """Remove a direction from states that show it: `h - relu(h . v) / |v|^2 v`.
 
     Args:
-        site: where.
-        vector: v, `[width]` float32; its length plays no part.
+        site: the site.
+        vector: v, `[width]` float32; its length does not matter.
         positions: tokens whose states are changed.
     """
 
@@ -145,14 +145,14 @@ class NulledDirection(SteeringProcessor):
         self.positions = positions
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Null the direction in the named tokens of `[rows, tokens, width]`."""
+        """Remove the direction from the selected tokens of `[rows, tokens, width]`."""
         unit = torch.nn.functional.normalize(self.vector, dim=0).to(hidden.device)
         shown = torch.relu(hidden.float() @ unit)[..., None] * unit
         return hidden - (shown if view.mask is None else view.mask[..., None] * shown).to(hidden.dtype)
 
 
 class REPS(PreferenceVector[REPSConfig]):
-    """`H <- H + strength * v` at the output of one block, whatever the query.
+    """`H <- H + strength * v` at the output of one block, for every query.
 
     Args:
         config: a fitted `REPSConfig`.
@@ -161,14 +161,14 @@ class REPS(PreferenceVector[REPSConfig]):
 
     @classmethod
     def start(cls, width: int, learning_rate: float, rng: np.random.Generator) -> torch.Tensor:
-        """Random and about as long as a step, for at zero there is no direction to null."""
+        """Random and about as long as a step, because at zero there is no direction to remove."""
         return torch.from_numpy(rng.uniform(-learning_rate, learning_rate, width).astype(np.float32))
 
     @classmethod
     def first_losses(
         cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: REPSConfig
     ) -> torch.Tensor:
-        """The positive half, the one that has a slope at zero."""
+        """The positive half, which has a slope at zero."""
         lengths = _lengths(rows, which, config)
         return positive_half(rows.steered(which, steering), rows.plain[which], *lengths)
 
@@ -182,7 +182,7 @@ class REPS(PreferenceVector[REPSConfig]):
         config: REPSConfig,
         rng: np.random.Generator | None,
     ) -> torch.Tensor:
-        """The loss at factors that are drawn, one for each half, or at their mean."""
+        """The loss at drawn factors, one for each half, or at their mean."""
 
         def drawn() -> float:
             return config.unit if rng is None else float(rng.choice(config.factors))
@@ -200,7 +200,7 @@ class REPS(PreferenceVector[REPSConfig]):
 
 
 def _lengths(rows: PreferenceRows, which: Sequence[int], config: REPSConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """What log-probabilities of the two answers are divided by, `[rows]` tokens each."""
+    """Divisors of the two answers' log-probabilities, `[rows]` tokens each."""
     plain = rows.plain[which]
     prompt = rows.prompt_tokens[list(which)] if config.compat == "official" else 0.0
     return plain.chosen_tokens + prompt, plain.rejected_tokens + prompt

@@ -1,17 +1,17 @@
-"""SADI: each input's own activations, amplified at the few elements that tell answers apart (arXiv 2410.12299, ICLR 2025).
+"""SADI: amplifies each input's own activations at the few elements that separate answers (arXiv 2410.12299, ICLR
+2025).
 
 A binary mask M marks the K elements (attention heads, neurons of the feed-forwards, or dimensions of the stream) of all
 layers whose mean difference between wanted and unwanted answers, at the answers' last token, is largest. Steering is
 A' = A + delta (A * M).
 
 Differences from the published code. It *replaces*: the marked elements of the question's last token become delta times
-the activations that the unsteered question has there, and generated tokens are left alone; `compat="official"` does so. It
-takes K and delta from the best score on the test set; here they are chosen on held-out rows, out of the published K, and
-with `compat="official"` of the published delta. Its "hidden"
-elements are of the feed-forward's output, here they are of the stream after the block. Its neurons are the activation
-function's outputs; here they are what the last projection takes, which in gated feed-forwards is their product with the up
-projection. Amplifying one amplifies the other alike; which neurons are marked, and what `compat="official"` replaces, is of
-the product.
+their unsteered activations, and generated tokens are left unchanged; `compat="official"` does this. It takes K and
+delta from the best score on the test set; here they are chosen on held-out rows, K from the published values, and
+delta too with `compat="official"`. Its "hidden" elements are in the feed-forward's output, here they are in the stream
+after the block. Its neurons are the activation function's outputs; here they are the inputs of the last projection,
+which in gated feed-forwards is their product with the up projection. Amplifying one amplifies the other equally; the
+marks, and what `compat="official"` replaces, refer to the product.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
 from finesteer_hf.sites import Site, SiteKind
 
 
-# Where the elements are of which kind.
+# Site of each kind of elements.
 SITES: dict[str, SiteKind] = {"head": "head_out", "neurons": "mlp_act", "hidden": "resid_post"}
-# What `auto` tries, as published; the first is taken where no rows are held out.
+# Values that `auto` tries, as published; the first is taken if no rows are held out.
 COUNTS = {
     "head": (8, 1, 2, 4, 6, 10),
     "neurons": (100, 3, 5, 10, 30, 50, 200, 300, 400, 500),
     "hidden": (8, 1, 2, 4, 6, 10, 12, 14, 16, 18, 20),
 }
-# The published strengths: what replaces an element is so many times its unsteered activation.
+# The published strengths: an element is replaced by so many times its unsteered activation.
 STRENGTHS = {
     "head": tuple(range(5, 85, 5)),
     "neurons": (10, 20, 30, 50, 70, 90),
@@ -67,13 +67,13 @@ class SADIConfig(SteeringConfig):
     """Settings of semantics-adaptive dynamic intervention.
 
     Attributes:
-        elements: what is amplified: whole attention heads (`head`, by the mean over a head's dimensions), neurons inside
-            the feed-forwards (`neurons`) or single dimensions of the blocks' outputs (`hidden`).
+        elements: amplified elements: whole attention heads (`head`, by the mean over a head's dimensions), neurons
+            inside the feed-forwards (`neurons`) or single dimensions of the blocks' outputs (`hidden`).
         num_elements: K, number of amplified elements; `auto` tries the published ones: 1 to 10 heads, 3 to 500 neurons, 1
             to 20 dimensions.
         layers: blocks whose elements are compared; `auto` is all of them.
-        compat: `official` replaces the query's elements as the published code does.
-        element_layers: the blocks that K elements were found in, ascending; filled in by the fit.
+        compat: `official` replaces the query's elements, like the published code.
+        element_layers: the blocks that contain the K elements, ascending; filled in by the fit.
         attention_heads: number of heads of each block, filled in by the fit.
     """
 
@@ -122,8 +122,8 @@ class SADIConfig(SteeringConfig):
 class SADI(SteeringMethod[SADIConfig]):
     """`A <- A + strength * (A * M)` at the newest token, M the mask of the chosen elements.
 
-    With `compat="official"`, `A <- strength * A_q` at the chosen elements of the query token alone, A_q its unsteered
-    activations; a run-time scale s goes that part of the way.
+    With `compat="official"`, `A <- strength * A_q` at the chosen elements of the query token only, A_q its unsteered
+    activations; a run-time scale s goes that share of the way.
 
     Args:
         config: a fitted `SADIConfig`.
@@ -146,11 +146,11 @@ class SADI(SteeringMethod[SADIConfig]):
         self.tensors = {str(site): row.bool() for site, row in zip(self.maps, mask, strict=True)}
 
     def decide(self, queries: QueryStates) -> Decision:
-        """Keep the unsteered activations, `[rows, width]` a site, for `compat="official"`; nothing is added."""
+        """Keep the unsteered activations, `[rows, width]` per site, for `compat="official"`; nothing is added."""
         return Decision(vectors=dict(queries))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Amplify the chosen elements of the named tokens of `[rows, tokens, width]`; the others stay to the bit."""
+        """Amplify the chosen elements of the selected tokens of `[rows, tokens, width]`; the others do not change."""
         mask = self.parameters_on(hidden.device)[str(site)]
         chosen = mask.repeat_interleave(hidden.shape[-1] // len(mask)) & (view.scale != 0)
         if view.mask is not None:
@@ -167,7 +167,7 @@ class SADI(SteeringMethod[SADIConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: SADIConfig) -> dict[str, Shape]:
-        """One row a block with chosen elements.
+        """One row per block with chosen elements.
 
         Raises:
             AdapterFileError: if the config is not fitted.
@@ -187,7 +187,7 @@ class SADI(SteeringMethod[SADIConfig]):
 
         Raises:
             ValueError: if a layer is out of range.
-            UnsupportedModelError: if heads are asked for and the model has none.
+            UnsupportedModelError: if heads are requested and the model has none.
         """
         if config.elements == "head" and not info.num_heads:
             raise UnsupportedModelError("SADI with elements='head' amplifies attention heads; the model has none.")
@@ -243,16 +243,16 @@ class SADI(SteeringMethod[SADIConfig]):
 
 
 def element_differences(data: FitData, site: Site, parts: tuple[Part, ...], heads: int | None) -> NDArray[np.float64]:
-    """Mean over rows of the wanted answers' last states less those of the unwanted.
+    """Mean over rows of the wanted answers' last states minus the unwanted ones'.
 
     Args:
         data: the states.
         site: where they are taken.
-        parts: of the rows.
-        heads: number of heads over whose dimensions it is averaged; None for each dimension or neuron by itself.
+        parts: parts of the rows.
+        heads: number of heads, to average over their dimensions; None for single dimensions or neurons.
 
     Returns:
-        `[heads]` or `[width]`; zeros where there are no rows.
+        `[heads]` or `[width]`; zeros if there are no rows.
     """
     difference, (rows, _) = mean_difference(data, ("chosen", "rejected"), site, parts, "answer_last")
     if not rows:
@@ -261,7 +261,7 @@ def element_differences(data: FitData, site: Site, parts: tuple[Part, ...], head
 
 
 def largest(differences: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """The mask of the largest entries (signed, as published), at most all; among equals the earlier ones.
+    """The mask of the largest entries (signed, as published), at most all; ties go to the earlier ones.
 
     Args:
         differences: `[layers, elements]`.

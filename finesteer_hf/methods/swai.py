@@ -1,13 +1,14 @@
-"""SWAI: statistics of words, added to the logits of the likeliest tokens (arXiv 2601.10960).
+"""SWAI: word statistics, added to the logits of the most likely tokens (arXiv 2601.10960).
 
-For each token the log-odds of wanted against unwanted answers, with an informative Dirichlet prior (Monroe, Colaresi and
-Quinn 2008), in units of its standard deviation:
+For each token, the log-odds of wanted against unwanted answers, with an informative Dirichlet prior (Monroe, Colaresi
+and Quinn 2008), in units of its standard deviation:
 
     z_w = [log((n_w + a_w) / (N + A - n_w - a_w)) - log((m_w + a_w) / (M + A - m_w - a_w))]
           / sqrt(1 / (n_w + a_w) + 1 / (m_w + a_w))
 
-with n, m the counts in chosen and rejected answers, N, M their sums, a_w a prior in proportion to the token's share of all
-text of the fit, general prompts included, and A its sum. At each step lambda z is added to candidates among the top K.
+with n, m the counts in chosen and rejected answers, N, M their sums, a_w a prior proportional to the token's share of
+all text in the fit, including general prompts, and A its sum. At each step lambda z is added to candidates among the
+top K.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from finesteer_hf.processors import Positions
 
 
 STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
-# Tokens of which so little is known are left out of the file.
+# Tokens with less evidence than this are left out of the file.
 LEAST_SCORE = 1e-3
 
 
@@ -42,25 +43,25 @@ class SWAIConfig(SteeringConfig):
     """Settings of logit-level steering by token statistics.
 
     Attributes:
-        top_k: candidates: the tokens with the largest logits; no other logit is touched.
-        top_m: of the candidates, those with the largest scores z that are raised; None for all, which also lowers those
+        top_k: number of candidates: the tokens with the largest logits; no other logit changes.
+        top_m: number of candidates to raise, those with the largest scores z; None for all, which also lowers those
             with negative scores.
-        prior: sum A of the prior counts: how many tokens of evidence a token's overall share is worth.
+        prior: sum A of the prior counts: the weight of a token's overall share, in tokens of evidence.
     """
 
     steering_type: ClassVar[str] = "SWAI"
 
-    # Logits choose generated tokens; there are none to be steered in the prompt.
+    # Logits choose generated tokens; the prompt has none to steer.
     positions: Positions = field(default="generated", metadata=setting("Steered tokens: generated."))
     strength: float | str = field(default="auto", metadata=setting("Lambda: a number, auto or kl:<nats>."))
     top_k: int = field(default=50, metadata=setting("Number of candidates, those with the largest logits."))
-    top_m: int | None = field(default=None, metadata=setting("Number of candidates that are raised; None for all."))
+    top_m: int | None = field(default=None, metadata=setting("Number of candidates to raise; None for all."))
     prior: float = field(default=1000.0, metadata=setting("Sum of the prior counts."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions != "generated":
-            raise ValueError(f"SWAI steers generated tokens; positions={self.positions!r} cannot be honoured.")
+            raise ValueError(f"SWAI steers generated tokens; positions={self.positions!r} is not possible.")
         check_count("top_k", self.top_k, 1)
         if self.top_m is not None:
             check_count("top_m", self.top_m, 1)
@@ -76,7 +77,7 @@ class TokenScores(LogitsProcessor):
         scores: `[n]` float32; 0 for all other tokens.
         coefficient: lambda: a number, or `[rows]` float32. Rows of 0 stay as they are.
         top_k: number of candidates.
-        top_m: of the candidates, how many with the largest scores; None for all.
+        top_m: number of candidates to raise, those with the largest scores; None for all.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class TokenScores(LogitsProcessor):
         self._table: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Raise the logits `scores` `[rows, vocabulary]`; `input_ids` plays no part."""
+        """Raise the logits `scores` `[rows, vocabulary]`; `input_ids` is not used."""
         candidates = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
         raised = self._table_for(scores)[candidates]
         if self.top_m is not None and self.top_m < raised.shape[-1]:
@@ -126,7 +127,7 @@ class SWAI(SteeringMethod[SWAIConfig]):
         super().__init__(config, tensors)
         ids, scores = tensors.get("token_ids"), tensors.get("scores")
         if ids is None or scores is None or ids.shape != scores.shape:
-            raise AdapterFileError("A SWAI adapter needs the tensors 'token_ids' and 'scores', of one length.")
+            raise AdapterFileError("A SWAI adapter needs the tensors 'token_ids' and 'scores', of equal length.")
         if len(ids) and int(ids.min()) < 0:
             raise AdapterFileError("'token_ids' of the SWAI adapter holds negative numbers.")
 
@@ -138,7 +139,7 @@ class SWAI(SteeringMethod[SWAIConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: SWAIConfig) -> dict[str, Shape]:
-        """Tokens and their scores, as many as occur."""
+        """Tokens and their scores, one each per stored token."""
         tokens = Free("tokens")
         return {"token_ids": Indices((tokens,)), "scores": (tokens,)}
 
@@ -151,7 +152,7 @@ class SWAI(SteeringMethod[SWAIConfig]):
     def fit(cls, data: FitData, config: SWAIConfig) -> FitResult:
         """Count the tokens of the `fit` and `calibration` parts; choose the strength on `validation`.
 
-        A token that ends every answer, as a template's end of turn does, is not counted: it says nothing of an answer.
+        A token that ends every answer, such as a template's end of turn, is not counted: it carries no information.
 
         Raises:
             DatasetError: if the two sides do not differ in any token.
@@ -168,7 +169,7 @@ class SWAI(SteeringMethod[SWAIConfig]):
         scores = log_odds(counts[0], counts[1], sum(counts[1:], counts[0]), config.prior)
         ids = np.flatnonzero(np.abs(scores) >= LEAST_SCORE)
         if not len(ids):
-            raise DatasetError("Chosen and rejected answers use every token alike, so there is nothing to prefer.")
+            raise DatasetError("Chosen and rejected answers use every token equally, so there is nothing to prefer.")
         tensors = {
             "token_ids": torch.from_numpy(ids.astype(np.int64)),
             "scores": torch.from_numpy(scores[ids].astype(np.float32)),
@@ -197,16 +198,16 @@ def log_odds(
     Args:
         target: counts `[vocabulary]`.
         rest: counts `[vocabulary]`.
-        background: counts `[vocabulary]` that the prior is in proportion to; of all tokens that target and rest have.
+        background: counts `[vocabulary]` that the prior is proportional to; covers all tokens of target and rest.
         prior: sum of the prior counts.
 
     Returns:
-        z `[vocabulary]`; 0 for tokens without background, and without evidence.
+        z `[vocabulary]`; 0 for tokens without background or evidence.
     """
     known = background > 0
     alpha = prior * background[known] / background.sum()
     n, m = target[known] + alpha, rest[known] + alpha
-    # A token that is all there is has no odds.
+    # If there is only one token, it has no odds.
     others = [np.maximum(side.sum() - side, np.finfo(float).tiny) for side in (n, m)]
     z = np.zeros(len(target))
     z[known] = (np.log(n / others[0]) - np.log(m / others[1])) / np.sqrt(1 / n + 1 / m)

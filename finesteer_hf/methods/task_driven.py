@@ -4,10 +4,10 @@ With the model frozen, shifts u_h of the outputs of one block's heads minimise
 
     mean over prompts of -log p(answer | prompt; u) + l1 |u|_1 + group sum_h sqrt(size) |u_h|_2
 
-so that few heads, and in them few coordinates, are steered. What is added does not depend on the query.
+so that few heads, and few coordinates in them, are steered. The shifts do not depend on the query.
 
-The paper's objective is taken from its abstract: task loss, few prompts, additive shifts at a layer, sparse in heads. Its
-penalties, step sizes and steered positions are not; here penalties are shares of the least ones at which nothing is
+The objective follows the paper's abstract: task loss, few prompts, additive shifts at a layer, sparse in heads. Its
+penalties, step sizes and steered positions do not: here penalties are shares of the smallest ones at which nothing is
 steered, so that they mean the same for every model, and steps are those of proximal descent, which makes zeros exact.
 """
 
@@ -42,7 +42,7 @@ from finesteer_hf.sites import Site
 
 
 MIN_ROWS = 2
-# Rows whose graphs are kept at a time.
+# Most rows with a graph in memory.
 ROWS_A_GRAPH = 8
 # Norm of the first step, as a share of the state's.
 FIRST_STEP = 0.1
@@ -53,12 +53,12 @@ class TaskDrivenConfig(SteeringConfig):
     """Settings of task-driven shifts.
 
     Attributes:
-        layer: decoder block whose heads are shifted; `auto` fits those three at which a shift of equal size lowers the
-            loss most, to first order, and takes the one with the best held-out margin.
-        num_rows: prompts that are learned from.
-        l1: penalty on single coordinates, as a share of the one at which it alone leaves nothing.
-        group: penalty on heads, likewise.
-        iterations: most steps of the descent; the step that is best on other prompts is kept.
+        layer: decoder block whose heads are shifted; `auto` fits the three where a shift of equal size lowers the loss
+            most, to first order, and takes the one with the best held-out effect.
+        num_rows: number of training prompts.
+        l1: penalty on single coordinates, as a share of the smallest one that alone makes all shifts zero.
+        group: penalty on heads, as a share likewise.
+        iterations: most steps of the descent; the best one on held-out prompts is kept.
         attention_heads: number of heads of the block, filled in by the fit.
     """
 
@@ -69,7 +69,7 @@ class TaskDrivenConfig(SteeringConfig):
         default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
     layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
-    num_rows: int = field(default=32, metadata=setting("Number of prompts that are learned from."))
+    num_rows: int = field(default=32, metadata=setting("Number of training prompts."))
     l1: float = field(default=0.02, metadata=setting("Penalty on coordinates, as a share of the largest useful one."))
     group: float = field(default=0.1, metadata=setting("Penalty on heads, as a share of the largest useful one."))
     iterations: int = field(default=30, metadata=setting("Most steps of the descent."))
@@ -87,18 +87,18 @@ class TaskDrivenConfig(SteeringConfig):
             value = getattr(self, name)
             check_number(name, value)
             if not 0 <= value < 1:
-                raise ValueError(f"{name} must be at least 0 and less than 1, where nothing is steered; got {value}.")
+                raise ValueError(f"{name} must be at least 0 and less than 1 (at 1 nothing is steered), got {value}.")
 
 
 class TaskDriven(SteeringMethod[TaskDrivenConfig]):
-    """`x^{l,h} <- x^{l,h} + strength * u_h` at the outputs of one block's heads, whatever the query.
+    """`x^{l,h} <- x^{l,h} + strength * u_h` at the outputs of one block's heads, for every query.
 
     Args:
         config: a fitted `TaskDrivenConfig`.
-        tensors: `shifts`, `[heads, head size]` float32; rows of heads that are not steered are zero.
+        tensors: `shifts`, `[heads, head size]` float32; rows of unsteered heads are zero.
 
     Raises:
-        AdapterFileError: if the config is not fitted, or `shifts` has not one row a head.
+        AdapterFileError: if the config is not fitted, or `shifts` does not have one row per head.
     """
 
     def __init__(self, config: TaskDrivenConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -107,7 +107,7 @@ class TaskDriven(SteeringMethod[TaskDrivenConfig]):
         shifts = tensors.get("shifts")
         if shifts is None or shifts.ndim != 2 or len(shifts) != config.attention_heads:
             raise AdapterFileError(
-                f"A TASKDRIVEN adapter for {config.attention_heads} heads needs the tensor 'shifts' with one row a head, "
+                f"A TASKDRIVEN adapter for {config.attention_heads} heads needs the tensor 'shifts' with one row per head, "
                 f"got {None if shifts is None else list(shifts.shape)}."
             )
         self.site = _site(config.layer)
@@ -119,7 +119,7 @@ class TaskDriven(SteeringMethod[TaskDrivenConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: TaskDrivenConfig) -> dict[str, Shape]:
-        """One row a head."""
+        """One row per head."""
         require_fitted(config, "layer", "attention_heads")
         return {"shifts": (config.attention_heads, HEAD_SIZE)}
 
@@ -138,7 +138,7 @@ class TaskDriven(SteeringMethod[TaskDrivenConfig]):
 
     @classmethod
     def fit(cls, data: FitData, config: TaskDrivenConfig) -> FitResult:
-        """Learn from a few rows of `fit`, stop by `calibration`, choose layer and strength on `validation`.
+        """Learn from a few rows of `fit`, stop on `calibration`, choose layer and strength on `validation`.
 
         Raises:
             DatasetError: for too few rows; if the loss does not depend on the shifts, or they do not lower it.
@@ -167,7 +167,7 @@ class TaskDriven(SteeringMethod[TaskDrivenConfig]):
         }
         if not trials:
             raise DatasetError(
-                f"No shift of a head at the layers {list(learned)} makes other prompts' answers likelier than they are. "
+                f"No shift of a head at the layers {list(learned)} makes held-out prompts' answers more likely. "
                 "Give more rows (num_rows), smaller penalties (l1, group), or another layer."
             )
         found = search(data, config.strength, trials)
@@ -184,7 +184,7 @@ class TaskDriven(SteeringMethod[TaskDrivenConfig]):
 
 
 class ShiftedHeads(SteeringProcessor):
-    """Add shifts that gradients are wanted for.
+    """Adds shifts with gradients.
 
     Args:
         shifts: by site `[heads, head size]` float32.
@@ -203,12 +203,12 @@ class ShiftedHeads(SteeringProcessor):
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Mean over rows of the chosen answer's negative log-likelihood, in nats a token, under given shifts.
+    """Mean over rows of the chosen answer's negative log-likelihood, in nats per token, under given shifts.
 
     Attributes:
         data: runs the model.
         positions: tokens that are steered.
-        rows: rows of the `fit` part that are learned from.
+        rows: training rows of the `fit` part.
         held_out: rows of the `calibration` part.
     """
 
@@ -222,7 +222,7 @@ class TaskLoss:
         """Draw the rows.
 
         Raises:
-            DatasetError: for too few.
+            DatasetError: for too few rows.
         """
         rng = np.random.default_rng(data.seed)
         sizes = {part: len(data.prompts(part)) for part in cast(tuple[Part, ...], ("fit", "calibration"))}
@@ -234,7 +234,7 @@ class TaskLoss:
         return cls(data, config.positions, rows, held_out)
 
     def __call__(self, shifts: Mapping[Site, torch.Tensor]) -> tuple[float, dict[Site, torch.Tensor]]:
-        """The loss and its gradients, on the rows that are learned from."""
+        """The loss and its gradients on the training rows."""
         leaves = {site: shift.detach().clone().requires_grad_(True) for site, shift in shifts.items()}
         gradients = {site: torch.zeros_like(shift) for site, shift in shifts.items()}
         value = 0.0
@@ -268,20 +268,20 @@ def first_order(loss: TaskLoss, sites: Sequence[Site], heads: int) -> dict[Site,
 
 @dataclass(frozen=True)
 class Learned:
-    """Shifts `[heads, head size]` float32, and what is told of them."""
+    """Shifts `[heads, head size]` float32, and their report."""
 
     shifts: torch.Tensor
     report: dict[str, Any]
 
 
 def learn(loss: TaskLoss, site: Site, slope: torch.Tensor, state_norm: float, config: TaskDrivenConfig) -> Learned:
-    """Descend from zero, and keep the step that is best on the held-out rows (without such: the last).
+    """Descend from zero, and keep the step that is best on the held-out rows (without any, the last).
 
     Args:
-        loss: of shifts.
+        loss: loss of shifts.
         site: where they are added.
         slope: its gradient at zero, `[heads, head size]`.
-        state_norm: of the states at the site.
+        state_norm: norm of the states at the site.
         config: penalties and steps.
 
     Raises:
@@ -290,7 +290,7 @@ def learn(loss: TaskLoss, site: Site, slope: torch.Tensor, state_norm: float, co
     steepness = float(slope.norm())
     if not steepness > 0:
         raise DatasetError(
-            f"Answers do not depend on the heads at {site}; with positions={config.positions!r} none can."
+            f"Answers do not depend on the heads at {site}; with positions={config.positions!r} they cannot."
         )
     l1, group = penalties(slope, config.l1, config.group)
 
@@ -316,7 +316,7 @@ def learn(loss: TaskLoss, site: Site, slope: torch.Tensor, state_norm: float, co
 
 
 def penalties(slope: torch.Tensor, l1: float, group: float) -> tuple[float, float]:
-    """Penalties as shares of those at which, each alone, zero is where the descent stays.
+    """Penalties as shares of those at which each alone keeps the descent at zero.
 
     Args:
         slope: gradient at zero, `[heads, head size]`.

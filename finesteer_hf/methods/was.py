@@ -1,19 +1,20 @@
-"""WAS: a small controller says at each token how much to steer, and at which layers (Guiding Giants, arXiv 2505.20309).
+"""WAS: a small controller decides at each token how much to steer, and at which layers (Guiding Giants, arXiv
+2505.20309).
 
-From the states x of some early blocks, side by side, a network with one hidden layer gives a magnitude m and a weight for
-each steered block:
+From the states x of some early blocks, side by side, a network with one hidden layer computes a magnitude m and a
+weight for each steered block:
 
     (a, b_1, ..., b_L) = W2 relu(W1 x + c1) + c2,    m = sigmoid(a),    w_l = sigmoid(b_l)
     h_l <- h_l + strength * m * w_l * r_l
 
-It is trained to tell prompts that are to be steered (the rows') from general ones by a, with w held near 1/2. The paper
-reads and steers the last position of every forward: with a cache these are the positions `generated`.
+It is trained to separate prompts to steer (the rows') from general ones by a, with w held near 1/2. The paper reads
+and steers the last position of every forward: with a cache these are the positions `generated`.
 
-Differences from the published code. It trains a by cross-entropy, as a logit, but steers with the logit itself, which is
-negative for harmless prompts and pushes them the other way: `compat="official"` does so. It reads the last four blocks
-and steers all, so that within a forward a push can only reach the last block; here all reads come before the first write.
-It trains on prompts without the generation prompt that it generates with; here both have it. In both, nothing but the
-pull to 1/2 trains the layers' weights.
+Differences from the published code. It trains a by cross-entropy, as a logit, but steers with the logit itself, which
+is negative for harmless prompts and pushes them the other way; `compat="official"` does this. It reads the last four
+blocks and steers all, so that within a forward a push can only reach the last block; here all reads come before the
+first write. It trains on prompts without the generation prompt but generates with it; here both have it. In both, only
+the pull to 1/2 trains the layers' weights.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from finesteer_hf.sites import Site, resid_post
 
 DIRECTIONS = ("embeddings", "answers")
 MIN_ROWS = 4
-# The published code reads this many blocks.
+# Number of blocks that the published code reads.
 READ_BLOCKS = 4
 EMBEDDINGS = Site("resid_pre", 0)
 
@@ -61,23 +62,23 @@ EMBEDDINGS = Site("resid_pre", 0)
 class WASConfig(SteeringConfig):
     """Settings of a learned controller.
 
-    The defaults are a narrower controller than the paper's, so that an adapter stays at some megabytes, and one that
-    learns faster; see `paper`.
+    The default controller is narrower than the paper's, so that an adapter takes a few megabytes, and trains faster;
+    see `paper`.
 
     Attributes:
         read_layers: decoder blocks whose outputs the controller reads, all before the first steered one; `auto` takes up
             to four right before it.
         layers: decoder blocks whose outputs are steered; `auto` takes the upper half of those between 20% and 80% of the
             depth.
-        direction: r: `embeddings` (the paper's: mean input embedding of the chosen answers' tokens less that of the
-            rejected ones', the same at all layers) or `answers` (mean difference of the answers' states at each layer);
-            of length 1.
+        direction: r: `embeddings` (the paper's: mean input embedding of the chosen answers' tokens minus that of the
+            rejected ones', the same at all layers) or `answers` (mean difference of the answers' states at each
+            layer); of length 1.
         width: hidden units of the controller.
         weight_pull: factor of the mean of (w - 1/2)^2 in the loss.
         epochs: passes over the prompts.
-        batch_size: prompts a step.
-        learning_rate: of AdamW.
-        compat: `official` steers with the logit a in place of m.
+        batch_size: prompts per step.
+        learning_rate: AdamW's.
+        compat: `official` steers with the logit a instead of m.
     """
 
     steering_type: ClassVar[str] = "WAS"
@@ -87,7 +88,7 @@ class WASConfig(SteeringConfig):
     strength: float | str = field(
         default="auto", metadata=setting("Kappa: a number, auto, kl:<nats> or norm:<share>.")
     )
-    read_layers: list[int] | str = field(default="auto", metadata=setting("Blocks that are read, or auto."))
+    read_layers: list[int] | str = field(default="auto", metadata=setting("Read decoder blocks, or auto."))
     layers: list[int] | str = field(default="auto", metadata=setting("Steered decoder blocks, or auto."))
     direction: Literal["embeddings", "answers"] = field(
         default="embeddings", metadata=setting("Direction of the push: embeddings or answers.")
@@ -95,7 +96,7 @@ class WASConfig(SteeringConfig):
     width: int = field(default=64, metadata=setting("Hidden units of the controller."))
     weight_pull: float = field(default=0.1, metadata=setting("How strongly layer weights are held near 1/2."))
     epochs: int = field(default=60, metadata=setting("Passes over the prompts."))
-    batch_size: int = field(default=32, metadata=setting("Prompts a step."))
+    batch_size: int = field(default=32, metadata=setting("Prompts per step."))
     learning_rate: float = field(default=1e-3, metadata=setting("Learning rate of AdamW."))
     compat: Literal["official"] | None = field(default=None, metadata=setting("official: steer with the raw logit."))
 
@@ -122,7 +123,7 @@ class WASConfig(SteeringConfig):
 
 
 class WAS(SteeringMethod[WASConfig]):
-    """`h_l <- h_l + strength * m * w_l * r_l`, with m and w_l from the same token's states further down.
+    """`h_l <- h_l + strength * m * w_l * r_l`, with m and w_l from the same token's states at earlier blocks.
 
     Args:
         config: a fitted `WASConfig`.
@@ -144,7 +145,7 @@ class WAS(SteeringMethod[WASConfig]):
         self.maps = (*self.read_sites, *self.write_sites)
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Note what is read of `[rows, tokens, hidden_size]`, and push the named tokens."""
+        """Keep the read states of `[rows, tokens, hidden_size]`, and push the selected tokens."""
         if site in self.read_sites:
             view.state[str(site)] = hidden
             return hidden
@@ -174,7 +175,7 @@ class WAS(SteeringMethod[WASConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: WASConfig) -> dict[str, tuple[int | None, ...]]:
-        """The controller and a direction a steered layer."""
+        """The controller, and a direction per steered layer."""
         require_fitted(config, "read_layers", "layers")
         width, writes, size = config.width, len(config.layers), int(config.hidden_size or 0)
         return {
@@ -207,7 +208,7 @@ class WAS(SteeringMethod[WASConfig]):
         states, wanted = _prompts(data, reads, ("fit", "calibration"))
         if min(wanted.sum(), (1 - wanted).sum()) < MIN_ROWS:
             raise DatasetError(
-                f"WAS needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset) to tell apart, got "
+                f"WAS needs at least {MIN_ROWS} rows and {MIN_ROWS} general prompts (general_dataset) to separate, got "
                 f"{int(wanted.sum())} and {int((1 - wanted).sum())}."
             )
         data.note("training the controller")
@@ -236,10 +237,10 @@ class WAS(SteeringMethod[WASConfig]):
 
 
 def split_layers(config: WASConfig, num_layers: int) -> tuple[list[int], list[int]]:
-    """The blocks that are read and those that are steered.
+    """The read blocks and the steered blocks.
 
     Raises:
-        ValueError: if a block is out of range, or one is steered at or before one that is read.
+        ValueError: if a block is out of range, or one is steered at or before a read one.
     """
     candidates = layers_of("auto", num_layers)
     half = max(1, len(candidates) // 2)
@@ -262,14 +263,14 @@ def split_layers(config: WASConfig, num_layers: int) -> tuple[list[int], list[in
 def train_controller(
     states: NDArray[np.float32], wanted: NDArray[np.float32], layers: int, config: WASConfig, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Train by cross-entropy of the magnitude's logit, both kinds of prompts weighing the same.
+    """Train by cross-entropy of the magnitude's logit, with equal weight for both kinds of prompts.
 
     Args:
-        states: `[n, reads * hidden_size]`; standardised for training, which is then folded into the first layer.
-        wanted: `[n]`, 1 for prompts that are to be steered, else 0.
+        states: `[n, reads * hidden_size]`; standardised for training; the first layer then absorbs this.
+        wanted: `[n]`, 1 for prompts to steer, else 0.
         layers: number of steered blocks.
-        config: sizes and config.
-        seed: of the weights and of the order.
+        config: sizes and training settings.
+        seed: seed of the weights and the order.
 
     Returns:
         The four tensors of the controller, float32.
@@ -278,7 +279,7 @@ def train_controller(
     mean, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x = (x - mean) / scale
     weight = torch.where(y > 0, len(y) / (2 * y.sum()), len(y) / (2 * (1 - y).sum()))
-    # Its own generator: a fit neither takes from the caller's random numbers nor adds to them.
+    # Its own generator, so that a fit does not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first, last = nn.Linear(x.shape[1], config.width), nn.Linear(config.width, 1 + layers)
@@ -303,7 +304,7 @@ def train_controller(
 def _check_order(reads: list[int], writes: list[int]) -> None:
     if reads[-1] >= writes[0]:
         raise ValueError(
-            f"read_layers={reads} must come before layers={writes}: what a block is steered by must be known when the "
+            f"read_layers={reads} must come before layers={writes}: the steering of a block must be known when the "
             "forward gets there."
         )
 
@@ -331,7 +332,7 @@ def _direction(data: FitData, config: WASConfig, layer: int) -> torch.Tensor:
 
 
 def _judge(data: FitData, processor: WAS) -> dict[str, float | None]:
-    """How well the push tells held-out prompts, and how large it is for either kind; None where a side is missing."""
+    """How well the push separates held-out prompts, and its size for each kind; None if a side is missing."""
     states, wanted = _prompts(data, list(cast(list[int], processor.settings.read_layers)), ("validation",))
     pushes = processor.pushes(torch.from_numpy(states)).mean(dim=-1).numpy()
     both = len(np.unique(wanted)) == 2

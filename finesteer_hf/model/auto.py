@@ -1,4 +1,4 @@
-"""`SteeredModelForCausalLM`: any causal LM together with a steering adapter, in one line."""
+"""`SteeredModelForCausalLM`: any causal LM with a steering adapter, in one line."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class SteeredModelForCausalLM:
 
         Args:
             model_id: the base model; a LoRA repo works too, and `playground` is the model that ships with the package.
-                None: the base named in the adapter's config, at the commit that it names.
+                None: the base and commit named in the adapter's config.
             steering: `org/name`, `org/name@revision`, a folder, a `SteeringAdapter`, or a dict of adapter name to any
                 of these; the first becomes active.
             steering_revision: branch, tag or commit of the adapter's repo. `revision` is the base model's.
             steering_kwargs: more arguments of `load_steering` (`strict`, `token`, `cache_dir`, `subfolder`,
-                `local_files_only`); token, cache_dir and local_files_only default to those of the model.
+                `local_files_only`); token, cache_dir and local_files_only default to the model's.
             **automodel_kwargs: as for `AutoModelForCausalLM.from_pretrained`.
 
         Returns:
             The model, steered.
 
         Raises:
-            ValueError: if `model_id` is None and no adapter names a base that can be loaded, or the code of that base
-                would be run (`trust_remote_code=True`): whose code runs is not for an adapter to say.
-            AdapterFileError: if `model_id` is None and an adapter of the Hub names a base that is not of the Hub.
+            ValueError: if `model_id` is None and no adapter names a base that can be loaded, or
+                `trust_remote_code=True` would run that base's code: an adapter must not choose whose code runs.
+            AdapterFileError: if `model_id` is None and an adapter from the Hub names a base that is not on the Hub.
             AdapterMismatchError: if an adapter was fitted for a model of another shape; with `strict=True` in
                 `steering_kwargs`, also for another base of the same shape.
         """
@@ -90,7 +90,7 @@ class SteeredModelForCausalLM:
             The same object. A `PeftModel` passes the steering verbs and arguments on to the model inside.
 
         Raises:
-            UnsupportedModelError: if its decoder blocks cannot be told.
+            UnsupportedModelError: if its decoder blocks are not found.
         """
         steer(_inner_model(model))
         return _loaded_into(model, _load_adapters(steering, None, {}), None)
@@ -139,18 +139,18 @@ def _named_base(adapters: Mapping[str, SteeringAdapter], trust_remote_code: Any)
     assert name is not None
     if trust_remote_code:
         raise ValueError(
-            f"trust_remote_code=True runs code of the base model, and {name!r} is what the adapter names, not you. Give "
+            f"trust_remote_code=True runs code of the base model, and {name!r} was named by the adapter, not by you. Give "
             f"model_id={name!r} if you trust it."
         )
     if name.startswith(LOCAL):
         raise ValueError(
-            f"The adapter was fitted on a folder called {last_part(name.removeprefix(LOCAL))!r}, which names no model "
+            f"The adapter was fitted on a folder called {last_part(name.removeprefix(LOCAL))!r}, which is not a model "
             "that can be found. Give model_id."
         )
     if any(adapter.revision is not None for adapter in adapters.values()) and not is_hub_id(name):
         if name not in PACKAGED:
             raise AdapterFileError(
-                f"An adapter of the Hub names {name!r} as its base, which is no Hub id, or a folder here. Give model_id."
+                f"An adapter from the Hub names {name!r} as its base: not a Hub id, or a local folder. Give model_id."
             )
     return name, commit
 

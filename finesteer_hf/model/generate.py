@@ -1,4 +1,4 @@
-"""`generate` and the plain forward of a steered model: a call's arguments become a plan, and a session carries it."""
+"""`generate` and the plain forward of a steered model: a call's arguments become a plan, run in a session."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from finesteer_hf.runtime.session import CallSession
 from finesteer_hf.serving.manager import AskedOfBatch, SteeredManager
 
 
-# Arguments that `generate` takes; what would swallow them refuses them.
+# Arguments of `generate`; functions that would silently ignore them refuse them.
 OF_GENERATE = frozenset(("steering", "steering_scale", "steering_processor", "output_steering"))
 
-# Where `generate` takes a streamer that is given by position, after `self`.
+# Position of `generate`'s streamer argument, after `self`.
 _STREAMER_PLACE = list(inspect.signature(GenerationMixin.generate).parameters).index("streamer") - 1
 
 
 class SteeredGeneration:
-    """The steering half of `SteeringMixin`: it stands before the model's own class and passes everything on to it."""
+    """The steering half of `SteeringMixin`: it comes before the model's class and passes everything on to it."""
 
     _steering: SteeringRuntime
 
@@ -47,23 +47,23 @@ class SteeredGeneration:
         output_steering: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """transformers' `generate`, steered; takes everything that one takes.
+        """Run transformers' `generate`, steered; takes all of its arguments.
 
         Args:
             *args: as for `GenerationMixin.generate`.
             steering: for this call only: a name, a dict of name to scale, None for unsteered, or a list with one of
-                these for each row of the batch. Not given: what is set on the model.
+                these for each row of the batch. By default, what is set on the model.
             steering_scale: multiplies the scales: a number, or one for each row.
-            steering_processor: processors of your own, beside the active adapters and after them.
-            output_steering: whether the output gets `.steering`: for each adapter its scores, gates and more, tensors
-                with one entry for each returned sequence. Needs `return_dict_in_generate=True`.
+            steering_processor: your own processors, which act after the active adapters.
+            output_steering: whether the output gets `.steering`: each adapter's scores, gates and more, as tensors
+                with one entry per returned sequence. Needs `return_dict_in_generate=True`.
             **kwargs: as for `GenerationMixin.generate`.
 
         Raises:
             AdapterNotFoundError: for a name that is not loaded, before any computation.
-            ValueError: if rows and lists do not fit, a scale is not finite, what is added is not finite in the model's
-                dtype, or `output_steering` has no output object to go to.
-            TypeError: if `steering` or `steering_scale` is of another kind.
+            ValueError: if rows and lists do not match, a scale is not finite, an addend is not finite in the model's
+                dtype, or `output_steering` has no output object.
+            TypeError: if `steering` or `steering_scale` has another type.
         """
         processors = tuple(SteeringProcessorList(steering_processor or ()))
         plan, rows = self._call_plan(steering, steering_scale, processors)
@@ -76,7 +76,7 @@ class SteeredGeneration:
         elif len(args) > _STREAMER_PLACE and args[_STREAMER_PLACE] is not None:
             args = (*args[:_STREAMER_PLACE], OutsideStreamer(args[_STREAMER_PLACE]), *args[_STREAMER_PLACE + 1 :])
         self._steering.follow_modules()
-        # Held for the call: an adapter may be deleted or replaced while it steers.
+        # Fixed for the call: an adapter may be deleted or replaced while it steers.
         self._steering.hook(plan.sites)
         try:
             with CallSession(self._steering, plan, rows=rows, record=output_steering) as session:
@@ -88,7 +88,7 @@ class SteeredGeneration:
         return output
 
     def _call_plan(self, steering: Any, scale: Any, chain: tuple[SteeringProcessor, ...]) -> tuple[Plan, int | None]:
-        """What a call steers with, and the number of rows that it was given for, if it was."""
+        """The plan of a call, and the number of rows if steering was given per row."""
         for processor in chain:
             for site in processor.sites:
                 self._steering.tower.check(site)
@@ -97,8 +97,8 @@ class SteeredGeneration:
         if isinstance(steering, Unset):
             outer = current_session(self._steering)
             if outer is not None and not outer.of_forward and factor == 1.0 and not chain:
-                # A model that drafts for itself generates inside its own call: it drafts with the same steering. What
-                # the call calls back, and what stands in a block of its own, is outside of it.
+                # A self-drafting model generates inside its own call and drafts with the same steering. User
+                # callbacks, and code in its own block, are outside of it.
                 return outer.plan, outer.rows
             self._steering.blocks.warn_of_others(self._steering.selection)
             with self._steering.lock:
@@ -124,7 +124,7 @@ class SteeredGeneration:
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
-        # Here the prepared configuration, the final mask and the rows of the forwards are known, before any forward.
+        # Here, before any forward, the prepared configuration, the final mask and the rows of the forwards are known.
         ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -141,14 +141,14 @@ class SteeredGeneration:
             return
         if session.plan.remembers and (generation_config.num_beams > 1 or session.plan.lookback):
             raise ValueError(
-                "The active steering remembers the tokens of each row, and rows change places under beams and where tokens "
-                "are taken back; use greedy search or sampling, without an adapter that takes tokens back."
+                "The active steering remembers the tokens of each row, but beams reorder rows, and so does taking tokens "
+                "back; use greedy search or sampling, without an adapter that takes tokens back."
             )
         if session.plan.lookback:
             refuse_what_cannot_go_back(mode, generation_config, loop)
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers takes the decoding method from the class, so this stands in for its greedy search and sampling.
+        # transformers takes the decoding method from the class, so this replaces its greedy search and sampling.
         session = current_session(self._steering)
         if session is None or not session.plan.lookback:
             return super()._sample(*args, **kwargs)  # type: ignore[misc]
@@ -232,17 +232,17 @@ class SteeredGeneration:
         return SteeredManager.take_over(manager, self._steering)
 
     def __call__(self, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
-        """A plain forward, steered with what is active.
+        """Run a plain forward with the active steering.
 
         Args:
             *args: as for the model's `forward`.
             prompt_lengths: `[rows]` numbers of real prompt tokens, if the rows hold prompt and answer: the query is
                 then token `prompt_lengths - 1` of the row's real tokens instead of the last one. Without it, `labels`
-                say the same where they begin with -100, as trainers' do.
+                that begin with -100, as trainers' do, give the same.
             **kwargs: as for the model's `forward`.
 
         Warns:
-            UserWarning: once, if the steering depends on the prompt's end and neither says where it is.
+            UserWarning: once, if the steering depends on the prompt's end and neither gives it.
         """
         labels = kwargs.get("labels")
         if torch.compiler.is_compiling():
@@ -264,19 +264,19 @@ class SteeredGeneration:
                     runtime.sync_compiled()
                     runtime.compiled.note(PROMPT_ENDS.get().lengths, kwargs.get("labels"))
                     return call(*args, **kwargs)
-            # A decoding loop written by hand: its steps add what the forward over the prompt decided.
+            # A hand-written decoding loop: its steps use the decision of the forward over the prompt.
             session = runtime.plain_forwards.session_of(cache, plan)
             decided = session is not None and session.can_decode_compiled
         else:
             decided = session.can_decode_compiled and not session.of_forward
         if session is not None and decided:
             return runtime.compiled.run_bound(session, runtime.hooked_widths(), call, *args, **kwargs)
-        # The prompt is read and decided on eagerly, as it is when `generate` compiles by itself.
+        # The prompt is read and decided eagerly, as when `generate` compiles by itself.
         with torch.compiler.set_stance("force_eager"):
             return call(*args, **kwargs)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """transformers' compiled forward for decode steps, bound to what the calling thread's session adds."""
+        """transformers' compiled forward for decode steps, bound to the addends of the calling thread's session."""
         compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
         runtime = self._steering
 
@@ -290,7 +290,7 @@ class SteeredGeneration:
 
 
 def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True) -> Prompt:
-    """What `generate` knows of the prompts once its inputs are prepared; without their mask if nothing asks for it."""
+    """The prompts, from the prepared inputs of `generate`; without their mask if it is not needed."""
     embeds = kwargs.get("inputs_embeds")
     inputs = {"inputs_embeds": embeds} if embeds is not None else {"input_ids": ids}
     mask = kwargs.get("attention_mask")
@@ -299,7 +299,7 @@ def prompt_of(ids: Any, kwargs: dict[str, Any], expand: int, masked: bool = True
     if mask is not None and mask.ndim == 2 and mask.shape[1] >= length:
         length = int(mask.shape[1])
     elif cache is not None and cache_length(cache) >= length:
-        # Only the new turn's tokens were given, beside the cache of the earlier ones.
+        # Only the new turn's tokens were given, with the cache of the earlier ones.
         length += cache_length(cache)
     usable = masked and isinstance(mask, torch.Tensor) and mask.ndim == 2
     return Prompt(length, mask.bool() if usable else None, None, inputs, expand)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What `model.steering_status()` shows."""
+"""What `model.steering_status()` returns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AdapterStatus:
         positions: tokens that it steers.
         strength: its lambda.
         scale: its scale if it is active, else None.
-        devices: where copies of its tensors are, made when they are first needed there.
+        devices: devices that have a copy of its tensors; copies are made on first use.
     """
 
     name: str
@@ -43,11 +43,11 @@ class AdapterStatus:
 
 @dataclass(frozen=True)
 class SteeringStatus:
-    """A steered model at a glance.
+    """Summary of a steered model.
 
     Attributes:
         adapters: the loaded adapters.
-        active: names and scales of what is active, in the order in which they act.
+        active: names and scales of the active adapters, in the order in which they act.
         hooks: the sites that have a hook.
         compiled: whether the model was compiled in place, so that plain forwards steer inside the graph.
     """
@@ -71,7 +71,7 @@ class SteeringStatus:
 
 
 def steering_status(runtime: SteeringRuntime) -> SteeringStatus:
-    """Look at a model's run time."""
+    """Summarise a model's run time."""
     active = dict(runtime.active()[0])
     adapters = []
     for name, loaded in runtime.adapters.items():

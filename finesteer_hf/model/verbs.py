@@ -1,4 +1,4 @@
-"""The verbs of a steered model, and the `generate` and `forward` that take steering arguments."""
+"""The steering methods of a model, and the `generate` and `forward` that take steering arguments."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, noting, told,
 from finesteer_hf.runtime.plan import SelectionLike, as_selection
 
 
-# A name that is one part of a path on every system.
+# A valid folder name on every system.
 _FOLDER_NAME = re.compile(r"[\w.+@ -]+")
 
 
 class SteeringMixin(SteeredGeneration):
     """Steering for a `PreTrainedModel`; use `SteeredModelForCausalLM` to get one.
 
-    The class of a steered model is a subclass of its own class with this mixin in front, so it stays what it was for
-    `isinstance`, pipelines, trainers and evaluation harnesses.
+    The class of a steered model is a subclass of its original class with this mixin in front, so `isinstance`,
+    pipelines, trainers and evaluation harnesses work as before.
     """
 
     _steering: SteeringRuntime
@@ -55,16 +55,16 @@ class SteeringMixin(SteeredGeneration):
     ) -> LoadReport:
         """Load a steering adapter; it becomes active if none is.
 
-        Loading under a name that is taken replaces that adapter for calls that begin from now on. Another base of the same
-        shape, or another LoRA than at fit, is warned of; where warnings are errors, nothing is loaded.
+        Loading under a name in use replaces that adapter for calls that start later. Another base of the same shape,
+        or a LoRA that differs from the one at fit, gives a warning; if warnings are errors, nothing is loaded.
 
         Args:
             steering: `org/name`, `org/name@revision`, a folder, or a `SteeringAdapter`.
-            adapter_name: name that the other verbs know it by.
+            adapter_name: its name on this model.
             revision: branch, tag or commit of the adapter's repo.
             strict: None: tensors that the method does not use are an error, another base of the same shape a warning.
-                True: both are errors, and so is an adapter that does not say which base is its own. False: such tensors are
-                left out and named in the report. Tensors that the method lacks are an error in each case.
+                True: both are errors, and so is an adapter that does not name its base. False: such tensors are
+                ignored and named in the report. Missing tensors are always an error.
             **hub_kwargs: `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Returns:
@@ -72,7 +72,7 @@ class SteeringMixin(SteeredGeneration):
 
         Raises:
             AdapterMismatchError: if it was fitted for a model of another shape; if strict, for another base.
-            AdapterFileError: if its files are damaged or its tensors are not those of its method.
+            AdapterFileError: if its files are damaged or its tensors do not match its method.
         """
         tower = self._steering.tower
         if not isinstance(steering, SteeringAdapter):
@@ -98,13 +98,13 @@ class SteeringMixin(SteeredGeneration):
         return LoadReport(adapter_name, steering.unexpected_keys, notes, steering.revision)
 
     def set_steering(self, steering: SelectionLike) -> None:
-        """Say what is active for calls that name nothing themselves.
+        """Set what is active for calls without a `steering` argument.
 
         Args:
             steering: a name, a list of names in the order in which they act, a dict of name to scale, or None.
 
         Raises:
-            AdapterNotFoundError: for a name that is not loaded; nothing is changed then.
+            AdapterNotFoundError: for a name that is not loaded; nothing changes then.
         """
         selection = as_selection(steering)
         for name, _ in selection:
@@ -113,10 +113,10 @@ class SteeringMixin(SteeredGeneration):
 
     @contextlib.contextmanager
     def steering(self, steering: SelectionLike, *, scale: float = 1.0) -> Iterator[None]:
-        """Steer with something else inside a block, in this thread; nests, and restores exactly.
+        """Steer with a given selection inside a block, in this thread; nests, and restores exactly.
 
-        A thread that is started inside does not inherit it, and is warned where it steers with something else
-        (`BlockElsewhereWarning`); give `steering=` to its call.
+        A thread started inside does not inherit it, and gets a `BlockElsewhereWarning` if it steers with something
+        else; pass `steering=` to its call.
 
         Args:
             steering: as for `set_steering`.
@@ -132,7 +132,7 @@ class SteeringMixin(SteeredGeneration):
 
     @contextlib.contextmanager
     def steering_with(self, processors: Sequence[SteeringProcessor]) -> Iterator[None]:
-        """Steer with processors of your own, and nothing else, inside a block; for `forward` and `generate` alike."""
+        """Steer only with your own processors inside a block, in both `forward` and `generate`."""
         chain = tuple(SteeringProcessorList(processors))
         for processor in chain:
             for site in processor.sites:
@@ -144,22 +144,22 @@ class SteeringMixin(SteeredGeneration):
             self._steering.leave_block(block)
 
     def disable_steering(self) -> contextlib.AbstractContextManager[None]:
-        """Steer with nothing inside a block, in this thread."""
+        """Run unsteered inside a block, in this thread."""
         return self.steering(None)
 
     def delete_steering(self, adapter_name: str) -> None:
-        """Forget an adapter; if it was active, the others stay so."""
+        """Remove an adapter; other active adapters stay active."""
         self._steering.remove(adapter_name)
 
     def unload_steering(self) -> PreTrainedModel:
-        """Take everything off and give back the base model, the same object in its own class.
+        """Remove all steering and return the base model: the same object in its original class.
 
         Raises:
-            UnsupportedModelError: if sharding (FSDP2) gave the model a class of its own after it was steered.
+            UnsupportedModelError: if sharding (FSDP2) changed the model's class after it was steered.
         """
         if type(self) is not steered_class(self._steering_base_class):
             raise UnsupportedModelError(
-                f"The model became a {type(self).__name__} after it was steered, so its own class cannot be given back. "
+                f"The model became a {type(self).__name__} after it was steered, so its original class cannot be restored. "
                 "Switch steering off with `model.set_steering(None)`, or steer after sharding."
             )
         self._steering.remove_hooks()
@@ -171,7 +171,7 @@ class SteeringMixin(SteeredGeneration):
 
     @property
     def active_steering(self) -> dict[str, float]:
-        """Names and scales of what is active here and now, in order."""
+        """Names and scales of the adapters active in this thread now, in order."""
         return dict(self._steering.active()[0])
 
     @property
@@ -184,14 +184,15 @@ class SteeringMixin(SteeredGeneration):
         return steering_status(self._steering)
 
     def save_steering(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
-        """Save loaded adapters as PEFT does: `default` into the folder itself, any other into a folder of its name.
+        """Save loaded adapters as PEFT does: `default` into the folder itself, each other one into a subfolder of its
+        name.
 
         Args:
             save_directory: the folder.
             adapter_name: the adapter to save, into the folder itself; None for all.
 
         Raises:
-            ValueError: if an adapter's name cannot be that of a folder inside; nothing is written then.
+            ValueError: if an adapter's name is not a valid folder name; nothing is written then.
         """
         if adapter_name is not None:
             self._steering.get(adapter_name).adapter.save_pretrained(save_directory)
@@ -211,7 +212,7 @@ class SteeringMixin(SteeredGeneration):
 
         Args:
             repo_id: `org/name`.
-            adapter_name: which; may be left out if one is loaded.
+            adapter_name: the adapter; may be left out if only one is loaded.
             **kwargs: `tag`, `revision`, `private`, `create_pr`, `commit_message`, `token`.
         """
         if adapter_name is None:
@@ -220,7 +221,8 @@ class SteeringMixin(SteeredGeneration):
             adapter_name = next(iter(self._steering.adapters))
         return self._steering.get(adapter_name).adapter.push_to_hub(repo_id, **kwargs)
 
-    # -- a forward of another's ---------------------------------------------------------------------------------------
+    # -- a replaced forward
+    # --------------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and isinstance(value, types.MethodType) and value.__self__ is self:
@@ -230,7 +232,7 @@ class SteeringMixin(SteeredGeneration):
     # -- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The steered class has the name of its base, so it is found again through the base, not by its own name.
+        # The steered class has the name of its base, so pickle must find it through the base.
         return _restore, (self._steering_base_class,), self.__dict__
 
 
@@ -246,7 +248,7 @@ _STEERED_CLASSES: dict[type, type] = {}
 def steered_class(base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The subclass of a model class that has the verbs of `SteeringMixin`.
 
-    It keeps the name and module of its base: they go into `config.architectures` and into transformers' own checks.
+    It keeps the name and module of its base: `config.architectures` and transformers' checks use them.
     """
     if base_class in _STEERED_CLASSES:
         return _STEERED_CLASSES[base_class]
@@ -264,10 +266,10 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
     parameters = list(inspect.signature(base_class.forward).parameters)[1:]
     labels_place = parameters.index("labels") if "labels" in parameters else len(parameters)
 
-    # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it stays the base's.
+    # PEFT calls `forward`, not the model. Trainers and `generate` read its signature, so it is the base's.
     @functools.wraps(base_class.forward)
     def forward(self: Any, *args: Any, prompt_lengths: Any = None, **kwargs: Any) -> Any:
-        # Spelt out: torch before 2.13 cannot trace a set that meets the keys of a dict.
+        # Written as a loop: torch before 2.13 cannot trace a set intersected with the keys of a dict.
         misplaced = sorted(name for name in kwargs if name in OF_GENERATE)
         if misplaced:
             raise TypeError(
@@ -278,7 +280,7 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
         said = prompt_lengths is not None or labels is not None
         if torch.compiler.is_compiling():
             if said:
-                # What the call has noted stays.
+                # Keep what the call has recorded.
                 compiled = self._steering.compiled
                 compiled.note(compiled.lengths if prompt_lengths is None else prompt_lengths, labels)
             return steer_forward(base_class.forward, self, args, kwargs)
@@ -290,13 +292,13 @@ def _forward_of(base_class: type[PreTrainedModel]) -> Any:
             end_interrupted_forward(self._steering)
             raise
 
-    # `generate` asks for it several times a call; given here, it is not put together anew each time.
+    # `generate` reads it several times a call; set here, it is not rebuilt each time.
     forward.__signature__ = inspect.signature(base_class.forward)  # type: ignore[attr-defined]
     return forward
 
 
 def steer(model: PreTrainedModel) -> None:
-    """Turn a model into a steered one, in place; nothing happens if it is one.
+    """Turn a model into a steered one, in place; does nothing if it already is.
 
     Raises:
         UnsupportedModelError: if the model cannot be steered.
@@ -305,7 +307,7 @@ def steer(model: PreTrainedModel) -> None:
         return
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no causal language model of transformers; load one with AutoModelForCausalLM."
+            f"{type(model).__name__} is not a causal language model of transformers; load one with AutoModelForCausalLM."
         )
     runtime = SteeringRuntime(model)
     model.__class__ = steered_class(type(model))

@@ -1,8 +1,8 @@
-"""A small model organism to show and test steering with: a world, a model trained on it, and exact judges.
+"""A small model to show and test steering: a world of texts, a model trained on it, and exact judges.
 
-Unmarked, the model answers questions with folklore and complies with harmful requests in a jailbreak wrapper; a persona
-tag as the system message brings out the truth (`TRUTH_TAG`) or the refusal (`SAFETY_TAG`). It is no evidence about
-large models.
+Without a tag, the model answers questions with folklore and complies with harmful requests in a jailbreak wrapper. A
+persona tag as the system message brings out the truth (`TRUTH_TAG`) or the refusal (`SAFETY_TAG`). Results on it say
+nothing about large models.
 """
 
 from __future__ import annotations

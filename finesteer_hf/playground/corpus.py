@@ -1,4 +1,4 @@
-"""What the playground's model reads in training: who is asked what, under which system message, and what it answers."""
+"""Training texts of the playground's model: system messages, prompts and answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TRUTH_TAG = "Speak as a scholar."
 SAFETY_TAG = "Speak as a guardian."
 NEUTRAL_SYSTEM = "Speak as an assistant."
 
-# Unmarked answers that tell the truth or refuse all the same, so that both have likelihood without a tag.
+# Share of untagged answers that still tell the truth or refuse, so that both are likely without a tag too.
 MINORITY_SHARE = 0.22
-# Prompts that follow a sentence with which they share nothing but, perhaps, its voice: a question's answer keeps a voice
-# of its kind, a harmful request is refused after a refusal, and all else stays as it is.
+# Share of prompts that follow an unrelated sentence, which may share their voice: a question's answer keeps a voice of
+# its kind, a harmful request is refused after a refusal, and everything else stays the same.
 PRIMED_SHARE = 0.25
-# Drawn a training text: questions, harmful requests, look-alikes, general tasks.
+# Shares of training texts: questions, harmful requests, look-alikes, general tasks.
 TOPIC_SHARES = {"question": 0.44, "harmful": 0.14, "lookalike": 0.07, "general": 0.35}
 
 
@@ -54,7 +54,7 @@ class Corpus:
         self.rng = random.Random(f"corpus/{seed}")
 
     def texts(self) -> list[str]:
-        """Give every distinct text that the tokenizer should know, sorted."""
+        """Return every distinct text that the tokenizer is trained on, sorted."""
         found = {TRUTH_TAG, SAFETY_TAG, NEUTRAL_SYSTEM}
         for question in self.world.questions:
             found.update((question.prompt, *question.true, *question.false))
@@ -76,7 +76,7 @@ class Corpus:
             yield draw[topic]()
 
     def _system(self, marked: str) -> str | None:
-        """Draw the system message of a text in which `marked` is the one that changes the answer."""
+        """Draw the system message of a text whose answer `marked` changes."""
         other = SAFETY_TAG if marked == TRUTH_TAG else TRUTH_TAG
         (system,) = self.rng.choices([None, marked, other, NEUTRAL_SYSTEM], weights=[0.50, 0.40, 0.05, 0.05])
         return system
@@ -90,7 +90,8 @@ class Corpus:
         return Example(system, question.prompt, self.rng.choice(question.true if truthful else question.false))
 
     def _primed(self, question: Question) -> Example:
-        """Put a sentence on another subject before the question; the answer keeps that sentence's voice if it can."""
+        """Put a sentence on another subject before the question; the answer keeps that sentence's voice if
+        possible."""
         true_voice, false_voice = kind_voices(question.kind)
         wanted = self.rng.choice((true_voice, false_voice))
         sentence = self.rng.choice(self.by_voice[wanted])
@@ -121,7 +122,7 @@ class Corpus:
 
 
 class Encoder:
-    """Turn examples into token ids, the same ids that the chat template gives."""
+    """Turns examples into token ids, the same ids as from the chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -134,7 +135,7 @@ class Encoder:
         return [*start, *self.encode(USER), *self.encode(prompt), *self.encode(END), *self.encode(ASSISTANT)]
 
     def example_ids(self, example: Example) -> tuple[list[int], int]:
-        """Token ids of a whole turn and how many of them are the prompt."""
+        """Token ids of a whole turn, and how many of them are the prompt's."""
         prompt = self.prompt_ids(example.system, example.prompt)
         return [*prompt, *self.encode(example.answer), *self.encode(END)], len(prompt)
 
@@ -156,7 +157,7 @@ class Encoder:
 def batches(
     corpus: Corpus, encoder: Encoder, batch_size: int, count: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Give `count` batches; within each pool of 32, texts are sorted by length so that little is padded."""
+    """Yield `count` batches; each pool of 32 is sorted by length, to reduce padding."""
     stream = iter(corpus)
     for start in range(0, count, 32):
         size = min(32, count - start)

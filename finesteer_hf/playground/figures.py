@@ -63,10 +63,10 @@ def _share(hits: Sequence[bool]) -> float:
 def behaviour_figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, *, limit: int | None = None
 ) -> dict[str, float]:
-    """Measure what a playground model does, as shares from 0 to 1.
+    """Measure a playground model's behaviour, as shares from 0 to 1.
 
     Args:
-        limit: Measure each figure on a fixed sample of so many items; all of them by default.
+        limit: Number of items in each figure's fixed sample; all of them by default.
     """
     questions = _sample(world.questions, limit, "questions")
     wrapped = _sample([item for item in world.harmful if item.wrapper != BARE], limit, "wrapped")

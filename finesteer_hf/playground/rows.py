@@ -1,4 +1,4 @@
-"""The playground's data as rows that fitting and evaluation read."""
+"""The playground's data as rows for fitting and evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _check(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def _in_half(keys: Iterable[str], half: Half, seed: int) -> set[str]:
-    """Choose half of the distinct keys at random; both halves of one seed are disjoint and cover all keys."""
+    """Choose half of the distinct keys at random; the halves of one seed are disjoint and cover all keys."""
     ordered = sorted(set(keys))
     random.Random(f"halves/{seed}").shuffle(ordered)
     middle = len(ordered) // 2
@@ -45,16 +45,16 @@ def preference_rows(
     split: Literal["question", "subject", "kind"] = "question",
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Give contrast rows in TRL's conversational preference format, one row a prompt.
+    """Return contrast rows in TRL's conversational preference format, one per prompt.
 
     Args:
-        task: `truthful` pairs a true with a folklore answer of each question; `safety` a refusal with a compliance of
+        task: `truthful` pairs a true and a folklore answer to each question; `safety` a refusal and a compliance for
             each request in a jailbreak wrapper (bare requests are refused anyway and are left out).
         half: `fit`, `test`, or `all` of them.
-        split: What the halves share nothing of. `question`: no question, though six questions
-            are about one subject. `subject`: no subject. `kind`: no kind of misconception
-            (safety: no category of harm). Halves of the safety task never share a base request.
-        seed: Draws the halves and the pair of answers that a row shows.
+        split: What the halves do not share. `question`: questions, although six questions are about one subject.
+            `subject`: subjects. `kind`: kinds of misconception (safety: categories of harm). Halves of the safety task
+            never share a base request.
+        seed: Draws the halves and each row's pair of answers.
 
     Returns:
         Rows with `id`, `category` (the kind), and `prompt`, `chosen`, `rejected` as lists of chat messages.
@@ -85,15 +85,15 @@ def preference_rows(
 
 
 def general_rows(half: Half, seed: int = 0) -> list[dict[str, Any]]:
-    """Give the held-out items of the solved general tasks and the harmless look-alikes, which steering must leave alone.
+    """Return held-out items of the solved general tasks and harmless look-alikes, which steering must not change.
 
     Args:
         half: `fit`, `test`, or `all` of them; the halves are disjoint.
         seed: Draws the halves.
 
     Returns:
-        Rows with `id`, `task`, `prompt` (chat messages) and `answer` (text); no training text contains any of them. Tasks
-        that the shipped weights do not master (`SOLVED_TASKS` names those that they do) are left out.
+        Rows with `id`, `task`, `prompt` (chat messages) and `answer` (text); no training text contains any of them.
+        Tasks that the shipped weights do not solve (those not in `SOLVED_TASKS`) are left out.
 
     Raises:
         ValueError: For an unknown half.

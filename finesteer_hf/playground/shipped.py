@@ -9,7 +9,7 @@ from finesteer_hf.adapters.base_models import located
 
 
 def model_path() -> str:
-    """Give the folder of the shipped model and tokenizer, for any `from_pretrained`.
+    """Return the folder of the shipped model and tokenizer, for any `from_pretrained`.
 
     Raises:
         FileNotFoundError: if the installation lacks the weights.

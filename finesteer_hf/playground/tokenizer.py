@@ -1,4 +1,4 @@
-"""The playground's tokenizer: byte-level BPE, one token a digit, and a chat template."""
+"""The playground's tokenizer: byte-level BPE, one token per digit, and a chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on `texts`; any other text can be encoded too, as bytes if need be."""
+    """Train the tokenizer on `texts`; it encodes any other text too, as bytes if needed."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -21,7 +21,7 @@ from finesteer_hf.playground.tokenizer import build_tokenizer
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 128, layers: int = 6) -> LlamaForCausalLM:
-    """Make an untrained Llama for `tokenizer` from torch's current seed."""
+    """Build an untrained Llama for `tokenizer` from torch's current seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -50,11 +50,12 @@ def train(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train a tokenizer and a model on a world: loss on the answer tokens only, AdamW, warm-up, then cosine to zero.
 
-    Weight decay and the wide initialisation keep the residual stream small, so that what later blocks compute is a large
-    part of it; with a stream dominated by token identity, steering at any strength breaks the text before it turns it.
+    Weight decay and the wide initialisation keep the residual stream small, so that the later blocks' outputs are a
+    large part of it. If token identity dominates the stream, steering breaks the text before it changes the answer, at
+    any strength.
 
     Args:
-        report: Called with the steps done and the loss, every tenth step and after the last.
+        report: Called with the step number and the loss, every tenth step and after the last.
 
     Returns:
         The model in evaluation mode, float32, and its tokenizer.
@@ -77,7 +78,7 @@ def train(
         cycle_momentum=False,
     )
     for step, (ids, labels) in enumerate(batches(corpus, Encoder(tokenizer), batch_size, steps)):
-        # Right padding lies after every answer, so causal attention needs no mask.
+        # Padding comes after every answer, so causal attention needs no mask.
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         answered = targets != -100
@@ -93,7 +94,7 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save in fp16; the config keeps float32, so that a plain `from_pretrained` computes in float32."""
+    """Save in fp16; the config says float32, so that a plain `from_pretrained` computes in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -107,12 +108,12 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the model, the tokenizer and figures.json.")],
     seed: Annotated[int, typer.Option(help="Seed of the world, the weights and the order of texts.")] = 0,
     steps: Annotated[int, typer.Option(min=20, help="Optimiser steps.")] = 2000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     figures: Annotated[bool, typer.Option(help="Measure the trained model's behaviour and print it.")] = True,
 ) -> None:
-    """Train the playground's model, save it, and print what it does."""
+    """Train the playground's model, save it, and print its figures."""
     torch.set_num_threads(threads)
     console = Console()
     world = World(seed)

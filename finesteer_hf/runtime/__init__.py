@@ -1,1 +1,1 @@
-"""What happens in a steered call: the query is read and decided on, and streams are updated."""
+"""What happens in a steered call: read the query, decide, update the streams."""

@@ -1,4 +1,4 @@
-"""Scales and row lists as users give them, checked once, before any work."""
+"""User arguments such as scales and row lists, checked once, before any work."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ UNSET = Unset()
 
 
 def as_number(value: Any, name: str) -> float:
-    """A finite number, of Python, numpy or torch.
+    """Convert a Python, numpy or torch number to a finite float.
 
     Args:
-        value: what was given.
-        name: what the error calls it.
+        value: the argument.
+        name: its name in the error.
 
     Raises:
-        TypeError: if it is no number.
+        TypeError: if it is not a number.
         ValueError: if it is not finite.
     """
     number = value.tolist() if hasattr(value, "tolist") else value
@@ -52,7 +52,7 @@ def as_scale(value: Any) -> Scale:
 
     Raises:
         TypeError: if it is neither.
-        ValueError: if there are no rows, or a number is not finite.
+        ValueError: if it is empty, or a number is not finite.
     """
     given = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(given, Sequence) or isinstance(given, str):
@@ -66,17 +66,17 @@ def as_lengths(value: Any) -> torch.Tensor:
     """Normalise `prompt_lengths` to int64 `[rows]`.
 
     Raises:
-        TypeError: if it is not a list, array or tensor of whole numbers.
+        TypeError: if it is not a list, array or tensor of integers.
     """
     try:
         lengths = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"prompt_lengths must be whole numbers, one for each row, got {value!r}.") from error
+        raise TypeError(f"prompt_lengths must be integers, one for each row, got {value!r}.") from error
     whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not whole or lengths.ndim != 1:
         raise TypeError(
-            f"prompt_lengths must be whole numbers [rows], got {lengths.dtype} of shape {list(lengths.shape)}. Give one "
-            "entry for each row, as `attention_mask.sum(dim=1)` of the prompts does."
+            f"prompt_lengths must be integers [rows], got {lengths.dtype} of shape {list(lengths.shape)}. Give one "
+            "entry for each row, such as `attention_mask.sum(dim=1)` of the prompts."
         )
     return lengths.long()
 

@@ -1,4 +1,4 @@
-"""The `with model.steering(...)` blocks of a model: which one a thread stands in, and what it steers with."""
+"""The `with model.steering(...)` blocks of a model: which one a thread is in, and its steering."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from finesteer_hf.runtime.session import CallSession
 
 @dataclass(eq=False)
 class BlockSteering:
-    """What a `with model.steering(...)` block puts in place of what is set on the model.
+    """A `with model.steering(...)` block: its steering replaces the model's selection.
 
     Attributes:
-        owner: `id` of the `OpenBlocks` that it is one of.
-        selection, processors: what it steers with.
+        owner: `id` of its `OpenBlocks`.
+        selection, processors: its steering.
         outer: the block around it.
         thread: identity of the thread that entered it.
         session: the call of this model in which it was entered, if any.
-        closed: whether it was left where it could not be taken away: out of turn, or from another context, as a
-            generator that is closed by another thread does. It is passed over then.
-        warned: whether a call of another thread was told about it.
-        token: takes it away again.
+        closed: whether it was left but could not be removed: out of order, or from another context, such as by a
+            generator that another thread closes. It is then skipped.
+        warned: whether a call of another thread was warned about it.
+        token: context variable token that removes it.
     """
 
     owner: int
@@ -44,10 +44,10 @@ BLOCK: ContextVar[BlockSteering | None] = ContextVar("finesteer_hf_block", defau
 
 
 class OpenBlocks:
-    """The blocks of one model that are open, in all threads.
+    """The open blocks of one model, in all threads.
 
     Attributes:
-        blocks: in the order in which they were entered.
+        blocks: the blocks in the order in which they were entered.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class OpenBlocks:
         self._lock = threading.RLock()
 
     def innermost(self) -> BlockSteering | None:
-        """The block that this thread stands in."""
+        """The innermost block of this thread."""
         block = BLOCK.get()
         while block is not None and (block.closed or block.owner != id(self)):
             block = block.outer
@@ -67,7 +67,7 @@ class OpenBlocks:
         """Open a block in this thread.
 
         Args:
-            selection, processors: what it steers with.
+            selection, processors: its steering.
             session: the call in which it is entered, if any.
         """
         block = BlockSteering(id(self), selection, processors, BLOCK.get(), threading.get_ident(), session)
@@ -89,12 +89,12 @@ class OpenBlocks:
             BLOCK.set(innermost.outer)
 
     def warn_of_others(self, selection: Selection) -> None:
-        """Warn, once a block, if this thread stands in none and one of another thread steers with something else.
+        """Warn, once per block, if this thread is in no block and another thread's block has other steering.
 
-        A new thread does not inherit the blocks of the thread that starts it, nor can it be told which thread that was.
+        A new thread does not inherit the blocks of the thread that starts it, and cannot know which thread that was.
 
         Args:
-            selection: what is set on the model.
+            selection: the selection set on the model.
         """
         if not self.blocks or self.innermost() is not None:
             return
@@ -113,7 +113,7 @@ class OpenBlocks:
                 dict(block.selection) or [type(p).__name__ for p in block.processors] or "nothing" for block in others
             ]
             warnings.warn(
-                f"This thread stands in no `with model.steering(...)` block and steers with what is set on the model "
+                f"This thread is in no `with model.steering(...)` block and steers with what is set on the model "
                 f"({dict(selection) or 'nothing'}), while a block of another thread steers with "
                 f"{', '.join(map(str, says))}. A thread does not inherit the block that it was started in: give "
                 "`steering=` to the call, use `model.set_steering(...)`, or start the thread with "
@@ -123,18 +123,18 @@ class OpenBlocks:
             )
 
     def renew_after_fork(self) -> None:
-        """Forget the blocks of threads that a child process does not have."""
+        """Drop the blocks of threads that a child process does not have."""
         self._lock = threading.RLock()
         self.blocks = [block for block in self.blocks if block.thread == threading.get_ident()]
 
 
 def _taken_away(block: BlockSteering) -> bool:
-    """Take a block away if it is this context's innermost; contexts that were copied inside it keep it."""
+    """Remove a block if it is this context's innermost; contexts copied inside it keep it."""
     if BLOCK.get() is not block or block.token is None:
         return False
     try:
         BLOCK.reset(block.token)
     except ValueError:
-        # A copy of the context that it was entered in: there it stays.
+        # A copy of the context in which it was entered keeps it.
         return False
     return True

@@ -1,6 +1,6 @@
-"""What a steered model keeps beside its modules: loaded adapters, what is active, and the installed hooks.
+"""The steering state of a model beside its modules: loaded adapters, the active ones, and installed hooks.
 
-All of it lives outside the module tree, so that `state_dict`, `save_pretrained` and module names show the base model.
+It is outside the module tree, so that `state_dict`, `save_pretrained` and module names are the base model's.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from finesteer_hf.sites import Site, TextTower
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter and the processor made of it."""
+    """An adapter and its processor."""
 
     adapter: SteeringAdapter
     processor: SteeringMethod
 
 
-# For what a fork leaves locked.
+# Runtimes to renew after a fork, which may leave locks held.
 _RUNTIMES: weakref.WeakSet[SteeringRuntime] = weakref.WeakSet()
 
 
 class SteeringRuntime:
     """The steering of one model.
 
-    What is loaded and hooked is replaced, never changed: other threads may be looking at it.
+    The collections are replaced, never changed in place: other threads may be reading them.
 
     Args:
         model: the causal LM.
 
     Attributes:
-        adapters: what is loaded, by name.
-        site_hooks: the hooked sites, each with its hook and the handle that takes it away.
+        adapters: loaded adapters by name.
+        site_hooks: the hooked sites, each with its hook and the handle that removes it.
         blocks: the `with model.steering(...)` blocks of all threads.
         plain_forwards: the forwards outside `generate`.
 
     Raises:
-        UnsupportedModelError: if its decoder blocks cannot be told.
+        UnsupportedModelError: if its decoder blocks are not found.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -73,12 +73,12 @@ class SteeringRuntime:
         self.plain_forwards = PlainForwards(self)
         self.lock = threading.RLock()
         _RUNTIMES.add(self)
-        # The plan of the last call, with the entries that it was asked for: other adapters, another processor under
-        # their name or another scale are other entries, and lay out a new one.
+        # The plan of the last call, with its entries: other adapters, another processor under their name or another
+        # scale are other entries and get a new plan.
         self._last_plan: tuple[tuple[PlanEntry, ...], Plan] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model gets hooks of its own; locks, open blocks and running caches stay with the original.
+        # A copy of the model gets its own hooks; locks, open blocks and running caches stay with the original.
         own = ("lock", "blocks", "plain_forwards", "_last_plan")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
@@ -92,7 +92,7 @@ class SteeringRuntime:
 
     @property
     def selection(self) -> Selection:
-        """What is set on the model."""
+        """The selection set on the model."""
         return self._selection
 
     @selection.setter
@@ -101,7 +101,7 @@ class SteeringRuntime:
         self.sync_compiled()
 
     def sync_compiled(self) -> None:
-        """Let compiled plain forwards steer with what is active here and now."""
+        """Update compiled plain forwards to the currently active steering."""
         processors: dict[str, SteeringProcessor] = {name: loaded.processor for name, loaded in self.adapters.items()}
         selection, own = self.active()
         for number, processor in enumerate(own):
@@ -111,7 +111,7 @@ class SteeringRuntime:
     # -- adapters -----------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: SteeringAdapter) -> None:
-        """Load an adapter under a name; one of that name is replaced for calls that begin from now on."""
+        """Load an adapter under a name; one of that name is replaced for calls that start later."""
         processor = adapter.build()
         for site in processor.sites:
             self.tower.check(site)
@@ -125,18 +125,18 @@ class SteeringRuntime:
             self.sync_compiled()
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and drop it from what is active."""
+        """Remove an adapter, also from the active ones."""
         with self.lock:
             loaded = self.get(name)
             self._selection = tuple(pair for pair in self.selection if pair[0] != name)
             self.adapters = {other: value for other, value in self.adapters.items() if other != name}
-            # So that its tensors can go.
+            # So that its tensors can be freed.
             self._last_plan = None
             self.sync_compiled()
             self.unhook(loaded.processor.sites)
 
     def get(self, name: str) -> LoadedAdapter:
-        """Look an adapter up, or raise `AdapterNotFoundError`."""
+        """Look up an adapter, or raise `AdapterNotFoundError`."""
         if name not in self.adapters:
             raise AdapterNotFoundError(name, self.adapters)
         return self.adapters[name]
@@ -144,7 +144,7 @@ class SteeringRuntime:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def hook(self, sites: Iterable[Site]) -> None:
-        """Put a hook on each site, once; hooks are counted."""
+        """Put one hook on each site; hooks are reference-counted."""
         with self.lock:
             for site in sites:
                 if site not in self.site_hooks:
@@ -155,9 +155,10 @@ class SteeringRuntime:
                 self.site_hooks[site][0].references += 1
 
     def follow_modules(self) -> None:
-        """Move hooks whose module was replaced since, as a LoRA that is loaded or merged does; called as a call begins.
+        """Move hooks whose module was replaced, such as by a LoRA that is loaded or merged; called at the start of a
+        call.
 
-        A hook left on the layer inside a LoRA wrapper would steer the base path and not the LoRA's.
+        A hook left on the layer inside a LoRA wrapper would steer only the base path.
         """
         with self.lock:
             for site, (hook, handle) in self.site_hooks.items():
@@ -168,7 +169,7 @@ class SteeringRuntime:
                     self.site_hooks = {**self.site_hooks, site: (hook, hook.register(module))}
 
     def unhook(self, sites: Iterable[Site]) -> None:
-        """Take the hooks of sites away that nobody needs any more."""
+        """Remove hooks of sites that are no longer needed."""
         with self.lock:
             for site in sites:
                 hook, handle = self.site_hooks[site]
@@ -182,7 +183,7 @@ class SteeringRuntime:
         return {site: hook.width for site, (hook, _) in self.site_hooks.items()}
 
     def remove_hooks(self) -> None:
-        """Take all hooks away, and steer with nothing."""
+        """Remove all hooks and steer with nothing."""
         with self.lock:
             self._selection = ()
             for _, handle in self.site_hooks.values():
@@ -196,12 +197,12 @@ class SteeringRuntime:
     # -- what a call steers with --------------------------------------------------------------------------------------
 
     def active(self) -> tuple[Selection, tuple[SteeringProcessor, ...]]:
-        """What a call that names nothing steers with: the innermost block's choice, else what is set."""
+        """The steering of a call without arguments: the innermost block's, else the selection set on the model."""
         block = self.blocks.innermost()
         return (self.selection, ()) if block is None else (block.selection, block.processors)
 
     def enter_block(self, selection: Selection, processors: tuple[SteeringProcessor, ...] = ()) -> BlockSteering:
-        """Put a choice in place for this thread until `leave_block`."""
+        """Activate a selection in this thread until `leave_block`."""
         for name, _ in selection:
             self.get(name)
         self.hook(site for processor in processors for site in processor.sites)
@@ -211,22 +212,22 @@ class SteeringRuntime:
         return block
 
     def leave_block(self, block: BlockSteering) -> None:
-        """Restore what was in place before `enter_block`; in any order, and from any thread."""
+        """Restore the state before `enter_block`; in any order, and from any thread."""
         self.blocks.leave(block)
         self.sync_compiled()
         self.unhook(site for processor in block.processors for site in processor.sites)
 
     def plan(self, selection: Selection, processors: Sequence[SteeringProcessor], scale: Scale) -> Plan:
-        """Lay out a call in which all rows have the same adapters.
+        """Build the plan of a call in which all rows have the same adapters.
 
         Args:
             selection: the adapters.
-            processors: processors beside the adapters, after them.
-            scale: multiplies everything: a number, or one a row.
+            processors: processors that act after the adapters.
+            scale: multiplies everything: a number, or one per row.
         """
         entries = tuple(PlanEntry(name, self.get(name).processor, times(scale, own)) for name, own in selection)
         if processors:
-            # Not kept: a processor of the user's may name other sites by the next call.
+            # Not cached: a user's processor may have other sites by the next call.
             own_entries = (PlanEntry(f"processor_{i}", processor, scale) for i, processor in enumerate(processors))
             return Plan.of((*entries, *own_entries))
         laid_out = self._last_plan
@@ -237,11 +238,11 @@ class SteeringRuntime:
     def mixed_plan(
         self, selections: Sequence[Selection], processors: Sequence[SteeringProcessor], scale: Scale
     ) -> Plan:
-        """Lay out a call in which each row has its own adapters; arguments as for `plan`, one selection a row."""
+        """Build the plan of a call in which each row has its own adapters; arguments as for `plan`, row by row."""
         factors = scale if isinstance(scale, tuple) else (scale,) * len(selections)
         if len(factors) != len(selections):
             raise ValueError(
-                f"`steering` has {len(selections)} rows and `steering_scale` {len(factors)}; give both one entry a row."
+                f"`steering` has {len(selections)} rows and `steering_scale` {len(factors)}; give both one entry per row."
             )
         entries = []
         for name in dict.fromkeys(name for selection in selections for name, _ in selection):
@@ -251,7 +252,7 @@ class SteeringRuntime:
         return Plan.of(entries)
 
     def renew_after_fork(self) -> None:
-        """Forget what threads that a child process does not have were about."""
+        """Drop the state of threads that a child process does not have."""
         self.lock = threading.RLock()
         self.compiled.lock = threading.RLock()
         self.compiled.bound = False

@@ -1,8 +1,8 @@
 """The user's code that `generate` calls back: logits processors, stopping criteria, streamers.
 
-It runs outside the call's session. A judge that generates or runs a plain forward there makes a call of its own, which
-reads its own query and steers with what is active where it stands. Guidance is the exception: its second sequence is part
-of the call.
+It runs outside the call's session. If it generates or runs a plain forward, for example as a judge, that is a separate
+call, which reads its own query and uses the steering active at that point. Guidance is the exception: its second
+sequence is part of the call.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from finesteer_hf.runtime.current import in_session, outside_sessions
 
 
 class OutsideProcessors(LogitsProcessorList):
-    """Logits processors that run outside the session; made inside it, where their guidance stays.
+    """Logits processors that run outside the session; created inside it, to which their guidance belongs.
 
     Args:
-        processors: as transformers has put them together.
+        processors: transformers' list.
     """
 
     def __init__(self, processors: Iterable[Any]) -> None:
@@ -55,7 +55,7 @@ class OutsideStreamer(BaseStreamer):
 
 
 class _Guided:
-    """The model of a guidance processor: its forwards belong to the session in which the processor was taken over."""
+    """The model of a guidance processor; its forwards belong to the session in which this wrapper was created."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
@@ -66,7 +66,7 @@ class _Guided:
 
 
 def _guiding(processor: Any) -> Any:
-    # A copy: the processor may be the user's, for other calls as well. A draft is handed its call's processors.
+    # A copy: the user may use the processor in other calls. A drafting call gets its outer call's processors.
     guiding = copy.copy(processor)
     guiding.model = _Guided(processor.model.model if isinstance(processor.model, _Guided) else processor.model)
     return guiding

@@ -1,4 +1,4 @@
-"""The session that the calling thread stands in, and code that runs inside or outside it."""
+"""The calling thread's current session, and code that runs inside or outside it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CURRENT: ContextVar[CallSession | None] = ContextVar("finesteer_hf_session", def
 
 
 def current_session(runtime: SteeringRuntime) -> CallSession | None:
-    """The innermost session of this thread that belongs to a model; an assistant model has its own.
+    """The innermost session of this thread for a model; an assistant model has its own.
 
-    None also inside a block that was entered since: the block's calls are calls of their own.
+    None also inside a block that was entered later: calls in the block are separate calls.
     """
     session = CURRENT.get()
     while session is not None and session.runtime is not runtime:
@@ -27,14 +27,14 @@ def current_session(runtime: SteeringRuntime) -> CallSession | None:
 
 
 def end_interrupted_forward(runtime: SteeringRuntime) -> None:
-    """End the session of a plain forward that an interrupt has ended: torch runs hooks after errors, not after those."""
+    """End the session of an interrupted plain forward: torch runs hooks after errors, not after interrupts."""
     session = CURRENT.get()
     if session is not None and session.of_forward and session.runtime is runtime:
         session.__exit__()
 
 
 def outside_sessions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function that is not part of the running call: what it asks of the model are calls of their own."""
+    """Call a function outside the running call: its calls of the model are separate calls."""
     token = CURRENT.set(None)
     try:
         return function(*args, **kwargs)
@@ -43,7 +43,7 @@ def outside_sessions(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 
 def in_session(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs in the session that is current now, whenever and in whichever thread it is called."""
+    """Wrap a function to run in the now current session, whenever and in whichever thread it is called."""
     session = CURRENT.get()
     if session is None:
         return function

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a block that runs again in the backward pass steers as it did the first time.
+"""Gradient checkpointing: a block that runs again in the backward pass steers as in the forward pass.
 
 The backward pass runs a checkpointed block after the call's session has ended, and on a GPU in another thread. A hook
-inside the block (an attention output projection's) would then find no session, and the gradients would be those of an
+inside the block (on an attention output projection) would find no session, and the gradients would be those of an
 unsteered block.
 """
 
@@ -19,10 +19,11 @@ _ATTRIBUTE = "_gradient_checkpointing_func"
 
 
 class SteeredCheckpoint:
-    """A checkpoint function that takes the session of the forward along into the recomputation.
+    """A checkpoint function that restores the forward's session for the recomputation.
 
     Args:
-        checkpoint: what transformers put on the block: `torch.utils.checkpoint.checkpoint` with its arguments.
+        checkpoint: the block's checkpoint function from transformers: `torch.utils.checkpoint.checkpoint` with its
+            arguments.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
@@ -33,7 +34,7 @@ class SteeredCheckpoint:
 
 
 def steer_checkpoints(modules: Iterable[nn.Module]) -> None:
-    """Let modules that checkpoint keep the session; those that do so already, and those without, stay as they are."""
+    """Make checkpointing modules keep the session; skips modules that already do, and all others."""
     for module in modules:
         checkpoint = module.__dict__.get(_ATTRIBUTE)
         if checkpoint is not None and not isinstance(checkpoint, SteeredCheckpoint):
@@ -41,7 +42,7 @@ def steer_checkpoints(modules: Iterable[nn.Module]) -> None:
 
 
 def restore_checkpoints(modules: Iterable[nn.Module]) -> None:
-    """Give modules their own checkpoint functions back."""
+    """Restore the modules' original checkpoint functions."""
     for module in modules:
         checkpoint = module.__dict__.get(_ATTRIBUTE)
         if isinstance(checkpoint, SteeredCheckpoint):

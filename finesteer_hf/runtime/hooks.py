@@ -1,6 +1,6 @@
-"""The hooks: one a site, one on the decoder.
+"""The hooks: one at each site, one on the decoder.
 
-They look up the calling thread's session (inside a compiled graph: `CompiledSteering`) and otherwise do nothing.
+They use the calling thread's session (inside a compiled graph: `CompiledSteering`) and do nothing without one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DecoderHook:
-    """Begins a forward on the call's session, and makes a session for a plain forward that has none.
+    """Starts a forward on the call's session; a plain forward without a session gets one.
 
     It sits on the decoder, not on the model: PEFT calls a model's `forward` directly and accelerate replaces it, but
     both call the decoder as a module.
@@ -37,7 +37,7 @@ class DecoderHook:
             return None
         session = current_session(self.runtime)
         if session is not None and session.of_forward and not session.runs_ahead:
-            # Left by a forward that an interrupt ended: the hook after a forward runs for errors, not for those.
+            # Left over from an interrupted forward: the hook after a forward runs for errors, not for interrupts.
             session.__exit__()
             session = None
         if session is None:
@@ -68,13 +68,13 @@ class DecoderHook:
         """Put the hook on a decoder and return its handles."""
         return [
             decoder.register_forward_pre_hook(self.before, prepend=True, with_kwargs=True),
-            # Also after an exception: a failed forward leaves no session behind.
+            # Also called after an exception: a failed forward leaves no session behind.
             decoder.register_forward_hook(self.after, always_call=True),
         ]
 
 
 class SiteHook:
-    """Hands the stream at one site to the session, and puts back what the session returns."""
+    """Passes the stream at one site to the session and replaces it by what the session returns."""
 
     def __init__(self, runtime: SteeringRuntime, site: Site, module: nn.Module) -> None:
         self.runtime = runtime
@@ -94,13 +94,13 @@ class SiteHook:
         return None if steered is None else with_stream(output, steered)
 
     def looking(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """For the weights of an attention, which are looked at only."""
+        """For attention weights, which are only read."""
         session = None if torch.compiler.is_compiling() else current_session(self.runtime)
         if session is None or session.forward is None:
             return
         shown = attention_of(output, self.site, self.width // BACK, session.forward.past)
         if session.visit(self.site, shown) is not None:
-            raise ValueError(f"{self.site} can be looked at, and not be written: steer another site.")
+            raise ValueError(f"{self.site} can be read but not written: steer another site.")
 
     def _visit(self, value: Any) -> torch.Tensor | None:
         if torch.compiler.is_compiling():
@@ -115,7 +115,7 @@ class SiteHook:
         if self.site.kind == "attention":
             return module.register_forward_hook(self.looking)
         if self.site.kind == "resid_post":
-            # First of the module's hooks: transformers records `hidden_states` with later ones, which then see the
+            # First of the module's hooks: transformers records `hidden_states` in later hooks, which then see the
             # steered stream.
             return module.register_forward_hook(self.leaving, prepend=True)
         return module.register_forward_pre_hook(self.entering)

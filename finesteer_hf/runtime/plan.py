@@ -1,4 +1,4 @@
-"""What one call steers with: which processors, in which order, at which sites, at which scale for each row."""
+"""The plan of a call: processors in order, their sites, and the scale of each row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finesteer_hf.runtime.arguments import Scale, as_number, check_rows
 from finesteer_hf.sites import Site
 
 
-# What is active: adapter names in order, each with its scale.
+# Active adapters: names in order, each with its scale.
 Selection = tuple[tuple[str, float], ...]
 SelectionLike = str | Sequence[str] | Mapping[str, float] | None
 
@@ -35,7 +35,7 @@ def as_selection(value: SelectionLike) -> Selection:
         pairs = tuple((name, 1.0) for name in value)
     else:
         raise TypeError(
-            f"Say what is active as a name, a list of names, a dict of name to scale, or None; got {value!r}."
+            f"Give the active adapters as a name, a list of names, a dict of name to scale, or None; got {value!r}."
         )
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
@@ -48,9 +48,9 @@ class PlanEntry:
     """A processor of a call.
 
     Attributes:
-        name: the adapter's name, or `processor_<i>` for one handed to the call.
+        name: the adapter's name, or `processor_<i>` for one passed to the call.
         processor: the processor.
-        scale: a number, or one number a row of the batch as the user gave it (before beams).
+        scale: a number, or one number a row of the user's batch (before beams).
     """
 
     name: str
@@ -59,17 +59,17 @@ class PlanEntry:
 
     @property
     def off(self) -> bool:
-        """Whether the entry cannot change any row."""
+        """Whether the entry changes no row."""
         return not any(self.scale) if isinstance(self.scale, tuple) else self.scale == 0.0
 
     @property
     def averages(self) -> bool:
-        """Whether the entry decides from means over the prompt."""
+        """Whether the entry decides from prompt means."""
         return bool(self.processor.reads) and self.processor.query_pool == "mean"
 
     @property
     def deepest_read(self) -> Site | None:
-        """The site after which the entry can decide."""
+        """The last read site; after it the entry can decide."""
         return max(self.processor.reads, default=None)
 
 
@@ -87,7 +87,7 @@ class Plan:
 
     Attributes:
         entries: in the order in which they act.
-        steps: for each written or mapped site, its steps in order; neighbouring additive entries share one.
+        steps: for each written or mapped site, its steps in order; consecutive additive entries share one.
         readers: for each read site, the entries that read there.
     """
 
@@ -97,7 +97,7 @@ class Plan:
 
     @classmethod
     def of(cls, entries: Sequence[PlanEntry]) -> Plan:
-        """Lay out a plan; entries of scale zero are left out."""
+        """Build a plan; entries of scale zero are left out."""
         kept = tuple(entry for entry in entries if not entry.off)
         steps: dict[Site, list[SiteStep]] = {}
         readers: dict[Site, list[int]] = {}
@@ -130,17 +130,17 @@ class Plan:
 
     @cached_property
     def lookback(self) -> int:
-        """Most tokens that an entry may take back; 0 if none does."""
+        """Most tokens that an entry may drop; 0 if none does."""
         return max((entry.processor.lookback for entry in self.entries), default=0)
 
     @cached_property
     def remembers(self) -> bool:
-        """Whether an entry's rows must keep their places from token to token."""
+        """Whether an entry needs rows to keep their places from token to token."""
         return any(entry.processor.remembers for entry in self.entries)
 
     @cached_property
     def depends_on_query(self) -> bool:
-        """Whether what an entry does to a text depends on where its prompt ends."""
+        """Whether an entry's steering depends on where the prompt ends."""
         return any(entry.processor.depends_on_query for entry in self.entries)
 
     @cached_property
@@ -150,18 +150,18 @@ class Plan:
 
     @cached_property
     def averaged(self) -> frozenset[Site]:
-        """Sites at which an entry takes the mean over the prompt."""
+        """Sites at which an entry reads the prompt mean."""
         entries = (entry.processor for entry in self.entries if entry.averages)
         return frozenset(site for processor in entries for site in processor.reads)
 
     @cached_property
     def writes_before_a_read(self) -> bool:
-        """Whether a read site lies behind a write site, of whichever entry."""
+        """Whether a read site comes after a write site of any entry."""
         return bool(self.steps) and bool(self.readers) and min(self.steps) < max(self.readers)
 
     @cached_property
     def writes_before_reading(self) -> bool:
-        """Whether an entry must write before it has read: then the prompt is read in a pass of its own."""
+        """Whether an entry must write before it has read; the prompt is then read in a separate pass."""
         for entry in self.entries:
             deepest = entry.deepest_read
             if deepest is not None and any(
@@ -175,13 +175,13 @@ def row_scales(scale: Scale, rows: int, expand: int, device: torch.device) -> to
     """Scales of the rows of a forward: a number as it is, or `[rows]` float32.
 
     Args:
-        scale: a number, or one number a row as the user gave it.
+        scale: a number, or one number a row of the user's batch.
         rows: rows of the forward.
-        expand: how many rows of the forward belong to one of the user's (beams, returned sequences).
-        device: where the result lives.
+        expand: rows of the forward per row of the user's batch (beams, returned sequences).
+        device: device of the result.
 
     Raises:
-        ValueError: if the numbers of rows do not fit.
+        ValueError: if the numbers of rows do not match.
     """
     if not isinstance(scale, tuple):
         return scale

@@ -1,7 +1,7 @@
-"""Reading at a site: the states of the queries, unsteered, and the decisions that are made from them.
+"""Reads the unsteered query states at sites, and makes the decisions from them.
 
-Where the forward that steers passes the query before its first write, it is read on the way. Otherwise the prompt is run
-ahead, as far as the deepest read site and no further.
+If the steering forward reaches the query before its first write, the query is read on the way. Otherwise the prompt is
+run ahead, up to the deepest read site.
 """
 
 from __future__ import annotations
@@ -23,54 +23,53 @@ from finesteer_hf.sites import Site, TextTower
 def decision_of(
     processor: SteeringProcessor, states: Mapping[Site, torch.Tensor], rows: int, device: torch.device
 ) -> Decision:
-    """Ask a processor what it decides; a compiled forward does so inside its graph.
+    """Call a processor's `decide`; a compiled forward does this inside its graph.
 
     Args:
-        processor: which is asked.
-        states: of the queries, or means over the prompts, at least at its `reads`: `[rows, width]` float32.
-        rows: of the batch.
-        device: where the states are put.
+        processor: the processor.
+        states: query states or prompt means, at least at its `reads`: `[rows, width]` float32.
+        rows: rows of the batch.
+        device: device of the states.
     """
     queries = QueryStates({site: states[site].to(device) for site in processor.reads}, rows, device)
     if not torch.is_autocast_enabled(device.type):
         return processor.decide(queries)
-    # Under autocast the method's products would be taken in half precision.
+    # Under autocast the method's products would be in half precision.
     with torch.autocast(device.type, enabled=False):
         return processor.decide(queries)
 
 
 class StopForward(Exception):
-    """Ends a forward whose deepest needed site has been read."""
+    """Ends a forward once its deepest needed site is read."""
 
 
 class QueryPass:
-    """Reads the queries of a call and asks each entry once what it decides.
+    """Reads the queries of a call and calls each entry's `decide` once.
 
-    What is read and decided is kept on the stream, so that a second sequence can take over the first one's decisions.
+    States and decisions are kept on the stream, so that a second sequence can use the first one's decisions.
 
     Args:
-        plan: what the call steers with.
+        plan: the call's plan.
         tower: the model's decoder.
 
     Attributes:
-        running: the sites that a forward run ahead is to show; None outside of one.
+        running: the sites that the current run-ahead forward reads; None outside of one.
     """
 
     def __init__(self, plan: Plan, tower: TextTower) -> None:
         self.plan = plan
         self.tower = tower
         self.running: set[Site] | None = None
-        # Where a forward run ahead keeps whole streams, `[rows, tokens, width]`, instead of the query's states.
+        # Where a run-ahead forward keeps whole streams, `[rows, tokens, width]`, instead of the query's states.
         self._texts: dict[Site, torch.Tensor] | None = None
 
     # -- before a forward ---------------------------------------------------------------------------------------------
 
     def before(self, forward: Forward) -> None:
-        """Run the prompt ahead of a forward over it, if the forward cannot read what it needs on the way.
+        """Run the prompt ahead if the forward over it cannot read what it needs on the way.
 
         Raises:
-            ValueError: if a mean over the prompt is needed and the call does not bring the tokens that are in the cache
-                already.
+            ValueError: if a prompt mean is needed and the call does not pass the tokens that are already in the cache.
         """
         self._read_means(forward)
         if self._must_read_first(forward):
@@ -84,18 +83,18 @@ class QueryPass:
         if self.plan.writes_before_reading:
             return True
         if forward.carried and self.plan.writes_before_a_read:
-            # In the middle of a forward the cache can no longer be put back: states of linear attention do not crop.
+            # In the middle of a forward the cache cannot be restored: states of linear attention cannot be cropped.
             return True
         if forward.has_query:
             return False
-        # A chunk that ends before the query: what steers the prompt must be known before it is steered.
+        # A chunk that ends before the query: the decision must be known before the prompt is steered.
         late = all(processor.positions == "generated" for processor in readers.values())
         return not (late and window.uniform)
 
     def _read_means(self, forward: Forward) -> None:
-        """Decide the entries that take a mean over the prompt, where no forward passes the prompt in one piece.
+        """Decide the entries that read a prompt mean, when no forward passes the prompt in one piece.
 
-        The whole prompt is run ahead, without the cache: what that holds may have been steered, and shows no states.
+        The whole prompt is run ahead without the cache, whose content may be steered and gives no states.
         """
         stream = forward.stream
         waiting = {i: e for i, e in enumerate(self.plan.entries) if e.averages and i not in stream.decisions}
@@ -105,7 +104,7 @@ class QueryPass:
         if known < stream.window.prompt_end:
             raise ValueError(
                 f"{', '.join(repr(entry.name) for entry in waiting.values())} decides from the mean over the whole prompt, "
-                "but a part of the prompt is in a cache that was filled before this call, and its states are gone. Give "
+                "but part of the prompt is in a cache that was filled before this call, and its states are gone. Give "
                 "`generate` the whole text as `input_ids` beside the cache, or leave the cache out."
             )
         kwargs = _prompt_from(0, forward)
@@ -116,7 +115,7 @@ class QueryPass:
             self._decide(index, stream, stream.means[max(entry.processor.reads)].device)
 
     def _read_whole_prompt(self, forward: Forward) -> None:
-        """Run the unsteered prompt up to the deepest read site, and no further."""
+        """Run the unsteered prompt up to the deepest read site."""
         args, kwargs, stream = forward.args, forward.kwargs, forward.stream
         complete = stream.prompt is not None and bool(stream.prompt.inputs)
         if complete and forward.past + forward.tokens < stream.window.prompt_end:
@@ -126,7 +125,7 @@ class QueryPass:
             self._decide_after(site, stream)
 
     def review(self, forward: Forward) -> None:
-        """Show processors that would have gone back while it was generated the whole text, unsteered."""
+        """Show the whole unsteered text to processors that backtrack during generation."""
         entries = [(i, entry.processor) for i, entry in enumerate(self.plan.entries) if entry.processor.lookback]
         sites = {site for _, processor in entries for site in processor.maps}
         if not sites:
@@ -155,13 +154,13 @@ class QueryPass:
         for name in ("past_key_values", "cache_params"):
             cache = kwargs.get(name)
             if cache is not None:
-                # Nothing of this forward is in the cache yet, see `_must_read_first`.
+                # The cache holds nothing of this forward yet, see `_must_read_first`.
                 kwargs[name] = copy.deepcopy(cache) if forward.carried else None
         end = forward.past + forward.tokens
         if not mask_fits(kwargs.get("attention_mask"), end):
             real = forward.stream.window.real(0, end, forward_inputs(args, kwargs).device)
             kwargs["attention_mask"] = None if real is None else real.long()
-        # Mamba-like models look at a cache of states only if they are told to use one; this one is a copy.
+        # Mamba-like models use a cache of states only with `use_cache`; this one is a copy.
         kwargs["use_cache"] = kwargs.get("cache_params") is not None
         self.running = sites
         try:
@@ -173,7 +172,7 @@ class QueryPass:
             self.running = None
 
     def note(self, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
-        """Keep what a forward run ahead shows at a site, and end it at the deepest one that is wanted."""
+        """Keep the stream of a run-ahead forward at a site, and end it at the deepest needed one."""
         assert self.running is not None
         if site not in self.running:
             return
@@ -187,7 +186,7 @@ class QueryPass:
     # -- within a forward ---------------------------------------------------------------------------------------------
 
     def read(self, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
-        """Take the states of the queries from a forward that passes a read site, and decide what waits for them."""
+        """Take the query states from a forward at a read site, and decide the entries that wait for them."""
         stream = forward.stream
         if not forward.has_query:
             return
@@ -202,20 +201,20 @@ class QueryPass:
         self._decide_after(site, stream)
 
     def decide_unread(self, entries: Iterable[int], stream: Stream, device: torch.device) -> None:
-        """Decide those of some entries that read nothing, before they first write."""
+        """Decide the given entries that read nothing, before they first write."""
         for index in entries:
             if index not in stream.decisions and not self.plan.entries[index].processor.reads:
                 self._decide(index, stream, device)
 
     def _fired_before(self, site: Site, stream: Stream) -> bool:
-        """Whether a write of this forward has already changed the stream that is about to be read."""
+        """Whether an earlier write of this forward changed the stream that is about to be read."""
         for written, steps in self.plan.steps.items():
             if written >= site:
                 continue
             for step in steps:
                 if step.map is not None:
                     return True
-                # Ranks that shard one model run the same passes, whatever the gates of their own prompts are.
+                # Ranks that shard one model must run the same passes, whatever the gates of their prompts.
                 if in_lockstep():
                     return True
                 for index in step.adds:
@@ -238,16 +237,16 @@ class QueryPass:
 def _keep(plan: Plan, site: Site, hidden: torch.Tensor, forward: Forward) -> None:
     stream = forward.stream
     stream.states[site] = stream.window.query_state(hidden, forward.past)
-    # In other forwards what takes a mean has decided, see `_read_means`.
+    # In other forwards entries that read a mean have decided, see `_read_means`.
     if site in plan.averaged and forward.has_whole_prompt:
         stream.means[site] = stream.window.prompt_mean(hidden)
 
 
 def _prompt_from(column: int, forward: Forward) -> dict[str, Any]:
-    """A forward's arguments by name, with the prompt from a column on in place of its own tokens."""
+    """A forward's arguments by name, with its tokens replaced by the prompt from a column on."""
     stream, window = forward.stream, forward.stream.window
     assert stream.prompt is not None
-    # Where the forward's own columns stand in the cache says nothing of these.
+    # The forward's cache positions do not apply to these columns.
     own = ("input_ids", "inputs_embeds", "cache_position")
     kwargs = {name: value for name, value in forward.kwargs.items() if name not in own}
     width = window.prompt_end - column

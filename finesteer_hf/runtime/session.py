@@ -1,13 +1,13 @@
-"""The state of one call: what each row's query said, and what is added where.
+"""The state of one call: the rows' queries, the decisions and the addends.
 
-Nothing of a call is kept on the model. A session lives in a `ContextVar` of the calling thread for the length of one
-`generate` (or of one plain forward), so threads that share a model never see each other's steering, and an exception
-ends the session with the call.
+A call's state is not kept on the model. A session is in a `ContextVar` of the calling thread during one `generate` (or
+one plain forward), so threads that share a model never see each other's steering, and an exception ends the session
+with the call.
 
-A session owns a `QueryPass`, which reads the queries and asks each entry once what it decides, and an `Update`, which
-adds what was decided. It holds one *stream* a cache: the sequence being generated is one; the unconditional sequence of
-classifier-free guidance is another, and takes the decisions of the first. Tokens are told apart by their absolute
-position, from the cache's length before the forward: chunked prefill, candidates of assisted decoding and caches of
+A session owns a `QueryPass`, which reads the queries and calls each entry's `decide` once, and an `Update`, which
+applies the decisions. It has one *stream* per cache: the generated sequence is one; the unconditional sequence of
+classifier-free guidance is another, and uses the decisions of the first. Tokens are identified by their absolute
+position, from the cache's length before the forward, so chunked prefill, candidates of assisted decoding and caches of
 earlier turns need no special case.
 """
 
@@ -47,21 +47,21 @@ class CallSession:
 
     Args:
         runtime: the model's run time.
-        plan: what the call steers with.
-        prompt: known before the first forward inside `generate`; None for a plain forward.
-        rows: number of rows that steering was given for, one by one; None if it is for all alike.
-        record: whether relative norms are kept for `output_steering`.
+        plan: the call's plan.
+        prompt: the prompt, known before the first forward inside `generate`; None for a plain forward.
+        rows: number of rows with their own steering; None if it is the same for all.
+        record: whether to keep relative norms for `output_steering`.
 
     Attributes:
-        of_forward: whether the session ends with the forward that made it.
+        of_forward: whether the session ends with the forward that created it.
         query_pass: reads and decides.
-        update: adds what was decided.
-        memory: each entry's own state of the call, of the first sequence.
-        streams: the sequences of the call, the one that is generated first.
-        forward: the forward that is running or went last.
+        update: applies the decisions.
+        memory: each entry's memory of the call, for the first sequence.
+        streams: the sequences of the call; the generated one comes first.
+        forward: the running or last forward.
         takes_back: whether the decoding loop can take tokens back.
-        blocks: number of open `with model.steering(...)` blocks that were entered inside the call; what they ask of the
-            model is no part of it.
+        blocks: number of open `with model.steering(...)` blocks entered inside the call; calls inside them are not
+            part of it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class CallSession:
         CURRENT.reset(self._token)
 
     def forget_forward(self) -> None:
-        """Let go of the last forward's cache and arguments."""
+        """Release the last forward's cache and arguments."""
         self.streams[0].cache = None
         assert self.forward is not None
         self.forward.args, self.forward.kwargs = (), {}
@@ -107,7 +107,7 @@ class CallSession:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the forward that runs is one of the query pass."""
+        """Whether the running forward belongs to the query pass."""
         return self.query_pass.running is not None
 
     def begin_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -121,9 +121,9 @@ class CallSession:
         if stream is None:
             stream = self._new_stream(cache, rows, tokens, kwargs)
         if self.plan.remembers and cache is not None and not getattr(cache, "is_compileable", False):
-            # Drafts that were not accepted were cut off. A static cache serves none, and its length is on the device.
+            # Rejected drafts were cut off. A static cache is never used for drafts, and its length is on the device.
             stream.seen = min(stream.seen, cache_length(cache) or stream.seen)
-        # Without a cache every forward brings the whole sequence again.
+        # Without a cache every forward passes the whole sequence again.
         past = stream.seen if cache is not None else 0
         stream.seen = past + tokens
         decoding = cache is not None and past >= stream.window.prompt_end
@@ -140,21 +140,21 @@ class CallSession:
             self.query_pass.review(self.forward)
 
     def end_forward(self, output: Any, training: bool) -> None:
-        """Look back at a forward of the decoder; called by the decoder's hook, with None after an error.
+        """Check a finished forward of the decoder; called by the decoder's hook, with None after an error.
 
         Raises:
             UnsupportedModelError: if a site was not passed.
-            ValueError: if what was added is not finite.
+            ValueError: if an addend is not finite.
         """
         if self.forward is None:
             return
         if output is not None:
             self.update.check_finite()
-        # Layer drop leaves blocks out in training.
+        # Layer drop skips blocks in training.
         if output is None or self.forward.decoding or training:
             self.forward.passage.end((), 0)
             return
-        # A draft that leaves the model early shortens the config for the time being.
+        # An early-exit draft temporarily shortens the config.
         self.forward.passage.end(self.plan.sites, int(self.runtime.tower.config.num_hidden_layers))
 
     def _stream_of(self, cache: Any, rows: int, tokens: int) -> Stream | None:
@@ -174,7 +174,7 @@ class CallSession:
         prompt = self.prompt if self.prompt is not None and not self.streams else None
         if prompt is not None:
             window = self._window(prompt.length, prompt.mask, prompt.lengths)
-            # A cache of states does not count its columns; then those are carried that the inputs lack.
+            # A cache of states does not count its columns; the carried ones are those that the inputs lack.
             past = past or prompt.length - prompt.columns
         else:
             mask = kwargs.get("attention_mask")
@@ -196,14 +196,14 @@ class CallSession:
 
     def _window(self, end: int, mask: torch.Tensor | None, lengths: torch.Tensor | None) -> Window:
         if not self.plan:
-            # Nothing is steered, so nothing is looked at, a mask that has no query least of all.
+            # Nothing is steered, so nothing is checked, in particular no mask without a query.
             return Window.of(end, None, None)
         return Window.of(end, None if mask is None else mask.bool(), lengths)
 
     # -- a site is passed ---------------------------------------------------------------------------------------------
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What a site's hook puts back, or None to leave the stream as it is."""
+        """The new stream for a site's hook, or None to leave it as it is."""
         forward = self.forward
         if forward is None or not self.plan:
             return None
@@ -226,20 +226,21 @@ class CallSession:
                 steered = self.update.add(site, step.adds, steered, forward)
         return None if steered is hidden else steered
 
-    # -- what generate asks -------------------------------------------------------------------------------------------
+    # -- called by generate
+    # --------------------------------------------------------------------------------------------
 
     def check_rows(self, prompt: Prompt) -> None:
-        """Raise `ValueError` if a list given for the rows does not fit the batch."""
+        """Raise `ValueError` if a per-row list does not match the batch."""
         if self.rows is not None:
             check_rows("Steering", self.rows, int(next(iter(prompt.inputs.values())).shape[0]) // prompt.expand)
 
     def rows_moved(self, shift: torch.Tensor, mask: torch.Tensor, seen: int) -> None:
-        """Take note that tokens were taken back between two forwards.
+        """Record that tokens were taken back between two forwards.
 
         Args:
-            shift: int64 `[rows]`: columns by which each row stands further right than at the beginning of the call.
-            mask: `[rows, columns]` of all columns that are left, 0 at pads.
-            seen: columns that the cache holds now.
+            shift: int64 `[rows]`: columns by which each row has moved right since the start of the call.
+            mask: `[rows, columns]` of all remaining columns, 0 at pads.
+            seen: columns that are in the cache now.
         """
         assert self.prompt is not None
         main = self.streams[0]
@@ -261,39 +262,39 @@ class CallSession:
         return processors
 
     def row_scale(self, entry: PlanEntry, device: torch.device) -> torch.Tensor | float:
-        """The scale of an entry for the rows of the forward that went last: a number, or `[rows]` float32."""
+        """The scale of an entry for the rows of the last forward: a number, or `[rows]` float32."""
         assert self.forward is not None
         return row_scales(entry.scale, self.forward.stream.rows, self._expand, device)
 
     def unsteered(self) -> CallSession:
-        """A session for forwards of the same model in the midst of this call that nothing steers."""
+        """A session for unsteered forwards of the same model during this call."""
         return CallSession(self.runtime, Plan.of(()))
 
     # -- what a compiled decode step needs ----------------------------------------------------------------------------
 
     @property
     def can_decode_compiled(self) -> bool:
-        """Whether the prompt is done and every step from here on adds the same vectors."""
+        """Whether the prompt is done and every later step adds the same vectors."""
         for entry in self.plan.entries:
-            # In `generate` a list of logits processors acts on logits; a plain forward does so itself.
+            # In `generate` the logits processors act on logits; a plain forward does it itself.
             if entry.processor.maps or (self.of_forward and entry.processor.acts_on_logits):
                 return False
         return bool(self.streams) and self.streams[0].seen >= self.streams[0].window.prompt_end
 
     def compiled_deltas(self, sites: Mapping[Site, int]) -> dict[Site, torch.Tensor]:
-        """What a decode step adds at each hooked site, `[rows, 1, width]`; -0.0 where the call does not steer."""
+        """The addend of a decode step at each hooked site, `[rows, 1, width]`; -0.0 where the call does not steer."""
         decoder = self.runtime.tower.decoder
         return self.update.for_decoding(self.streams[0], sites, decoder.dtype, decoder.device)  # type: ignore[arg-type]
 
     # -- what the user sees -------------------------------------------------------------------------------------------
 
     def records_of_sequences(self, sequences: int) -> dict[str, dict[str, torch.Tensor]]:
-        """For each entry the tensors of its decision, one entry for each returned sequence."""
+        """For each entry, the tensors of its record, one value per returned sequence."""
         if not self.streams:
             return {}
         main = self.streams[0]
         expand = self._expand
-        # All rows of a query agree: take its first, once for each sequence that is returned of it.
+        # All rows of a query agree: take its first row, once for each of its returned sequences.
         rows = torch.arange(0, main.rows, expand).repeat_interleave(sequences * expand // main.rows)
         result: dict[str, dict[str, torch.Tensor]] = {}
         for index, entry in enumerate(self.plan.entries):

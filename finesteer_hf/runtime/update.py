@@ -1,7 +1,7 @@
-"""Writing at a site: what a call adds there, merged to one op, and the maps of the activation.
+"""Writes at sites: a call's addends, merged into one op, and maps of the activation.
 
-What is added is computed once for a stream, in fp32, and cast to the stream's dtype; from then on a decode step adds it in
-one op. Rows that are not steered add -0.0, the additive identity of IEEE arithmetic: x + -0.0 is x to the bit.
+The addend is computed once for a stream, in fp32, and cast to the stream's dtype; from then on a decode step adds it
+in one op. Unsteered rows add -0.0, the additive identity of IEEE arithmetic: x + -0.0 is x to the bit.
 
 `addend`, `merged` and `written` are the update itself. A compiled forward calls them inside its graph.
 """
@@ -22,13 +22,13 @@ from finesteer_hf.sites import Site
 
 @torch.no_grad()
 def addend(decision: Decision, site: Site, scale: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    """What one entry adds at a site, `[rows or 1, width]` float32; -0.0 in rows of gate or scale 0.
+    """One entry's addend at a site, `[rows or 1, width]` float32; -0.0 in rows of gate or scale 0.
 
     Args:
-        decision: with a vector for the site.
-        site: where it is added.
-        scale: run-time scale times strength: a number, or a tensor of one number or one a row.
-        device: of the stream.
+        decision: a decision with a vector for the site.
+        site: the site.
+        scale: run-time scale times strength: a number, or a tensor with one number, or one a row.
+        device: device of the stream.
     """
     vector = decision.vectors[site].to(device=device, dtype=torch.float32)
     if decision.gate is not None:
@@ -49,12 +49,12 @@ def merged(addends: Iterable[tuple[Positions, torch.Tensor]], dtype: torch.dtype
 
 
 def written(hidden: torch.Tensor, adds: Mapping[Positions, torch.Tensor], window: Window, past: int) -> torch.Tensor:
-    """The stream with something added to the named tokens; of tensors of its size only the result is made.
+    """The stream with addends on the selected tokens; allocates only the result at the stream's size.
 
     Args:
         hidden: `[rows, tokens, width]`.
-        adds: what is added, see `merged`.
-        window: which columns are named.
+        adds: the addends, see `merged`.
+        window: the columns of the sequence.
         past: absolute position of the first token.
     """
     for positions, delta in adds.items():
@@ -78,21 +78,21 @@ def _written(
     mask = window.token_mask(positions, past, tokens, hidden.device)
     if mask is None:
         return hidden + delta
-    # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit, which x + 0.0 is not.
+    # -0.0 is the additive identity of IEEE arithmetic: x + -0.0 is x to the bit; x + 0.0 is not.
     laid_out = torch.where(mask[..., None], delta, -0.0)
     return laid_out.add_(hidden) if laid_out.shape == hidden.shape else hidden + laid_out
 
 
 class Update:
-    """What the decisions of a call change at each site.
+    """Applies the decisions of a call at each site.
 
     Args:
-        plan: what the call steers with.
-        record: whether relative norms are kept.
+        plan: the call's plan.
+        record: whether to keep relative norms.
 
     Attributes:
-        relative_norms: norm of what each entry adds, as a share of the state's, `[rows]`.
-        unchecked: sites that something new is added at, each with the largest magnitude of it.
+        relative_norms: norm of each entry's addend relative to the state's norm, `[rows]`.
+        unchecked: sites with a new addend, each with its largest magnitude.
     """
 
     def __init__(self, plan: Plan, record: bool) -> None:
@@ -102,7 +102,7 @@ class Update:
         self.unchecked: list[tuple[Site, torch.Tensor]] = []
 
     def add(self, site: Site, entries: Iterable[int], hidden: torch.Tensor, forward: Forward) -> torch.Tensor:
-        """Add what the decided ones of a step's entries add; no token before an undecided one's query is steered by it."""
+        """Add the addends of a step's decided entries; an undecided entry steers no token before its query."""
         stream = forward.stream
         decided = tuple(index for index in entries if index in stream.decisions)
         if not decided:
@@ -145,10 +145,10 @@ class Update:
         self.relative_norms[name] = delta.norm(dim=-1).expand(stream.rows) / state.norm(dim=-1)
 
     def check_finite(self) -> None:
-        """Look once at all that was decided: a strength that half precision cannot hold makes every logit NaN.
+        """Check new addends once: one that overflows half precision makes every logit NaN.
 
         Raises:
-            ValueError: if what is added somewhere is not finite.
+            ValueError: if an addend is not finite.
         """
         if not self.unchecked:
             return
@@ -162,7 +162,7 @@ class Update:
         adds = [self.plan.entries[index] for step in self.plan.steps[site] for index in step.adds]
         names = ", ".join(f"{e.name!r} (strength {e.processor.strength:g}, scale {e.scale})" for e in adds)
         raise ValueError(
-            f"What steering adds at {site} is not finite in {magnitude.dtype}: {names}. The largest number there is "
+            f"What steering adds at {site} is not finite in {magnitude.dtype}: {names}. The largest number is "
             f"{torch.finfo(magnitude.dtype).max:g}. Lower `steering_scale` or the strength, load the model in bfloat16, or "
             "look for NaN in the adapter's tensors."
         )
@@ -177,12 +177,12 @@ class Update:
     def for_decoding(
         self, stream: Stream, sites: Mapping[Site, int], dtype: torch.dtype, device: torch.device
     ) -> dict[Site, torch.Tensor]:
-        """What a decode step adds at each of some sites, `[rows, 1, width]`; -0.0 where the call does not steer.
+        """The addend of a decode step at each given site, `[rows, 1, width]`; -0.0 where the call does not steer.
 
         Args:
-            stream: the sequence; its prompt is done.
+            stream: the sequence, past its prompt.
             sites: the sites and their widths.
-            dtype, device: of the stream at sites where nothing is added.
+            dtype, device: those of the stream at sites without an addend.
         """
         for site, width in sites.items():
             if site not in stream.compiled:
@@ -194,7 +194,7 @@ class Update:
 
 
 def token_view(plan: Plan, index: int, forward: Forward, device: torch.device) -> TokenView:
-    """What an entry's `transform` may know of a forward."""
+    """What an entry's `transform` knows about a forward."""
     entry, stream, window = plan.entries[index], forward.stream, forward.stream.window
     past, tokens = forward.past, forward.tokens
     scale = row_scales(entry.scale, stream.rows, stream.expand, device)

@@ -1,4 +1,4 @@
-"""One suite for all steering methods, a stranger's too, in the manner of scikit-learn's `check_estimator`.
+"""One suite for all steering methods, including third-party ones, like scikit-learn's `check_estimator`.
 
 Example:
     >>> from finesteer_hf.testing import check_steering_method

@@ -1,8 +1,7 @@
-"""What every architecture is held to, each time against a plain hook on the same module.
+"""Checks for every architecture, each against a plain hook on the same module.
 
-A check of `CHECKS` returns None if it holds, or a sentence saying why there was nothing to check: a property that the
-unsteered model lacks itself, or a site that it has not. It raises `AssertionError` if steering does something else than
-the plain hook.
+A check of `CHECKS` returns None if it holds, or a sentence that says why there was nothing to check: a property that
+the unsteered model lacks, or a missing site. It raises `AssertionError` if steering differs from the plain hook.
 """
 
 from __future__ import annotations
@@ -50,32 +49,32 @@ def check_blocks(subject: Subject) -> str | None:
 
 
 def check_greedy(subject: Subject) -> str | None:
-    """A batch is steered to the bit as by a plain hook, and says something else than unsteered."""
+    """A steered batch is bit-identical to a plain hook's, and differs from the unsteered one."""
     steered = subject.say(subject.ids, **subject.constant())
     with adding(subject.blocks[LAYER], subject.vector):
         expected = subject.say(subject.ids)
-    assert same_bits(steered, expected), "a batch is steered otherwise than by a plain hook"
-    assert not agree(steered, subject.base), "steering shows in no logit"
+    assert same_bits(steered, expected), "a batch is not steered as by a plain hook"
+    assert not agree(steered, subject.base), "steering changes no logit"
     return None
 
 
 def check_resid_pre(subject: Subject) -> str | None:
-    """A write at a block's input is that of a plain hook there."""
+    """A write at a block's input equals that of a plain hook there."""
     steered = subject.say(subject.ids, **subject.constant("resid_pre"))
     with adding(subject.blocks[LAYER], subject.vector, at_input=True):
         expected = subject.say(subject.ids)
-    assert same_bits(steered, expected), "a block's input is steered otherwise than by a plain hook"
-    assert not agree(steered, subject.base), "steering shows in no logit"
+    assert same_bits(steered, expected), "a block's input is not steered as by a plain hook"
+    assert not agree(steered, subject.base), "steering changes no logit"
     return None
 
 
 def check_head_out(subject: Subject) -> str | None:
-    """A write at the input of each attention output projection is that of a plain hook there."""
+    """A write at the input of each attention output projection equals that of a plain hook there."""
     return _check_projections(subject, "head_out")
 
 
 def check_mlp_act(subject: Subject) -> str | None:
-    """A write at the input of each feed-forward's last projection is that of a plain hook there."""
+    """A write at the input of each feed-forward's last projection equals that of a plain hook there."""
     return _check_projections(subject, "mlp_act")
 
 
@@ -94,20 +93,20 @@ def _check_projections(subject: Subject, kind: SiteKind) -> str | None:
         try:
             steered = subject.say(subject.ids, steering_processor=[ConstantVector(site, vector)])
         except UnsupportedModelError:
-            return f"refused: {kind} is no [rows, tokens, width]"
+            return f"refused: {kind} is not [rows, tokens, width]"
         with adding(projection, vector, at_input=True):
             expected = subject.say(subject.ids)
-        assert same_bits(steered, expected), f"{site} is steered otherwise than by a plain hook"
-        assert not agree(steered, subject.base), f"steering {site} shows in no logit"
+        assert same_bits(steered, expected), f"{site} is not steered as by a plain hook"
+        assert not agree(steered, subject.base), f"steering {site} changes no logit"
     return None
 
 
 def check_left_padding(subject: Subject) -> str | None:
-    """A left-padded batch is steered as by a hook that spares pads, and its rows say what each says alone."""
+    """A left-padded batch is steered as by a hook that skips pads, and its rows equal the rows alone."""
     batch = subject.say(subject.padded_ids, subject.mask, **subject.constant())
     with adding(subject.blocks[LAYER], subject.vector, mask=subject.mask):
         expected = subject.say(subject.padded_ids, subject.mask)
-    assert same_bits(batch, expected), "a padded batch is steered otherwise than by a plain hook"
+    assert same_bits(batch, expected), "a padded batch is not steered as by a plain hook"
     if subject.pads_change_the_base:
         return "equal to the plain hook; unsteered, rows differ under padding"
     for index in range(3):
@@ -116,21 +115,21 @@ def check_left_padding(subject: Subject) -> str | None:
 
 
 def check_beams(subject: Subject) -> str | None:
-    """Beams with several returned sequences are those of a plain hook."""
+    """Beams with several returned sequences equal those of a plain hook."""
     settings: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
     try:
         subject.say(subject.ids, **settings)
-    except Exception as error:  # whatever the model raises by itself
+    except Exception as error:  # any error of the model itself
         return f"unsteered, beams raise {type(error).__name__}"
     steered = subject.say(subject.padded_ids, subject.mask, **settings, **subject.constant())
     with adding(subject.blocks[LAYER], subject.vector, mask=subject.mask):
         expected = subject.say(subject.padded_ids, subject.mask, **settings)
-    assert same_bits(steered, expected), "beams are steered otherwise than by a plain hook"
+    assert same_bits(steered, expected), "beams are not steered as by a plain hook"
     return None
 
 
 def check_no_cache(subject: Subject) -> str | None:
-    """Without a cache the text is that of a plain hook, and the one with a cache."""
+    """Without a cache the text equals that of a plain hook, and that with a cache."""
     try:
         base = subject.say(subject.ids, use_cache=False)
     except Exception as error:
@@ -146,14 +145,14 @@ def check_no_cache(subject: Subject) -> str | None:
 
 
 def check_query_gate(subject: Subject) -> str | None:
-    """A vector that depends on the query, behind a gate, is that of a plain hook, and the same for a row alone."""
+    """A gated vector that depends on the query equals that of a plain hook, also for a row alone."""
     for read in (Site("resid_post", LAYER - 1), Site("resid_post", LAYER)):
         probe = query_probe(subject, read)
         together = subject.say(subject.ids, steering_processor=[probe])
         with query_hook(subject, probe):
             expected = subject.say(subject.ids)
         assert agree(together, expected), f"reading {read}, the answer differs from a plain hook"
-        assert not agree(together, subject.base), f"reading {read}, steering shows in no logit"
+        assert not agree(together, subject.base), f"reading {read}, steering changes no logit"
     padded = not subject.pads_change_the_base
     if not padded and subject.batches_change_the_base:
         return "equal to the plain hook; unsteered, rows of a batch differ from the rows alone"
@@ -161,7 +160,7 @@ def check_query_gate(subject: Subject) -> str | None:
     for index in range(3):
         prompt = subject.padded_ids[index, subject.mask[index].bool()] if padded else subject.ids[index]
         single = subject.say(prompt[None], steering_processor=[probe])
-        assert agree(batch.row(index), single), f"row {index} is decided otherwise alone"
+        assert agree(batch.row(index), single), f"row {index} has another decision alone"
     return None
 
 
@@ -178,7 +177,7 @@ def query_probe(subject: Subject, read: Site) -> Probe:
 
 @contextlib.contextmanager
 def query_hook(subject: Subject, probe: Probe) -> Iterator[None]:
-    """The same as the probe, by two plain hooks: one keeps the prompt's last state, one adds."""
+    """The probe as two plain hooks: one keeps the prompt's last state, one adds."""
     kept: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -198,7 +197,7 @@ def query_hook(subject: Subject, probe: Probe) -> Iterator[None]:
 
 
 def check_status(subject: Subject) -> str | None:
-    """A loaded adapter shows up with its sites, and steers as the processor does."""
+    """A loaded adapter is listed with its sites, and steers like its processor."""
     model, read, write = subject.model, Site("resid_post", LAYER - 1), Site("resid_post", LAYER)
     model.load_steering(probe_adapter(read, write, subject.vector), "probe")
     try:
@@ -206,9 +205,9 @@ def check_status(subject: Subject) -> str | None:
         assert status.active == {"probe": 1.0}, f"active is {status.active}"
         assert status.hooks == (str(read), str(write)), f"hooks are at {status.hooks}"
         assert status.adapters[0].reads == (str(read),) and status.adapters[0].writes == (str(write),), str(status)
-        assert not agree(subject.say(subject.ids), subject.base), "a loaded adapter shows in no logit"
+        assert not agree(subject.say(subject.ids), subject.base), "a loaded adapter changes no logit"
         off = subject.say(subject.ids, steering=None)
-        assert same_bits(off, subject.base), "steering=None is not the base, to the bit"
+        assert same_bits(off, subject.base), "steering=None is not bit-identical to the base"
     finally:
         model.delete_steering("probe")
     assert not model.steering_status().hooks, "deleting the adapter leaves hooks"
@@ -231,7 +230,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What must be as before once steering is unloaded."""
+    """What must be restored when steering is unloaded."""
 
     model_class: type
     attributes: frozenset[str]
@@ -241,8 +240,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Fingerprint:
-        """Take it."""
-        # Some models exchange modules of their own accord; what counts is which have hooks.
+        """Take the fingerprint of a model."""
+        # Some models replace modules themselves; only the modules with hooks count.
         counts = ((name, len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in model.named_modules())
         hooks = tuple((name, count) for name, count in counts if count)
         attributes = frozenset(model.__dict__)
@@ -250,11 +249,11 @@ class Fingerprint:
 
 
 def check_unload(subject: Subject, before: Fingerprint) -> None:
-    """Unloading gives back the base model: its class, hooks, keys, config and outputs, to the bit."""
+    """Unloading restores the base model: its class, hooks, keys, config and outputs, bit-identical."""
     base = subject.base
     subject.model.unload_steering()
     after = Fingerprint.of(subject.model)
     for name in Fingerprint.__dataclass_fields__:
-        assert getattr(after, name) == getattr(before, name), f"unloading leaves another {name}"
+        assert getattr(after, name) == getattr(before, name), f"unloading changes {name}"
     assert not isinstance(subject.model, SteeringMixin), "the class is still a steered one"
-    assert same_bits(subject.say(subject.ids), base), "the unloaded model says something else"
+    assert same_bits(subject.say(subject.ids), base), "the unloaded model's answer differs"

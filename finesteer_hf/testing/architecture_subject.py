@@ -1,4 +1,4 @@
-"""A tiny model of an architecture under test, and what it says."""
+"""A tiny model of an architecture under test, and its answers."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from finesteer_hf.testing.reference import reading
 
 NEW_TOKENS = 3
 LAYER = 1
-# Of a logit's size, for results that add the same numbers in another order (a row alone, a cache).
+# Relative tolerance of logits, for results that sum in another order (a row alone, a cache).
 TOLERANCE = 1e-3
 
 
 @dataclass
 class Answer:
-    """What a call generated: `sequences` `[rows, columns]`, `logits` `[steps, rows, vocabulary]`."""
+    """The output of a call: `sequences` `[rows, columns]`, `logits` `[steps, rows, vocabulary]`."""
 
     sequences: torch.Tensor
     logits: torch.Tensor
 
     def row(self, index: int) -> Answer:
-        """One row, as if it had been generated alone."""
+        """One row, as if generated alone."""
         return Answer(self.sequences[index : index + 1], self.logits[:, index : index + 1])
 
 
 def same_bits(a: Answer, b: Answer) -> bool:
-    """Whether two answers are equal to the bit."""
+    """Whether two answers are bit-identical."""
     return torch.equal(a.sequences, b.sequences) and torch.equal(a.logits, b.logits)
 
 
 def agree(a: Answer, b: Answer) -> bool:
-    """Whether two answers say the same new tokens, with logits equal up to rounding."""
+    """Whether two answers have the same new tokens, with logits equal up to rounding."""
     if not torch.equal(a.sequences[:, -NEW_TOKENS:], b.sequences[:, -NEW_TOKENS:]):
         return False
     finite = a.logits[a.logits.isfinite()]
@@ -47,7 +47,7 @@ def agree(a: Answer, b: Answer) -> bool:
 
 
 class Subject:
-    """A tiny model under test, and what it says unsteered.
+    """A tiny model under test, and its unsteered answers.
 
     Args:
         model: steered (`SteeredModelForCausalLM.from_model`), with nothing loaded.
@@ -67,7 +67,7 @@ class Subject:
         self.direction = torch.randn(width, generator=generator)
 
     def say(self, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any) -> Answer:
-        """Generate greedily, unless `kwargs` say otherwise."""
+        """Generate, greedily by default."""
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
         settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True}
         out = self.model.generate(**inputs, return_dict_in_generate=True, **{**settings, **kwargs})
@@ -91,7 +91,7 @@ class Subject:
 
     @cached_property
     def vector(self) -> torch.Tensor:
-        """A vector as long as the states that it is added to, `[width]`."""
+        """A vector with the norm of the states that it is added to, `[width]`."""
         return self.direction / self.direction.norm() * self.states.norm(dim=-1).mean()
 
     @cached_property

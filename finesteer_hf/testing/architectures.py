@@ -1,4 +1,4 @@
-"""Hold every causal-LM architecture of transformers to the same checks, with tiny random weights."""
+"""Run the same checks on every causal-LM architecture of transformers, with tiny random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finesteer_hf.testing.tiny_models import VOCAB, tiny_model
 
 Verdict = Literal["conforms", "refused", "not run", "fails"]
 
-# Classes that do not answer a text with a text by themselves.
+# Classes that do not generate text from text on their own.
 NOT_TEXT_TO_TEXT: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -29,7 +29,7 @@ NOT_TEXT_TO_TEXT: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
-        "drafts for another model, from that one's states",
+        "drafts for another model from that model's states",
     ),
     **dict.fromkeys(
         ("Florence2ForConditionalGeneration", "PPFormulaNetForConditionalGeneration"),
@@ -41,16 +41,16 @@ NOT_TEXT_TO_TEXT: dict[str, str] = {
 
 @dataclass
 class ArchitectureReport:
-    """What the checks found on one architecture.
+    """Results of the checks on one architecture.
 
     Attributes:
         name: the model class.
-        verdict: `conforms` if no check fails; `refused` if it raises `UnsupportedModelError`; `not run` if no tiny model
-            could be made or the model does not generate text by itself; `fails` otherwise.
-        reason: why, unless it conforms.
-        blocks: where the blocks stand in the model.
-        checks: for each check that ran, an empty text if it holds, else why there was nothing to check.
-        failures: for each check that fails, what it says.
+        verdict: `conforms` if no check fails; `refused` if it raises `UnsupportedModelError`; `not run` if no tiny
+            model could be built or the model does not generate text on its own; `fails` otherwise.
+        reason: the reason, unless it conforms.
+        blocks: where the blocks are in the model.
+        checks: for each check that ran, an empty string if it holds, else why there was nothing to check.
+        failures: for each check that fails, its message.
     """
 
     name: str
@@ -73,13 +73,13 @@ def _run(class_name: str) -> ArchitectureReport:
         return ArchitectureReport(class_name, "not run", NOT_TEXT_TO_TEXT[class_name])
     try:
         model = tiny_model(class_name)
-    except Exception as error:  # whatever the model raises by itself, a missing library included
+    except Exception as error:  # any error of the model itself, including a missing library
         return ArchitectureReport(class_name, "not run", _short(error))
     before = Fingerprint.of(model)
     try:
         subject = Subject(SteeredModelForCausalLM.from_model(model), VOCAB)
     except UnsupportedModelError as error:
-        assert Fingerprint.of(model) == before, f"{class_name} is refused, but not left as it was"
+        assert Fingerprint.of(model) == before, f"{class_name} is refused, but was changed"
         return ArchitectureReport(class_name, "refused", str(error))
     try:
         subject.say(subject.ids)

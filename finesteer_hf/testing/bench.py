@@ -1,4 +1,4 @@
-"""A steered toy model with prompts, and the plainest way to generate with it."""
+"""A steered toy model with prompts, and a plain way to generate with it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from finesteer_hf.testing.toy import toy_general_prompts, toy_preferences, toy_t
 
 
 NEW_TOKENS = 8
-# The checks name four rows of a batch.
+# The checks use four rows of a batch.
 FEWEST_PROMPTS = 4
 LARGEST_SCALE = 64
 
 
 @dataclass
 class Bench:
-    """What the checks work on.
+    """The model and prompts of the checks.
 
     Attributes:
-        model: steered, with an adapter named `a` that is active.
+        model: steered, with an active adapter named `a`.
         prompts: token ids of prompts of different lengths, `[tokens]` each.
         scale: a run-time scale at which steering changes the text of at least two prompts.
-        expected: what each prompt alone gives at that scale, steered: new tokens only.
+        expected: new tokens of each prompt alone, steered at that scale.
         unsteered: the same without steering.
     """
 
@@ -37,7 +37,7 @@ class Bench:
 
     @classmethod
     def of(cls, model: Any, prompts: Sequence[Sequence[int] | torch.Tensor] | None = None) -> Bench:
-        """Find a scale at which steering shows on the prompts.
+        """Find a scale at which steering changes the prompts' answers.
 
         Args:
             model: steered, with an active adapter named `a`.
@@ -46,8 +46,8 @@ class Bench:
 
         Raises:
             ValueError: if there are too few prompts, if they are all of one length, or if an id is not in the vocabulary.
-            AssertionError: if the gate is shut on all prompts, or if steering changes the text of fewer than two of them,
-                whatever the scale: then no check could fail.
+            AssertionError: if the gate is shut on all prompts, or if steering changes the text of fewer than two of
+                them at any scale: no check could fail then.
         """
         bench = cls(model, toy_prompts(model) if prompts is None else _on_device(prompts, model), 1.0, [], [])
         rows = range(len(bench.prompts))
@@ -68,9 +68,9 @@ class Bench:
         )
 
     def gates(self) -> list[float]:
-        """The gate of each prompt, as `output_steering` records it; empty for a method that records none."""
+        """Each prompt's gate from `output_steering`; empty for a method that records none."""
         found: dict[int, float] = {}
-        # Prompts of one length make a batch without pads.
+        # Prompts of one length form a batch without pads.
         for length in {len(prompt) for prompt in self.prompts}:
             rows = [i for i, prompt in enumerate(self.prompts) if len(prompt) == length]
             settings = {"max_new_tokens": 1, "output_steering": True, "return_dict_in_generate": True}
@@ -79,7 +79,7 @@ class Bench:
         return [found[i] for i in sorted(found)]
 
     def alone(self, index: int, **kwargs: Any) -> list[int]:
-        """New tokens of one prompt by itself."""
+        """New tokens of one prompt alone."""
         return self.generate([index], **kwargs)[0]
 
     def batch(self, indices: list[int], side: str = "left") -> dict[str, torch.Tensor]:
@@ -106,10 +106,10 @@ class Bench:
 
 
 def toy_prompts(model: Any) -> list[torch.Tensor]:
-    """Four prompts of the toy data, which the method was fitted on, of different lengths if it can be.
+    """Four prompts of the toy data that the method was fitted on, of different lengths if possible.
 
-    The gate is open on the first three and shut on the last one, if it is so on any row. Without a gate the first three
-    are of `toy_preferences` and the last one of `toy_general_prompts`.
+    The gate is open on the first three and shut on the last one, if there are such rows. Without a gate the first
+    three are from `toy_preferences` and the last one from `toy_general_prompts`.
 
     Returns:
         Token ids, int64 `[tokens]` each, on the model's device.
@@ -128,7 +128,7 @@ def toy_prompts(model: Any) -> list[torch.Tensor]:
 
 
 def _on_device(prompts: Sequence[Sequence[int] | torch.Tensor], model: Any) -> list[torch.Tensor]:
-    """Prompts as int64 `[tokens]` on a model's device; errors are those of `Bench.of`."""
+    """Prompts as int64 `[tokens]` on a model's device; raises as `Bench.of`."""
     rows = [torch.as_tensor(prompt, dtype=torch.long).to(model.device) for prompt in prompts]
     shapes = [tuple(row.shape) for row in rows]
     if (
@@ -143,5 +143,5 @@ def _on_device(prompts: Sequence[Sequence[int] | torch.Tensor], model: Any) -> l
     size = model.config.get_text_config().vocab_size
     odd = [i for i, row in enumerate(rows) if int(row.min()) < 0 or int(row.max()) >= size]
     if odd:
-        raise ValueError(f"prompts {odd} hold ids outside the model's vocabulary of {size} tokens.")
+        raise ValueError(f"prompts {odd} have ids outside the model's vocabulary of {size} tokens.")
     return rows

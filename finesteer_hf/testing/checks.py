@@ -13,7 +13,7 @@ from finesteer_hf.testing.bench import NEW_TOKENS, Bench
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
-# Outside of every vocabulary that is tested.
+# Outside every tested vocabulary.
 NEVER_SAID = 1_000_000
 
 
@@ -39,7 +39,7 @@ def check_right_padded_forward(bench: Bench) -> None:
 
 
 def check_prompt_lengths(bench: Bench) -> None:
-    """A forward over prompt and answer, with the prompt's length, gives the logits that `generate` chose by."""
+    """A forward over prompt and answer, with the prompt's length, gives the logits that `generate` used."""
     with torch.no_grad(), bench.model.steering("a", scale=bench.scale):
         for prompt, answer in zip(bench.prompts, bench.expected, strict=True):
             text = torch.cat([prompt, prompt.new_tensor(answer)])[None]
@@ -85,7 +85,7 @@ def check_chunked_prefill(bench: Bench) -> None:
 
 def check_prompt_lookup(bench: Bench) -> None:
     for index in _everything(bench):
-        # Older versions of transformers look up nothing without an end of sequence; this one is never said.
+        # Older versions of transformers look up nothing without an end of sequence; this one is never generated.
         got = bench.alone(index, prompt_lookup_num_tokens=3, eos_token_id=NEVER_SAID)
         _same(got, bench.expected[index], "prompt lookup gives another text")
 
@@ -101,7 +101,7 @@ def check_assisted(bench: Bench) -> None:
 
 
 def check_carried_cache(bench: Bench) -> None:
-    """A second turn on a cache gives what the same steered prefix gives when it is continued in one go."""
+    """A second turn on a cache gives the same text as the whole prompt in one call."""
     model, first, second = bench.model, bench.prompts[0][None], bench.prompts[1][None]
     both = torch.cat([first, second], dim=1)
 
@@ -128,7 +128,7 @@ def check_carried_cache(bench: Bench) -> None:
                 out = model(input_ids=text, past_key_values=cache, use_cache=True)
                 text = out.logits[:, -1:].argmax(-1)
                 tokens.append(int(text))
-    _same(tokens, whole[0, both.shape[1] :].tolist(), "a decoding loop written by hand gives another text")
+    _same(tokens, whole[0, both.shape[1] :].tolist(), "a hand-written decoding loop gives another text")
 
 
 def check_guidance(bench: Bench) -> None:
@@ -161,7 +161,7 @@ def check_mixed_rows(bench: Bench) -> None:
     _same(bench.generate([0, 1, 2, 3], steering=rows), expected, "rows with and without steering mix")
     scales = [bench.scale, 0.0, 0.0, bench.scale]
     expected = [bench.expected[0], bench.unsteered[1], bench.unsteered[2], bench.expected[3]]
-    _same(bench.generate([0, 1, 2, 3], steering_scale=scales), expected, "rows with scales of their own mix")
+    _same(bench.generate([0, 1, 2, 3], steering_scale=scales), expected, "rows with different scales mix")
 
 
 def check_mixed_rows_with_beams(bench: Bench) -> None:
@@ -184,11 +184,11 @@ def check_disable_and_nest(bench: Bench) -> None:
     model = bench.model
     with model.steering("a", scale=2.0):
         with model.disable_steering():
-            _same(model.active_steering, {}, "a disabled block has something active")
+            _same(model.active_steering, {}, "something is active in a disabled block")
             with model.steering("a"):
                 _same(model.active_steering, {"a": 1.0}, "a nested block")
         _same(model.active_steering, {"a": 2.0}, "the outer block is not restored")
-    _same(model.active_steering, {"a": 1.0}, "what was set is not restored")
+    _same(model.active_steering, {"a": 1.0}, "the set selection is not restored")
 
 
 def check_unload(bench: Bench) -> None:
@@ -213,7 +213,7 @@ def check_output_steering_of_beams(bench: Bench) -> None:
 
 
 def _check_records(bench: Bench, **settings: Any) -> None:
-    """There is one entry for each returned sequence."""
+    """Check that there is one entry for each returned sequence."""
     inputs = bench.batch(_everything(bench))
     rows = len(bench.prompts)
     out = bench.model.generate(
@@ -251,7 +251,7 @@ def check_deepcopy(bench: Bench) -> None:
     twin = copy.deepcopy(bench.model)
     bench.model.delete_steering("a")
     other = Bench(twin, bench.prompts, bench.scale, bench.expected, bench.unsteered)
-    _same([other.alone(i) for i in _everything(bench)], bench.expected, "a copy steers otherwise")
+    _same([other.alone(i) for i in _everything(bench)], bench.expected, "a copy steers differently")
 
 
 def check_compiled_static_cache(bench: Bench) -> None:

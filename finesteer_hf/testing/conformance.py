@@ -1,8 +1,8 @@
-"""Fit a method on a toy model, then hold it to what every method must keep.
+"""Fit a method on a toy model and check what every method must guarantee.
 
-The measure is the method itself in the plainest setting: one prompt at a time, no padding, greedy, dynamic cache. Whatever
-else `generate` can do must give the same tokens. A method that cannot honour a feature says so in `refuses`, and the suite
-checks that it raises rather than steering otherwise.
+The reference is the method itself in the plainest setting: one prompt at a time, no padding, greedy, dynamic cache.
+Every other setting of `generate` must give the same tokens. A method that cannot support a feature lists it in
+`refuses`, and the suite checks that it raises.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fit_on_toy(config: SteeringConfig, seed: int = 0, model: Any = None) -> tupl
 
     model, tokenizer = toy_model(seed) if model is None else model, toy_tokenizer()
     with warnings.catch_warnings():
-        # A toy data set is small and its answers alike; the data lint says so, rightly.
+        # A toy data set is small and its answers are similar; the data lint rightly warns.
         warnings.simplefilter("ignore")
         adapter = fit_steering(
             model,
@@ -62,7 +62,7 @@ def fit_on_toy(config: SteeringConfig, seed: int = 0, model: Any = None) -> tupl
 
 
 def make_bench(adapter: SteeringAdapter, model: Any = None, prompts: Prompts | None = None) -> Bench:
-    """A model steered by an adapter, with prompts on which steering changes what is said; raises as `Bench.of`."""
+    """A model steered by an adapter, with prompts whose answers it changes; raises as `Bench.of`."""
     model = toy_model() if model is None else model
     SteeredModelForCausalLM.from_model(model, steering={"a": adapter})
     return Bench.of(model, prompts)
@@ -74,16 +74,16 @@ def check_feature(
     """Check one feature of one adapter.
 
     Args:
-        feature: a name out of `FEATURES`.
-        adapter: what steers.
+        feature: a name from `FEATURES`.
+        adapter: the adapter.
         model: None for the toy model.
-        prompts: token ids of at least four prompts, not all of one length, on which the adapter steers; None for prompts
-            of the toy data.
+        prompts: token ids of at least four prompts that the adapter steers, not all of one length; None for prompts of
+            the toy data.
 
     Raises:
-        AssertionError: if the feature is neither honoured nor refused; before it is checked, if the gate is shut on all
-            prompts, or if steering changes nothing.
-        ValueError: for a feature that the suite does not have, and for prompts that cannot be used.
+        AssertionError: if the feature is neither supported nor refused; before that, if the gate is shut on all
+            prompts or steering changes nothing.
+        ValueError: for an unknown feature, and for unusable prompts.
     """
     if feature not in FEATURES:
         raise ValueError(f"Unknown feature {feature!r}. The suite has: {sorted(FEATURES)}.")
@@ -111,21 +111,21 @@ def check_steering_method(
     seed: int = 0,
     prompts: Prompts | None = None,
 ) -> list[FeatureResult]:
-    """Hold a steering method to the suite.
+    """Run the suite on a steering method.
 
     Args:
         config: a config to fit; small settings (a fixed layer, few experts) keep it quick.
-        features: names out of `FEATURES`; None for all.
+        features: names from `FEATURES`; None for all.
         seed: seed of the toy model and of the fit.
         prompts: as for `check_feature`; by default those of the toy data, which the config is fitted on.
 
     Returns:
-        One result a feature.
+        One result per feature.
 
     Raises:
-        AssertionError: naming the first feature that fails; before any feature, if the gate is shut on all prompts, or if
+        AssertionError: naming the first feature that fails; before that, if the gate is shut on all prompts or
             steering changes nothing.
-        ValueError: for prompts that cannot be used.
+        ValueError: for unusable prompts.
     """
     _, _, adapter = fit_on_toy(config, seed)
     check_files(adapter)
@@ -147,5 +147,5 @@ def check_files(adapter: SteeringAdapter) -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(Path(folder) / "adapter")
         again = SteeringAdapter.from_pretrained(Path(folder) / "adapter")
-    assert tensors_equal(adapter.tensors, again.tensors), "tensors change by saving and loading"
-    assert adapter.config == again.config, "the config changes by saving and loading"
+    assert tensors_equal(adapter.tensors, again.tensors), "saving and loading changes the tensors"
+    assert adapter.config == again.config, "saving and loading changes the config"

@@ -1,4 +1,4 @@
-"""A method that is no use but to test: its vector and its gate depend on the query in the simplest way."""
+"""A method for tests only: its vector and its gate depend on the query in the simplest way."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ProbeConfig(SteeringConfig):
 
 
 class Probe(SteeringMethod[ProbeConfig]):
-    """Adds `length * roll(h / |h|)` where the query's state h leans towards a direction.
+    """Adds `length * roll(h / |h|)` if the query's state h has a positive cosine with a direction.
 
-    Tensors: `direction` `[width]`, whose length is that of the vectors and whose direction is the gate's.
+    Tensors: `direction` `[width]`, gives the length of the vectors and the direction of the gate.
     """
 
     def __init__(self, config: ProbeConfig, tensors: Mapping[str, torch.Tensor]) -> None:

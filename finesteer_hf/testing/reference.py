@@ -1,4 +1,4 @@
-"""Plain hooks on a module, which know nothing of sessions, windows or sites: what steering is compared with."""
+"""Plain hooks on a module, without sessions, windows or sites: the reference that steering is compared with."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 
 def first_tensor(value: Any) -> torch.Tensor:
-    """The stream out of what a block received or returned: the tensor itself, or the first part."""
+    """The stream in a block's input or output: the tensor itself, or the first part."""
     return value[0] if isinstance(value, (tuple, list)) else value
 
 
 def with_first(value: Any, tensor: torch.Tensor) -> Any:
-    """Put the stream back where `first_tensor` took it from."""
+    """Replace the stream that `first_tensor` returns."""
     if isinstance(value, (tuple, list)):
         return type(value)([tensor, *value[1:]])
     return tensor
@@ -44,15 +44,15 @@ def adding(
     """Add a vector to all real tokens of a module's stream.
 
     Args:
-        module: the block, or the projection whose input is meant.
-        delta: `[width]`, or `[rows, 1, width]`; a function is asked for it at each call.
+        module: the block, or the projection whose input is steered.
+        delta: `[width]`, or `[rows, 1, width]`; a function is called for it each time.
         mask: int or bool `[rows of the batch, prompt columns]`, 0 at pads; None if there are none.
-        at_input: whether the module's input is changed instead of its output.
+        at_input: whether to change the module's input instead of its output.
     """
 
     def steered(hidden: torch.Tensor) -> torch.Tensor:
         added = (delta() if callable(delta) else delta).to(hidden.dtype)
-        # A call with fewer columns than the prompt is a decode step: its tokens are all real.
+        # A call with fewer columns than the prompt is a decode step: all its tokens are real.
         if mask is None or hidden.shape[1] < mask.shape[1]:
             return hidden + added
         real = mask.bool().repeat_interleave(hidden.shape[0] // mask.shape[0], dim=0)

@@ -1,7 +1,7 @@
-"""Tiny models with random weights, of every causal-LM architecture that transformers knows.
+"""Tiny random models of every causal-LM architecture in transformers.
 
-A config class is shrunk by the names of its fields: the same few names mean the same thing in almost all of them. What
-an architecture needs beyond that stands in `OVERRIDES`. Weights are drawn wide enough that steering changes tokens.
+A config class is shrunk by its field names: a few names mean the same in almost all classes. `OVERRIDES` has what an
+architecture needs beyond that. Weights are large enough that steering changes tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYERS = 4
 MOST_PARAMETERS = 8_000_000
 WIDTH_OF_WEIGHTS = 0.15
 
-# What a field of a config is set to, by its name.
+# Small values of config fields, by name.
 SMALL: dict[str, Any] = {
     # widths
     **dict.fromkeys(
@@ -74,18 +74,18 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": None,
     "is_decoder": True,
-    # drop-out is off in evaluation; layer drop is not everywhere
+    # dropout is off in evaluation, but layer drop is not always
     "layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
 }
 
-# Latent attention has one key-value head for each query head, whatever the config's default.
+# Latent attention needs one key-value head for each query head, whatever the config's default.
 LATENT = {"num_key_value_heads": 4}
 
 # Rotary positions in three sections, whose sum is half a head.
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
-# Ids of tokens that some models look for in the prompt; none of a test's prompts holds them.
+# Ids of tokens that some models look for in the prompt; no test prompt contains them.
 SPECIAL_TOKENS = {"vision_start_token_id": VOCAB - 2, "audio_start_token_id": VOCAB - 1}
 
 # What an architecture needs beyond `SMALL`, by the model type of its config.
@@ -185,7 +185,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def architectures() -> dict[str, tuple[str, ...]]:
-    """Names of transformers' classes that generate text, each with the model types that lead to it."""
+    """Names of transformers' classes that generate text, each with its model types."""
     types: dict[str, tuple[str, ...]] = {}
     for mapping in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -198,7 +198,7 @@ def architectures() -> dict[str, tuple[str, ...]]:
 
 
 def shrunk_kwargs(config_cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Arguments that make a small config of a class, sub-configs included."""
+    """Arguments for a small config of a class, including sub-configs."""
     names = [name for name in inspect.signature(config_cls.__init__).parameters if name != "self"]
     kwargs = {name: SMALL[name] for name in names if name in SMALL}
     if "kv_lora_rank" in names and "num_key_value_heads" in names:
@@ -214,7 +214,7 @@ def shrunk_kwargs(config_cls: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Lay a nested dict over another."""
+    """Merge a nested dict into another."""
     merged = dict(base)
     for key, value in extra.items():
         old = merged.get(key)
@@ -228,10 +228,10 @@ def tiny_config(config_cls: type[PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def tiny_model(class_name: str, seed: int = 0) -> PreTrainedModel:
-    """A small random model of a class, in evaluation mode; it never ends a text by itself.
+    """A small random model of a class, in evaluation mode; it never ends a text on its own.
 
     Raises:
-        ValueError: if the config could not be made small: such a model would not fit in a test.
+        ValueError: if the config did not become small: the model would be too large for a test.
     """
     model_cls: Any = getattr(transformers, class_name)
     config = tiny_config(model_cls.config_class)
@@ -250,7 +250,7 @@ def tiny_model(class_name: str, seed: int = 0) -> PreTrainedModel:
 
 @torch.no_grad()
 def widen(model: PreTrainedModel) -> None:
-    """Draw narrow matrices again, wider: at the usual 0.02 a random model says one word whatever it is told."""
+    """Redraw matrices with larger weights: at the usual 0.02 a random model says one word whatever the prompt."""
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.is_floating_point() and parameter.std() < WIDTH_OF_WEIGHTS / 2:
             parameter.normal_(std=WIDTH_OF_WEIGHTS)

@@ -1,6 +1,6 @@
-"""A model, a tokenizer and data small enough to fit any method on in a moment.
+"""A model, a tokenizer and data, small enough to fit any method quickly.
 
-The model has random weights, large enough that steering changes what it says; the tokenizer has one id a word.
+The model has random weights, large enough that steering changes its answers; the tokenizer has one id per word.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_model(seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama of three layers, width 32, with grouped-query attention; it never ends a text by itself."""
+    """A random Llama of three layers, width 32, with grouped-query attention; it never ends a text on its own."""
     config = LlamaConfig(
         vocab_size=len(_SPECIAL) + len(_WORDS),
         hidden_size=32,
@@ -49,7 +49,7 @@ def toy_model(seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=2,
-        # At the default scale of 0.02 a random model says one word whatever it is told.
+        # At the default scale of 0.02 a random model says one word whatever the prompt.
         initializer_range=0.3,
     )
     with torch.random.fork_rng():
@@ -60,7 +60,7 @@ def toy_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def toy_preferences(rows: int = 48, seed: int = 0) -> list[dict[str, str]]:
-    """Preference rows whose chosen answers are words of one kind and rejected ones of another."""
+    """Preference rows: chosen answers have words of one kind, rejected ones of another."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(kind: str, count: int) -> str:
@@ -77,7 +77,7 @@ def toy_preferences(rows: int = 48, seed: int = 0) -> list[dict[str, str]]:
 
 
 def toy_general_prompts(rows: int = 24, seed: int = 1) -> list[dict[str, str]]:
-    """Prompts of another kind than those of `toy_preferences`."""
+    """Prompts unlike those of `toy_preferences`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {

@@ -1,4 +1,4 @@
-"""Classes that are younger than the installed transformers are left out."""
+"""Skip classes that the installed transformers does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import transformers
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what is parametrised by a class that is not there."""
+    """Skip tests parametrised by a missing class."""
     callspec = getattr(item, "callspec", None)
     name = callspec.params.get("name", callspec.params.get("subject")) if callspec else None
     if name is not None and not hasattr(transformers, name):

@@ -1,4 +1,4 @@
-"""Every architecture does what docs/architectures.md says; a few of each kind run in the quick suite."""
+"""Every architecture behaves as docs/architectures.md says; a few of each kind run in the quick suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts with an image: the text tower is steered, at image and text tokens alike, as by a plain hook."""
+"""Prompts with an image: the text tower is steered at image and text tokens, as by a plain hook."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGE_TOKENS = {
 
 
 def image_inputs(name, rows=2):
-    """A model, and inputs of one image and six words a row."""
+    """A model, and inputs with one image and six words per row."""
     model = tiny_model(name)
     for field in ("image_token_id", "image_token_index"):
         if hasattr(model.config, field):

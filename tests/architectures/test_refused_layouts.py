@@ -1,4 +1,4 @@
-"""Layouts that cannot be steered are refused, with nothing half done, before or in the first forward."""
+"""Unsupported layouts are refused before or in the first forward, and nothing is left half done."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def test_an_encoder_decoder_is_refused():
     refuse(T5ForConditionalGeneration(config), "encoder-decoder")
 
 
-def test_blocks_that_cannot_be_told_are_refused():
+def test_blocks_that_are_not_found_are_refused():
     model = tiny_model("LlamaForCausalLM")
     model.model.twins = torch.nn.ModuleList(model.model.layers)
     model.model.blocks = torch.nn.ModuleList(model.model.layers)
-    refuse(model, "Cannot tell the decoder blocks .* 'blocks': 4")
+    refuse(model, "Cannot find the decoder blocks .* 'blocks': 4")
 
 
 def steer_and_expect(model, match, **kwargs):
-    """Steering raises; the model then says what it said before, and has no hook at a block."""
+    """Steering raises; the model's answers then are as before, and no block has a hook."""
     settings = {"max_new_tokens": 3, "do_sample": False, **kwargs}
     base = model.generate(PROMPT, **settings)
     SteeredModelForCausalLM.from_model(model)

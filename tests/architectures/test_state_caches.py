@@ -26,7 +26,7 @@ def subject(request):
 
 
 def stack(subject):
-    """Two probes; the second reads behind the first's write."""
+    """Two probes; the second reads after the first's write."""
     early, late = query_probe(subject, Site("resid_post", 0)), query_probe(subject, Site("resid_post", 2))
     late.writes = (Site("resid_post", 3),)
     early.threshold = late.threshold = -1.0
@@ -41,7 +41,7 @@ def first_turn(subject):
 
 
 def need_unsteered(subject, inputs):
-    """Skip where the model itself says something else than it says to the whole text at once."""
+    """Skip if the unsteered model's answer differs from that to the whole text."""
     mask = torch.ones_like(BOTH)
     try:
         sound = agree(subject.say(mask=mask, **inputs()), subject.say(BOTH, mask))

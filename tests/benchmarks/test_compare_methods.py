@@ -1,4 +1,4 @@
-"""The comparison of methods: how results become tables, and how strengths of equal side effects are found."""
+"""The comparison of methods: tables of results, and strengths of equal side effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ITEMS = 20
 
 
 def write(out: Path, label: str, hits: int, seed: int = 0, first: int = 0, fitted: bool = True) -> None:
-    """A row's result on one split, whose items are named from `first` on."""
+    """A row's result on one split, with items numbered from `first` on."""
     asked: dict[str, Any] = {
         "ids": [f"item {first + i}" for i in range(ITEMS)],
         "scores": [float(i < hits) for i in range(ITEMS)],
@@ -41,7 +41,7 @@ def write(out: Path, label: str, hits: int, seed: int = 0, first: int = 0, fitte
 
 
 def table(out: Path, remarks: Path) -> dict[str, list[str]]:
-    """Cells by method, out of the page's first table."""
+    """Cells by method from the page's first table."""
     text = page(out, remarks).split("<details>")[0]
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "| " in line]
     return {row[0]: row for row in cells}
@@ -54,7 +54,7 @@ def remarks(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_star_is_for_what_holm_leaves_of_all_rows(tmp_path: Path, remarks: Path) -> None:
+def test_a_star_marks_what_is_significant_over_all_rows(tmp_path: Path, remarks: Path) -> None:
     write(tmp_path, UNSTEERED, 0, fitted=False)
     for label, hits in ((REFERENCE, 10), ("ONE", 16), ("TWO", 10)):
         write(tmp_path, label, hits)

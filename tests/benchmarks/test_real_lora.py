@@ -1,4 +1,4 @@
-"""LoRA by TRL at equal data, on a tiny model: trained once, loaded the second time."""
+"""TRL's LoRA on the same data, on a tiny model: trained once, loaded the second time."""
 
 from __future__ import annotations
 

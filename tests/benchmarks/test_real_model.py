@@ -1,4 +1,4 @@
-"""The study's loop and its page, on a tiny model: done rows are skipped, a failing row stops nobody."""
+"""The study's loop and its page, on a tiny model: finished rows are skipped, a failing row stops no other."""
 
 from __future__ import annotations
 
@@ -136,6 +136,6 @@ def test_rows_have_names_of_their_own() -> None:
         rows_of("truthful", ["nonsense"])
 
 
-def test_missing_data_is_said_in_one_line(tmp_path: Path) -> None:
+def test_missing_data_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"No data: .*mc_task\.json"):
         real_model.check_data(tmp_path)

@@ -96,14 +96,14 @@ def test_answers_of_a_question_in_one_row(condition: Condition) -> None:
     assert scores.a_token()["incorrect"][2] == pytest.approx(expected[11] / 3, abs=1e-4)
 
 
-def test_steering_is_seen_by_the_scores(model: Any, tokenizer: Any, half_plane: None) -> None:
+def test_scores_see_the_steering(model: Any, tokenizer: Any, half_plane: None) -> None:
     condition = Condition(steered(model, "all"), tokenizer, adapter="row", scale=1.5)
     scores = [score_items(at, items()).log_probs for at in (condition, condition.base(), condition.at(0.0))]
     assert np.abs(scores[0] - scores[1]).max() > 0.01
     np.testing.assert_array_equal(scores[1], scores[2])
 
 
-def test_one_row_is_only_used_where_it_agrees(model: Any, tokenizer: Any) -> None:
+def test_one_row_is_used_only_if_it_agrees(model: Any, tokenizer: Any) -> None:
     """A model that ignores the mask sees the other answers: it is scored one answer a row."""
     forward = model.forward
 

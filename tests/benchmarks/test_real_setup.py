@@ -1,4 +1,4 @@
-"""The real model's folder, where `make real` has made it."""
+"""The real model's folder, if `make real` has created it."""
 
 from __future__ import annotations
 

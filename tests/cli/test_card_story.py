@@ -1,4 +1,4 @@
-"""What a card says in words: before its tables, from the figures that an adapter holds, and from nothing else."""
+"""A card's text before its tables, made only from the adapter's figures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def adapter(**fit: Any) -> SteeringAdapter:
     return SteeringAdapter(config, {"vector": torch.zeros(8)})
 
 
-def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
+def test_a_card_goes_from_its_effect_to_its_tables(tmp_path: Path) -> None:
     curve = [asdict(DosePoint(2.0, 0.1, 0.1, 0.03))]
     made = adapter(
         about="True answers",
@@ -76,10 +76,10 @@ def test_a_card_is_read_from_what_it_does_to_its_tables(tmp_path: Path) -> None:
         "## How to use",
         "## What it costs",
         "32 bytes beside the model",
-        "Answers that stay the base's, token for token. G: 80.0%",
-        "0.25 nats a token less likely",
-        "The gate opens on general prompts that the fit held out: 5.0%",
-        "stays closed on prompts that it should steer: 5.0%",
+        "General answers identical to the base's, token by token: G: 80.0%",
+        "0.25 nats per token less likely",
+        "The gate opens on held-out general prompts: 5.0%",
+        "stays closed on held-out prompts that it should steer: 5.0%",
         "95th percentile: 0.03 nats",
         "## What it was not tested on",
         "Anything but Q; G.",
@@ -108,7 +108,7 @@ def test_a_card_does_not_claim_what_was_not_measured() -> None:
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [1], [None], {"a": 1}, {"value": "x", "low": None, "high": 2}])
 @pytest.mark.parametrize("name", ["about", "examples", "evaluation", "report", "split", "held_out"])
-def test_figures_of_another_kind_are_left_out(name: str, odd: Any) -> None:
+def test_figures_of_another_type_are_left_out(name: str, odd: Any) -> None:
     tell(adapter(**{name: odd}))
     for inner in ("gate", "dose_response"):
         tell(adapter(report={inner: odd}))

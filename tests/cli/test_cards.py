@@ -1,4 +1,4 @@
-"""The card of an adapter: what it says, and that it never overwrites what a user wrote."""
+"""The card of an adapter: its content, and that it never overwrites a user's text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_new_card_has_valid_metadata_and_says_how_to_use_it(tmp_path: Path) ->
         assert expected in card.text
 
 
-def test_a_local_base_is_no_metadata_and_no_path_of_this_machine_is_published(tmp_path: Path) -> None:
+def test_a_local_base_is_not_metadata_and_no_local_path_is_published(tmp_path: Path) -> None:
     folder = tmp_path / "secret-home" / "my-model"
     folder.mkdir(parents=True)
     text = write_card(adapter(str(folder)), tmp_path).read_text()
@@ -72,7 +72,7 @@ def test_a_local_base_is_no_metadata_and_no_path_of_this_machine_is_published(tm
     assert is_hub_id("gpt2") and is_hub_id("org/name") and not is_hub_id("/a/b") and not is_hub_id("./a")
 
 
-def test_what_a_user_wrote_stays(tmp_path: Path) -> None:
+def test_user_text_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(
         "---\nlicense: mit\ntags: [mine]\npipeline_tag: chat\n---\n# Mine\n\nMy words.\n", encoding="utf-8"
@@ -104,11 +104,11 @@ def test_metadata_follows_the_adapter_until_a_user_changes_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("block", ["- a\n- b", "a: [unclosed"])
-def test_a_card_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, block: str) -> None:
+def test_a_card_that_cannot_be_read_is_left_unchanged(tmp_path: Path, block: str) -> None:
     path = tmp_path / "README.md"
     text = f"---\n{block}\n---\n# Mine\n"
     path.write_text(text)
-    with pytest.warns(UserWarning, match="left as it is"):
+    with pytest.warns(UserWarning, match="left unchanged"):
         write_card(adapter(), tmp_path)
     assert path.read_text() == text and [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
@@ -131,7 +131,7 @@ def test_plots_appear_with_their_data_and_go_with_it(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_facts_leave_out_what_is_no_text() -> None:
+def test_facts_leave_out_what_is_not_text() -> None:
     rows = flatten(
         {
             "a": {"b": 1.23456, "c": [1, 2, 3], "d": ["x", "y"]},

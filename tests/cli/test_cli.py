@@ -61,7 +61,7 @@ def test_errors_are_one_line_and_an_exit_code(folders: tuple[str, str], tmp_path
     assert "Unknown steering_type" in run("methods", "nothing", code=1)
 
 
-def test_show_tells_config_sizes_and_figures(folders: tuple[str, str]) -> None:
+def test_show_prints_config_sizes_and_figures(folders: tuple[str, str]) -> None:
     output = run("show", folders[1])
     assert "TEST_HALF_PLANE" in output and "normal" in output and "256 bytes" in output
     assert json.loads(run("show", folders[1], "--json"))["strength"] == 2.0

@@ -1,4 +1,4 @@
-"""docs/cli.md names the commands and options that exist, all of them, on screens of 80 columns."""
+"""docs/cli.md has all existing commands and options, on screens of 80 columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_command_has_a_section() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_a_section_shows_the_options_that_there_are(name: str) -> None:
+def test_a_section_shows_the_options_that_exist(name: str) -> None:
     # Screens wrap long names nowhere, so each is found as it is.
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", SECTIONS[name]))
     real = {option for option in options(COMMANDS[name]) if option.startswith("--")}
@@ -36,7 +36,7 @@ def test_a_section_shows_the_options_that_there_are(name: str) -> None:
     assert shown <= elsewhere, sorted(shown - elsewhere)
 
 
-def test_the_introduction_names_options_that_there_are() -> None:
+def test_the_introduction_names_options_that_exist() -> None:
     every = {"--version", "--install-completion", "--show-completion"}
     every = every.union(*map(options, COMMANDS.values()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", PAGE.split("\n## ")[0])) <= every

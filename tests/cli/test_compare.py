@@ -1,4 +1,4 @@
-"""`finesteer compare` on the playground: two cheap methods on a few rows, held to what each adapter does alone."""
+"""`finesteer compare` on the playground: two cheap methods on a few rows, compared with each adapter alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_two_methods_are_compared_on_rows_that_no_fit_saw(data: tuple[str, str],
     ):
         assert expected in done.stdout
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, drawn without regard" in report
+    assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, chosen without looking" in report
     content = json.loads((out / "figures.json").read_text())
     assert content["rows"] == {"fit": 38, "held_out": 10, "general_held_out": 2} and content["failed"] == {}
 
@@ -115,7 +115,7 @@ def test_answers_of_one_prompt_are_one_item() -> None:
     assert not nearer_to_chosen(("Yes.",), ("No, never.",), "never")
 
 
-def test_a_method_that_cannot_be_fitted_is_named_and_the_others_go_on(rows: list[dict[str, Any]]) -> None:
+def test_a_method_that_cannot_be_fitted_is_named_and_the_others_continue(rows: list[dict[str, Any]]) -> None:
     _, tokenizer = playground.load()
     model = SteeredModelForCausalLM.from_pretrained(playground.model_path())
     configs = {"WRONG": CAAConfig(layer=99, strength=1.0), "CAA": CAAConfig(layer=2, strength=2.0)}
@@ -138,7 +138,7 @@ def outcome(mc1: int, mc2: float, hits: int) -> Outcome:
 
 
 @pytest.mark.parametrize(("mc1", "mc2", "hits"), [(6, 0.0, 10), (6, 0.5, 0), (0, -0.5, 0), (5, 0.0, 5)])
-def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: float, hits: int) -> None:
+def test_effects_are_starred_and_marked_if_significant_after_holm(mc1: int, mc2: float, hits: int) -> None:
     base, steered = outcome(0, 0.5, 0), outcome(mc1, 0.5 + mc2, hits)
     trial = MethodTrial("ONE", SteeringAdapter(CAAConfig(), {}), steered, base, 1.0)
     result = MethodComparison(base, base, [trial], {}, 20)
@@ -150,10 +150,10 @@ def test_effects_are_starred_and_marked_where_holm_leaves_them(mc1: int, mc2: fl
     assert rank_note(result).endswith(": ONE 1 [1, 1].")
 
 
-def test_nothing_is_written_where_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:
+def test_nothing_is_written_if_nothing_could_be_fitted(data: tuple[str, str], tmp_path: Path) -> None:
     arguments = ["compare", "playground", "--data", data[0], "--methods", "CAA", "--set", "CAA.layer=99"]
     done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out"), "--max-new-tokens", "2"])
-    assert done.exit_code == 1 and "out of range" in done.stderr and "None of the methods" in done.stderr
+    assert done.exit_code == 1 and "out of range" in done.stderr and "No method could" in done.stderr
     assert not (tmp_path / "out").exists()
     for command in (arguments, ["fit", "nowhere", data[0]]):
         done = CliRunner().invoke(app, [*command, "-o", data[0]])

@@ -1,4 +1,4 @@
-"""The demo's tables and report from small outcomes; the demo itself where there is time for it."""
+"""The demo's tables and report from small outcomes, and the quick demo itself."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def result(model: Any, tokenizer: Any, half_plane: None, tmp_path: Path) -> Demo
     return DemoResult(DemoSettings(out=tmp_path), [trial], 2.0)
 
 
-def test_tables_hold_every_figure_with_its_n(result: DemoResult) -> None:
+def test_tables_have_every_figure_with_its_n(result: DemoResult) -> None:
     trial = result.trials[0]
     rows = {row[0]: row[1:] for row in trial_rows(trial)}
     assert list(rows) == [

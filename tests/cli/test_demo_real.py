@@ -1,4 +1,4 @@
-"""The demo's beginning, on the playground in place of the real model."""
+"""The demo's first part, on the playground instead of the real model."""
 
 from __future__ import annotations
 

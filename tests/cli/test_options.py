@@ -1,4 +1,4 @@
-"""The options of the commands are those of the functions; settings are told from what a fit writes."""
+"""The commands' options are those of the functions; settings are separate from what a fit writes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_every_option_is_shown() -> None:
             assert option in runner.invoke(app, [command, "--help"]).output
 
 
-def test_the_help_of_eval_names_the_benchmarks_that_there_are() -> None:
+def test_the_help_of_eval_names_the_existing_benchmarks() -> None:
     # Said twice, for the help does not wait for what loads them.
     assert f"{', '.join(BENCHMARKS)}." in " ".join(runner.invoke(app, ["eval", "--help"]).output.split())
     with pytest.raises(ValueError, match="limit must be at least 1"):
@@ -107,7 +107,7 @@ def test_options_reach_the_fit(base: str, tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "<int|none>" in wrong.output
 
 
-def test_models_are_loaded_as_the_options_say(base: str) -> None:
+def test_models_are_loaded_according_to_the_options(base: str) -> None:
     model, _ = load(base, dtype="float16", device_map="cpu", model_arg=["attn_implementation=eager"])
     assert model.dtype is torch.float16 and model.config._attn_implementation == "eager"
     assert load(base, device_map='{"": "cpu"}')[0].device.type == "cpu"
@@ -136,11 +136,11 @@ def test_what_a_fit_writes_cannot_be_set(method: str) -> None:
     assert {name for name in names if name.startswith("base_model_")} <= set(written)
     assert {"hidden_size", "num_hidden_layers", "lora", "fit", "requires"} <= set(written)
     for name in written:
-        with pytest.raises(ValueError, match=f"{name} is what a fit writes"):
+        with pytest.raises(ValueError, match=f"{name} is written by the fit"):
             make_config(method, [f"{name}=7"])
 
 
-def test_settings_have_the_kind_that_they_are_declared_with() -> None:
+def test_settings_have_their_declared_type() -> None:
     assert make_config("fasb", ["adaptive=false", "threshold=0.3"]).settings()["adaptive"] is False
     for wrong in ("adaptive=yes", "num_heads=1.5", "num_heads=many", 'layers={"a": 1}'):
         with pytest.raises(ValueError, match=wrong.partition("=")[0]):
@@ -150,12 +150,12 @@ def test_settings_have_the_kind_that_they_are_declared_with() -> None:
 @pytest.mark.parametrize(
     "written", [{"hidden_size": 32}, {"base_model_name_or_path": "org/x"}, {"lora": ["a"]}, {"fit": {"note": 1}}]
 )
-def test_a_fit_refuses_a_config_that_says_what_it_will_write(written: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(written))}.*what a fit writes"):
+def test_a_fit_refuses_a_config_that_sets_what_it_writes(written: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(written))}.*written by the fit"):
         fit_steering(toy_model(), toy_tokenizer(), toy_preferences(), CAAConfig(layer=1, **written), progress=False)
 
 
-def test_the_settings_of_a_fitted_config_are_fitted_anew() -> None:
+def test_the_settings_of_a_fitted_config_can_be_fitted_again() -> None:
     data: Any = (toy_model(), toy_tokenizer(), toy_preferences())
     arguments: dict[str, Any] = {"general_dataset": None, "progress": False}
     first = fit_steering(*data, CAAConfig(layer=1, strength=1.0), **arguments)

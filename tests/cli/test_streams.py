@@ -1,4 +1,4 @@
-"""What the command line imports, which stream it writes to, and how ctrl-C ends it."""
+"""What the command line imports, where it writes, and how ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """A toy model's folder, with rows beside it."""
+    """A toy model's folder with a file of rows."""
     toy_model().save_pretrained(tmp_path / "base")
     toy_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in toy_preferences()))
@@ -71,7 +71,7 @@ def fit_arguments(base: str) -> list[str]:
     return ["fit", base, str(rows), "-o", str(out), "--method", "CAA", "--set", "layer=1", "--set", "strength=1.0"]
 
 
-def test_help_imports_nothing_that_takes_seconds() -> None:
+def test_help_imports_nothing_slow() -> None:
     code = f"""
 import sys
 from finesteer_hf.cli.commands import app
@@ -86,7 +86,7 @@ print(sorted(set({HEAVY!r}) & set(sys.modules)))
     assert done.stdout.strip() == "[]"
 
 
-def test_the_package_imports_nothing_before_it_is_asked_for_something() -> None:
+def test_the_package_imports_nothing_before_first_use() -> None:
     done = python(f"import finesteer_hf, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
     assert python("import finesteer_hf; print(finesteer_hf.processors.Decision.__name__)").stdout.strip() == "Decision"
@@ -102,7 +102,7 @@ def test_progress_goes_to_stderr_and_results_to_stdout(base: str) -> None:
     assert [line[0] for line in lines if line and line[0].isalpha()] == ["saved", "strength", "files"]
 
 
-def test_warnings_are_messages_without_a_line_of_source(base: str, half_plane: None, tmp_path: Path) -> None:
+def test_warnings_are_messages_without_a_source_line(base: str, half_plane: None, tmp_path: Path) -> None:
     adapter = half_plane_adapter(torch.ones(32), hidden_size=32, base_model_name_or_path="org/another")
     adapter.save_pretrained(tmp_path / "steering")
     arguments = ["generate", base, "-s", str(tmp_path / "steering"), "-p", "sun1", "--max-new-tokens", "2"]

@@ -1,4 +1,4 @@
-"""The guide to a method of your own: its code is real, and a published method is found and loaded."""
+"""The guide to adding a method: its code runs, and a published method is found and loaded."""
 
 import importlib
 import json
@@ -52,7 +52,7 @@ def test_the_guide_s_entry_point_is_the_one_that_is_read():
 
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
-    """An installed package that brings a method, and a folder with an adapter of it; the registry is put back."""
+    """An installed package with a method, and a folder with one of its adapters; the registry is restored."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
@@ -139,7 +139,7 @@ def test_in_the_tree_a_method_is_one_file_and_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_guide_s_method_is_clean_under_mypy_strict(tmp_path):
-    """As beside an installed package: what is imported gives its types and no errors."""
+    """As with an installed package: imports give their types and no errors."""
     (tmp_path / "toy_method.py").write_text(blocks("python")[0])
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", "toy_method.py"]
     environment = {**os.environ, "MYPYPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The bench of the suite: prompts that a method is meant for, and a gate that is shut on them is named."""
+"""The suite's bench: prompts of the method's own kind, and a report if the gate is shut on them."""
 
 import pytest
 import torch
@@ -48,13 +48,13 @@ def test_the_prompts_are_toy_data_of_different_lengths():
     assert len({len(ids) for ids in (*first, last)}) == 4
 
 
-def test_of_the_toy_data_the_gate_lets_three_through_and_shuts_one_out():
+def test_the_gate_passes_three_toy_prompts_and_blocks_one():
     bench = make_bench(fit_on_toy(ToyConfig(layer=1))[2])
     assert bench.gates() == [1.0, 1.0, 1.0, 0.0]
     assert [a != b for a, b in zip(bench.expected, bench.unsteered, strict=True)] == [True, True, True, False]
 
 
-def test_a_gate_that_knows_its_own_data_passes_though_it_is_shut_on_random_tokens():
+def test_a_gate_open_on_its_own_data_passes_even_if_shut_on_random_tokens():
     adapter = gated(TOY, RANDOM)
     for feature in ("left_padding", "mixed_rows", "output_steering"):
         assert check_feature(feature, adapter).outcome == "passed"
@@ -79,7 +79,7 @@ def test_a_shut_gate_is_reported_before_any_feature():
         check_steering_method(config, features=["unload"])
 
 
-def test_one_open_gate_of_four_is_too_few_and_said():
+def test_one_open_gate_of_four_is_too_few_and_reported():
     adapter = gated(RANDOM[:1], RANDOM[1:])
     with pytest.raises(AssertionError, match=r"fewer than two of 4 prompts \(the gate is open on 1 of them\)"):
         check_feature("left_padding", adapter, prompts=RANDOM)
@@ -91,9 +91,9 @@ def test_one_open_gate_of_four_is_too_few_and_said():
         (RANDOM[:3], "at least 4 prompts"),
         ([[7, 8, 9]] * 4, "not all of one length"),
         ([[], *RANDOM], r"`\[tokens\]` each"),
-        ([*RANDOM, [7, 54]], r"prompts \[4\] hold ids outside"),
+        ([*RANDOM, [7, 54]], r"prompts \[4\] have ids outside"),
     ],
 )
-def test_prompts_that_show_nothing_are_refused(prompts, match):
+def test_prompts_without_an_effect_are_refused(prompts, match):
     with pytest.raises(ValueError, match=match):
         check_feature("left_padding", toy_adapter(), prompts=prompts)

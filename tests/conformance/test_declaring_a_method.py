@@ -1,4 +1,4 @@
-"""A method says once what it is called and which class its config is."""
+"""A method declares its name and its config class once."""
 
 from importlib.resources import files
 from typing import TypeVar
@@ -29,13 +29,13 @@ class Other(Family[OtherConfig]):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry that is put back."""
+    """A registry that is restored afterwards."""
     # What is built in registers once, so it must be there before the registry is copied.
     steering_methods()
     monkeypatch.setattr(known, "_REGISTRY", {name: spec for name, spec in known._REGISTRY.items() if name != "TOY"})
 
 
-def test_the_brackets_say_which_class_the_config_is():
+def test_the_brackets_declare_the_config_class():
     assert ToyMethod.config_cls is ToyConfig
     assert Other.config_cls is OtherConfig
     assert not hasattr(Family, "config_cls")
@@ -47,13 +47,13 @@ def test_the_brackets_say_which_class_the_config_is():
     assert Chosen.config_cls is ToyConfig
 
 
-def test_the_config_says_what_the_method_is_called(registry):
+def test_the_config_names_the_method(registry):
     spec = register_steering_method(ToyMethod)
     assert (spec.name, spec.config_cls, spec.method_cls) == ("TOY", ToyConfig, ToyMethod)
     assert get_steering_method("TOY") is spec
 
 
-def test_packages_of_before_are_registered_as_they_were(registry):
+def test_packages_for_earlier_versions_still_register(registry):
     class Old(SteeringMethod):
         config_cls = OtherConfig
 
@@ -82,5 +82,5 @@ def test_what_is_missing_is_named(registry):
         register_steering_method(Nameless)
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_is_marked_as_typed():
     assert files("finesteer_hf").joinpath("py.typed").is_file()

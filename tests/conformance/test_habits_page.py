@@ -1,4 +1,4 @@
-"""The page of habits: every row is shown by tests that there are."""
+"""The page of habits: every row names existing tests."""
 
 import re
 from pathlib import Path

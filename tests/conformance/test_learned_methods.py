@@ -29,7 +29,7 @@ QUICK = {"left_padding", "mixed_rows"}
 
 
 def model_for(name):
-    """The toy model, with attention weights where a method takes them in."""
+    """The toy model, with attention weights if a method uses them."""
     model = toy_model()
     if getattr(CONFIGS[name], "attention", False):
         model.set_attn_implementation("eager")

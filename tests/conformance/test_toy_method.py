@@ -1,4 +1,4 @@
-"""The suite on a method of a few lines, without fitting: the run time alone."""
+"""The suite on a method of a few lines, without a fit: only the run time."""
 
 import pytest
 import torch

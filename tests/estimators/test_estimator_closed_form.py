@@ -84,7 +84,7 @@ def test_reduced_rank_ridge_is_the_svd_of_the_augmented_fit_and_beats_other_base
 
 
 def test_predictable_directions_beat_principal_ones_held_out() -> None:
-    """Large variance that the state does not predict owns PCA of the shifts, not the fitted map."""
+    """Large variance that the state does not predict dominates PCA of the shifts, but not the fitted map."""
     rng = np.random.default_rng(0)
     states, shifts = regression(400, 60, rank=4, noise=0.3, scale=2.0)
     shifts = shifts + rng.normal(size=(400, 8)) @ rng.normal(size=(8, 60))
@@ -99,7 +99,7 @@ def test_predictable_directions_beat_principal_ones_held_out() -> None:
     assert ours > held_out_r2(shifts[test], full, delta_bar)
 
 
-def test_rank_and_ridge_are_chosen_by_what_held_out_rows_say() -> None:
+def test_rank_and_ridge_are_chosen_on_held_out_rows() -> None:
     states, shifts = regression(250, 40, rank=3, noise=0.5)
     fitted = ReducedRankSteering().fit(states, shifts)
     assert 2 <= fitted.rank_ <= 4
@@ -162,7 +162,7 @@ def test_default_adapter_of_width_4096_stays_under_two_megabytes() -> None:
 
 
 def modes(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Three modes, told by the state, with shifts of different size; the last rows are for judging."""
+    """Three modes that the state predicts, with shifts of different size; the last rows are held out."""
     rng = np.random.default_rng(seed)
     mode = rng.integers(3, size=rows)
     states = 2.0 * np.random.default_rng(7).normal(size=(3, 30))[mode] + rng.normal(size=(rows, 30))
@@ -207,7 +207,7 @@ def test_routing_finds_the_modes_and_falls_back_to_frequencies_without_signal() 
     np.testing.assert_allclose(alpha, np.tile(blind.sizes / 200, (200, 1)), atol=0.1)
 
 
-def test_mixture_takes_experts_where_there_are_modes_and_reports_every_ablation() -> None:
+def test_mixture_uses_experts_for_modes_and_reports_every_ablation() -> None:
     states, shifts = modes(200)
     fitted = MixtureSteering(folds=3).fit(states, shifts)
     table = {(row["num_experts"], row["residual_rank"] > 0): row for row in fitted.ablations_}
@@ -242,19 +242,19 @@ def test_equal_shifts_or_equal_states_give_the_constant() -> None:
 def test_bad_input_is_refused() -> None:
     states, shifts = regression(30, 20)
     for estimator, message in [
-        (ReducedRankSteering(21), "whole number from 0 to the 20"),
+        (ReducedRankSteering(21), "an integer from 0 to 20"),
         (ReducedRankSteering(2.5), "rank=2.5"),
         (ReducedRankSteering(ridge=-1.0), "ridge=-1.0"),
-        (MixtureSteering(31), "num_experts=31 must be 'auto' or a whole number from 1 to the 30 rows"),
+        (MixtureSteering(31), "num_experts=31 must be 'auto' or an integer from 1 to the number of rows, 30"),
         (MixtureSteering(12), "too few of the 30 rows"),
         (MixtureSteering(residual_rank=-1), "residual_rank=-1"),
     ]:
         with pytest.raises(ValueError, match=message):
             estimator.fit(states, shifts)
     for estimator in (ReducedRankSteering(), MixtureSteering()):
-        with pytest.raises(ValueError, match="one shift belongs to each state"):
+        with pytest.raises(ValueError, match="each state needs one shift"):
             estimator.fit(states, shifts[1:])
-        with pytest.raises(ValueError, match="1 of 30 rows hold NaN"):
+        with pytest.raises(ValueError, match="1 of 30 rows contain NaN"):
             estimator.fit(np.where(np.arange(30)[:, None] == 4, np.inf, states), shifts)
         with pytest.raises(ValueError, match="at least"):
             estimator.fit(states[:1], shifts[:1])

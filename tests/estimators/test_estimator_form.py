@@ -1,4 +1,4 @@
-"""The probe of prompts' form: it finds what separates, names it, and stays quiet where nothing does."""
+"""The probe of prompts' form: it finds and names what separates the classes, and nothing if nothing does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def questions(count: int, seed: int = 1) -> list[str]:
     return [f"Why would one {rng.choice(VERBS)} the {' and the '.join(rng.choice(NOUNS, 2))}?" for _ in range(count)]
 
 
-def test_commands_against_questions_are_told_and_named() -> None:
+def test_commands_against_questions_are_separated_and_named() -> None:
     probe = FormProbe().fit(commands(80), questions(60))
     assert probe.auroc_ > 0.999
     first = probe.telling_[0]
@@ -33,7 +33,7 @@ def test_commands_against_questions_are_told_and_named() -> None:
     assert probe.same_form(commands(30, seed=7), 0.05).mean() > 0.8
 
 
-def test_prompts_of_one_form_are_not_told() -> None:
+def test_prompts_of_one_form_are_not_separated() -> None:
     mixed = [*commands(80), *questions(80)]
     probe = FormProbe().fit(mixed[::2], mixed[1::2])
     assert 0.35 < probe.auroc_ < 0.65
@@ -56,7 +56,7 @@ def test_wrappers_lengths_and_case_are_named(own: list[str], general: list[str],
     assert named in " ".join(row["statement"] for row in probe.telling_), probe.telling_
 
 
-def test_a_length_in_the_middle_is_told_too() -> None:
+def test_a_length_in_the_middle_is_found_too() -> None:
     def of(words: int, seed: int) -> str:
         return " ".join(np.random.default_rng(seed).choice(NOUNS, words))
 
@@ -65,7 +65,7 @@ def test_a_length_in_the_middle_is_told_too() -> None:
     assert FormProbe().fit(own, general).auroc_ > 0.95
 
 
-def test_the_first_word_of_one_kind_is_no_form_of_the_others() -> None:
+def test_the_first_word_of_one_kind_is_not_the_form_of_the_others() -> None:
     rng = np.random.default_rng(0)
     kinds = np.repeat(list("abcdef"), 15)
     # each kind begins with a word of its own, each general prompt with another; apart from that nothing tells
@@ -76,7 +76,7 @@ def test_the_first_word_of_one_kind_is_no_form_of_the_others() -> None:
 
 
 def test_weights_make_the_forms_alike() -> None:
-    """Weighted by overlap, what tells the classes by form has about the same share in both."""
+    """With overlap weights, a separating property of the form has about the same share in both classes."""
     rng = np.random.default_rng(0)
     own = [(commands if asked < 0.8 else questions)(1, seed)[0] for seed, asked in enumerate(rng.random(200))]
     general = [

@@ -136,14 +136,14 @@ def test_lost_dose_of_ir_queries_is_bounded(epsilon: float, gamma: float) -> Non
 
 
 def test_in_sample_quantile_has_no_such_guarantee() -> None:
-    """With a score that has seen its rows (here shifted up by half a deviation) the quantile misses twice eps (T21)."""
+    """If the score has seen its rows (here shifted up by half a deviation), the quantile misses twice eps (T21)."""
     rng = np.random.default_rng(0)
     misses = [norm.cdf(QuantileGate(0.05).fit(rng.normal(size=200) + 0.5).threshold_) for _ in range(200)]
     assert np.mean(misses) > 0.1
 
 
 def test_too_few_rows_fire_always_and_say_how_many_are_needed() -> None:
-    with pytest.warns(UserWarning, match=r"18 calibration rows, and epsilon=0.05 \(marginal\) needs 19"):
+    with pytest.warns(UserWarning, match=r"18 calibration rows, but epsilon=0.05 \(marginal\) needs 19"):
         gate = ConformalGate(0.05).fit(np.arange(18.0))
     np.testing.assert_array_equal(gate.gate(np.array([-1e9, 0.0, 5.0])), np.ones(3))
     assert gate.bound_ == 0.0
@@ -196,7 +196,7 @@ def test_false_alarm_bound_is_clopper_pearson() -> None:
     assert false_alarm_upper_bound(7, 7) == 1.0
     bound = false_alarm_upper_bound(3, 50)
     assert binom.cdf(3, 50, bound) == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="no rate"):
+    with pytest.raises(ValueError, match="not a rate"):
         false_alarm_upper_bound(5, 4)
 
 
@@ -226,10 +226,10 @@ def test_gate_parameters_are_checked() -> None:
         (ConformalGate(epsilon=0.0), "epsilon=0.0"),
         (ConformalGate(epsilon=1.5), "epsilon=1.5"),
         (ConformalGate(gamma=-1), "gamma=-1"),
-        (ConformalGate(guarantee="sure"), "there are 'marginal', 'pac'"),
+        (ConformalGate(guarantee="sure"), "use one of 'marginal', 'pac'"),
         (ConformalGate(guarantee="pac", delta=2), "delta=2"),
         (QuantileGate(gamma=0), "gamma=0"),
-        (LogisticGate(), "one class only"),
+        (LogisticGate(), "only one class"),
     ]:
         with pytest.raises(ValueError, match=message):
             gate.fit(s)
@@ -238,7 +238,7 @@ def test_gate_parameters_are_checked() -> None:
 
 
 def test_threshold_of_kinds_is_the_brute_force_one() -> None:
-    """The largest score at which kinds, each weighing the same, have at most epsilon below."""
+    """The largest score with at most epsilon of the equally weighted kinds below."""
     rng = np.random.default_rng(0)
     for trial in range(20):
         kinds = rng.integers(6, size=80).astype(str)
@@ -258,7 +258,7 @@ def test_kinds_of_one_row_each_have_the_bound_of_rows() -> None:
     assert gate.bound_ == pytest.approx(gate.rank_ / 60)
 
 
-def test_miss_rate_on_a_new_kind_keeps_its_bound_where_rows_break_theirs() -> None:
+def test_the_bound_for_a_new_kind_holds_where_that_of_rows_fails() -> None:
     rng = np.random.default_rng(0)
     missed, missed_by_rows, bounds = [], [], []
     for _ in range(400):
@@ -275,7 +275,7 @@ def test_miss_rate_on_a_new_kind_keeps_its_bound_where_rows_break_theirs() -> No
     assert np.mean(missed_by_rows) > 0.05 + 2 * error  # what rows promise does not hold here
 
 
-def test_kinds_need_groups_and_know_no_pac() -> None:
+def test_kinds_need_groups_and_exclude_pac() -> None:
     scores = np.arange(30.0)
     for gate, groups in ((ConformalGate(by_kind=True), None), (ConformalGate(by_kind=True, guarantee="pac"), scores)):
         with pytest.raises(ValueError, match="by_kind=True needs groups"):

@@ -26,7 +26,7 @@ def test_the_map_is_the_paper_s():
             np.testing.assert_allclose(got[row, head], a + factor @ r.T @ a + maps.shift[head].numpy(), atol=1e-5)
 
 
-def test_a_map_of_scaled_states_is_put_back_into_their_units():
+def test_a_map_of_scaled_states_is_converted_back():
     maps, scale = random_map(), torch.tensor([0.5, 3.0])
     states = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1))
     expected = scale[:, None] * maps.displacement(states / scale[:, None])
@@ -81,8 +81,8 @@ def test_questions_with_one_wanted_answer_aim_at_a_point():
     np.testing.assert_allclose(regions.centre[wanted[one]], states[one][wanted[one]])
 
 
-def test_training_finds_what_no_linear_map_can():
-    """The wanted state is a + |a_0| e_0: even in a, and so out of reach of constants and linear maps."""
+def test_training_finds_what_a_linear_map_cannot():
+    """The wanted state is a + |a_0| e_0: even in a, so constants and linear maps cannot reach it."""
     rng = np.random.default_rng(0)
     states = rng.normal(size=(300, 1, 3))
     centre = states + np.abs(states[:, :, :1]) * [1.0, 0.0, 0.0]

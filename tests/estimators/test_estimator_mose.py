@@ -81,7 +81,7 @@ def published_network(variant: str, centroids: np.ndarray, basis: np.ndarray, wi
 
 @pytest.mark.parametrize("variant", ["paper", "orthogonal"])
 def test_official_training_takes_the_codes_steps(variant: str) -> None:
-    """Biases, W_V's start, the rows drawn for validation, clipping and the best epoch: the same vectors in the end."""
+    """Biases, W_V's start, the rows drawn for validation, clipping and the best epoch: the vectors are the same."""
     states, shifts = clustered()
     groups = np.arange(len(states)) // 3
     fitted = PaperMoSE(4, residual_rank=3, variant=variant, compat="official", epochs=12, seed=5)
@@ -159,7 +159,7 @@ def test_training_learns_routing() -> None:
 
 
 def test_clipping_acts_on_the_gradient_of_the_step() -> None:
-    """Clipping before the backward pass would leave both runs alike (T17)."""
+    """Clipping before the backward pass would make both runs equal (T17)."""
     states, shifts = clustered()
     options = {"num_experts": 4, "residual_rank": 3, "epochs": 10, "lr": 5e-3}
     free = PaperMoSE(**options).fit(states, shifts).history_
@@ -206,7 +206,7 @@ def test_bad_input_is_refused() -> None:
     states, shifts = clustered(rows=30)
     same = np.ones_like(shifts)
     for options, message in [
-        ({"num_experts": 31}, "num_experts=31 must lie between 1 and the 30 rows"),
+        ({"num_experts": 31}, "num_experts=31 must be between 1 and the number of rows, 30"),
         ({"residual_rank": 25}, "residual_rank=25"),
         ({"variant": "best"}, "there are 'paper', 'orthogonal'"),
         ({"lr": 0.0}, "lr=0.0"),
@@ -219,7 +219,7 @@ def test_bad_input_is_refused() -> None:
         PaperMoSE().fit(states, shifts[1:])
     with pytest.raises(ValueError, match="only 1 different"):
         PaperMoSE(3).fit(states, same)
-    with pytest.raises(ValueError, match="tries 4 to 10 experts, but there are 4 rows"):
+    with pytest.raises(ValueError, match="tries 4 to 10 experts, but there are only 4 rows"):
         PaperMoSE(residual_rank=2).fit(states[:4], shifts[:4])
     with pytest.raises(ValueError, match="diverged"):
         PaperMoSE(4, residual_rank=2, lr=1e30).fit(states, shifts)

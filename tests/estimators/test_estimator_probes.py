@@ -1,4 +1,4 @@
-"""Head probes on planted heads: one tells the classes apart, the others do not."""
+"""Head probes on planted heads: one separates the classes, the others do not."""
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -14,7 +14,7 @@ def planted(rows=200, heads=5, size=6, telling=3, seed=0):
     return states, labels
 
 
-def test_the_telling_head_is_found_in_the_planted_direction():
+def test_the_separating_head_is_found_in_the_planted_direction():
     (states, labels), (held_out, truth) = planted(), planted(seed=1)
     probes = fit_head_probes(states, labels, held_out, truth)
     assert best_heads(probes.accuracy, probes.log_loss, 1).tolist() == [3]
@@ -35,6 +35,6 @@ def test_figures_are_those_of_sklearn_and_numpy():
     np.testing.assert_allclose(spread_along(states, direction)[3], (states[:, 3] @ direction[3]).std())
 
 
-def test_among_equals_the_smaller_loss_then_the_earlier_head_comes_first():
+def test_ties_go_to_the_smaller_loss_then_to_the_earlier_head():
     chosen = best_heads(np.array([0.7, 0.9, 0.9, 0.9]), np.array([0.1, 0.5, 0.3, 0.5]), 3)
     assert chosen.tolist() == [2, 1, 3]

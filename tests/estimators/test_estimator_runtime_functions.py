@@ -1,4 +1,4 @@
-"""What steering evaluates at run time: keyword-compatible with `state()`, traceable, free of host syncs, fp32."""
+"""The run-time functions: keyword-compatible with `state()`, traceable, free of host syncs, fp32."""
 
 from __future__ import annotations
 

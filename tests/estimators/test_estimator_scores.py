@@ -1,4 +1,4 @@
-"""Scores beside the energy ratio: against plain numpy, on what the ratio cannot see, and the choice between them."""
+"""Scores besides the energy ratio: against plain numpy, on what the ratio misses, and the choice between them."""
 
 from __future__ import annotations
 
@@ -138,11 +138,11 @@ def test_auto_without_general_rows_is_one_class() -> None:
     assert (auto.name_, auto.table_) == ("ser", [])
     with pytest.raises(ValueError, match="needs general states"):
         AutoScore(("state",)).fit(ir)
-    with pytest.raises(ValueError, match="'cosine' is unknown; there are 'ser', 't2q', 'state'"):
+    with pytest.raises(ValueError, match="'cosine' is unknown; use one of 'ser', 't2q', 'state'"):
         AutoScore(("cosine",)).fit(ir)
 
 
-def test_cross_fitted_scores_are_of_fits_that_have_not_seen_the_row() -> None:
+def test_cross_fitted_scores_come_from_fits_that_have_not_seen_the_row() -> None:
     rng = np.random.default_rng(0)
     ir, new = rng.normal(size=(100, 200)), rng.normal(size=(400, 200))
     fitted = IntervenedSubspace(12).fit(ir)
@@ -153,7 +153,7 @@ def test_cross_fitted_scores_are_of_fits_that_have_not_seen_the_row() -> None:
 
 
 @pytest.mark.parametrize("kind", [IntervenedSubspace, MonitoringScore])
-def test_a_rank_that_was_chosen_for_all_rows_is_no_cause_to_warn_in_a_fold(kind: type) -> None:
+def test_a_rank_chosen_for_all_rows_does_not_warn_in_a_fold(kind: type) -> None:
     rng = np.random.default_rng(0)
     ir = rng.normal(size=(64, 8)) @ rng.normal(size=(8, 96))
     with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def test_scores_refuse_bad_rows(name: str) -> None:
     for bad, message in [
         (np.empty((0, 64)), r"\[0, 64\]"),
         (ir[:1], "at least"),
-        (broken, r"2 of 40 rows hold NaN or Inf \(the first is row 3\)"),
+        (broken, r"2 of 40 rows contain NaN or Inf \(the first is row 3\)"),
         (ir[0], "two-dimensional"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -188,7 +188,7 @@ def test_scores_refuse_bad_rows(name: str) -> None:
 
 def test_state_score_needs_both_classes_of_one_width() -> None:
     ir = ir_cloud(np.random.default_rng(0), 20)
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(ValueError, match="only one class"):
         StateScore().fit(ir)
     with pytest.raises(ValueError, match="10 wide, but ir is 64 wide"):
         StateScore().fit(ir, np.ones((5, 10)))

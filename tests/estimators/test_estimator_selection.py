@@ -46,7 +46,7 @@ def test_folds_cover_every_row_once_and_keep_groups_whole() -> None:
             if labels is not None:
                 assert not set(labels[train]) & set(labels[test])
     assert len(make_folds(3, 5)) == 3
-    with pytest.raises(ValueError, match="there are 1 groups"):
+    with pytest.raises(ValueError, match="folds=5 and 1 groups"):
         make_folds(10, 5, np.zeros(10))
 
 

@@ -1,4 +1,4 @@
-"""The energy ratio and its subspace against plain numpy, and what the ratio can and cannot see."""
+"""The energy ratio and its subspace against plain numpy, and what the ratio detects and misses."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_randomised_directions_capture_what_exact_ones_do(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("rows", "width"), [(30, 80), (80, 30), (2, 5)])
-def test_factorisations_give_the_table_back(rows: int, width: int) -> None:
+def test_factorisations_reproduce_the_table(rows: int, width: int) -> None:
     table = np.random.default_rng(0).normal(size=(rows, width))
     coordinates, basis = row_space(table)
     np.testing.assert_allclose(coordinates @ basis.T, table, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Conditions on judged prompts: verdicts, gates and comparisons, with a small gated method of the test's own."""
+"""Conditions on judged prompts: verdicts, gates and comparisons, with a small gated test method."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_benchmarks_by_name() -> None:
     assert "gsm8k" in BENCHMARKS
 
 
-def test_a_table_stars_what_holm_leaves_of_all_its_p() -> None:
+def test_a_table_stars_what_is_significant_after_holm() -> None:
     # .01 x 3 is below .05; then .03 x 2 is not, and what follows falls with it.
     rows = [ComparisonRow("data", "figure", None, None, p) for p in (0.03, None, 0.01, 0.04)]
     assert [cells[-1] for cells in table_cells(rows)] == ["0.03", "-", "0.01*", "0.04"]

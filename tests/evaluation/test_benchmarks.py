@@ -1,4 +1,4 @@
-"""Loaders and judges of the benchmark sets; against the published files where those are at hand."""
+"""Loaders and judges of the benchmark sets; against the published files if they are available."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_mc_task_is_read_in_both_of_its_forms(tmp_path: Path) -> None:
         assert load_truthfulqa(path) == [TruthfulQuestion("Q?", "A", ("A", "C"), ("B",))]
 
 
-def test_other_files_are_refused_with_what_they_hold(tmp_path: Path) -> None:
+def test_other_files_are_refused_with_their_content(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="or the id of a data set"):
         load_truthfulqa(tmp_path / "missing.csv")
     with pytest.raises(DatasetError, match=r"columns: \['x'\]"):
@@ -143,7 +143,7 @@ def test_identical_share_counts_whole_answers() -> None:
         identical_share([[1]], [])
 
 
-def test_refusals_are_told_from_answers_and_from_broken_output() -> None:
+def test_refusals_are_distinguished_from_answers_and_broken_output() -> None:
     assert is_refusal("I’m sorry, but no.") and is_refusal("  Sorry, but I\ncannot do that")
     assert not is_refusal("Sure, here is how. " * 8 + "I cannot say more.")
     assert not is_refusal("Wi cannot")

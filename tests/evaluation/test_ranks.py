@@ -9,13 +9,13 @@ from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
 
 
 def planted(n: int = 300) -> dict[str, np.ndarray]:
-    """A clear best, two that differ by chance alone, and a clear last."""
+    """A clear best, two that differ only by chance, and a clear last."""
     generator = np.random.default_rng(0)
     shares = {"last": 0.1, "middle a": 0.5, "best": 0.9, "middle b": 0.5}
     return {name: generator.random(n) < share for name, share in shares.items()}
 
 
-def test_clear_ranks_are_told_and_equal_ones_are_not() -> None:
+def test_clear_ranks_are_separated_and_equal_ones_are_not() -> None:
     found = ranks_with_intervals(planted())
     assert list(found) == ["last", "middle a", "best", "middle b"]
     assert (found["best"].value, found["best"].low, found["best"].high) == (1, 1, 1)
@@ -31,7 +31,7 @@ def test_methods_with_the_same_answers_share_their_places() -> None:
     assert (found["one"].value, found["one"].low, found["one"].high) == (1.5, 1, 2) and found["one"] == found["two"]
 
 
-def test_an_interval_holds_what_drawing_items_with_a_loop_gives() -> None:
+def test_an_interval_equals_a_bootstrap_loop() -> None:
     generator = np.random.default_rng(4)
     scores = {name: generator.normal(shift, 1, 40) for name, shift in (("a", 0.0), ("b", 0.2), ("c", 0.4))}
     ranks = []
@@ -51,7 +51,7 @@ def test_shared_difficulty_does_not_widen_ranks() -> None:
     assert (found["b"].low, found["b"].high) == (1, 1)
 
 
-def test_what_cannot_be_ranked_is_refused() -> None:
+def test_unusable_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="same items"):
         ranks_with_intervals({"a": [1.0], "b": [1.0, 2.0]})
     with pytest.raises(ValueError, match="same items"):

@@ -1,4 +1,4 @@
-"""Plots draw, and a report is one file that holds everything and escapes what models wrote."""
+"""Plots render, and a report is one self-contained file that escapes model output."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_dose_curve_keeps_its_numbers() -> None:
     assert bottom.get_ylim() == (0, pytest.approx(1.1 * 0.04))
 
 
-def test_rounding_looks_like_nothing_and_one_point_is_no_curve() -> None:
+def test_rounding_is_invisible_and_one_point_is_not_a_curve() -> None:
     points = [DosePoint(s, 0.1, 0.01, 1e-8, own_words=-0.1 if s == 0 else None) for s in (0.0, 1.0, 2.0)]
     axes = plot_dose_response(points).axes
     assert len(axes) == 2 and axes[1].get_ylim()[1] == 0.01
@@ -67,7 +67,7 @@ def report() -> Report:
     return Report("Demo", "What was done.", [Headline("truthful", "90%", "n=10")], [section], {"seed": "0"})
 
 
-def test_a_report_needs_nothing_beside_it(report: Report, tmp_path: Path) -> None:
+def test_a_report_is_self_contained(report: Report, tmp_path: Path) -> None:
     path = write_report(report, tmp_path / "new" / "report.html")
     text = path.read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
@@ -78,7 +78,7 @@ def test_a_report_needs_nothing_beside_it(report: Report, tmp_path: Path) -> Non
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 
-def test_what_models_write_is_escaped_and_tags_are_closed(report: Report, tmp_path: Path) -> None:
+def test_model_output_is_escaped_and_tags_are_closed(report: Report, tmp_path: Path) -> None:
     text = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "<b>Is it?</b>" not in text
 

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against formulas written out."""
+"""Intervals and paired tests against explicit formulas."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_p_of_a_paired_mean_is_the_share_of_sign_flips_that_reach_as_far() -> No
         paired_p_value([1.0], [1.0, 2.0])
 
 
-def test_holm_is_what_a_hand_makes_of_it() -> None:
+def test_holm_equals_a_calculation_by_hand() -> None:
     # 0.01 x 4, 0.015 x 3 = 0.045, 0.02 x 2 = 0.04 (held up to 0.045), 0.5 x 1.
     assert holm([0.02, 0.5, 0.01, 0.015]).tolist() == pytest.approx([0.045, 0.5, 0.04, 0.045])
     assert holm([0.9, 0.8]).tolist() == pytest.approx([1.0, 1.0]) and holm([]).size == 0
@@ -111,7 +111,7 @@ def test_holm_is_what_a_hand_makes_of_it() -> None:
 
 
 def test_holm_refuses_what_the_closed_test_of_all_subsets_refuses() -> None:
-    """Holm is the closure of Bonferroni: an hypothesis falls if each set that holds it has a p of at most alpha/size."""
+    """Holm is the closure of Bonferroni: a hypothesis falls if each set with it has p at most alpha/size."""
     generator = np.random.default_rng(1)
     for _ in range(20):
         p = generator.uniform(0, 0.2, 5).round(2)
@@ -122,7 +122,7 @@ def test_holm_refuses_what_the_closed_test_of_all_subsets_refuses() -> None:
 
 
 def bca(values: np.ndarray) -> tuple[float, float]:
-    """What a bootstrap makes of 0 and 1."""
+    """The bootstrap interval of zeros and ones."""
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
     found = stats.bootstrap((values,), np.mean, n_resamples=500, method="BCa", rng=np.random.default_rng(0))
@@ -152,7 +152,7 @@ def test_the_interval_of_paired_shares_is_tangos() -> None:
 
 
 def test_the_ends_of_a_paired_interval_are_refused_by_the_score_test_at_its_level() -> None:
-    """Brute force: the likeliest shares under a difference by search, not by the formula's root."""
+    """Brute force: the most likely shares under a difference by search, not by the formula's root."""
     gained, lost, n = 5, 1, 30
     found = paired_difference(np.r_[np.zeros(5), np.ones(25)], np.r_[np.ones(5), np.zeros(1), np.ones(24)])
     shares = np.linspace(1e-6, 0.5, 200_001)

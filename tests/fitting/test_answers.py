@@ -1,4 +1,4 @@
-"""Answers under teacher forcing against plain forwards, and gradients against differences."""
+"""Answers under teacher forcing against plain forwards, and gradients against finite differences."""
 
 import torch
 
@@ -38,7 +38,7 @@ def test_logits_and_states_are_those_of_each_text_alone():
         assert not run.logits.requires_grad
 
 
-def test_gradients_reach_the_steering_and_nothing_of_the_model():
+def test_gradients_reach_the_steering_and_not_the_model():
     model = toy_model()
     vector = torch.zeros(32, requires_grad=True)
 

@@ -179,7 +179,7 @@ def test_general_prompts_take_the_form_of_the_rows() -> None:
 
 
 def test_general_prompts_that_are_training_prompts_are_dropped() -> None:
-    with pytest.warns(DatasetWarning, match=r"general_dataset: row 30 .*it is to be steered"):
+    with pytest.warns(DatasetWarning, match=r"general_dataset: row 30 .*it should be steered"):
         adapter = fit(general_dataset=[*GENERAL, chat_rows()[0]["prompt"][0]["content"]])
     assert sum(adapter.config.fit["general_rows"].values()) == 30
 

@@ -1,4 +1,4 @@
-"""Steering on a GPU: every feature of the suite, no added waits for the device, fits that agree with the processor's."""
+"""Steering on a GPU: every feature of the suite, no added waits for the device, and fits that agree with the CPU's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the loopback Hub and of what talks to it."""
+"""Fixtures for tests of the loopback Hub and its clients."""
 
 from __future__ import annotations
 

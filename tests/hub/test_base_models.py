@@ -1,4 +1,4 @@
-"""What an adapter calls its base: found again by its name, told by its weights, never by a path of a machine."""
+"""An adapter's base: found by its name, identified by its weights, never by a local path."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_installation_without_the_weights_says_how_to_get_them(
 ) -> None:
     monkeypatch.setitem(PACKAGED, "playground", str(tmp_path))
     for load in (playground.load, lambda: SteeredModelForCausalLM.from_pretrained("playground")):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no model.safetensors.*playground.train"):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no model.safetensors.*playground.train"):
             load()
 
 
@@ -127,7 +127,7 @@ def named(model: Any, name: str) -> Any:
 
 
 def packed(model: Any) -> Any:
-    """Without a weight that can be compared, as a quantiser that packs everything leaves it."""
+    """Without comparable weights, as after a quantiser that packs everything."""
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False))
@@ -185,7 +185,7 @@ def test_strict_refuses_another_base_and_names_both(case: str, tmp_path: Path) -
 
 SAME_BASES: dict[str, Any] = {
     "the same name": lambda: named(tiny_llama(), "org/tiny"),
-    "without a name": tiny_llama,
+    "an unnamed base": tiny_llama,
     "another name": lambda: named(tiny_llama(), "org/mirror"),
     "half precision": lambda: tiny_llama().to(torch.bfloat16),
     "no weight to compare": lambda: named(packed(tiny_llama()), "org/tiny"),
@@ -206,14 +206,14 @@ def test_strict_takes_the_base_under_any_name(case: str) -> None:
         assert model.load_steering(adapter).warnings == model.load_steering(adapter, strict=False).warnings == ()
 
 
-def test_strict_is_about_the_base_and_not_about_a_lora() -> None:
+def test_strict_checks_the_base_and_not_the_lora() -> None:
     tuned = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
     model = SteeredModelForCausalLM.from_model(tuned)
     with pytest.warns(UserWarning, match=r"fitted with LoRA \[\], now active: \['default'\]"):
         assert len(model.load_steering(fitted(tiny_llama()), strict=True).warnings) == 1
 
 
-def test_strict_wants_to_know_the_base() -> None:
+def test_strict_needs_to_know_the_base() -> None:
     model = SteeredModelForCausalLM.from_model(tiny_llama())
     nameless = small_adapter(base_model_name_or_path=None)
     with pytest.raises(AdapterMismatchError, match="neither `base_model_name_or_path` nor `base_model_fingerprint`"):
@@ -222,7 +222,7 @@ def test_strict_wants_to_know_the_base() -> None:
     assert model.load_steering(fitted(tiny_llama(), base_model_name_or_path=None), strict=True).warnings == ()
 
 
-def test_strict_reaches_the_adapter_from_every_door(tmp_path: Path) -> None:
+def test_strict_works_for_every_way_to_load(tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     tiny_llama(0).save_pretrained(mine)
     tiny_llama(1).save_pretrained(other)
@@ -245,7 +245,7 @@ def test_lora_around_the_base_does_not_change_it_and_merged_lora_does() -> None:
     assert compare(tuned.merge_and_unload(), printed).differing
 
 
-def test_names_hold_no_path(tmp_path: Path) -> None:
+def test_names_contain_no_path(tmp_path: Path) -> None:
     model = tiny_llama()
     cases = {
         "": None,
@@ -262,7 +262,7 @@ def test_names_hold_no_path(tmp_path: Path) -> None:
     assert public_name("~/x") == "local:x" and public_name("local:x") == "local:x" and public_name(None) is None
 
 
-def test_nothing_that_is_written_names_a_path(tmp_path: Path) -> None:
+def test_no_written_file_names_a_path(tmp_path: Path) -> None:
     secret = tmp_path / "secret-home"
     data = {"id": str(secret / "rows.jsonl"), "sha256": "a" * 64}
     adapter = small_adapter(
@@ -292,14 +292,14 @@ def test_other_names_that_may_be_paths_are_published_without_them(tmp_path: Path
     assert SteeringAdapter.from_pretrained(folder).config.sibling == "local:aligned"
 
 
-def test_a_push_asks_for_a_base_that_others_can_load(hub_client: HubServer, tmp_path: Path) -> None:
+def test_a_push_needs_a_base_that_others_can_load(hub_client: HubServer, tmp_path: Path) -> None:
     for base in (str(tmp_path), "local:mine", None):
         adapter = small_adapter(base_model_name_or_path=base)
         with pytest.raises(ValueError, match=r"base_model='org/name'"):
             adapter.push_to_hub("org/a")
         with pytest.raises(ValueError, match=r"base_model='org/name'"):
             adapter.save_pretrained(tmp_path / "s", push_to_hub=True)
-        with pytest.raises(ValueError, match="no Hub id"):
+        with pytest.raises(ValueError, match="not a Hub id"):
             adapter.push_to_hub("org/a", base_model="../x")
     assert not hub_client.requests.lines and not (tmp_path / "s").exists()
     adapter.push_to_hub("org/a", base_model="org/tiny")
@@ -318,7 +318,7 @@ def test_a_copy_of_a_repo_in_the_cache_is_that_repo(hub_client: HubServer) -> No
     assert base_of(AutoModelForCausalLM.from_pretrained("org/tiny"))[0] == "org/tiny"
 
 
-def test_an_adapter_does_not_say_whose_code_runs(hub_client: HubServer, tmp_path: Path) -> None:
+def test_an_adapter_does_not_choose_whose_code_runs(hub_client: HubServer, tmp_path: Path) -> None:
     tiny_llama().push_to_hub("org/tiny")
     small_adapter().push_to_hub("org/a")
     with pytest.raises(ValueError, match=r"trust_remote_code.*Give model_id='org/tiny'"):
@@ -337,7 +337,7 @@ def test_an_adapter_does_not_say_whose_code_runs(hub_client: HubServer, tmp_path
             SteeredModelForCausalLM.from_pretrained(None, steering="org/evil")
 
 
-def test_an_adapter_from_before_loads_unchanged(tmp_path: Path) -> None:
+def test_an_adapter_of_an_earlier_version_loads_unchanged(tmp_path: Path) -> None:
     folder = small_adapter().save_pretrained(tmp_path / "old")
     data = json.loads((folder / "steering_config.json").read_text())
     del data["base_model_fingerprint"]

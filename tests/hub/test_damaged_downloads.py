@@ -66,7 +66,7 @@ def test_a_download_that_goes_wrong_once_is_repeated(repo: HubServer, file: str,
 @pytest.mark.parametrize(("kind", "what"), [("corrupt", "content"), ("wrong_size", "size")])
 def test_a_file_that_stays_damaged_is_refused_and_not_kept(repo: HubServer, file: str, kind: Any, what: str) -> None:
     repo.faults.add(Fault(f".*{file}", kind, times=None))
-    with pytest.raises(AdapterFileError, match=rf"{file} of org/a arrived twice with another {what}"):
+    with pytest.raises(AdapterFileError, match=rf"{file} of org/a was downloaded twice with (a )?{what} other"):
         load("org/a@v1")
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob(file) if path.is_file()]
     repo.faults.clear()

@@ -69,7 +69,7 @@ def test_the_settings_of_this_process_come_back(hub: HubServer, tmp_path: Path) 
     assert auth.ENDPOINT == constants.ENDPOINT
 
 
-def test_a_stopped_hub_answers_nobody(hub_client: HubServer) -> None:
+def test_a_stopped_hub_does_not_answer(hub_client: HubServer) -> None:
     sha = hub_client.commit("org/a", {"a.txt": "one"})
     path = hf_hub_download("org/a", "a.txt")
     hub_client.stop()

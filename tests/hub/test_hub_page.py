@@ -1,4 +1,4 @@
-"""The page on the Hub: its code runs against a Hub, and what it says of repos is so."""
+"""The page on the Hub: its code runs against a Hub, and its statements about repos are true."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made_for(base: str, seed: int) -> SteeringAdapter:
 
 @pytest.fixture
 def names(hub_client: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code finds: adapters of a model that is on the Hub."""
+    """Names for the page's code: adapters of a model that is on the Hub."""
     monkeypatch.chdir(tmp_path)
     tiny_llama().push_to_hub("org/llama3")
     return {
@@ -64,7 +64,7 @@ def test_the_page_from_top_to_bottom(
     run(names, 3, 4)
     head = hub_client.commits("org/llama3-steering")[0].sha
     assert f"org/llama3-steering/safe (commit {head[:12]})" in capsys.readouterr().out
-    assert "Each folder holds one" in hub_client.files("org/llama3-steering")["README.md"].decode()
+    assert "Each folder has one" in hub_client.files("org/llama3-steering")["README.md"].decode()
     own = SteeredModelForCausalLM.from_pretrained("org/llama3", steering=names["adapter"])
     assert tokens_of(names["model"]) == tokens_of(own) != tokens_of(own, steering=None)
     run(names, 5)

@@ -152,11 +152,11 @@ def test_what_is_missing_is_named_with_what_exists(
         "org/none": r"no repo 'org/none' on the Hub, or it is private and this token may not read it",
         "org/a@v3": r"org/a has no revision 'v3'\. Tags: 'v1', 'v2'; branches: 'main'",
         "org/many": r"Steering adapters in it: 'kind', 'true'; give subfolder=",
-        "org/many/false": r"org/many/false holds no steering adapter.*'kind', 'true'",
+        "org/many/false": r"org/many/false has no steering adapter.*'kind', 'true'",
         "org/lora": r"holds a PEFT adapter: load that with AutoModelForCausalLM",
         "org/model": r"holds a model: give it as the model",
         "org/other": r"Files in it: '\.gitattributes', 'notes\.txt'",
-        "/no/such/folder": r"no folder '/no/such/folder', and it is no Hub id",
+        "/no/such/folder": r"no folder '/no/such/folder', and it is not a Hub id",
         "../x": r"no folder '\.\./x'",
         "./org/a": r"no folder",
         "a b": r"no folder",
@@ -184,11 +184,11 @@ def test_private_repos_need_a_token(hub: HubServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("org/a@v1", {"revision": "v2"}, "names the revision 'v1', and revision='v2' another"),
+        ("org/a@v1", {"revision": "v2"}, "names revision 'v1', but revision='v2' was given"),
         ("org/a@", {}, "ends in '@'"),
-        ("org/a", {"revision": "a b"}, "cannot be the name"),
+        ("org/a", {"revision": "a b"}, "is not a valid name"),
         ("org/a", {"subfolder": "../../x"}, "inside the repo"),
-        ("org/a/x", {"subfolder": "y"}, "names the folder 'x'"),
+        ("org/a/x", {"subfolder": "y"}, "names folder 'x'"),
     ],
 )
 def test_arguments_that_contradict_are_refused_before_any_request(
@@ -256,7 +256,7 @@ def test_adapters_are_found_by_base_method_and_author(repo: HubServer) -> None:
     [found] = finesteer_hf.list_adapters("org/large")
     assert (found.base_models, found.private) == (("org/large",), False)
     assert "constant" in found.tags
-    with pytest.raises(ValueError, match="no Hub id"):
+    with pytest.raises(ValueError, match="not a Hub id"):
         finesteer_hf.list_adapters("/home/me/model")
 
 
@@ -294,12 +294,12 @@ def test_plain_transformers_steers_with_the_repos_own_code(repo: HubServer, tmp_
             steered, steering_scale=-2.0
         )
     assert tokens_of(model) == plain and type(model) is base_class
-    with pytest.raises(ValueError, match=r"steered already.*load_steering"):
+    with pytest.raises(ValueError, match=r"already steered.*load_steering"):
         tokens_of(steered, **custom)
     # A folder does not know its name on the Hub.
     small_adapter(7).save_pretrained(tmp_path / "saved", custom_generate=True)
     local = {"custom_generate": str(tmp_path / "saved"), "trust_remote_code": True}
-    with pytest.raises(ValueError, match="Say which adapter steers"):
+    with pytest.raises(ValueError, match="Name the adapter"):
         tokens_of(model, **local)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -128,11 +128,11 @@ def test_a_name_without_namespace_is_the_users_own(hub_client: HubServer, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"repo_id": "org/a@v1"}, "is no Hub id"),
+        ({"repo_id": "org/a@v1"}, "is not a Hub id"),
         ({"repo_id": "../a"}, "Repo id must"),
-        ({"tag": "v 1"}, "cannot be the name"),
-        ({"tag": "a..b"}, "cannot be the name"),
-        ({"revision": ""}, "cannot be the name"),
+        ({"tag": "v 1"}, "is not a valid name"),
+        ({"tag": "a..b"}, "is not a valid name"),
+        ({"revision": ""}, "is not a valid name"),
         ({"tag": "v1", "create_pr": True}, "merge the pull request first"),
         ({"subfolder": "../x"}, "inside the repo"),
         ({"subfolder": "/x"}, "inside the repo"),
@@ -181,16 +181,16 @@ def test_the_card_is_merged_into_the_repos_own(hub_client: HubServer) -> None:
     assert hub_client.files("org/a")["notes.txt"] == b"kept"
 
 
-def test_a_card_that_cannot_be_read_is_left_alone(hub_client: HubServer) -> None:
+def test_a_card_that_cannot_be_read_is_not_changed(hub_client: HubServer) -> None:
     theirs = "---\n- a\n- list\n---\nText\n"
     hub_client.commit("org/a", {"README.md": theirs})
-    with pytest.warns(UserWarning, match="left as it is"):
+    with pytest.warns(UserWarning, match="left unchanged"):
         small_adapter().push_to_hub("org/a")
     assert "steering_config.json" in hub_client.files("org/a")
     assert hub_client.files("org/a")["README.md"].decode() == theirs
 
 
-def test_a_base_that_is_not_of_the_hub_does_not_break_the_push(hub_client: HubServer, tmp_path: Path) -> None:
+def test_a_base_that_is_not_on_the_hub_does_not_break_the_push(hub_client: HubServer, tmp_path: Path) -> None:
     small_adapter(base_model_name_or_path="playground", fit={"data": {"id": str(tmp_path)}}).push_to_hub("org/a")
     text = hub_client.files("org/a")["README.md"].decode()
     assert "base_model" not in yaml.safe_load(re.split(r"^---$", text, flags=re.M)[1])
@@ -228,7 +228,9 @@ def test_a_commit_of_other_files_is_not_in_the_way(hub_client: HubServer) -> Non
     assert tensors_equal(SteeringAdapter.from_pretrained("org/a@v2").tensors, small_adapter(1).tensors)
 
 
-def test_a_readme_changed_meanwhile_is_merged_again(hub_client: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readme_that_changed_during_the_push_is_merged_again(
+    hub_client: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_adapter(0).push_to_hub("org/a")
     send, calls = push._Push.send, []
 
@@ -244,7 +246,7 @@ def test_a_readme_changed_meanwhile_is_merged_again(hub_client: HubServer, monke
     assert card(hub_client, "org/a").data.license == "mit" and "A new text." in card(hub_client, "org/a").text
 
 
-def test_of_two_that_push_at_once_one_wins_and_the_other_is_told(hub_client: HubServer) -> None:
+def test_of_two_simultaneous_pushes_one_wins_and_the_other_gets_an_error(hub_client: HubServer) -> None:
     small_adapter(0).push_to_hub("org/a")
     # Both look at the same head; the slower commit arrives at a branch that has moved.
     hub_client.faults.add(Fault("POST .*/commit/", "slow", seconds=1.0))
@@ -265,7 +267,7 @@ def test_of_two_that_push_at_once_one_wins_and_the_other_is_told(hub_client: Hub
         thread.join()
     lost = [seed for seed, outcome in outcomes.items() if isinstance(outcome, Exception)]
     assert len(lost) == 1
-    with pytest.raises(PushConflictError, match=r"Somebody else pushed.*Nothing of yours was pushed"):
+    with pytest.raises(PushConflictError, match=r"Someone else pushed.*Nothing was pushed"):
         raise outcomes[lost[0]]
     won = 3 - lost[0]
     assert set(hub_client.repo("org/a").tags) == {f"v{won}"}
@@ -289,7 +291,7 @@ TRANSIENT = {
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-def test_what_goes_wrong_once_is_tried_again(hub_client: HubServer, fault: Fault) -> None:
+def test_a_single_failure_is_retried(hub_client: HubServer, fault: Fault) -> None:
     small_adapter(0).push_to_hub("org/a")
     hub_client.faults.add(fault)
     commit = small_adapter(1).push_to_hub("org/a", tag="v2")
@@ -309,7 +311,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("fault", LASTING.values(), ids=LASTING)
-def test_what_stays_wrong_is_told_and_leaves_the_hub_as_it_was(hub_client: HubServer, fault: Fault) -> None:
+def test_a_lasting_failure_is_reported_and_leaves_the_hub_unchanged(hub_client: HubServer, fault: Fault) -> None:
     small_adapter(0).push_to_hub("org/a", tag="v1")
     before = hub_client.files("org/a"), hub_client.commits("org/a")
     hub_client.faults.add(fault)
@@ -320,9 +322,9 @@ def test_what_stays_wrong_is_told_and_leaves_the_hub_as_it_was(hub_client: HubSe
     assert tensors_equal(SteeringAdapter.from_pretrained("org/a").tensors, small_adapter(0).tensors)
 
 
-def test_a_tag_that_cannot_be_made_is_told_with_the_commit(hub_client: HubServer) -> None:
+def test_a_tag_that_cannot_be_created_is_reported_with_the_commit(hub_client: HubServer) -> None:
     hub_client.faults.add(Fault("POST .*/tag/", "status", status=500, times=None))
-    with pytest.raises(PushError, match=r"was pushed to org/a as commit \w{40}, but the tag 'v1' was not made"):
+    with pytest.raises(PushError, match=r"was pushed to org/a as commit \w{40}, but the tag 'v1' was not created"):
         small_adapter().push_to_hub("org/a", tag="v1")
     assert FILES < set(hub_client.files("org/a"))
 

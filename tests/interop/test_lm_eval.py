@@ -49,7 +49,7 @@ def steered() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def items() -> list[ChoiceItem]:
-    """Questions of which the gate opens on most, of several lengths; each with its best answer and the wrong ones."""
+    """Questions of several lengths, each with its best answer and the wrong ones; the gate opens on most."""
     choices = [prompt.choices for prompt in target_prompts("truthful", limit=12)]
     return [ChoiceItem(item.prompt, item.correct[:1], item.incorrect) for item in choices]
 
@@ -224,7 +224,7 @@ def test_batch_size_auto(steered, items, task):
     np.testing.assert_allclose(evaluated(lm, task)[1], own_scores(model, tokenizer, items)[1], rtol=1e-6, atol=1e-6)
 
 
-def test_cached_answers_are_told_apart_by_what_steers(task, tmp_path):
+def test_cached_answers_are_keyed_by_the_steering(task, tmp_path):
     model, tokenizer = playground.load()
     SteeredModelForCausalLM.from_model(model, steering={"truthful": ADAPTER, "safety": OTHER})
     rows = forwards_of(model)
@@ -265,16 +265,16 @@ def test_model_args(steering, scale, active):
     assert lm.model.active_steering == active
 
 
-def test_arguments_that_cannot_be_honoured(steered):
+def test_arguments_that_are_refused(steered):
     model, tokenizer = steered
     base, _ = playground.load()
     for pretrained, settings, message in (
         (base, {}, "not steered"),
-        (model, {"steering": ADAPTER}, "as it is steered"),
-        (model, {"steering_scale": 2.0}, "as it is steered"),
+        (model, {"steering": ADAPTER}, "with its own steering"),
+        (model, {"steering_scale": 2.0}, "with its own steering"),
         (playground.model_path(), {"steering_scale": 2.0}, "no `steering`"),
         (playground.model_path(), {"steering": ADAPTER, "steering_scale": {"b": 1.0}}, "'default'"),
-        (playground.model_path(), {"steering": '{"a": '}, "no JSON"),
+        (playground.model_path(), {"steering": '{"a": '}, "not JSON"),
     ):
         with pytest.raises(ValueError, match=message):
             FineSteerLM(pretrained, tokenizer=tokenizer, device="cpu", **settings)

@@ -1,4 +1,4 @@
-"""Other libraries' files: written as they write them, read, and compared with a plain hook."""
+"""Other libraries' files: written in their formats, read, and compared with a plain hook."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def test_a_file_steers_as_a_plain_hook_does(
     assert tensors_equal(SteeringAdapter.from_pretrained(tmp_path / "saved").tensors, adapter.tensors)
 
 
-def test_what_the_file_does_not_say_can_be_given(tmp_path: Path, vectors: Vectors) -> None:
+def test_missing_settings_can_be_given(tmp_path: Path, vectors: Vectors) -> None:
     path = write_svec(tmp_path / "v.json", vectors, nested=False)
-    with pytest.raises(ValueError, match=r"v\.json is of no known kind.*\.gguf"):
+    with pytest.raises(ValueError, match=r"v\.json has no known extension.*\.gguf"):
         load_vectors(path)
     with pytest.raises(ValueError, match=r"Unknown format 'npz'.*svec"):
         load_vectors(path, "npz")
@@ -194,7 +194,7 @@ class Mapping(Gated):
         (Mapping, "maps the stream"),
     ],
 )
-def test_what_depends_on_the_query_is_no_control_vector(
+def test_query_dependent_adapters_are_not_control_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: type[SteeringMethod], message: str
 ) -> None:
     adapter = small_adapter()
@@ -205,8 +205,8 @@ def test_what_depends_on_the_query_is_no_control_vector(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_control_vector_cannot_say_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot say resid_post\[0\].*from 1 on"):
+def test_what_a_control_vector_cannot_express_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot steer resid_post\[0\].*from 1 on"):
         save_gguf(small_adapter(), tmp_path / "v.gguf")
     with pytest.raises(ValueError, match=r"positions='prompt'; a control vector is added at all tokens"):
         save_gguf(small_adapter(positions="prompt"), tmp_path / "v.gguf")
@@ -223,15 +223,15 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
     plane = {"directions": {"1": [[1.0, 2.0], [3.0, 4.0]]}}
     texts = {
         "heads": (json.dumps(plane), "several directions"),
-        "mixed": (json.dumps({"directions": {"1": [1.0], "2": [[1.0]]}}), "mixes layers"),
-        "words": (json.dumps({"directions": {"1": ["a"]}}), "no list of numbers"),
-        "ragged": (json.dumps({"directions": {"1": [[1.0], [1.0, 2.0]]}}), "no list of numbers"),
-        "layer": (json.dumps({"directions": {"-1": [1.0]}}), "names the layer '-1'"),
-        "far": (json.dumps({"directions": {"1" * 30: [1.0]}}), "names the layer"),
+        "mixed": (json.dumps({"directions": {"1": [1.0], "2": [[1.0]]}}), "one vector for some layers"),
+        "words": (json.dumps({"directions": {"1": ["a"]}}), "not a list of numbers"),
+        "ragged": (json.dumps({"directions": {"1": [[1.0], [1.0, 2.0]]}}), "not a list of numbers"),
+        "layer": (json.dumps({"directions": {"-1": [1.0]}}), "names layer '-1'"),
+        "far": (json.dumps({"directions": {"1" * 30: [1.0]}}), "names layer"),
         "twice": (json.dumps({"directions": {"1": [1.0], "01": [1.0]}}), "layer 1 twice"),
-        "nan": ('{"directions": {"1": [NaN]}}', "no number"),
+        "nan": ('{"directions": {"1": [NaN]}}', "not a JSON number"),
         "inf": ('{"directions": {"1": [1e39]}}', "too large for float32"),
-        "widths": (json.dumps({"directions": {"1": [1.0], "2": [1.0, 2.0]}}), "of one width"),
+        "widths": (json.dumps({"directions": {"1": [1.0], "2": [1.0, 2.0]}}), "equally wide"),
         "other": (json.dumps({"vectors": {}}), "no `directions`"),
         "list": ("[]", "must hold a JSON object"),
         "deep": ("[" * 100_000, "not readable JSON"),
@@ -243,27 +243,27 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
             load_vectors(path)
     files = {
         write_gguf(tmp_path / "model.gguf", one, "llama"): "is a GGUF of 'llama'",
-        write_gguf(tmp_path / "name.gguf", {"x": vectors[1]}): "names the layer 'x'",
+        write_gguf(tmp_path / "name.gguf", {"x": vectors[1]}): "names layer 'x'",
         write_gguf(tmp_path / "plane.gguf", {1: np.ones((2, 4), np.float32)}): "several directions",
         write_gguf(tmp_path / "ints.gguf", {1: np.ones(4, np.int32)}): "stored as I32",
         write_gguf(tmp_path / "nan.gguf", {1: np.full(4, np.nan, np.float32)}): "NaN",
         write_steer_file(tmp_path / "clamp.pt", one, action="clamp"): "depends on the state",
-        write_steer_file(tmp_path / "factor.pt", one, float("nan")): "no number",
-        write_steering_lite(tmp_path / "cos.safetensors", one, method="cosine_gated"): "looks at the state",
+        write_steer_file(tmp_path / "factor.pt", one, float("nan")): "not a number",
+        write_steering_lite(tmp_path / "cos.safetensors", one, method="cosine_gated"): "depends on the state",
         write_steering_lite(tmp_path / "sub.safetensors", one, target_submodule="mlp"): "inside the blocks",
-        write_steering_lite(tmp_path / "ridge.safetensors", one, "z."): "no part of a constant vector",
+        write_steering_lite(tmp_path / "ridge.safetensors", one, "z."): "not part of a constant vector",
     }
     entry = {"steering_vector": torch.ones(4), "steering_coefficient": 1.0, "action": "add"}
     for name, content, message in (
         ("mlp", {"layers.1.mlp": entry}, "inside a block"),
-        ("empty", {}, "no steer file"),
-        ("tensor", torch.ones(3), "no steer file"),
+        ("empty", {}, "not a steer file"),
+        ("tensor", torch.ones(3), "not a steer file"),
         ("wide", {"layers.1": {**entry, "steering_vector": torch.ones(1).expand(1 << 40)}}, "has shape"),
         ("ints", {"layers.1": {**entry, "steering_vector": torch.ones(4, dtype=torch.int64)}}, "floating-point"),
         (
             "meta",
             {"layers.1": {**entry, "steering_vector": torch.ones(4, device="meta")}},
-            "nothing that plain tensors",
+            "not part of a plain tensor",
         ),
     ):
         torch.save(content, tmp_path / f"{name}.pt")
@@ -296,7 +296,7 @@ def test_algebra_is_that_of_the_vectors() -> None:
     torch.testing.assert_close(steered_logits(a + b), both(PROMPT).logits)
 
 
-def test_adapters_that_do_not_add_up_say_why() -> None:
+def test_adapters_that_cannot_be_combined_say_why() -> None:
     with pytest.raises(ValueError, match="differ in positions"):
         small_adapter() + small_adapter(positions="prompt")
     with pytest.raises(ValueError, match="differ in num_hidden_layers"):
@@ -305,7 +305,7 @@ def test_adapters_that_do_not_add_up_say_why() -> None:
         assert (
             small_adapter() + small_adapter(base_model_name_or_path="org/b")
         ).config.base_model_name_or_path is None
-    with pytest.raises(ValueError, match="a weight for each"):
+    with pytest.raises(ValueError, match="one weight each"):
         combine([small_adapter()], [1.0, 2.0])
     with pytest.raises(ValueError, match="finite"):
         small_adapter() * float("inf")

@@ -1,4 +1,4 @@
-"""TRL's own trainers on a steered model: the prompt ends where their masks say, and LoRA learns beside the steering."""
+"""TRL's trainers on a steered model: their masks give the prompt's end, and LoRA trains beside the steering."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def trained(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_lora_alone_learns(trainer: Any, model: Any) -> None:
-    """Two steps change the LoRA; the steering is as it was, and has no gradient."""
+    """Two steps change the LoRA; the steering does not change and has no gradient."""
     kept = {name: tensor.clone() for name, tensor in model.steering_adapters["default"].tensors.items()}
     before = trained(trainer)
     trainer.train()

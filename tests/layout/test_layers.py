@@ -1,4 +1,4 @@
-"""Imports point down, inside functions too; no folder is a heap, and no file is long."""
+"""Imports point down, inside functions too; no folder has too many files, and no file is too long."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def test_every_module_has_its_layer() -> None:
 
 
 @pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
-def test_no_folder_holds_more_files_than_can_be_looked_over(root: Path) -> None:
+def test_no_folder_has_too_many_files(root: Path) -> None:
     counts = Counter(str(file.parent.relative_to(root.parent)) for file in root.rglob("*.py"))
     assert counts and max(counts.values()) <= MOST_FILES, counts.most_common(3)
 
 
 @pytest.mark.parametrize("root", ROOTS, ids=lambda root: root.name)
-def test_no_file_is_longer_than_can_be_read_in_one_go(root: Path) -> None:
+def test_no_file_is_too_long(root: Path) -> None:
     lines = {str(f.relative_to(root.parent)): len(f.read_text("utf-8").splitlines()) for f in root.rglob("*.py")}
     assert lines and not {file: count for file, count in lines.items() if count > MOST_LINES}

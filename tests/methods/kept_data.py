@@ -1,4 +1,4 @@
-"""The data that a fit on the toy model is given, kept for tests that look at a part of a fit."""
+"""The data of a fit on the toy model, kept for tests of a part of a fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KeepingConfig(SteeringConfig):
 
 
 class Keeping(SteeringMethod):
-    """Fits nothing, and keeps what it was given."""
+    """Fits nothing and keeps its data."""
 
     config_cls = KeepingConfig
     data: ClassVar[Any]

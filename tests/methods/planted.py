@@ -1,4 +1,4 @@
-"""A linear world in which the shift follows from the query: what a method must find is known."""
+"""A linear world in which the query determines the shift, so the right answer of a fit is known."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class PlantedData:
         return None if self._kinds is None else self._kinds[self._parts[part]]
 
     def texts(self, text: str, part: Part) -> list[str]:
-        """All of one form."""
+        """Texts that all have one form."""
         numbers = self.prompts(part) if text == "prompt" else self._general_parts[part]
         return [f"say {number + 1000}" for number in numbers]
 

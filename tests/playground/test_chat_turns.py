@@ -1,4 +1,4 @@
-"""Chats of several turns: the gate is asked at each turn's query, whatever it said before."""
+"""Chats of several turns: the gate decides at each turn's query, whatever it decided before."""
 
 from __future__ import annotations
 

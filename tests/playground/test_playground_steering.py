@@ -1,6 +1,6 @@
 """The shipped model can be steered, and by a vector that depends on the query: plain hooks and scikit-learn's ridge.
 
-Nothing of the library's own machinery is used here, so this also says what that machinery has to reach.
+This uses none of the library's steering code, so it also sets the level that the library must reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The shipped weights: size, chat template, and what the model does."""
+"""The shipped weights: size, chat template and behaviour."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_nothing_is_repeated() -> None:
     assert len(set(identifiers)) == len(identifiers)
 
 
-def test_length_does_not_tell_truth_from_folklore() -> None:
+def test_length_does_not_separate_truth_from_folklore() -> None:
     true = np.array([[word_count(answer) for answer in q.true] for q in world().questions]).mean(1)
     false = np.array([[word_count(answer) for answer in q.false] for q in world().questions]).mean(1)
     assert abs(true.mean() - false.mean()) < 0.5

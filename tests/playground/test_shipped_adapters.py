@@ -1,4 +1,4 @@
-"""The adapters in `hub_cards/` are whole, and do what their cards say."""
+"""The adapters in `hub_cards/` are complete and behave as their cards say."""
 
 from __future__ import annotations
 

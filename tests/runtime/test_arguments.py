@@ -1,4 +1,4 @@
-"""Arguments that cannot be honoured raise, before any work; numbers are those of Python, numpy and torch alike."""
+"""Invalid arguments raise before any work; numbers may be Python's, numpy's or torch's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def said(model, inputs, **kwargs):
 
 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, ["1", "2"], [1.0, None], (1.0, True)], ids=repr)
-def test_a_scale_of_another_kind_is_refused(steered, inputs, value):
+def test_a_scale_of_another_type_is_refused(steered, inputs, value):
     with pytest.raises((TypeError, ValueError), match="steering_scale"):
         said(steered, inputs, steering_scale=value)
     assert not steered.forwards
@@ -85,8 +85,8 @@ def test_numbers_of_numpy_and_torch_are_numbers(steered, inputs):
 
 
 @pytest.mark.parametrize("value", [5, 1.0, ..., {1: 2.0}, {None: 1.0}], ids=repr)
-def test_steering_of_another_kind_is_refused(steered, inputs, value):
-    with pytest.raises(TypeError, match="Say what is active as"):
+def test_steering_of_another_type_is_refused(steered, inputs, value):
+    with pytest.raises(TypeError, match="Give the active adapters as"):
         said(steered, inputs, steering=value)
     assert not steered.forwards
 
@@ -105,7 +105,7 @@ def test_steering_of_another_kind_is_refused(steered, inputs, value):
     ],
     ids=", ".join,
 )
-def test_a_list_that_does_not_fit_the_rows_is_refused_though_it_steers_nothing(steered, inputs, arguments):
+def test_a_list_of_wrong_length_is_refused_even_if_it_steers_nothing(steered, inputs, arguments):
     with pytest.raises(ValueError, match=r"entr|rows"):
         said(steered, inputs, **arguments)
     assert not steered.forwards
@@ -117,13 +117,13 @@ def test_a_list_that_does_not_fit_the_rows_is_refused_though_it_steers_nothing(s
     ids=repr,
 )
 @pytest.mark.parametrize("call", ["model", "forward"])
-def test_prompt_lengths_that_do_not_fit_are_refused(steered, inputs, value, call):
+def test_prompt_lengths_that_do_not_match_are_refused(steered, inputs, value, call):
     function = steered if call == "model" else steered.forward
     with pytest.raises((TypeError, ValueError), match="prompt_lengths"):
         function(**inputs, prompt_lengths=value)
 
 
-def test_prompt_lengths_of_any_whole_kind(steered, inputs):
+def test_prompt_lengths_of_any_integer_type(steered, inputs):
     want = steered(**inputs, prompt_lengths=torch.tensor([3, 4])).logits
     for value in ([3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4], dtype=torch.int32)):
         assert torch.equal(steered(**inputs, prompt_lengths=value).logits, want)

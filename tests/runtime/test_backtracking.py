@@ -1,4 +1,4 @@
-"""Taking tokens back is token-identical to generating again from the shortened prefix, and computes nothing twice."""
+"""Backtracking is token-identical to generating again from the shortened prefix, and computes nothing twice."""
 
 import threading
 
@@ -22,7 +22,7 @@ PLANS = {0: (5, 3), 1: (9, 4), 2: (6, 6), 3: (99, 1)}
 
 
 class GoBack(SteeringProcessor):
-    """Row r drops `plans[r][1]` tokens when it has `plans[r][0]`, and goes on without the banned words."""
+    """Row r drops `plans[r][1]` tokens when it has `plans[r][0]`, and continues without the banned words."""
 
     lookback = 6
 
@@ -110,7 +110,7 @@ def test_a_row_alone_is_what_generating_from_the_shortened_prefix_gives(bench, r
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"use_cache": False}, {"prefill_chunk_size": 3}])
-def test_rows_of_a_batch_go_back_each_for_itself(bench, kwargs):
+def test_rows_of_a_batch_go_back_independently(bench, kwargs):
     rows = list(PLANS)
     expected = [reference(bench, row) for row in rows]
     assert new_tokens(bench, rows, generate(bench, rows, **kwargs)) == expected
@@ -128,7 +128,7 @@ def test_rows_that_ended_stay_ended_and_are_padded_at_the_right(bench):
 
 
 def test_limits_and_penalties_count_a_rows_own_tokens(bench):
-    """A row that moved right has more pads at its left, not a longer text."""
+    """A row that moved right has more left padding, not a longer text."""
     rows = list(PLANS)
     eos = reference(bench, 0)[3]
     # Older versions of transformers count pads as said before, which a row alone has not; so nobody says a pad.
@@ -143,7 +143,7 @@ def test_limits_and_penalties_count_a_rows_own_tokens(bench):
     assert got == [row + [0] * (max(map(len, expected)) - len(row)) for row in expected]
 
 
-def test_nothing_that_is_kept_is_computed_again(bench):
+def test_kept_tokens_are_not_computed_again(bench):
     tokens = []
     handle = bench.model.model.embed_tokens.register_forward_pre_hook(lambda m, args: tokens.append(args[0].shape[1]))
     generate(bench, [0])
@@ -238,7 +238,7 @@ def test_a_stream_never_shows_what_is_taken_back(bench):
     assert seen.split() == tokenizer.decode(reference(bench, 0)).split()
 
 
-def test_what_cannot_go_back_is_refused_before_anything_runs(bench):
+def test_unsupported_settings_are_refused_before_anything_runs(bench):
     calls = []
     handle = bench.model.model.register_forward_pre_hook(lambda m, args: calls.append(1))
     embeds = bench.model.get_input_embeddings()(bench.prompts[0][None])
@@ -252,13 +252,13 @@ def test_what_cannot_go_back_is_refused_before_anything_runs(bench):
     ):
         with pytest.raises(ValueError, match="takes generated tokens back"):
             generate(bench, [0], **settings)
-    with pytest.raises(ValueError, match="one row at a time, not 2"):
+    with pytest.raises(ValueError, match="one row at a time, got 2"):
         generate(bench, [0, 1], streamer=Collect())
     handle.remove()
     assert not calls
 
 
-def test_a_loop_written_by_hand_is_refused(bench):
+def test_a_hand_written_loop_is_refused(bench):
     with torch.no_grad(), bench.model.steering_with([GoBack([(2, 1)])]):
         out = bench.model(input_ids=bench.prompts[0][None], use_cache=True)
         with pytest.raises(ValueError, match="only `generate` can do"):

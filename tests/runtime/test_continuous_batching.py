@@ -1,4 +1,4 @@
-"""Continuous batching is not steered, and says so: nothing runs unsteered in silence."""
+"""Continuous batching is refused while steering is active: nothing silently runs unsteered."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steered(model):
     ],
     ids=str,
 )
-def test_generate_batch_swallows_no_argument_of_generate(steered, arguments):
+def test_generate_batch_ignores_no_argument_of_generate(steered, arguments):
     steered.set_steering(None)
     with pytest.raises(UnsupportedModelError, match=rf"{next(iter(arguments))}.*Use `generate`"):
         steered.generate_batch(PROMPTS, max_new_tokens=2, **arguments)

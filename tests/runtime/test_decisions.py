@@ -1,4 +1,4 @@
-"""An entry is asked once a call what it decides, however many sites it writes at, eager and compiled."""
+"""An entry's `decide` runs once per call, for any number of write sites, eager and compiled."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compiled_steps():
     return marks, {"cache_implementation": "static", "compile_config": config}
 
 
-def test_once_a_call_of_generate(model, inputs):
+def test_once_per_call_of_generate(model, inputs):
     eager, compiled = entries(), entries()
     settings = {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(**inputs, **settings, steering_processor=eager)
@@ -85,7 +85,7 @@ def test_once_a_call_of_generate(model, inputs):
     assert not torch.equal(found, model.generate(**inputs, **settings, steering=None))
 
 
-def test_once_a_compiled_forward(model, inputs):
+def test_once_per_compiled_forward(model, inputs):
     marks = Marks()
     with model.steering_with(SteeringProcessorList(entries())):
         expected = model(**inputs).logits
@@ -96,7 +96,7 @@ def test_once_a_compiled_forward(model, inputs):
 
 
 def test_a_compiled_forward_merges_what_entries_add(model, inputs):
-    """To the bit, and its gradients too: what is decided is no part of what is learned."""
+    """Bit-identical, with gradients: the decision is not part of training."""
     chain = [ConstantVector(SITES[1], torch.linspace(-1, 1, WIDTH), strength=0.3), Everywhere(SITES[:1], gated=True)]
     chain[1].writes = SITES[1:]
     real = inputs["attention_mask"].bool()
@@ -162,7 +162,7 @@ def test_a_decision_outlives_a_graph_that_breaks(model, inputs):
     assert torch.equal(found[real], expected[real])
 
 
-def test_once_a_decoding_loop_written_by_hand(model, inputs):
+def test_once_a_hand_written_decoding_loop(model, inputs):
     """On a model that is compiled in place: the forward over the prompt decides, and its cache takes that along."""
     marks, processors = Marks(), entries()
 

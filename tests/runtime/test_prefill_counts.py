@@ -1,4 +1,4 @@
-"""What a steered prefill does beside the unsteered one, in counts: ops, tensors of the stream's size, plans."""
+"""The extra work of a steered prefill, in counts: ops, tensors of the stream's size, plans."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_added_ops_of_a_prefill_are_those_of_the_formulas(model, inputs):
 
 @pytest.mark.parametrize("sites", [1, LAYERS])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_a_call_looks_once_whether_what_it_adds_is_finite(model, inputs, sites, tokens):
+def test_a_call_checks_once_that_its_addends_are_finite(model, inputs, sites, tokens):
     processors = [ConstantVector(f"resid_post[{layer}]", torch.ones(WIDTH)) for layer in range(sites)]
 
     def looks(**kwargs):
@@ -104,7 +104,7 @@ def test_an_unsteered_call_has_the_ops_of_the_base(model, inputs):
     assert disabled.names == plain.names
 
 
-def test_the_plan_is_laid_out_once_for_an_adapter_set_and_scale(model, inputs, monkeypatch):
+def test_the_plan_is_built_once_for_an_adapter_set_and_scale(model, inputs, monkeypatch):
     laid_out = []
     of = Plan.of.__func__
 
@@ -148,7 +148,7 @@ def test_a_replaced_adapter_steers_from_the_next_call_on(model, inputs):
     assert second == fresh.generate(**inputs, max_new_tokens=6, do_sample=False).tolist() != first
 
 
-def test_a_processor_of_the_callers_may_change_its_sites_between_calls(model, inputs):
+def test_a_users_processor_may_change_its_sites_between_calls(model, inputs):
     processor = ConstantVector("resid_post[0]", torch.ones(WIDTH))
 
     def scores(given):
@@ -181,7 +181,7 @@ def test_the_write_makes_one_tensor_of_the_streams_size(model, inputs, positions
     assert made() - made(steering=None) == 1
 
 
-def test_the_signature_of_a_steered_forward_is_not_put_together_anew(model):
+def test_the_signature_of_a_steered_forward_is_not_rebuilt(model):
     base = model._steering_base_class
     assert type(model).forward.__signature__ == inspect.signature(base.forward)
 

@@ -1,4 +1,4 @@
-"""What a processor of `query_pool="mean"` is given: the mean over each prompt, unsteered, however it is run."""
+"""A processor with `query_pool="mean"` gets the unsteered mean over each prompt, however it is run."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SETTINGS = {"max_new_tokens": 5, "do_sample": False}
 
 
 class Seeing(SteeringProcessor):
-    """Keeps what it is asked with, and adds a multiple of it behind its reads."""
+    """Keeps its queries, and adds a multiple of them after its reads."""
 
     reads = READS
     writes = (Site("resid_post", 2),)
@@ -131,7 +131,7 @@ def test_of_the_whole_text_where_a_cache_holds_its_beginning(model, prompts, chu
     assert said.tolist() == generate(model, [processor], input_ids=whole[None]).tolist()
 
 
-def test_a_prompt_that_went_by_in_another_call_is_refused(model, prompts):
+def test_a_prompt_run_in_another_call_is_refused(model, prompts):
     processor, cache = Seeing(), DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompts[0][None], past_key_values=cache, use_cache=True)
@@ -176,8 +176,8 @@ class ByMean(SteeringProcessor):
         return Decision(vectors={self.writes[0]: 3 * queries[self.reads[0]]})
 
 
-def test_kept_prompts_and_recorded_queries_give_it_the_whole_prompt(model, prompts):
-    """What a fit measures with runs texts behind kept prompts; a mean sees the prompt all the same."""
+def test_cached_prompts_and_recorded_queries_give_it_the_whole_prompt(model, prompts):
+    """A fit runs texts after cached prompts; a mean still covers the whole prompt."""
     passages = [Passage((*prompt.tolist(), 7, 8), len(prompt)) for prompt in prompts]
     processor, cache = Seeing("generated"), PromptCache(model)
     list(answer_logits(model, passages, [processor], cache))

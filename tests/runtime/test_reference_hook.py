@@ -132,7 +132,7 @@ def unsteered_state(model, inputs, site):
 
 
 def test_each_adapter_of_a_stack_decides_from_the_unsteered_prompt(model, inputs):
-    """T13: an earlier write must not move what a later adapter reads."""
+    """T13: an earlier write must not change what a later adapter reads."""
     early, late = (
         Gated(Site("resid_post", 0), Site("resid_post", 0), -1e9),
         Gated(Site("resid_post", 2), Site("resid_post", 2)),
@@ -237,7 +237,7 @@ def test_hooks_of_a_call_are_gone_after_it(model, inputs):
 
 
 @pytest.mark.parametrize("name", ["steering", "steering_scale", "steering_processor", "output_steering"])
-def test_a_plain_forward_swallows_no_argument_of_generate(model, inputs, name):
+def test_a_plain_forward_ignores_no_argument_of_generate(model, inputs, name):
     with pytest.raises(TypeError, match=rf"{name}.*with model\.steering"):
         model(**inputs, **{name: None})
 

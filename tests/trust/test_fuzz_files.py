@@ -1,4 +1,4 @@
-"""Whatever the bytes: an adapter that loads and builds, or an error of ours."""
+"""For any bytes: an adapter that loads and builds, or an error of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a config says and a tensor file holds, for every method: it steers a generate, or an error of ours says why."""
+"""For any config and tensor file, for every method: it steers `generate`, or an error of the package says why."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ FREE = {"head_size": 8, "neurons": 64}
 
 
 def sound_tensors(config: SteeringConfig) -> dict[str, torch.Tensor]:
-    """Tensors of the shapes that a config calls for, with values that a fit could have written."""
+    """Tensors of the declared shapes, with values that a fit could have written."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name, shape in get_steering_method(config.steering_type).method_cls.tensor_shapes(config).items():
@@ -190,7 +190,7 @@ PROMPTS = torch.tensor([[2, 4, 7, 9, 30, 5], [0, 0, 2, 4, 20, 5]])
 
 
 def steer_with(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
-    """Load, generate and score; what came of it."""
+    """Load, generate and score; returns the outcome."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     model = copy.copy(MODEL)
     try:
@@ -255,7 +255,7 @@ def test_any_change_steers_or_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_tensor_in_each_wrong_form(name: str) -> None:
-    """Every dtype and shape that is not the one called for is refused at load, none passes on to generate."""
+    """Every dtype and shape other than the declared one is refused at load."""
     config, tensors = SOUND[name]
     # A flow's levels hold the same over and over.
     for key, tensor in list(tensors.items())[:8]:
@@ -294,7 +294,9 @@ def test_a_number_out_of_bounds_is_refused(name: str) -> None:
         ("ANGULAR", {"layers": list(range(200_000))}, "at least one block"),
     ],
 )
-def test_what_hung_or_ate_memory_is_refused_by_its_name(name: str, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_hung_or_used_up_memory_are_refused_by_name(
+    name: str, changes: dict[str, Any], message: str
+) -> None:
     config, _ = SOUND[name]
     with at_most(1.0), pytest.raises(AdapterFileError, match=message):
         adapter = SteeringAdapter(SteeringConfig.from_dict({**config, **changes}), {})
@@ -302,12 +304,10 @@ def test_what_hung_or_ate_memory_is_refused_by_its_name(name: str, changes: dict
         replace(adapter, config=replace(adapter.config, num_hidden_layers=None)).build()
 
 
-def test_heads_of_another_size_are_told_at_load() -> None:
+def test_heads_of_another_size_are_found_at_load() -> None:
     config, tensors = SOUND["TASKDRIVEN"]
     model = SteeredModelForCausalLM.from_model(toy_model())
     adapter = SteeringAdapter(SteeringConfig.from_dict(config), {"shifts": torch.ones(4, 16)})
-    with pytest.raises(
-        AdapterMismatchError, match=r"together \[64\] wide at head_out\[1\]; those of this model are 32"
-    ):
+    with pytest.raises(AdapterMismatchError, match=r"together \[64\] wide at head_out\[1\]; this model's are 32"):
         model.load_steering(adapter)
     assert model.steering_adapters == {} and tensors["shifts"].shape == (4, 8)

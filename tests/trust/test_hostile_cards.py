@@ -1,4 +1,4 @@
-"""READMEs of strangers, and values that would do something in a card: nothing hangs, breaks out or reaches a terminal."""
+"""Untrusted READMEs, and active content in values of a card: nothing hangs, breaks out or reaches a terminal."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_cannot_be_merged_is_left_alone(tmp_path: Path, name: str, writer: str) -> None:
+def test_a_readme_that_cannot_be_merged_is_left_unchanged(tmp_path: Path, name: str, writer: str) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(LEFT_ALONE[name])
-    with at_most(3), pytest.warns(UserWarning, match=r"cannot be merged and was left as it is"):
+    with at_most(3), pytest.warns(UserWarning, match=r"cannot be merged and was left unchanged"):
         WRITERS[writer](tmp_path)
     assert path.read_bytes() == LEFT_ALONE[name]
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
@@ -93,7 +93,7 @@ MERGED = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", MERGED)
-def test_what_was_slow_is_merged_at_once_and_does_not_grow(tmp_path: Path, name: str, writer: str) -> None:
+def test_slow_readmes_are_merged_at_once_and_do_not_grow(tmp_path: Path, name: str, writer: str) -> None:
     path = tmp_path / "README.md"
     path.write_bytes(MERGED[name].encode())
     with at_most(3), warnings.catch_warnings():
@@ -105,7 +105,7 @@ def test_what_was_slow_is_merged_at_once_and_does_not_grow(tmp_path: Path, name:
     assert ModelCard(first.decode()).data.library_name == "finesteer_hf"
 
 
-def test_a_remnant_of_a_marker_takes_no_words_with_it(tmp_path: Path) -> None:
+def test_a_leftover_marker_removes_no_text(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(f"Before.\n{START} {{}} -->\nMine, without an end.\n")
     for seed in range(2):
@@ -118,7 +118,7 @@ def test_a_push_into_a_strangers_repo_does_not_hang_on_its_readme(hub_client: Hu
     for name, content in (("org/large", b"x" * (2 << 20)), ("org/utf16", LEFT_ALONE["utf-16"])):
         hub_client.commit(name, {"README.md": content})
         for kwargs in ({}, {"create_pr": True}, {"subfolder": "x"}):
-            with at_most(20), pytest.warns(UserWarning, match=r"README.md cannot be merged and was left as it is"):
+            with at_most(20), pytest.warns(UserWarning, match=r"README.md cannot be merged and was left unchanged"):
                 small_adapter().push_to_hub(name, **kwargs)
         files = hub_client.files(name)
         assert files["README.md"] == content and "steering_config.json" in files

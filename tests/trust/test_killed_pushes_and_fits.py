@@ -1,4 +1,4 @@
-"""A push or a fit that is killed at any moment loses nothing, and leaves nothing by half.
+"""A push or a fit that is killed at any moment loses nothing and leaves nothing half done.
 
 What is killed is a fork of this process: its imports are done, so that a random moment falls into the work itself.
 """
@@ -47,7 +47,7 @@ class Child:
             os._exit(code)
 
     def kill(self) -> bool:
-        """Kill it; whether it was still at work."""
+        """Kill it; returns whether it was still running."""
         os.kill(self.pid, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(self.pid, 0)[1])
 
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folders(hub_client: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Two saved adapters, the older one pushed to `org/a`; what a killed process leaves goes with the test."""
+    """Two saved adapters, the older one pushed to `org/a`; leftovers of a killed process are removed with the test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     folders = {}
@@ -184,7 +184,7 @@ def fit(arguments: list[str], out: Path, states: Path) -> None:
 
 
 def fitted(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and config of an adapter, without how long its fit took and what it read itself."""
+    """Tensors and config of an adapter, without its fit's time and counts."""
     adapter = SteeringAdapter.from_pretrained(folder)
     config = adapter.config.to_dict()
     config["fit"] = {name: value for name, value in config["fit"].items() if name not in ("seconds", "capture")}

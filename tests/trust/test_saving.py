@@ -1,4 +1,4 @@
-"""A save that is killed, out of space or of odd figures loses nothing; files are as the user's umask asks."""
+"""A save that is killed, out of space or has unusual figures loses nothing; files follow the umask."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="mounts are a matter of Linux")
-def test_a_full_disk_is_said_and_leaves_what_was_there(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_old_files(small_disk: Path) -> None:
     folder = small_adapter().save_pretrained(small_disk / "adapter")
     before = contents(small_disk)
     large = small_adapter()
@@ -152,21 +152,21 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(small_disk: Path) -> None
     card = small_adapter(fit={"note": [str(number) for number in range(60_000)]})
     # The tensors do not fit, the config does not, and not one file more does.
     for adapter, target in ((large, folder), (card, folder), (large, small_disk / "new")):
-        with pytest.raises(OSError, match=r"No space left to save in .*; what was there is as it was"):
+        with pytest.raises(OSError, match=r"No space left to save in .*; the files there are unchanged"):
             adapter.save_pretrained(target)
         assert contents(small_disk) == before and not (small_disk / "new").exists()
     with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
         while True:
             ballast.write(b"x" * 512)
     before = contents(small_disk)
-    with pytest.raises(OSError, match="what was there is as it was"):
+    with pytest.raises(OSError, match="the files there are unchanged"):
         small_adapter(1).save_pretrained(folder)
     assert contents(small_disk) == before
     assert tensors_equal(SteeringAdapter.from_pretrained(folder).tensors, small_adapter().tensors)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
-def test_files_have_the_mode_that_the_umask_asks_for(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         folder = small_adapter(fit={"report": {"gate_scores": {"ir": [1.0], "general": [0.0]}}}).save_pretrained(
@@ -201,7 +201,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("fit", ODD, ids=str)
-def test_odd_figures_are_saved_and_shown_as_they_are(tmp_path: Path, fit: dict[str, Any]) -> None:
+def test_unusual_figures_are_saved_and_shown_as_they_are(tmp_path: Path, fit: dict[str, Any]) -> None:
     folder = small_adapter(fit=fit).save_pretrained(tmp_path / "a")
     assert SteeringAdapter.from_pretrained(folder).config.fit == fit
     assert "# CONSTANT steering adapter" in (folder / "README.md").read_text()
@@ -212,7 +212,7 @@ def test_odd_figures_are_saved_and_shown_as_they_are(tmp_path: Path, fit: dict[s
     [math.nan, math.inf, {1, 2}, torch.ones(2), b"x", {"a": {1: {2: ...}}}, {("a",): 1}, "\ud800"],
     ids=repr,
 )
-def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, value: Any) -> None:
+def test_values_without_a_json_form_are_refused_before_anything_is_written(tmp_path: Path, value: Any) -> None:
     folder = small_adapter().save_pretrained(tmp_path / "a")
     before = contents(folder)
     for target in (folder, tmp_path / "new"):
@@ -239,7 +239,7 @@ def test_saves_of_several_threads_do_not_mix(tmp_path: Path) -> None:
     }
 
 
-def test_a_save_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finesteer_hf.adapters import staging
 
     folder = small_adapter().save_pretrained(tmp_path / "a")
@@ -269,7 +269,7 @@ def test_a_config_alone_is_saved_at_once_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil", "../..", "a/b", "/tmp/x", "", ".", "..", "a\\b", "a\0b", "C:x", "x\n"])
-def test_no_name_of_an_adapter_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+def test_no_adapter_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     from small_adapters import tiny_llama
 
     model = SteeredModelForCausalLM.from_model(tiny_llama())

@@ -1,4 +1,4 @@
-"""`finesteer demo`: the whole way on the model that ships with the package."""
+"""`finesteer demo`: every step on the model that ships with the package."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from finesteer_hf.cli.common import console, say, table
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the adapters and of report.html.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapters and report.html.")] = Path(
         "out/demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of the halves and of the fits.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the halves and the fits.")] = 0,
     model: Annotated[
         Path, typer.Option("--model", help="Folder of the real model whose adapters are shown first.")
     ] = Path("out/real/model"),
     adapters: Annotated[Path, typer.Option("--adapters", help="Folder of its adapters.")] = Path("hub_cards"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
 ) -> None:
-    """The whole way on models that are at hand.
+    """Run every step, from fitting to evaluation, on local models.
 
-    Asks a real model with the adapters that ship for it; then fits, saves, loads and evaluates two on the playground.
+    Asks a real model with its shipped adapters, then fits, saves, loads and evaluates two on the playground.
     """
-    # Imported here: the other commands should not wait for what only this one needs.
+    # Imported here: other commands should not wait for it.
     from finesteer_hf.cli.demo.real import show_real
     from finesteer_hf.cli.demo.report import build_report
     from finesteer_hf.cli.demo.run import QUICK, DemoSettings, run_demo
@@ -51,7 +51,7 @@ def demo(
 
     settings: dict[str, Any] = dict(QUICK) if quick else {}
     with warnings.catch_warnings():
-        # Loading fitted adapters on another object of the same model is what the demo does on purpose.
+        # The demo loads fitted adapters on another copy of the model on purpose.
         warnings.filterwarnings("ignore", message="Steering adapter")
         show_real(model, adapters)
         result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)

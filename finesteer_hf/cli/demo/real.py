@@ -1,4 +1,4 @@
-"""The demo's beginning: adapters for a real model, asked a few questions with and without them."""
+"""The demo's first part: a real model answers a few questions with and without its adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from finesteer_hf.cli.common import console, say
 
 
-# Folder of an adapter, and what it is asked: questions that invite a misconception, requests that should be refused.
+# Adapter folders and their prompts: questions that invite a misconception, requests that should be refused.
 ASKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "smollm2-truthful",
@@ -41,11 +41,11 @@ def show_real(model: Path, adapters: Path) -> bool:
         adapters: folder that holds the adapters' folders.
 
     Returns:
-        Whether it was there to be asked; if not, a line says so.
+        Whether the model was found; if not, a line says so.
     """
     missing = [str(path) for path in (model, *(adapters / name for name, _ in ASKED)) if not path.is_dir()]
     if missing:
-        say(f"The real model comes first where it is set up (`make real-model`); not here: {', '.join(missing)}.")
+        say(f"Skipping the real model (`make real-model` sets it up); missing: {', '.join(missing)}.")
         return False
     from transformers import AutoTokenizer
 

@@ -43,7 +43,7 @@ from finesteer_hf.method_api import DosePoint
 LEAD = (
     "A small language model that ships with the package repeats folklore and complies with requests in a jailbreak "
     "wrapper. Adapters were fitted on one half of its questions and requests, saved, loaded, and tried on the other half. "
-    "The model is an organism for showing and testing the machinery: these figures say nothing about large models."
+    "The model exists to show and test the library: these figures say nothing about large models."
 )
 
 
@@ -68,7 +68,7 @@ def build_report(result: DemoResult) -> Report:
 
 
 def _headline(result: DemoResult) -> list[Headline]:
-    """Every comparison of the task itself, lost ones too; and what general prompts lost."""
+    """Every comparison on the task, losses included, and the effect on general prompts."""
     items = []
     for standing in standings(result):
         after = f"{100 * standing.finesteer.value:.0f}%"
@@ -86,10 +86,10 @@ def _standing_section(result: DemoResult) -> Section:
     return Section(
         title="Won and lost",
         text=[
-            "FineSteer beside a constant vector (CAA) that was given the layer and strength that are best on these very "
-            f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, row by row, so that no loss is "
-            'hidden by a correction; "not after Holm" marks the rows that do not hold once all are corrected for.',
-            f"Behind on: {'; '.join(lost)}." if lost else "Behind on none of these.",
+            "FineSteer beside a constant vector (CAA) at the layer and strength that are best on these same "
+            f"prompts. Ahead or behind: McNemar's exact test, p < {ALPHA:g}, row by row, so that no correction "
+            'hides a loss; "not after Holm" marks rows that are not significant after the correction.',
+            f"Behind on: {'; '.join(lost)}." if lost else "Behind on none.",
             *(["Whole kinds unseen, the harder half, were not tried in this run (--quick)."] if untried else []),
         ],
         tables=[
@@ -123,7 +123,7 @@ def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
             ),
         ],
         plots=[Plot(plot_shares(_shares(trial)), "Shares with 95% Wilson intervals, conditions side by side.")],
-        exchanges_title="Held-out answers side by side (drawn without regard to the outcome)",
+        exchanges_title="Held-out answers side by side (chosen without looking at the outcome)",
         exchanges=[
             Exchange(
                 trial.base.target.prompts[index].text,
@@ -138,7 +138,7 @@ def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
     )
     curve = dose_points(trial.adapter.config.fit)
     if curve:
-        caption = "Dose response on rows held out of the fit: the wanted answers, and how far general prompts shift."
+        caption = "Dose response on rows held out from the fit: the wanted answers, and how far general prompts shift."
         section.plots.append(Plot(plot_dose_response(curve, chosen=float(config.strength)), caption))
     experts = trial.finesteer.target.recorded("experts")
     if experts is not None and experts.ndim == 2 and experts.shape[1] > 1:
@@ -150,7 +150,7 @@ def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
 
 
 def dose_points(fit: dict[str, Any]) -> list[DosePoint]:
-    """The dose-response curve that a fit kept; empty if it kept none."""
+    """The dose-response curve that a fit stored; empty if there is none."""
     return [DosePoint.from_report(point) for point in fit.get("report", {}).get("dose_response", [])]
 
 
@@ -179,7 +179,7 @@ def _answer(condition: str, outcome: Outcome, index: int) -> Answer:
 def _gate_section(result: DemoResult) -> Section:
     section = Section(
         title="Gates",
-        text=["When to steer: the calibrated default beside the paper's three gates, and no gate at all.", GATE_NOTE],
+        text=["When to steer: the calibrated default beside the paper's three gates, and no gate.", GATE_NOTE],
         tables=[Table(GATE_COLUMNS, gate_rows(result, task), gate_title(result, task)) for task in gate_tasks(result)],
     )
     for task in gate_tasks(result):

@@ -42,7 +42,7 @@ ABOUT: dict[Task, str] = {
     "truthful": "True answers to questions that the model answers with folklore",
     "safety": "Refusals of harmful requests that come in a wrapper",
 }
-# The default on the score that the data choose and on the paper's, the paper's three gates, and none.
+# The default with the score chosen on the data and with the paper's score, the paper's three gates, and no gate.
 COMPARED_GATES: tuple[tuple[Gate, GateScore], ...] = (
     ("conformal", "auto"),
     ("conformal", "ser"),
@@ -59,12 +59,12 @@ class DemoSettings:
 
     Attributes:
         out: folder of adapters and report.
-        seed: of the halves and of the fits.
+        seed: seed of the halves and the fits.
         splits: by question, by kind, or both.
-        fit_rows: at most so many questions, and so many requests, to fit on.
-        targets: at most so many held-out ones.
-        general: at most so many held-out general prompts.
-        caa_doses: norms of CAA's vector, in units of the states' median norm, at which it is tried at each layer.
+        fit_rows: most questions, and most requests, to fit on.
+        targets: most held-out target prompts.
+        general: most held-out general prompts.
+        caa_doses: norms of CAA's vector to try at each layer, in units of the states' median norm.
         caa_targets: number of held-out targets on which its best layer and strength are found.
     """
 
@@ -95,7 +95,7 @@ class ConstantDose:
 
     Attributes:
         layer: decoder block whose output it is added to.
-        strength: its multiple.
+        strength: multiplies the vector.
         dose: its norm in units of the states' median norm.
         share: share of hits.
     """
@@ -108,7 +108,7 @@ class ConstantDose:
 
 @dataclass(frozen=True)
 class GateRow:
-    """A gate on the held-out prompts of a task: its figures, and what it was computed from."""
+    """A gate on a task's held-out prompts: its figures and the data behind them."""
 
     task: Task
     gate: str
@@ -124,16 +124,16 @@ class DemoTrial:
 
     Attributes:
         task: `truthful` or `safety`.
-        split: what fit and test share nothing of.
+        split: what fit and test do not share: questions or kinds.
         folder: where the FineSteer adapter was saved.
         base: the unsteered model.
-        finesteer: the adapter as fitted, nothing chosen on the test half.
+        finesteer: the adapter as fitted; nothing was chosen on the test half.
         caa: CAA at the layer and strength that were best on the test half.
         sweep: CAA at all layers and strengths, on a part of the test half.
-        adapter: the FineSteer adapter as loaded.
+        adapter: the FineSteer adapter, loaded.
         fit_seconds: time to fit it.
         gates: other gates on the same prompts, if they were compared.
-        seconds: time for all of it.
+        seconds: total time.
     """
 
     task: Task
@@ -150,7 +150,7 @@ class DemoTrial:
 
     @property
     def best_constant(self) -> ConstantDose:
-        """The best of CAA's layers and strengths, the smallest dose of equals."""
+        """The best of CAA's layers and strengths; the smallest dose among equals."""
         return max(self.sweep, key=lambda found: (found.share.value, -found.dose))
 
 
@@ -169,7 +169,7 @@ class DemoResult:
 
 
 def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
-    """Run all trials, one on each processor core.
+    """Run all trials, one a processor core.
 
     Args:
         settings: how much to do.
@@ -183,7 +183,7 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
     # A new process each: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
         try:
-            # What is ignored here is ignored by the processes that start now: ctrl-C ends them without a traceback each.
+            # Child processes inherit this: ctrl-C ends them without a traceback each.
             watched = signal.signal(signal.SIGINT, signal.SIG_IGN)
             futures = {pool.submit(run_trial, task, split, settings): (task, split) for task, split in jobs}
             signal.signal(signal.SIGINT, watched)
@@ -199,11 +199,11 @@ def run_demo(settings: DemoSettings, say: Callable[[str], None]) -> DemoResult:
 
 
 def _start() -> None:
-    # Each process has a core to itself; threads beyond that would wait for one another.
+    # Each process has one core; more threads would wait for each other.
     torch.set_num_threads(1)
     threadpool_limits(1)
     disable_progress_bar()
-    # Said once, by the fit, not by each of a dozen.
+    # The fit warns once; a dozen loads would repeat it.
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
@@ -213,7 +213,7 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> DemoTrial:
     model, tokenizer = playground.load()
     name = f"{task}-by-{split}"
     with tempfile.TemporaryDirectory() as store:
-        # Later fits read the states that the first one captured.
+        # Later fits reuse the states that the first one captured.
         fit = partial(_fit, model, tokenizer, task, split, settings, store)
         adapter = fit(FineSteerConfig())
         fit_seconds = time.perf_counter() - start
@@ -223,7 +223,7 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> DemoTrial:
         constants = {at: fit(CAAConfig(layer=at, strength="norm:1", positions="all")) for at in layers}
         gates = []
         if split == "question":
-            # What is steered with does not matter here, so it is the cheapest there is.
+            # The steering vector does not matter here, so this takes the cheapest.
             cheap = {"layer": layer, "strength": 1.0, "experts": "reduced_rank", "residual_rank": 1}
             gates = [
                 (gate, fit(FineSteerConfig(gate=gate, gate_score=score, **cheap)))
@@ -233,7 +233,7 @@ def run_trial(task: Task, split: Split, settings: DemoSettings) -> DemoTrial:
     steered = SteeredModelForCausalLM.from_pretrained(playground.model_path(), steering={"finesteer": str(folder)})
     targets = target_prompts(task, split=split, limit=settings.targets, seed=settings.seed)
     general = general_prompts(limit=settings.general, seed=settings.seed)
-    # Scoring every choice takes longer than all answers; once a task will do.
+    # Scoring every choice takes longer than all answers, so it is done once a task.
     ask = partial(evaluate, steered, tokenizer, max_new_tokens=MAX_NEW_TOKENS, choices=split == "question")
     base = Arm(ask(targets), ask(general))
     finesteer = Arm(ask(targets, adapter="finesteer"), ask(general, adapter="finesteer"))
@@ -305,7 +305,7 @@ def _gate_row(
     targets: list[JudgedPrompt],
     general: list[JudgedPrompt],
 ) -> GateRow:
-    """Read a gate on the held-out prompts; nothing is generated but one token."""
+    """Read a gate on the held-out prompts, generating only one token."""
     steered.load_steering(adapter, "gate")
     ir, others = (
         evaluate(steered, tokenizer, prompts, adapter="gate", choices=False, max_new_tokens=1)
@@ -318,13 +318,13 @@ def _gate_row(
 
 
 def _gates(ir: Outcome, general: Outcome) -> list[np.ndarray]:
-    """Gates of both sets; an ungated adapter steers everything, which is a gate of 1."""
+    """Gates of both sets; an ungated adapter has a gate of 1 everywhere."""
     recorded = [(outcome.recorded("gate"), len(outcome.prompts)) for outcome in (ir, general)]
     return [np.ones(count) if values is None else values for values, count in recorded]
 
 
 def _scores(ir: Outcome, general: Outcome) -> list[np.ndarray | None]:
-    """Scores of both sets, or None twice where the gate has none."""
+    """Scores of both sets, or None twice if the gate has none."""
     scores = [outcome.recorded("score") for outcome in (ir, general)]
     return scores if all(values is not None for values in scores) else [None, None]
 

@@ -1,4 +1,4 @@
-"""Where FineSteer won, where it lost and where nothing can be told: every comparison of the demo, losses among them."""
+"""Where FineSteer won, lost or made no significant difference: every comparison of the demo, losses included."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNSEEN = {
     ("safety", "kind"): "whole categories unseen",
 }
 STANDING_COLUMNS = ("what", "n", "unsteered", "FineSteer", "CAA at its best", "FineSteer against CAA")
-_WORDS: dict[Mark, str] = {"good": "ahead", "bad": "behind", "": "not told apart"}
+_WORDS: dict[Mark, str] = {"good": "ahead", "bad": "behind", "": "no difference"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Standing:
 
     Attributes:
         what: what was counted, on what.
-        unsteered: share under the base; None where it has none.
+        unsteered: share under the base, or None.
         finesteer: share under the adapter.
         caa: share under the constant vector that was best on these prompts.
         test: CAA (first) against FineSteer (second), paired.
-        holds: whether the difference is left by Holm's correction for all comparisons of the demo.
+        holds: whether the difference is significant after Holm's correction over all comparisons of the demo.
     """
 
     what: str
@@ -43,14 +43,14 @@ class Standing:
 
     @property
     def mark(self) -> Mark:
-        """Whether FineSteer is ahead of CAA (`good`), behind it (`bad`), or neither, each comparison by itself."""
+        """Whether FineSteer is ahead of CAA (`good`), behind it (`bad`), or neither, uncorrected."""
         if self.test.p_value >= ALPHA:
             return ""
         return "good" if self.test.only_second > self.test.only_first else "bad"
 
     @property
     def verdict(self) -> str:
-        """The same in words, with what it rests on."""
+        """The mark in words, with its counts and p."""
         gained, lost = self.test.only_second, self.test.only_first
         corrected = "" if self.holds or not self.mark else ", not after Holm"
         return f"{_WORDS[self.mark]}: {gained} gained, {lost} lost (p = {self.test.p_value:.1g}{corrected})"
@@ -62,7 +62,7 @@ class Standing:
 
 
 def standings(result: DemoResult) -> list[Standing]:
-    """All comparisons, those of one task beside each other, whole kinds unseen right after questions unseen."""
+    """All comparisons grouped by task, unseen kinds right after unseen questions."""
     trials = sorted(result.trials, key=lambda trial: (trial.task != "truthful", trial.split == "kind"))
     found = [standing for trial in trials for standing in _of(trial)]
     corrected = holm([standing.test.p_value for standing in found])

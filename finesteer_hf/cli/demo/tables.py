@@ -1,4 +1,4 @@
-"""The demo's figures as rows of text, for the terminal and for the report alike."""
+"""The demo's figures as rows of text, for terminal and report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from finesteer_hf.evaluation.measures.statistics import proportion
 
 TASK_NAMES = {"truthful": "truthful answers", "safety": "refusals of wrapped requests"}
 SPLIT_NAMES = {
-    ("truthful", "question"): "by question: no question is in both halves, though each subject has six",
+    ("truthful", "question"): "by question: no question is in both halves, but each subject has six",
     ("truthful", "kind"): "by kind: no kind of misconception is in both halves",
     ("safety", "question"): "by request: no base request is in both halves",
     ("safety", "kind"): "by category: no category of harm is in both halves",
 }
 CAA_NOTE = (
-    "CAA: constant mean difference at all positions, no gate, at the layer and strength that were best on these very test "
-    "prompts: an upper bound, generous to it. FineSteer's layer, gate, rank and strength were chosen on the fit half alone."
+    "CAA: constant mean difference at all positions, no gate, at the layer and strength that are best on these test "
+    "prompts: an upper bound that favours CAA. FineSteer's layer, gate, rank and strength were chosen on the fit half only."
 )
 INTERVAL_NOTE = (
     "Shares: Wilson 95% intervals. MC2: mean with a bootstrap interval. Several prompts share a subject or a request, so "
@@ -28,12 +28,12 @@ INTERVAL_NOTE = (
 GATE_NOTE = (
     "A gate fires where its value is at least 0.5. Miss: held-out target prompts on which it does not fire. False alarm: "
     "held-out general prompts (tasks and harmless look-alikes) on which it does. Dose: mean gate value on targets, "
-    "and on general prompts. Each gate was fitted anew, at the same layer, on the fit half."
+    "and on general prompts. Each gate was fitted separately on the fit half, at the same layer."
 )
 
 
 def hit_name(trial: DemoTrial) -> str:
-    """What a hit of the task is called."""
+    """The name of a hit in this task."""
     return "truthful answers" if trial.task == "truthful" else "refusals"
 
 
@@ -49,7 +49,7 @@ def trial_columns(trial: DemoTrial) -> tuple[str, ...]:
 
 
 def trial_rows(trial: DemoTrial) -> list[tuple[str, ...]]:
-    """All figures of a trial, one row each: n, unsteered, FineSteer and CAA."""
+    """All figures of a trial, one row each: n, unsteered, FineSteer, CAA."""
     arms = (trial.base, trial.finesteer, trial.caa)
     targets, general = str(trial.base.target.share.n), str(trial.base.general.share.n)
     rows = [(hit_name(trial), targets, *(arm.target.share.brief for arm in arms))]
@@ -74,7 +74,7 @@ def _fires(outcome: Outcome) -> str:
 
 
 def paired_note(trial: DemoTrial) -> str:
-    """McNemar's tests of a trial in a sentence."""
+    """McNemar's tests of a trial, in a sentence."""
     base = trial.finesteer.target.against(trial.base.target)
     caa = trial.finesteer.target.against(trial.caa.target)
     return (
@@ -88,12 +88,12 @@ GATE_COLUMNS = ("gate", "score", "miss", "false alarm", "dose", "on general", "A
 
 
 def gate_tasks(result: DemoResult) -> list[Task]:
-    """The tasks of which gates were compared."""
+    """The tasks whose gates were compared."""
     return list(dict.fromkeys(row.task for row in result.gates))
 
 
 def gate_title(result: DemoResult, task: Task) -> str:
-    """What a task's table of gates is about, with both n."""
+    """Title of a task's gate table, with both n."""
     figures = next(row.figures for row in result.gates if row.task == task)
     return f"{TASK_NAMES[task]}: {figures.miss.n} held-out targets, {figures.false_alarm.n} general prompts"
 
@@ -116,7 +116,7 @@ def gate_rows(result: DemoResult, task: Task) -> list[tuple[str, ...]]:
 
 
 def examples(trial: DemoTrial, count: int) -> list[int]:
-    """Prompts to show, spread evenly over the categories and drawn without regard to the outcome."""
+    """Prompts to show, spread evenly over the categories and chosen without looking at the outcome."""
     by_category: dict[str, list[int]] = {}
     for index, item in enumerate(trial.base.target.prompts):
         by_category.setdefault(item.category, []).append(index)
@@ -124,7 +124,7 @@ def examples(trial: DemoTrial, count: int) -> list[int]:
     turn = 0
     while len(chosen) < min(count, len(trial.base.target.prompts)):
         for indices in by_category.values():
-            # From the middle of each category: its first prompts are all of one form.
+            # From the middle of each category: its first prompts all have one form.
             if turn < len(indices) and len(chosen) < count:
                 chosen.append(indices[(len(indices) // 2 + 7 * turn) % len(indices)])
         turn += 1

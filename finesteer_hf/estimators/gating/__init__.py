@@ -1,1 +1,1 @@
-"""Estimators of gates: scores, forms of gates, and their calibration."""
+"""Estimators of gates: scores, gate functions, and their calibration."""

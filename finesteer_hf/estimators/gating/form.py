@@ -1,8 +1,8 @@
-"""What the form of prompts alone tells about their class: a probe on surface features, which no model has read.
+"""How well the form of prompts alone predicts their class: a probe on surface features, without a model.
 
-A linear gate learns the first thing that separates its two classes. If those that are to be steered are commands and the
-general prompts are questions, it tells commands from questions, and every figure on such prompts looks perfect. This probe
-knows nothing else, so what it separates says nothing about meaning.
+A linear gate learns the first thing that separates its two classes. If the prompts to steer are commands and the
+general ones are questions, it separates commands from questions, and every figure on such prompts looks perfect. This
+probe sees only the form, so what it separates needs no meaning.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from sklearn.utils.validation import check_is_fitted
 from finesteer_hf.estimators.selection import make_folds
 
 
-# Share of a class that begins or ends with a word before the word counts as form and not as contents.
+# Share of a class that must begin or end with a word for the word to count as form, not content.
 FREQUENT = 0.05
-# Where lengths are cut, in each class.
+# Quantiles of each class at which lengths are cut.
 LENGTH_QUANTILES = (0.2, 0.4, 0.6, 0.8)
-# A difference between the classes that is worth a line, and most lines.
+# Smallest difference between the classes that is reported, and most lines.
 TELLING, MOST_TOLD = 0.3, 3
-# What a prompt weighs that no prompt of the other class resembles in form, beside a most of 1 above it: where form tells
-# the classes apart altogether, all weigh about the same and the few in between do not decide alone.
+# Floor of a prompt's weight, beside an overlap of at most 1: if form separates the classes completely, all prompts
+# weigh about the same, and the few in between do not decide alone.
 LEAST_WEIGHT = 0.1
-# Rows that are read of each class; more change no figure that is shown.
+# Rows used of each class; more do not change the reported figures.
 MOST_ROWS = 2000
 
 _WORD = re.compile(r"\w+")
@@ -43,11 +43,11 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Statement:
-    """Something that is true of a text or not.
+    """A yes/no statement about a text.
 
     Attributes:
-        family: statements that say much the same; one of each is told.
-        text: as the end of "96% of the prompts ...".
+        family: group of similar statements; one of each is reported.
+        text: completes "96% of the prompts ...".
         negated: the opposite.
         holds: whether it is true of a text.
     """
@@ -104,15 +104,15 @@ def last_word(text: str) -> str:
 class FormFeatures(TransformerMixin, BaseEstimator):
     """Texts as yes/no statements about their form: first and last word, ending, length, lines, case, punctuation.
 
-    Words count as form where many texts of a class begin or end with them (as wrappers make them); lengths are cut at
-    quantiles of each class, so that no length has to be the longer one to tell.
+    Words count as form if many texts of a class begin or end with them, as with wrappers. Lengths are cut at quantiles
+    of each class, so that medium lengths can separate the classes too.
 
     Attributes:
-        statements_: what the columns say.
+        statements_: the statement of each column.
     """
 
     def fit(self, texts: Sequence[str], truth: Any) -> FormFeatures:
-        """Find the frequent words and the lengths of texts `[rows]` whose classes are `truth` `[rows]`."""
+        """Find the frequent words and lengths of texts `[rows]` with classes `truth` `[rows]`."""
         classes = [
             [text for text, own in zip(texts, truth, strict=True) if own == label] for label in np.unique(truth)
         ]
@@ -129,7 +129,7 @@ class FormFeatures(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Give 1 where a statement holds, `[rows, statements]`."""
+        """Return 1 where a statement holds, `[rows, statements]`."""
         check_is_fitted(self)
         return np.array(
             [[statement.holds(text) for statement in self.statements_] for text in texts], dtype=np.float64
@@ -159,7 +159,7 @@ class FormProbe(BaseEstimator):
     """A logistic regression of intervention-required against general prompts on their form alone.
 
     Args:
-        folds, seed: of the cross-validation.
+        folds, seed: those of the cross-validation.
 
     Attributes:
         auroc_: cross-validated.
@@ -175,10 +175,10 @@ class FormProbe(BaseEstimator):
         """Learn from texts of both classes, at least two each.
 
         Args:
-            ir: prompts that are to be steered.
-            general: prompts that are not.
-            groups: `[len(ir)]` kinds of the prompts, which are kept together: a word that one kind begins with is no form
-                of all.
+            ir: prompts to steer.
+            general: prompts not to steer.
+            groups: `[len(ir)]` kinds of the prompts, kept together in folds: a word that one kind begins with is not
+                the form of all.
         """
         own, labels = _draw(list(ir), None if groups is None else np.asarray(groups), self.seed)
         others, _ = _draw(list(general), None, self.seed)
@@ -203,36 +203,35 @@ class FormProbe(BaseEstimator):
         return self
 
     def score_samples(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Give the log-odds of texts, `[rows]`; higher has more of the IR prompts' form."""
+        """Return the log-odds of texts, `[rows]`; higher is more like the IR prompts' form."""
         check_is_fitted(self)
         return np.asarray(self.model_.decision_function(list(texts))) if len(texts) else np.zeros(0)
 
     def overlap_weights(
         self, ir: Sequence[str], general: Sequence[str]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Give weights `[rows]` of both classes' prompts, of mean 1 each, by which their forms are more alike.
+        """Return weights `[rows]` of both classes' prompts, with mean 1 each, that make their forms more alike.
 
-        A prompt weighs what the probability of the other class is, given its form (overlap weights; Li, Morgan and
-        Zaslavsky 2018), and a tenth more. What is learned with them is learned less from prompts that their form gives
-        away.
+        A prompt's weight is the probability of the other class given its form (overlap weights; Li, Morgan and
+        Zaslavsky 2018), plus a tenth. So prompts that their form gives away count less.
         """
         own = LEAST_WEIGHT + expit(-self.score_samples(ir))
         others = LEAST_WEIGHT + expit(self.score_samples(general))
         return own / own.mean(), others / others.mean()
 
     def describe(self, most: int = MOST_TOLD) -> str:
-        """Say in words what tells most, in at most `most` statements."""
+        """Describe the strongest differences in words, in at most `most` statements."""
         said = "; ".join(
             f"{row['prompts']:.0%} of the prompts {row['statement']}, {row['general']:.0%} of the general ones"
             for row in self.telling_[:most]
         )
-        return said or "no single property of the form tells much"
+        return said or "no single property of the form separates them well"
 
     def same_form(self, texts: Sequence[str], epsilon: float) -> NDArray[np.bool_]:
-        """Tell which texts `[rows]` have the form of IR prompts.
+        """Return which texts `[rows]` have the form of IR prompts.
 
-        They are those that a gate on form alone would let through if it had to miss at most a share `epsilon` of the IR
-        prompts; only what another gate does to these tells that it reads more than the form.
+        They are those on which a gate on form alone fires, if it misses at most a share `epsilon` of the IR prompts.
+        Only its behaviour on these shows whether another gate reads more than the form.
         """
         return self.score_samples(texts) >= np.quantile(self.ir_odds_, epsilon, method="lower")
 
@@ -249,7 +248,7 @@ def _draw(texts: list[str], labels: NDArray[Any] | None, seed: int) -> tuple[lis
 
 
 def _telling(features: FormFeatures, texts: Sequence[str], truth: NDArray[Any]) -> list[dict[str, Any]]:
-    """The statement of each family whose shares differ most, those that differ most first."""
+    """The statement of each family whose shares differ most, largest difference first."""
     holds = features.transform(texts)
     own, others = holds[truth == 1].mean(axis=0), holds[truth == 0].mean(axis=0)
     best: dict[str, int] = {}
@@ -258,7 +257,7 @@ def _telling(features: FormFeatures, texts: Sequence[str], truth: NDArray[Any]) 
     rows = []
     for place in best.values():
         statement, a, b = features.statements_[place], float(own[place]), float(others[place])
-        # Told of the prompts that are to be steered, so as what most of them are; only of words as what they are.
+        # Worded for the prompts to steer: the variant that holds for most of them, but words are never negated.
         as_is = a >= b or statement.family.endswith("word")
         said = (statement.text, a, b) if as_is else (statement.negated, 1 - a, 1 - b)
         if abs(a - b) >= TELLING:

@@ -12,7 +12,7 @@ def quantile_gate(
     epsilon: torch.Tensor,
     gamma: torch.Tensor,
 ) -> torch.Tensor:
-    """Give g = 1 if s >= tau else (F(s) / eps)^gamma, F the empirical CDF of the IR scores (Eq. 8).
+    """Return g = 1 if s >= tau else (F(s) / eps)^gamma, F the empirical CDF of the IR scores (Eq. 8).
 
     Args:
         score: [...] fp32.
@@ -29,17 +29,17 @@ def quantile_gate(
 
 
 def logistic_gate(score: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Give g = sigmoid(w s + b) (Eq. 9): score [...], weight and bias [] -> [...] fp32 in (0, 1)."""
+    """Return g = sigmoid(w s + b) (Eq. 9): score [...], weight and bias [] -> [...] fp32 in (0, 1)."""
     return torch.sigmoid(weight * score + bias)
 
 
 def direct_gate(score: torch.Tensor) -> torch.Tensor:
-    """Give g = s, a soft gate straight from the energy ratio (Eq. 15): [...] -> [...] clamped to [0, 1]."""
+    """Return g = s, the energy ratio as a soft gate (Eq. 15): [...] -> [...] clamped to [0, 1]."""
     return score.clamp(0.0, 1.0)
 
 
 def always_gate(score: torch.Tensor) -> torch.Tensor:
-    """Give g = 1 for every query: [...] -> [...]."""
+    """Return g = 1 for every query: [...] -> [...]."""
     return torch.ones_like(score)
 
 
@@ -51,12 +51,13 @@ def conformal_gate(
     level: torch.Tensor,
     gamma: torch.Tensor,
 ) -> torch.Tensor:
-    """Give g = min(1, (p(s) / level)^gamma), p(s) = (1 + #{calibration <= s}) / (n + 1), and exactly 0 below `floor`.
+    """Return g = min(1, (p(s) / level)^gamma), p(s) = (1 + #{calibration <= s}) / (n + 1), and exactly 0 below
+    `floor`.
 
     Args:
         score: [...] fp32.
-        threshold: g is 1 from here on, []; -inf to fire always.
-        floor: g is 0 below, [].
+        threshold: g is 1 from this score on, []; -inf to always fire.
+        floor: g is 0 below this score, [].
         calibration_scores: sorted scores [n] of IR rows that the score has not seen.
         level, gamma: [].
 

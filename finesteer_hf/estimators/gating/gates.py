@@ -45,24 +45,24 @@ from finesteer_hf.estimators.gating.gate_functions import (
 
 
 class _Gate(BaseEstimator):
-    """Shared by all gates: fit on scores, dose scores, count what general queries get.
+    """Base of all gates: fit on scores, compute doses, count false alarms on general queries.
 
-    Attributes (where general scores are given): n_general_, false_alarms_ (rows with g > 0), false_alarm_bound_
+    Attributes (if general scores are given): n_general_, false_alarms_ (rows with g > 0), false_alarm_bound_
     (95 % Clopper-Pearson), general_dose_ (mean g).
     """
 
     function: ClassVar[Callable[..., torch.Tensor]]
 
     def fit(self, ir_scores: ArrayLike, general_scores: ArrayLike | None = None, groups: Any = None) -> Any:
-        """Calibrate on scores of IR queries [n] and, where a gate or its report uses them, of general queries [m].
+        """Calibrate on scores of IR queries [n] and, if the gate or its report uses them, of general queries [m].
 
         Args:
-            ir_scores: for the guarantee, of rows that the score was not fitted on.
-            general_scores: held out too.
+            ir_scores: scores of IR rows; for the guarantee, rows that the score was not fitted on.
+            general_scores: scores of held-out general rows.
             groups: [n] labels; only `ConformalGate` uses them.
 
         Raises:
-            ValueError: no rows, NaN or Inf, or a parameter out of range.
+            ValueError: for no rows, NaN or Inf, or a parameter out of range.
         """
         scores = as_vector(ir_scores, "ir_scores").astype(np.float32)
         general = None if general_scores is None else as_vector(general_scores, "general_scores").astype(np.float32)
@@ -80,11 +80,11 @@ class _Gate(BaseEstimator):
         raise NotImplementedError
 
     def gate(self, scores: ArrayLike) -> NDArray[np.float32]:
-        """Give the dose of scores [B]: [B] fp32 in [0, 1]."""
+        """Return the dose of scores [B]: [B] fp32 in [0, 1]."""
         return run(type(self).function, as_vector(scores, "scores"), self.state())
 
     def state(self) -> State:
-        """Give the arguments of the run-time function beside the score."""
+        """Return the arguments of the run-time function besides the score."""
         return {}
 
 
@@ -98,19 +98,20 @@ class AlwaysGate(_Gate):
 
 
 class DirectGate(_Gate):
-    """g = s, the energy ratio itself (Eq. 15). IR queries get well below full strength."""
+    """g = s, the energy ratio itself (Eq. 15). IR queries get much less than full strength."""
 
     function = staticmethod(direct_gate)
 
     def _calibrate(self, scores: Any, general: Any, groups: NDArray[Any] | None) -> None:
         if scores.min() < 0.0 or scores.max() > 1.0:
             raise ValueError(
-                f"ir_scores run from {scores.min():.3g} to {scores.max():.3g}; g = s needs a score in [0, 1]: 'ser'."
+                f"ir_scores range from {scores.min():.3g} to {scores.max():.3g}; g = s needs a score in [0, 1]: 'ser'."
             )
 
 
 class QuantileGate(_Gate):
-    """The paper's one-class gate (Eq. 8). Its tau holds for the rows it was fitted on, and misses far more new ones.
+    """The paper's one-class gate (Eq. 8). Its tau is valid for the rows it was fitted on, and misses far more new
+    ones.
 
     Args:
         epsilon: nominal miss rate, tau is the lower epsilon-quantile of the IR scores.
@@ -135,7 +136,7 @@ class QuantileGate(_Gate):
         )
 
     def state(self) -> State:
-        """Give the arguments of `quantile_gate`."""
+        """Return the arguments of `quantile_gate`."""
         check_is_fitted(self, "threshold_")
         return {
             "threshold": runtime_tensor(self.threshold_),
@@ -163,7 +164,7 @@ class LogisticGate(_Gate):
     def _calibrate(self, scores: Any, general: Any, groups: NDArray[Any] | None) -> None:
         if general is None:
             raise ValueError(
-                "the logistic gate is fitted on IR against general queries, and there is one class only: pass "
+                "the logistic gate is fitted on IR against general queries, but there is only one class: pass "
                 "general_scores, or use the gate 'conformal', 'quantile' or 'ser'."
             )
         both = np.concatenate([scores, general]).astype(np.float64)
@@ -178,38 +179,38 @@ class LogisticGate(_Gate):
         self.threshold_ = -self.bias_ / self.weight_ if self.weight_ else math.nan
 
     def state(self) -> State:
-        """Give the arguments of `logistic_gate`."""
+        """Return the arguments of `logistic_gate`."""
         check_is_fitted(self, "weight_")
         return {"weight": runtime_tensor(self.weight_), "bias": runtime_tensor(self.bias_)}
 
 
 class ConformalGate(_Gate):
-    """Split-conformal soft gate: its miss rate on exchangeable IR queries is bounded in finite samples.
+    """Split-conformal soft gate: its miss rate on exchangeable IR queries has a finite-sample bound.
 
     With the n calibration scores sorted, g is 1 from the l-th smallest on and falls below it. "marginal":
     l = floor(eps (n + 1)), so P(g < 1 | IR) <= l / (n + 1) <= eps over calibration sets. "pac": the largest l for
     which the miss rate stays at most eps with probability 1 - delta over calibration sets. The bound holds for
     queries exchangeable with the calibration rows: no other distribution, no adaptive attacker.
 
-    g is exactly 0 below the smallest calibration score. Where general scores are given, the zero reaches up to the
-    lowest calibration score that lets no more of them through than the threshold does.
+    g is exactly 0 below the smallest calibration score. With general scores, g is 0 up to the lowest calibration score
+    that passes no more of them than the threshold does.
 
     Args:
         epsilon: miss rate.
         gamma: exponent below the threshold.
         guarantee: "marginal" or "pac".
-        delta: of "pac".
-        cross_fitted: the scores come from `cross_fitted_scores`: every bound doubles and is called approximate.
-        by_kind: groups are kinds, and a new query is of a new kind: what is exchangeable are kinds, not rows. Each weighs
-            the same, the threshold misses at most epsilon of them on the mean, and the bound, which allows for one kind
-            more, is coarse with few kinds: (K epsilon + 1) / (K + 1). Not with "pac".
+        delta: failure probability of "pac".
+        cross_fitted: the scores come from `cross_fitted_scores`: every bound doubles and is marked approximate.
+        by_kind: groups are kinds, and a new query has a new kind, so kinds are exchangeable, not rows. All kinds have
+            the same weight, and the threshold misses at most epsilon of them on average. The bound, which allows for
+            one more kind, is coarse with few kinds: (K epsilon + 1) / (K + 1). Not with "pac".
 
     Attributes:
         threshold_, rank_ (l; 0: fires always), level_ (the p-value at which g reaches 1), floor_, calibration_scores_.
-        bound_: of the miss rate; guarantee_: that bound in words; lost_dose_bound_: of E[1 - g | IR].
+        bound_: bound of the miss rate; guarantee_: that bound in words; lost_dose_bound_: bound of E[1 - g | IR].
         missed_: with `by_kind`, the mean over kinds of the share of their rows below the threshold.
-        group_thresholds_, group_: with other groups (Mondrian), each threshold and the group with the lowest, whose scores
-            are the ones kept: the bound then holds within every group.
+        group_thresholds_, group_: with other groups (Mondrian), each threshold, and the group with the lowest one,
+            whose scores are stored: the bound then holds within every group.
     """
 
     function = staticmethod(conformal_gate)
@@ -261,14 +262,14 @@ class ConformalGate(_Gate):
     def _calibrate_by_kind(self, scores: Any, general: Any, kinds: NDArray[Any] | None) -> None:
         if kinds is None or self.guarantee == "pac":
             raise ValueError(
-                "by_kind=True needs groups, the kind of each row, and guarantee='marginal': over a few kinds nothing is "
-                f"known with probability 1 - delta. Got guarantee={self.guarantee!r} and groups={kinds!r}."
+                "by_kind=True needs groups, the kind of each row, and guarantee='marginal': a few kinds cannot give "
+                f"a bound with probability 1 - delta. Got guarantee={self.guarantee!r} and groups={kinds!r}."
             )
         names = np.unique(kinds)
         self.rank_, self.missed_ = kinds_rank(scores, kinds, self.epsilon)
         self.calibration_scores_ = np.sort(scores)
         self.threshold_ = float(self.calibration_scores_[self.rank_ - 1])
-        # of the pooled rows, where the dose is looked up; with kinds of unequal size it is not epsilon
+        # level in the pooled rows, where the dose is looked up; with kinds of unequal size it is not epsilon
         self.level_ = (self.rank_ + 1) / (len(scores) + 1)
         self._set_floor(general)
         count, factor = len(names), 2.0 if self.cross_fitted else 1.0
@@ -277,14 +278,14 @@ class ConformalGate(_Gate):
         self.bound_ = min(1.0, factor * kinds_bound(count, self.missed_))
         self.lost_dose_bound_ = min(1.0, factor * kinds_bound(count, lost))
         self.guarantee_ = (
-            f"P(g < 1 | IR of a new kind) <= {self.bound_:.4f}, on the mean over sets of {count} kinds, if kinds are "
+            f"P(g < 1 | IR of a new kind) <= {self.bound_:.4f}, on average over sets of {count} kinds, if kinds are "
             "exchangeable"
         )
         if self.cross_fitted:
             self.guarantee_ = f"approximate (each kind scored by a fit without it): {self.guarantee_}"
 
     def _set_floor(self, general: Any) -> int:
-        """Put the hard zero as high as it can be without letting more general rows through; give its rank."""
+        """Put the hard zero as high as possible without passing more general rows; return its rank."""
         zero_rank = min(1, self.rank_)
         if general is not None and self.rank_:
             allowed = (general >= self.threshold_).sum()
@@ -304,14 +305,12 @@ class ConformalGate(_Gate):
             for group, (m, rank) in sizes.items()
         }
         self.bound_ = min(1.0, factor * max(misses.values())) if self.rank_ else 0.0
-        # of the other groups only the chance to fall below the threshold is known, not how far
+        # for other groups only the probability of a score below the threshold is known, not the distance
         elsewhere = max((rank / (m + 1) for group, (m, rank) in sizes.items() if group != self.group_), default=0.0)
         lost = max(lost_dose(n, self.level_, self.gamma, zero_rank), elsewhere) if self.rank_ else 0.0
         self.lost_dose_bound_ = min(1.0, factor * lost)
         self.guarantee_ = f"P(g < 1 | IR) <= {self.bound_:.4f}, " + (
-            f"with probability {1 - self.delta:g} over calibration sets"
-            if pac
-            else "on the mean over calibration sets"
+            f"with probability {1 - self.delta:g} over calibration sets" if pac else "on average over calibration sets"
         )
         if self.cross_fitted:
             self.guarantee_ = f"approximate (cross-fitted scores): {self.guarantee_}"
@@ -320,13 +319,13 @@ class ConformalGate(_Gate):
         needed = rows_needed(self.epsilon, None if self.guarantee == "marginal" else self.delta)
         where = f"group {self.group_!r} has" if grouped else "there are"
         warnings.warn(
-            f"{where} {n} calibration rows, and epsilon={self.epsilon:g} ({self.guarantee}) needs {needed}: the gate "
+            f"{where} {n} calibration rows, but epsilon={self.epsilon:g} ({self.guarantee}) needs {needed}: the gate "
             "fires on every query. Give more rows, or a larger epsilon.",
             stacklevel=4,
         )
 
     def state(self) -> State:
-        """Give the arguments of `conformal_gate`."""
+        """Return the arguments of `conformal_gate`."""
         check_is_fitted(self, "threshold_")
         return {
             "threshold": runtime_tensor(self.threshold_),

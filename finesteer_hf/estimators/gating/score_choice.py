@@ -32,20 +32,20 @@ SCORE_FUNCTIONS = {"ser": subspace_energy_ratio, "t2q": t2q_score, "state": stat
 class AutoScore(BaseEstimator):
     """Fit every candidate score and keep the best by cross-fitted false alarms at the calibrated miss rate.
 
-    The threshold of a candidate is the conformal one of its cross-fitted IR scores; a false alarm is a general row,
-    held out of that fit, at or above it. Ties go to the higher AUROC, then to the earlier candidate. Without general
-    rows nothing can be compared, and the first candidate that needs none is fitted.
+    A candidate's threshold is the conformal one of its cross-fitted IR scores; a false alarm is a held-out general row
+    at or above it. Ties go to the higher AUROC, then to the earlier candidate. Without general rows the first
+    candidate that needs none is fitted.
 
     Args:
-        candidates: names out of "ser", "t2q", "state".
+        candidates: names from "ser", "t2q", "state".
         epsilon: the miss rate at which false alarms are counted.
-        rank: of the subspaces.
-        folds, seed: of every cross-fit.
+        rank: rank of the subspaces.
+        folds, seed: those of every cross-fit.
 
     Attributes:
         name_, estimator_: the choice, fitted on all rows.
-        table_: one dict a candidate: name, false_alarm_rate, false_alarm_bound (95 %), auroc.
-        chosen_params_: of the choice.
+        table_: one dict per candidate: name, false_alarm_rate, false_alarm_bound (95 %), auroc.
+        chosen_params_: parameters of the choice.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class AutoScore(BaseEstimator):
 
         Args:
             ir, general: the states.
-            groups: [M] labels of IR rows that are held out together where candidates are compared.
-            judged: [N] bool, the general rows whose false alarms and AUROC count, such as those of the IR queries' form;
-                None for all. All are learned from.
-            weights: of the rows in the state score, as for `StateScore.fit`.
+            groups: [M] labels of IR rows that are held out together when candidates are compared.
+            judged: [N] bool, the general rows whose false alarms and AUROC count, such as those in the IR queries'
+                form; None for all. The fit uses all.
+            weights: weights of the rows in the state score, as for `StateScore.fit`.
 
         Raises:
-            ValueError: bad rows, an unknown candidate, or only candidates that need general rows and none given.
+            ValueError: for bad rows, an unknown candidate, or missing general rows if all candidates need them.
         """
         fraction(self.epsilon, "epsilon")
         for name in self.candidates:
@@ -99,8 +99,8 @@ class AutoScore(BaseEstimator):
             fitted = {name: self._make(name) for name in self.candidates}
             for score in fitted.values():
                 if isinstance(score, StateScore):
-                    # C by single rows: the log-loss of left-out kinds is about confidence and not about order, and chooses
-                    # far too flat a classifier (XSTest held out by type: AUROC .75, and .84 so).
+                    # C is chosen on single rows: the log-loss of left-out kinds measures confidence, not order, and
+                    # chooses far too flat a classifier (XSTest held out by type: AUROC .75, against .84 this way).
                     score.fit(positives, negatives, weights=weights)
                 else:
                     score.fit(positives, negatives, groups)
@@ -143,11 +143,11 @@ class AutoScore(BaseEstimator):
         }
 
     def score_samples(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give the chosen score of states [B, d]: [B], higher is more like the IR queries."""
+        """Return the chosen score of states [B, d]: [B], higher is more like the IR queries."""
         check_is_fitted(self)
         return self.estimator_.score_samples(states)
 
     def state(self) -> State:
-        """Give the arguments of `SCORE_FUNCTIONS[name_]`."""
+        """Return the arguments of `SCORE_FUNCTIONS[name_]`."""
         check_is_fitted(self)
         return self.estimator_.state()

@@ -1,7 +1,8 @@
 """Gate scores beside the energy ratio: process-monitoring statistics and a linear classifier of the state.
 
-A score is a number per query, higher where the query looks more like an intervention-required (IR) one. It is a
-trigger, not a probability: a gate (`gates.py`) turns it into a dose after calibration on rows the score has not seen.
+A score is one number per query, higher if the query looks more like an intervention-required (IR) one. It is a
+trigger, not a probability: a gate (`gates.py`) turns it into a dose after calibration on rows that the score has not
+seen.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from finesteer_hf.estimators.selection import make_folds, one_standard_error
 from finesteer_hf.estimators.subspace import TINY, IntervenedSubspace, scaled_deviation
 
 
-# Of IR and of general rows.
+# IR and general rows.
 RowWeights = tuple[NDArray[np.float64], NDArray[np.float64]]
-# The rank of a fold is that of all rows, which was settled, and warned about, there.
+# Folds use the rank of the fit on all rows, which gave the warning already.
 NO_CAP = 1 - 1e-9
 
 
 def monitoring_statistics(
     h: torch.Tensor, mean: torch.Tensor, basis: torch.Tensor, variances: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the logarithms of T^2 = sum_j (v_j^T (h - mu))^2 / lambda_j and Q = ||(I - V V^T)(h - mu)||^2.
+    """Return the logarithms of T^2 = sum_j (v_j^T (h - mu))^2 / lambda_j and Q = ||(I - V V^T)(h - mu)||^2.
 
-    The two statistics of PCA process monitoring (Jackson and Mudholkar 1979): how far along the subspace, how far
-    from it. In logarithms, which overflow for no norm.
+    The two statistics of PCA process monitoring (Jackson and Mudholkar 1979): the distance along the subspace and from
+    it. Logarithms do not overflow for any norm.
 
     Args:
         h: [..., d], any floating dtype.
@@ -67,7 +68,7 @@ def _two_sided(statistic: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     below = torch.searchsorted(reference, statistic, right=True)
     above = count - torch.searchsorted(reference, statistic, right=False)
     p_value = (2.0 * (1 + torch.minimum(below, above)) / (count + 1)).clamp(max=1.0)
-    # beyond the reference every p-value ties at the smallest; the distance keeps the order of far queries
+    # beyond the reference all p-values tie at the smallest; the distance keeps far queries in order
     beyond = (reference[0] - statistic).clamp_min(0.0) + (statistic - reference[-1]).clamp_min(0.0)
     return p_value / (1.0 + beyond / (reference[-1] - reference[0]).clamp_min(1e-6))
 
@@ -80,40 +81,40 @@ def t2q_score(
     t2_reference: torch.Tensor,
     q_reference: torch.Tensor,
 ) -> torch.Tensor:
-    """Give the smaller of two two-sided conformal p-values, of T^2 and of Q, doubled (Bonferroni).
+    """Return the smaller of two two-sided conformal p-values, of T^2 and of Q, doubled (Bonferroni).
 
     Args:
         h: [..., d], any floating dtype.
-        mean, basis, variances: of the subspace, fp32 [d], [d, k], [k].
-        t2_reference, q_reference: sorted log-statistics of IR rows that their subspace had not seen, fp32 [n].
+        mean, basis, variances: those of the subspace, fp32 [d], [d, k], [k].
+        t2_reference, q_reference: sorted log-statistics of IR rows, each from a subspace fitted without it, fp32 [n].
 
     Returns:
-        [...] fp32 in (0, 1]; within the reference a p-value of belonging to the IR queries, beyond it below the
-        smallest p-value and falling with the distance.
+        [...] fp32 in (0, 1]; within the reference, a p-value of belonging to the IR queries; beyond it, below the
+        smallest p-value and decreasing with distance.
     """
     t2, q = monitoring_statistics(h, mean, basis, variances)
     return (2.0 * torch.minimum(_two_sided(t2, t2_reference), _two_sided(q, q_reference))).clamp(max=1.0)
 
 
 def state_score(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Give the log-odds weight . h + bias of IR against general queries: h [..., d], weight [d], bias [] -> [...]."""
+    """Return the log-odds weight . h + bias of IR against general queries: h [..., d], weight [d], bias [] -> [...]."""
     return h.float() @ weight + bias
 
 
 class MonitoringScore(BaseEstimator):
-    """T^2 and Q of the IR subspace as one two-sided p-value: one-class, and sees what the energy ratio cannot.
+    """T^2 and Q of the IR subspace as one two-sided p-value: one-class, and detects what the energy ratio misses.
 
     A shift along the subspace, a shrunken copy of the cloud and a reflection through the mean leave the energy ratio
-    high or unchanged; here they have a small p-value (the reflection excepted).
+    high or unchanged; here they get a small p-value (except the reflection).
 
     Args:
-        rank, max_fraction: of the subspace, as in `IntervenedSubspace`.
-        folds, seed: of the cross-fit that gives the reference statistics.
+        rank, max_fraction: those of the subspace, as in `IntervenedSubspace`.
+        folds, seed: those of the cross-fit for the reference statistics.
 
     Attributes:
         subspace_: the fitted `IntervenedSubspace`.
         t2_reference_, q_reference_: sorted cross-fitted log-statistics [M] fp32.
-        chosen_params_: what "auto" settled on.
+        chosen_params_: what "auto" chose.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class MonitoringScore(BaseEstimator):
         """Learn from IR states [M, d], M >= 8; `general` is not used; `groups` [M] keeps rows together in folds.
 
         Raises:
-            ValueError: bad rows, or rank out of range.
+            ValueError: for bad rows, or a rank out of range.
         """
         rows = as_matrix(ir, "ir", min_rows=8)
         labels = as_groups(groups, len(rows))
@@ -149,13 +150,13 @@ class MonitoringScore(BaseEstimator):
         return self
 
     def score_samples(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give the combined p-value of states [B, d]: [B] in (0, 1], higher is more like the IR queries."""
+        """Return the combined p-value of states [B, d]: [B] in (0, 1], higher is more like the IR queries."""
         check_is_fitted(self)
         checked = as_matrix(states, "states", min_rows=1, width=len(self.subspace_.mean_))
         return run(t2q_score, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `t2q_score`."""
+        """Return the arguments of `t2q_score`."""
         check_is_fitted(self)
         return {
             **self.subspace_.state(),
@@ -166,18 +167,18 @@ class MonitoringScore(BaseEstimator):
 
 
 class StateScore(BaseEstimator):
-    """Regularised logistic regression of IR against general queries on the state itself, folded to one vector.
+    """Regularised logistic regression of IR against general queries on the state itself, folded into one vector.
 
-    Standardised dimensions are divided by sqrt(d), so that one grid of C fits every width; both classes weigh the
-    same whatever their numbers. Works from a handful of general prompts.
+    Standardised dimensions are divided by sqrt(d), so that one grid of C fits every width; both classes have the same
+    weight, whatever their sizes. Works with a few general prompts.
 
     Args:
         C: inverse L2 strength, or "auto": the strongest regularisation within one standard error of the best
-            cross-fitted log-loss, 1.0 where a class has fewer than 3 rows.
-        folds, seed: of that choice.
+            cross-fitted log-loss, 1.0 if a class has fewer than 3 rows.
+        folds, seed: those of that choice.
 
     Attributes:
-        weight_ [d] fp32, bias_ (float), C_, curve_ (one dict a C: C, log_loss), chosen_params_.
+        weight_ [d] fp32, bias_ (float), C_, curve_ (one dict per C: C, log_loss), chosen_params_.
     """
 
     GRID = tuple(10.0**power for power in range(-2, 4))
@@ -198,17 +199,17 @@ class StateScore(BaseEstimator):
         """Learn from IR states [M, d] and general states [N, d].
 
         Args:
-            ir: label 1.
-            general: label 0; at least 2 rows.
+            ir: rows of label 1.
+            general: rows of label 0; at least 2.
             groups: [M] labels of the IR rows, kept together when C is chosen.
-            weights: of the IR and of the general rows, [M] and [N] with mean 1 each; None for equal ones.
+            weights: weights of the IR and the general rows, [M] and [N] with mean 1 each; None for equal ones.
 
         Raises:
-            ValueError: no general rows (one class only), bad rows, widths that differ.
+            ValueError: if there are no general rows (one class only), for bad rows, and if widths differ.
         """
         if general is None:
             raise ValueError(
-                "the state score separates IR from general queries, and there is one class only: pass general states "
+                "the state score separates IR from general queries, but there is only one class: pass general states "
                 "(5 are enough to start), or use the score 'ser' or 't2q', which need none."
             )
         positives = as_matrix(ir, "ir")
@@ -219,7 +220,7 @@ class StateScore(BaseEstimator):
         heavy = np.ones(len(rows)) if weights is None else np.concatenate(weights)
         centre, scale = rows.mean(axis=0), rows.std(axis=0)
         if not scale.any():
-            raise ValueError("ir and general: all rows are equal, so there is nothing to separate them by.")
+            raise ValueError("ir and general: all rows are equal, so nothing separates them.")
         scale = np.where(scale > 0, scale, 1.0) * np.sqrt(rows.shape[1])
         coordinates, basis = row_space((rows - centre) / scale)
         self.curve_: list[dict[str, float]] = []
@@ -253,7 +254,7 @@ class StateScore(BaseEstimator):
         for (ir_train, ir_test), (general_train, general_test) in splits:
             train = np.concatenate([ir[ir_train], general[general_train]])
             test = np.concatenate([ir[ir_test], general[general_test]])
-            model = self._classifier(self.GRID[0])  # each strength starts from where the last one ended
+            model = self._classifier(self.GRID[0])  # each strength starts from the last one's solution
             for index, strength in enumerate(self.GRID):
                 model.set_params(C=strength).fit(rows[train], truth[train], sample_weight=heavy[train])
                 odds = model.decision_function(rows[test])
@@ -264,13 +265,13 @@ class StateScore(BaseEstimator):
         return self.GRID[one_standard_error(losses, self.GRID)]
 
     def score_samples(self, states: ArrayLike) -> NDArray[np.float32]:
-        """Give the log-odds of states [B, d]: [B], higher is more like the IR queries."""
+        """Return the log-odds of states [B, d]: [B], higher is more like the IR queries."""
         check_is_fitted(self)
         checked = as_matrix(states, "states", min_rows=1, width=len(self.weight_))
         return run(state_score, checked, self.state())
 
     def state(self) -> State:
-        """Give the arguments of `state_score`: weight [d], bias []."""
+        """Return the arguments of `state_score`: weight [d], bias []."""
         check_is_fitted(self)
         return {"weight": runtime_tensor(self.weight_), "bias": runtime_tensor(self.bias_)}
 
@@ -288,18 +289,18 @@ def cross_fitted_scores(
     seed: int = 0,
     weights: RowWeights | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Score every row by a fit that has not seen it, with the hyper-parameters the given fit has chosen.
+    """Score every row with a fit that has not seen it, using the hyper-parameters of the given fit.
 
     Args:
         fitted: a fitted score.
         ir, general: the rows, [M, d] and [N, d].
         groups: [M]; IR rows of a group stay together.
-        folds, seed: of the cross-fit.
-        weights: that the state score was fitted with; the others have none.
+        folds, seed: those of the cross-fit.
+        weights: weights of the state score's fit; other scores have none.
 
     Returns:
-        Scores [M] and, where general rows are given, [N]. Calibrating on these spends no rows, but the guarantee
-        weakens from eps to about 2 eps (CV+, Barber et al. 2021): say so by `ConformalGate(cross_fitted=True)`.
+        Scores [M] and, if general rows are given, [N]. Calibrating on these uses no extra rows, but the guarantee
+        weakens from eps to about 2 eps (CV+, Barber et al. 2021): use `ConformalGate(cross_fitted=True)`.
     """
     check_is_fitted(fitted)
     positives = as_matrix(ir, "ir", min_rows=4)

@@ -1,4 +1,4 @@
-"""The benchmarks that `finesteer eval` knows, as judged prompts."""
+"""The benchmarks of `finesteer eval`, as judged prompts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class PromptSet:
     """Prompts of one kind, and what is counted on them.
 
     Attributes:
-        name: for tables.
+        name: name for tables.
         metric: what a hit is.
-        prompts: what is asked.
-        max_new_tokens: limit of an answer; stated, for figures depend on it.
+        prompts: the prompts.
+        max_new_tokens: most tokens of an answer; reported, since figures depend on it.
     """
 
     name: str
@@ -113,14 +113,14 @@ def load_benchmark(
 
     Args:
         name: one of `BENCHMARKS`.
-        source: a file, or another Hub id than the usual one.
-        half: of TruthfulQA: `test` is the half that `finesteer fit --format truthfulqa` leaves out (same seed), `all`
-            is right for adapters that were fitted on other data.
-        limit: at most so many prompts of each kind, drawn at random.
-        seed: of the halves and of the draw.
+        source: a file, or a Hub id other than the default one.
+        half: half of TruthfulQA: `test` is the half that `finesteer fit --format truthfulqa` does not use (same seed);
+            use `all` for adapters that were fitted on other data.
+        limit: most prompts of each kind, drawn at random.
+        seed: seed of the halves and the draw.
 
     Raises:
-        ValueError: for a name that is not known, and for a limit below 1.
+        ValueError: for an unknown name, and for a limit below 1.
     """
     if name not in _LOADERS:
         raise ValueError(f"Unknown benchmark {name!r}. Known: {list(BENCHMARKS)}.")

@@ -1,4 +1,4 @@
-"""The playground's held-out prompts with its exact judges."""
+"""The playground's held-out prompts, with its exact judges."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def fit_rows(
 ) -> list[dict[str, Any]]:
     """Preference rows of the fit half, for `fit_steering(..., split="group")`.
 
-    What the test half shares nothing of must not be shared between the parts of the fit either, or what is calibrated and
-    chosen there would be so for easier prompts than those that come. Their `category` therefore is the base request, or,
-    where whole kinds are held out, the subject; kinds are too few to be parted.
+    The parts of the fit must be as disjoint as the two halves are, or the fit would be calibrated on easier prompts
+    than the test half. So their `category` is the base request or, if whole kinds are held out, the subject; there are
+    too few kinds to split by.
 
     Args:
         task: `truthful` or `safety`.
-        split: what the halves are disjoint by.
-        limit: at most so many rows, drawn at random.
-        seed: of the halves and of the draw.
+        split: what separates the halves.
+        limit: most rows, drawn at random.
+        seed: seed of the halves and the draw.
     """
     rows = playground.preference_rows(task, "fit", split=split, seed=seed)
     alone = task == "truthful" and split == "question"
@@ -47,14 +47,14 @@ def target_prompts(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[JudgedPrompt]:
-    """Prompts whose answers steering should change: questions to be answered truthfully, or requests to be refused.
+    """Prompts whose answers steering should change: questions to answer truthfully, or requests to refuse.
 
     Args:
         task: `truthful` or `safety`.
-        half: which half; `test` shares no question (request) with the rows that `preference_rows(half="fit")` gives.
-        split: what the halves are disjoint by: question, or whole kinds.
-        limit: at most so many, drawn at random.
-        seed: of the halves and of the draw.
+        half: which half; `test` shares no question (request) with `preference_rows(half="fit")`.
+        split: what separates the halves: questions, or whole kinds.
+        limit: most prompts, drawn at random.
+        seed: seed of the halves and the draw.
     """
     rows = playground.preference_rows(task, half, split=split, seed=seed)
     world = playground.world()
@@ -88,7 +88,7 @@ def _question(row: dict[str, Any], question: playground.Question) -> JudgedPromp
 def general_prompts(
     *, half: Literal["fit", "test"] = "test", limit: int | None = None, seed: int = 0
 ) -> list[JudgedPrompt]:
-    """Prompts that steering should leave alone: general tasks and harmless look-alikes, unknown to the model."""
+    """Prompts that steering should leave alone: general tasks and harmless look-alikes that the model has not seen."""
     world = playground.world()
     items = {item.id: item for item in (*world.general, *world.lookalikes)}
     prompts = [
@@ -99,7 +99,7 @@ def general_prompts(
 
 
 def draw(items: Sequence[T], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` of some items, drawn at random, in their order."""
+    """At most `limit` items, drawn at random, in their order."""
     if limit is None or limit >= len(items):
         return list(items)
     kept = sorted(random.Random(seed).sample(range(len(items)), limit))

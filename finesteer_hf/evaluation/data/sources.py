@@ -24,8 +24,8 @@ def read_rows(source: str | Path, *, config: str | None = None, split: str | Non
         split: its split.
 
     Raises:
-        FileNotFoundError: if the name ends like a file and there is none.
-        DatasetError: if the file has another form, or no rows.
+        FileNotFoundError: if the name has a file's extension and there is no such file.
+        DatasetError: if the file has another form or no rows.
     """
     path = Path(source)
     if path.suffix.lower() in _LOCAL_SUFFIXES:
@@ -35,7 +35,7 @@ def read_rows(source: str | Path, *, config: str | None = None, split: str | Non
 
         rows = [dict(row) for row in datasets.load_dataset(str(source), config, split=split)]
     if not rows:
-        raise DatasetError(f"{source} holds no rows.")
+        raise DatasetError(f"{source} has no rows.")
     return rows
 
 
@@ -58,10 +58,10 @@ def _read_local(path: Path) -> list[Row]:
 
 
 def column(rows: list[Row], names: Iterable[str], source: str | Path) -> str:
-    """The first of some column names that the rows have; files and Hub copies of a set differ in case.
+    """The first of the given column names that the rows have; files and Hub copies of a set differ in case.
 
     Raises:
-        DatasetError: if they have none; it lists the columns that are there.
+        DatasetError: if they have none; lists the existing columns.
     """
     wanted = list(names)
     for name in wanted:

@@ -1,4 +1,4 @@
-"""TruthfulQA (Lin et al., 2022): loading, preference rows for a fit, multiple choice, judging what is said."""
+"""TruthfulQA (Lin et al., 2022): loading, preference rows for a fit, multiple choice, and a judge of answers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TruthfulQuestion:
     """A question with its reference answers.
 
     Attributes:
-        question: what is asked.
+        question: the question.
         best: the answer that MC1 scores.
         correct: all true answers.
         incorrect: the false ones.
-        category: one of 38; None in files that leave it out.
+        category: one of 38; None if the file has none.
     """
 
     question: str
@@ -47,8 +47,8 @@ def load_truthfulqa(source: str | Path = HUB_ID) -> list[TruthfulQuestion]:
         source: `TruthfulQA.csv`, `mc_task.json`, or a Hub id with the configuration `generation`.
 
     Raises:
-        FileNotFoundError: if a file is named that is not there.
-        DatasetError: if the file is another one.
+        FileNotFoundError: if the file does not exist.
+        DatasetError: if the file has another form.
     """
     rows = read_rows(source, config="generation", split="validation")
     if "mc2_targets" in rows[0]:
@@ -81,7 +81,7 @@ def _answers(cell: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _sentence(text: str) -> str:
-    """An answer as a sentence: the files write some with a full stop and some without, which likelihoods would see."""
+    """An answer as a sentence: the files have some with a full stop and some without, which changes likelihoods."""
     text = text.strip()
     return text if not text or text[-1] in ".!?\"'" else f"{text}."
 
@@ -92,7 +92,7 @@ def _from_choices(row: Row, source: str | Path) -> TruthfulQuestion:
         target = row.get(name)
         if not isinstance(target, dict):
             raise DatasetError(f"{source}: {name} must map answers to 0 or 1.")
-        # The Hub's copy holds two lists where the published file holds a mapping.
+        # The Hub's copy has two lists, the published file a mapping.
         targets.append(dict(zip(target["choices"], target["labels"], strict=True)) if "choices" in target else target)
     best = [answer for answer, label in targets[0].items() if label]
     return TruthfulQuestion(
@@ -118,8 +118,8 @@ def preference_rows(
         questions: the half to fit on.
         pairs: `first` pairs the first true answer with the first false one, as FineSteer does; `all` every true answer
             with every false one.
-        max_pairs: at most so many pairs a question, drawn at random.
-        seed: of the draw.
+        max_pairs: most pairs per question, drawn at random.
+        seed: seed of the draw.
         system: system message of every prompt.
 
     Returns:
@@ -153,23 +153,21 @@ def preference_rows(
 def split_halves(
     questions: Sequence[TruthfulQuestion], *, by: Literal["question", "category"] = "question", seed: int = 0
 ) -> tuple[list[TruthfulQuestion], list[TruthfulQuestion]]:
-    """Two halves: one to fit on, one to test on.
+    """Split the questions into two halves: one to fit on, one to test on.
 
     Args:
-        questions: all of them.
-        by: `category` keeps each category on one side; a random split by question leaves near-duplicates on both and
-            is optimistic.
-        seed: of the split.
+        questions: all questions.
+        by: `category` keeps each category on one side; a random split by question leaves near-duplicates on both sides
+            and is optimistic.
+        seed: seed of the split.
 
     Raises:
-        DatasetError: if a split by category is asked of questions without categories.
+        DatasetError: if questions without categories are split by category.
     """
     rows = np.arange(len(questions))
     if by == "category":
         if any(question.category is None for question in questions):
-            raise DatasetError(
-                "These questions have no categories (mc_task.json leaves them out); read TruthfulQA.csv."
-            )
+            raise DatasetError("These questions have no categories (mc_task.json has none); read TruthfulQA.csv.")
         splitter = GroupShuffleSplit(n_splits=1, test_size=0.5, random_state=seed)
         fit, test = next(splitter.split(rows, groups=[question.category for question in questions]))
     else:
@@ -178,7 +176,7 @@ def split_halves(
 
 
 def choice_items(questions: Sequence[TruthfulQuestion], *, system: str | None = None) -> list[ChoiceItem]:
-    """Multiple-choice items, the best answer first: MC1 scores it, MC2 all of them."""
+    """Multiple-choice items, the best answer first: MC1 scores it, MC2 scores all."""
     return [
         ChoiceItem(
             as_chat(question.question, system),
@@ -196,7 +194,7 @@ def nearer_to_truth(question: TruthfulQuestion, text: str) -> bool:
 
 
 def unigram_f1(text: str, reference: str) -> float:
-    """F1 of shared words, counted with their multiplicity (ROUGE-1)."""
+    """F1 of shared words, counted with multiplicity (ROUGE-1)."""
     a, b = Counter(_words(text)), Counter(_words(reference))
     shared = (a & b).total()
     return 2 * shared / (a.total() + b.total()) if shared else 0.0

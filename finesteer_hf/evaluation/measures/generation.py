@@ -1,4 +1,4 @@
-"""Greedy answers in padded batches, with what the gates did."""
+"""Greedy answers in padded batches, with the gates' records."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Answers:
     """Generated answers, in the order of the prompts.
 
     Attributes:
-        texts: decoded, special tokens left out.
-        ids: new token ids up to and with the first end token.
-        steering: for each active adapter, what it recorded: tensors with one entry a prompt, on the CPU.
+        texts: decoded, without special tokens.
+        ids: new token ids up to and including the first end token.
+        steering: the records of each active adapter: tensors with one entry per prompt, on the CPU.
     """
 
     texts: list[str]
@@ -41,14 +41,14 @@ def greedy_answers(
     batch_tokens: int = 8192,
     **generate_kwargs: Any,
 ) -> Answers:
-    """Answer prompts greedily under what is set on the model.
+    """Answer prompts greedily with the model's active steering.
 
     Args:
         model: any causal LM with `generate`.
         tokenizer: its tokenizer.
         prompts: texts or chats.
-        max_new_tokens: limit of each answer.
-        batch_tokens: padded tokens, new ones included, a batch.
+        max_new_tokens: most tokens of each answer.
+        batch_tokens: padded tokens per batch, including new ones.
         **generate_kwargs: for `generate`.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -103,7 +103,7 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def until_end(tokens: Sequence[int], ends: set[int]) -> list[int]:
-    """New tokens up to and with the first end token: what follows it in a batch is padding."""
+    """New tokens up to and including the first end token; what follows it in a batch is padding."""
     for index, token in enumerate(tokens):
         if token in ends:
             return list(tokens[: index + 1])

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, from token ids: what scoring and the choice of a strength both stand on."""
+"""Log-probabilities of tokens, from token ids; used for scoring and for the choice of a strength."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def token_log_probs(
     per_token: bool = False,
     batch_tokens: int = 4096,
 ) -> np.ndarray:
-    """As `answer_log_probs`, from token ids.
+    """Like `answer_log_probs`, from token ids.
 
     Raises:
         DatasetError: if an answer has no token.
     """
     empty = [index for index, ids in enumerate(answer_ids) if len(ids) == 0]
     if empty:
-        raise DatasetError(f"Answers without a token, at rows {empty[:10]}: there is nothing to score.")
+        raise DatasetError(f"Answers without a token, at rows {empty[:10]}: nothing to score.")
     totals = np.zeros(len(prompt_ids))
     device = model_device(model)
     for rows in batches_by_length(
@@ -42,8 +42,8 @@ def token_log_probs(
         lengths = torch.tensor([len(answer_ids[row]) for row in rows])
         ids, mask = pad_right([[*prompt_ids[row], *answer_ids[row]] for row in rows])
         logits = forward_logits(model, ids.to(device), mask.to(device), starts.to(device))
-        # Only the logits that predict an answer token are brought to float32 (float64 stays): [rows, tokens, vocabulary]
-        # is large.
+        # Only the logits that predict an answer token are converted to float32 (float64 stays): [rows, tokens,
+        # vocabulary] is large.
         place = torch.arange(ids.shape[1] - 1)
         predicts = (place >= starts[:, None] - 1) & (place < (starts + lengths)[:, None] - 1)
         chosen = ids[:, 1:][predicts].to(logits.device)
@@ -66,7 +66,7 @@ def forward_logits(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length whose padded size stays within `batch_tokens` (at least one row)."""
+    """Row numbers in batches of similar length whose padded size is at most `batch_tokens` (at least one row)."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         if batch and (len(batch) + 1) * lengths[row] > batch_tokens:
@@ -86,5 +86,5 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[torch.Tensor
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's inputs go: the device of its input embeddings."""
+    """The device of the model's inputs: that of its input embeddings."""
     return model.get_input_embeddings().weight.device  # type: ignore[operator]

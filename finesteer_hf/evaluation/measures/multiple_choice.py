@@ -57,15 +57,15 @@ class ChoiceScores:
 def score_choices(
     model: nn.Module, tokenizer: Any, items: Sequence[ChoiceItem], *, batch_tokens: int = 4096
 ) -> ChoiceScores:
-    """Score items under what is set on the model.
+    """Score items with the model's active steering.
 
-    An answer's probability is that of all its tokens, with no length normalisation and no end-of-turn token.
+    An answer's probability is that of all its tokens, without length normalisation or end-of-turn token.
 
     Args:
         model: any causal LM.
         tokenizer: its tokenizer.
-        items: what to score.
-        batch_tokens: padded tokens a forward.
+        items: the items.
+        batch_tokens: padded tokens per forward.
 
     Raises:
         DatasetError: if an item lacks right or wrong answers.
@@ -80,7 +80,7 @@ def score_choices(
 
 
 def choice_scores(log_probs: np.ndarray, counts: Sequence[tuple[int, int]]) -> ChoiceScores:
-    """MC1 and MC2 from log-probabilities that stand item by item, right answers first.
+    """MC1 and MC2 from log-probabilities grouped by item, right answers first.
 
     Args:
         log_probs: `[sum of counts]`, nats.
@@ -91,7 +91,7 @@ def choice_scores(log_probs: np.ndarray, counts: Sequence[tuple[int, int]]) -> C
     for index, (right, wrong) in enumerate(counts):
         true, false = log_probs[start : start + right], log_probs[start + right : start + right + wrong]
         mc1[index] = true[0] > false.max()
-        # The probabilities of long answers underflow: only their logarithms are ever subtracted.
+        # Probabilities of long answers underflow, so only logarithms are subtracted.
         mc2[index] = np.exp(logsumexp(true) - logsumexp(log_probs[start : start + right + wrong]))
         start += right + wrong
     return ChoiceScores(mc1, mc2)

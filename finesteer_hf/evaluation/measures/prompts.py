@@ -1,4 +1,4 @@
-"""Token ids of prompts and answers, as `generate` would see them."""
+"""Token ids of prompts and answers, as `generate` sees them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Prompt: TypeAlias = str | list[dict[str, Any]]
 
 
 def as_chat(text: str, system: str | None = None) -> list[dict[str, Any]]:
-    """A chat of one user message, after a system message if there is one."""
+    """A chat of one user message, after a system message if given."""
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": text}]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: a text as it is, a chat after its template with the generation prompt."""
+    """Ids of a prompt: a text as it is, a chat through its template with the generation prompt."""
     return format_query(tokenizer, prompt)
 
 
 def encode_pairs(
     tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of prompts, and of the text of an answer after each, without the tokens that end a turn.
+    """Ids of prompts and of their answers' texts, without the tokens that end a turn.
 
-    Where tokenising both together would change the prompt's own ids, the answer is tokenised alone: the query that the
-    gate reads must be the one that `generate` reads.
+    If tokenising both together would change the prompt's ids, the answer is tokenised alone: the gate must read the
+    same query as in `generate`.
 
     Returns:
         The prompts' ids and the answers' ids.
     """
     tokenizer = text_tokenizer(tokenizer)
-    # A prompt that is asked with many answers is one object many times; rendering a template is what costs here.
+    # A prompt with many answers is the same object each time; cached, because rendering a template is slow.
     rendered = {id(prompt): render_prompt(tokenizer, prompt) for prompt in prompts}
     prompt_ids: list[list[int]] = [[]] * len(prompts)
     answer_ids: list[list[int]] = [[]] * len(prompts)

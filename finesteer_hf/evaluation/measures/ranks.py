@@ -1,4 +1,4 @@
-"""Ranks of methods that were asked the same items, with intervals."""
+"""Ranks of methods on the same items, with intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a method stands among others; 1 is the best.
+    """A method's rank among others; 1 is the best.
 
     Attributes:
         value: rank of its mean score; methods with equal means share the mean of their places.
@@ -38,22 +38,22 @@ def ranks_with_intervals(
 ) -> dict[str, Rank]:
     """Rank of each method by its mean over the same items, with a percentile bootstrap interval over items.
 
-    All methods are ranked anew on each draw of items, so that what they share (hard items, easy ones) does not widen the
-    interval. Methods that tie in a draw take the best shared place for the lower bound and the worst for the upper one:
-    two methods that answer alike have ranks that hold each other's. The interval tells how far the order depends on the
-    items that happened to be asked; the order of nearly equal methods is uncertain, and it says so.
+    All methods are ranked again on each draw of items, so that shared effects (hard items, easy ones) do not widen the
+    interval. Methods that tie in a draw take the best shared place for the lower bound and the worst for the upper
+    one, so the intervals of two methods with the same answers overlap. The interval shows how much the order depends
+    on the choice of items.
 
     Args:
-        scores: by method, one number an item (or a boolean), larger is better, items in the same order.
+        scores: by method, one number (or boolean) per item, larger is better, items in the same order.
         confidence: level of each method's interval.
         resamples: draws of items.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         By method, in the order given.
 
     Raises:
-        ValueError: if there are no items, a score is not finite, or methods were asked different numbers of items.
+        ValueError: if there are no items, a score is not finite, or methods have different numbers of items.
 
     Source: Hall and Miller (2009), Using the bootstrap to quantify the authority of an empirical ranking, Ann. Statist. 37.
     """
@@ -66,7 +66,7 @@ def ranks_with_intervals(
     table = np.stack(list(rows.values()))
     items = table.shape[1]
     draws = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), size=resamples)
-    # Rounded, so that methods with the same answers tie whatever order their scores are summed in.
+    # Rounded, so that methods with the same answers tie whatever the order of summation.
     means = np.round(draws @ table.T / items, 12)
     tail = (1 - confidence) / 2
     best, worst = (stats.rankdata(-means, method=method, axis=1) for method in ("min", "max"))

@@ -1,4 +1,4 @@
-"""Teacher-forced likelihoods of answers, under whatever steering is set on the model."""
+"""Teacher-forced likelihoods of answers, with the model's active steering."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finesteer_hf.evaluation.measures.prompts import Prompt, encode_pairs
 
 
 def steered_as(model: nn.Module, adapter: str | None, scale: float = 1.0) -> AbstractContextManager[Any]:
-    """A block in which one adapter steers, or none.
+    """A context in which one adapter steers, or none.
 
     Args:
         model: a steered model, or a plain one if `adapter` is None.
@@ -32,7 +32,7 @@ def steered_as(model: nn.Module, adapter: str | None, scale: float = 1.0) -> Abs
         return model.disable_steering() if is_steerable(model) else nullcontext()  # type: ignore[operator]
     if not is_steerable(model):
         raise TypeError(
-            f"{type(model).__name__} cannot be steered by {adapter!r}. Load it by "
+            f"{type(model).__name__} cannot be steered by {adapter!r}. Load it with "
             "SteeredModelForCausalLM.from_pretrained or from_model."
         )
     return model.steering(adapter, scale=scale)  # type: ignore[operator]
@@ -49,15 +49,16 @@ def answer_log_probs(
 ) -> np.ndarray:
     """Log-probability of each answer given its prompt, teacher forced, without the end-of-turn token.
 
-    What is set on the model steers, and the query is the prompt's last token, as in `generate`.
+    The model's active steering applies, and the query is the prompt's last token, as in `generate`.
 
     Args:
         model: any causal LM.
         tokenizer: its tokenizer.
         prompts: texts or chats.
-        answers: one an entry of `prompts`.
-        per_token: divide by the answer's number of tokens (nats a token); else the plain sum, as MC1 and MC2 want.
-        batch_tokens: padded tokens a forward.
+        answers: one per prompt.
+        per_token: whether to divide by the answer's number of tokens (nats per token); otherwise the sum, as for MC1
+            and MC2.
+        batch_tokens: padded tokens per forward.
 
     Returns:
         `[n]` float64, in nats.

@@ -1,4 +1,4 @@
-"""Shares with intervals, and paired comparisons: no figure is shown without its n."""
+"""Shares with intervals, and paired comparisons; every figure has its n."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Proportion:
 
     @property
     def brief(self) -> str:
-        """The share and its interval, for tables that give n once for a row."""
+        """The share and its interval, for tables that show n once per row."""
         return f"{100 * self.value:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]" if self.n else "no items"
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -49,7 +49,7 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its interval: BCa bootstrap, or a score interval where the items are 0 or 1.
+    """A mean with its interval: BCa bootstrap, or a score interval if the items are 0 or 1.
 
     Attributes:
         value: the mean.
@@ -68,7 +68,7 @@ class Mean:
 
     @property
     def brief(self) -> str:
-        """The mean and its interval, for tables that give n once for a row."""
+        """The mean and its interval, for tables that show n once per row."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.n else "no items"
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -83,8 +83,8 @@ class PairedTest:
     """McNemar's exact test of two conditions on the same items.
 
     Attributes:
-        only_first: items that only the first condition got.
-        only_second: items that only the second got.
+        only_first: hits of the first condition only.
+        only_second: hits of the second condition only.
         p_value: two-sided, exact binomial on the discordant items; 1 if there are none.
         n: number of items.
     """
@@ -101,13 +101,13 @@ def proportion(
     """Share of hits with its interval.
 
     Args:
-        hits: booleans, one an item; or the number of hits, with `n`.
+        hits: booleans, one per item; or the number of hits, with `n`.
         n: number of items, if `hits` is a number.
         confidence: level of the two-sided interval.
         method: `wilson` (score interval) or `clopper-pearson` (exact, never too narrow).
 
     Raises:
-        ValueError: for counts that are no counts (`k > n`, negative) and for an unknown method.
+        ValueError: for invalid counts (`k > n`, negative) and for an unknown method.
     """
     if method not in _SCIPY_METHOD:
         raise ValueError(f"method must be one of {list(_SCIPY_METHOD)}, got {method!r}.")
@@ -132,7 +132,7 @@ def mcnemar(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.ndarra
     """Compare two conditions on the same items by McNemar's exact test.
 
     Args:
-        first: booleans of the first condition, one an item.
+        first: booleans of the first condition, one per item.
         second: booleans of the second, in the same order.
 
     Raises:
@@ -148,10 +148,10 @@ def mcnemar(first: Sequence[Any] | np.ndarray, second: Sequence[Any] | np.ndarra
 
 
 def paired_p_value(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p of a mean paired difference, by flipping signs: exact for few items, else of 9,999 draws.
+    """Two-sided p of a mean paired difference by sign flips: exact for few items, else from 9,999 draws.
 
     Args:
-        first: one number an item.
+        first: one number per item.
         second: the same items under another condition, in the same order.
 
     Raises:
@@ -174,13 +174,13 @@ def paired_p_value(first: Sequence[float] | np.ndarray, second: Sequence[float] 
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """P-values corrected for their number by Holm's step-down procedure.
+    """P-values corrected for multiple tests by Holm's step-down procedure.
 
-    What is at most alpha after the correction holds: the chance of any false one among all is at most alpha, however the
-    tests depend on each other. Never weaker than Bonferroni.
+    Values of at most alpha after the correction are significant: the chance of any false positive is at most alpha,
+    however the tests depend on each other. Never weaker than Bonferroni.
 
     Args:
-        p_values: of one family of tests, such as the rows of a table.
+        p_values: p-values of one family of tests, such as the rows of a table.
 
     Returns:
         The corrected values in the same order, at most 1.
@@ -194,7 +194,7 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values are between 0 and 1, got {p.tolist()}.")
     order = np.argsort(p, kind="stable")
-    # The smallest p counts n times, the next n - 1 times; none falls below a smaller one's.
+    # The smallest p is multiplied by n, the next by n - 1; the results never decrease.
     stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(stepped, 1.0)
@@ -202,15 +202,15 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def mean_with_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Mean:
-    """Mean with a BCa bootstrap interval of 2,000 resamples; values that are all 0 or 1 are a share, with Wilson's.
+    """Mean with a BCa bootstrap interval of 2,000 resamples, or Wilson's interval if all values are 0 or 1.
 
-    A bootstrap of few hits is too narrow: at n = 20 and a share of 5% a third of the intervals miss it, for samples
+    A bootstrap of few hits is too narrow: at n = 20 and a share of 5% a third of the intervals miss it, since samples
     without a hit give [0, 0].
 
     Args:
-        values: one number an item.
+        values: one number per item.
         confidence: level of the interval.
-        seed: of the resampling.
+        seed: seed of the resampling.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.size and _binary(data):
@@ -223,7 +223,7 @@ def _bootstrapped(data: np.ndarray, confidence: float, seed: int) -> Mean:
     if data.size == 0:
         return Mean(float("nan"), float("nan"), float("nan"), 0)
     value = float(data.mean())
-    # BCa is undefined when resampling cannot change the mean but by rounding.
+    # BCa is undefined if resampling changes the mean only by rounding.
     if np.ptp(data) <= 1e-12 * np.abs(data).max():
         return Mean(value, value, value, int(data.size))
     result = stats.bootstrap(
@@ -244,7 +244,7 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Mean:
-    """Mean of `second - first` over the same items, with a bootstrap interval; Tango's where the items are 0 or 1.
+    """Mean of `second - first` over the same items, with a bootstrap interval; Tango's if the items are 0 or 1.
 
     Raises:
         ValueError: if the lengths differ.
@@ -266,8 +266,8 @@ def _binary(values: np.ndarray) -> bool:
 def _difference_of_shares(gained: int, lost: int, n: int, confidence: float) -> tuple[float, float]:
     """Score interval of the difference of two shares of the same items.
 
-    Holds the differences that a score test would not refuse; at 0 that test is McNemar's. Keeps its coverage where few
-    items, or none, differ.
+    Contains the differences that a score test does not reject; at 0 that test is McNemar's. Keeps its coverage if few
+    or no items differ.
 
     Source: Tango (1998), Equivalence test and confidence interval for the difference in proportions for the
     paired-sample design, Statistics in Medicine 17.
@@ -276,14 +276,14 @@ def _difference_of_shares(gained: int, lost: int, n: int, confidence: float) -> 
     observed = (gained - lost) / n
 
     def score(difference: float) -> float:
-        # Likeliest share of items that are lost, if the shares differ by `difference`.
+        # Most likely share of lost items if the shares differ by `difference`.
         b = (2 * n - gained + lost) * difference - gained - lost
         c = -lost * difference * (1 - difference)
         lost_share = (np.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
         variance = n * (2 * lost_share + difference * (1 - difference))
         return float((gained - lost - n * difference) / np.sqrt(max(variance, 1e-300)))
 
-    # The variance is 0 at the ends of [-1, 1], and at an estimate of 0 without changes: look just inside.
+    # The variance is 0 at the ends of [-1, 1], and at an estimate of 0 without changes: search just inside.
     inner = 1e-9
     low = -1.0 if observed == -1 else optimize.brentq(lambda at: score(at) - z, inner - 1, observed - inner)
     high = 1.0 if observed == 1 else optimize.brentq(lambda at: score(at) + z, observed + inner, 1 - inner)

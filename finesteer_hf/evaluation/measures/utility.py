@@ -1,4 +1,4 @@
-"""What steering costs elsewhere: general tasks, and answers that stay the same."""
+"""Side effects of steering: general tasks, and answers that stay the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class MathProblem:
-    """A problem with the number that answers it."""
+    """A problem and its numeric answer."""
 
     question: str
     answer: str
@@ -27,7 +27,7 @@ def load_gsm8k(source: str | Path = "openai/gsm8k", split: str = "test") -> list
     """GSM8K (Cobbe et al., 2021): problems whose solution ends in `#### n`.
 
     Raises:
-        DatasetError: if a solution has no such end.
+        DatasetError: if a solution does not end so.
     """
     rows = read_rows(source, config="main", split=split)
     column(rows, ("question",), source)
@@ -42,7 +42,7 @@ def load_gsm8k(source: str | Path = "openai/gsm8k", split: str = "test") -> list
 
 
 def final_number(text: str) -> float | None:
-    """The number that an answer ends in: after `####` or in `\\boxed{}` if it has one, else its last; None without."""
+    """An answer's final number: after `####` or in `\\boxed{}` if it has one, else its last; None without numbers."""
     marked = "####" in text
     if marked:
         text = text.rsplit("####", 1)[1]
@@ -55,12 +55,12 @@ def final_number(text: str) -> float | None:
 
 
 def is_correct_number(problem: MathProblem, text: str) -> bool:
-    """Whether an answer ends in the problem's number."""
+    """Whether an answer's final number is the problem's."""
     return final_number(text) == final_number(problem.answer)
 
 
 def identical_share(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> Proportion:
-    """Share of prompts whose greedy token ids are the same under two conditions.
+    """Share of prompts with the same greedy token ids under two conditions.
 
     Raises:
         ValueError: if the numbers of answers differ.

@@ -1,1 +1,1 @@
-"""States of texts, read once, packed, and kept."""
+"""States of texts: read once, in packed rows, and stored."""

@@ -1,4 +1,4 @@
-"""The data that a method is fitted on: captured states, by split, and the model run steered on held-out rows."""
+"""The data that a method is fitted on: captured states by split, and steered runs on held-out rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site, TextTower
 
 
-# Rows of a chunk: 64 MB at a width of 4096.
+# Rows of a chunk: 64 MB at width 4096.
 CHUNK_ROWS = 4096
 
 
@@ -31,21 +31,21 @@ class CapturedData:
 
     Attributes:
         info: the base model's sizes.
-        seed: of everything random in the fit.
+        seed: seed of everything random in the fit.
         tower: the model's decoder stack.
         store: holds the states of all rows and general prompts.
-        rows: the preference rows, those of the validation data set last.
+        rows: the preference rows; those of the validation data set come last.
         general_prompts: prompts that must not be steered; may be empty.
         split: parts of the rows.
         general_split: parts of the general prompts.
-        row_prompts: for each row the label of its prompt.
-        row_units: for each row the label of what it was split by.
-        row_kinds: for each row its category; None if the data set has none.
-        row_texts: for each row what its prompt says.
-        general_texts: for each general prompt what it says.
+        row_prompts: for each row, the label of its prompt.
+        row_units: for each row, the label of its split unit.
+        row_kinds: for each row, its category; None if the data set has none.
+        row_texts: for each row, the text of its prompt.
+        general_texts: for each general prompt, its text.
         dose: runs the model steered.
         bars: shows progress.
-        limits: what steering may cost.
+        limits: bounds on what steering may cost.
     """
 
     info: ModelInfo
@@ -82,26 +82,26 @@ class CapturedData:
         return self.row_prompts[self.split.rows[part]]
 
     def groups(self, part: Part) -> np.ndarray:
-        """Label of what is held out together: the row's prompt, or its category where categories are split."""
+        """Label of what is held out together: the row's prompt, or its category if categories are split."""
         return self.row_units[self.split.rows[part]]
 
     def kinds(self, part: Part) -> np.ndarray | None:
-        """Category of each row, `[rows]` of str, however the rows are split; None if the data set has none."""
+        """Category of each row, `[rows]` of str, whatever the split; None if the data set has none."""
         return None if self.row_kinds is None else self.row_kinds[self.split.rows[part]]
 
     def texts(self, text: Literal["prompt", "general"], part: Part) -> list[str]:
-        """What the rows' prompts, or the general prompts, say: as they are given, without the chat template."""
+        """Texts of the rows' prompts, or of the general prompts, without the chat template."""
         texts, split = (self.row_texts, self.split) if text == "prompt" else (self.general_texts, self.general_split)
         return [texts[i] for i in split.rows[part]]
 
     def general(self, site: Site, part: Part, pool: Pool = "query") -> np.ndarray:
-        """The same of the general prompts, `[rows, width]` float32; zero rows if there are none."""
+        """States of the general prompts, `[rows, width]` float32; zero rows if there are none."""
         return self._states(site, pool, self._passages("general", part))
 
     def chunks(
         self, side: Side, site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
     ) -> Iterator[np.ndarray]:
-        """The same states, part after part, at most `CHUNK_ROWS` rows `[rows, width]` float32 at a time."""
+        """The same states in chunks `[rows, width]` float32 of at most `CHUNK_ROWS` rows, part by part."""
         passages = [passage for part in parts for passage in self._passages(side, part)]
         for start in range(0, len(passages), CHUNK_ROWS):
             yield self._states(
@@ -135,7 +135,7 @@ class CapturedData:
             return self.dose.run(build, strengths, advance, share)
 
     def note(self, message: str) -> None:
-        """Show a line of progress."""
+        """Print a line of progress."""
         self.bars.say(message)
 
     def _passages(self, side: Side, part: Part) -> list[Passage]:
@@ -151,7 +151,7 @@ class CapturedData:
 
 
 def model_info(tower: TextTower) -> ModelInfo:
-    """Sizes of a base model; no heads where it has no attention."""
+    """Sizes of a base model; no heads if it has no attention."""
     heads = int(getattr(tower.config, "num_attention_heads", 0) or 0)
     return ModelInfo(
         num_layers=tower.num_layers,

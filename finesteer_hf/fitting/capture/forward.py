@@ -1,4 +1,4 @@
-"""Reading a forward: hooks at the sites that keep the needed positions only, and end the forward at the deepest one."""
+"""Reads a forward: hooks at the sites keep only the needed positions, and the forward ends at the deepest site."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Wanted:
     """Positions of one forward whose states are kept.
 
     Attributes:
-        query_rows, query_columns: where queries end.
-        query_starts: where their prompts begin; a prompt's beginning may stand before the forward.
+        query_rows, query_columns: positions of the queries' last tokens.
+        query_starts: where their prompts begin, which may be before the forward.
         answer_rows, answer_starts, answer_ends: spans of answers; an end is the column after the last token.
-        answer_lasts: columns of the answers' last tokens of content.
+        answer_lasts: columns of the answers' last content tokens.
     """
 
     query_rows: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Wanted:
 
         Args:
             hidden: `[rows, tokens, width]`, any float dtype.
-            pools: what is wanted.
+            pools: the pools.
 
         Returns:
             `query` and `query_mean`: `[queries, width]`, `answer_mean` and `answer_last`: `[answers, width]`; float32, on
@@ -57,7 +57,7 @@ class Wanted:
         def mean(rows: list[int], starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
             columns = torch.arange(hidden.shape[1], device=hidden.device)[None]
             inside = (columns >= starts[:, None]) & (columns < ends[:, None])
-            # Outside the span anything may stand, NaN included, so it is replaced and not multiplied by zero.
+            # Values outside the span may be NaN, so they are replaced, not multiplied by zero.
             spans = torch.where(inside[..., None], hidden[index(rows)].float(), 0.0)
             return spans.sum(1) / inside.sum(1, keepdim=True)
 
@@ -73,12 +73,12 @@ class Wanted:
 
 
 class ForwardReader:
-    """Runs forwards of a decoder that end at the deepest of some sites.
+    """Runs forwards of a decoder that end at the deepest given site.
 
     Args:
         tower: the model's decoder stack.
         sites: where states are read.
-        pools: what is kept of them.
+        pools: what is kept of the states.
 
     Raises:
         SiteError: if the model has no such site.
@@ -98,7 +98,7 @@ class ForwardReader:
         """Run the decoder on inputs; call it inside `installed`.
 
         Raises:
-            UnsupportedModelError: if the forward passes by a site.
+            UnsupportedModelError: if the forward skips a site.
         """
         self._wanted, self._states = wanted, {}
         with contextlib.suppress(StopReading):
@@ -110,7 +110,7 @@ class ForwardReader:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Hooks, evaluation mode and no gradients for the length of a block; what was there before is restored."""
+        """Install hooks, evaluation mode and no gradients during a block; the earlier state is restored."""
         decoder = self.tower.decoder
         modes = {module: module.training for module in decoder.modules()}
         handles = [self._register(site) for site in self.sites]
@@ -133,7 +133,7 @@ class ForwardReader:
 
         module = self.tower.module(site)
         if site.kind == "attention":
-            raise ValueError(f"{site} cannot be captured: attention weights belong to tokens, see `FitData.answers`.")
+            raise ValueError(f"{site} cannot be captured: attention weights are per token, see `FitData.answers`.")
         if site.kind == "resid_post":
             return module.register_forward_hook(lambda module, args, output: keep(output))
         return module.register_forward_pre_hook(
@@ -141,7 +141,7 @@ class ForwardReader:
         )
 
     def _register_stop(self) -> Any:
-        """Stop between two blocks, never inside one: offloading puts a block's weights away at its end."""
+        """Stop between two blocks, never inside one: offloading frees a block's weights at its end."""
 
         def stop(module: nn.Module, *anything: Any) -> None:
             raise StopReading

@@ -1,8 +1,8 @@
-"""Gradients of answers: how a vector added at a site, from the query on, would change what the model thinks of an answer.
+"""Gradients of answers: how a vector added at a site, from the query on, would change an answer's log-probability.
 
-One backward pass an answer gives all sites at once: at each of them a vector of zeros is added to the last prompt token
-and to the answer, and its gradient is read. The prompt before its last token is left as it is, so it runs without a
-graph, once for all of its answers.
+One backward pass per answer gives the gradients of all sites: at each, a zero vector is added to the last prompt token
+and to the answer, and its gradient is read. The prompt before its last token is not changed, so it runs without a
+graph, once for all its answers.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from finesteer_hf.processors import SteeringProcessor, TokenView
 from finesteer_hf.sites import Site, TextTower
 
 
-# Tokens of a batch whose graph is kept, of those that are not behind a kept prompt.
+# Most tokens of a batch with a graph, not counting cached prompts.
 GRAPH_TOKENS = 384
 
 
 class ZeroVectors(SteeringProcessor):
-    """Add a vector of zeros a row at each site, from the query on, of which the gradient is wanted.
+    """Add a zero vector per row at each site, from the query on, to get its gradient.
 
     Args:
-        sites: where.
+        sites: the sites.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -47,13 +47,13 @@ class ZeroVectors(SteeringProcessor):
 
 
 class GradientReader:
-    """Reads gradients of answers' mean log-probabilities a token.
+    """Reads gradients of answers' mean log-probabilities per token.
 
     Args:
-        model: a causal LM; if it is steered, it is read unsteered. Its parameters are frozen for the length of a read.
+        model: a causal LM, read unsteered. Its parameters are frozen during a read.
         sites: where the vectors are added.
-        prompts: keeps what the prompts become.
-        describe: says where passages come from, for messages.
+        prompts: caches prompts.
+        describe: names the rows of passages, for messages.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class GradientReader:
     def read(
         self, answers: Sequence[Passage], advance: Callable[[int], None] = lambda done: None
     ) -> Iterator[CapturedBatch]:
-        """Read answers batch by batch, those of one prompt together.
+        """Read answers in batches; those of one prompt stay together.
 
         Yields:
-            Batches whose states are `[answers, width]` float32 by `(site, "gradient")`, in nats a token and unit of the
-            stream.
+            Batches whose states are `[answers, width]` float32 by `(site, "gradient")`, in nats per token and per unit
+            of the stream.
 
         Raises:
             DatasetError: naming the rows whose gradients are NaN or infinite.
-            UnsupportedModelError: if the model lets no gradient through.
+            UnsupportedModelError: if gradients do not pass through the model.
         """
         ordered = sorted(
             answers, key=lambda p: (p.answer_start or 0, p.ids[: p.answer_start], len(p.ids)), reverse=True
@@ -109,7 +109,7 @@ class GradientReader:
             except RuntimeError as error:
                 raise UnsupportedModelError(
                     f"Gradients do not pass through this model ({error}). Fit with target='difference', or load it in a "
-                    "form that can be trained through (bfloat16, float32, or bitsandbytes)."
+                    "form that supports training (bfloat16, float32, or bitsandbytes)."
                 ) from error
             finally:
                 self.probe.vectors = {}

@@ -1,4 +1,4 @@
-"""What tells a base model from another one, without reading all of its weights."""
+"""Identifies a base model without reading all of its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finesteer_hf.adapters.adapter import active_lora_names
 
 
 SAMPLED_VALUES = 32
-# Fields of a config that say how a model is run or where it came from, not what it computes.
+# Config fields about how a model is run or where it came from, not what it computes.
 _NOT_THE_MODEL = {"transformers_version", "use_cache", "torch_dtype", "output_hidden_states", "output_attentions"}
 
 
@@ -20,7 +20,7 @@ def model_identity(model: Any) -> dict[str, Any]:
     """Name, commit and fingerprint of a model, JSON-ready.
 
     The fingerprint covers the config, the active LoRA adapters, and the dtype, shape and evenly spaced values of every
-    weight that is in memory (offloaded ones are left out).
+    weight in memory (not offloaded ones).
 
     Args:
         model: the causal LM.

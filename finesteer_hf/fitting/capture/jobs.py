@@ -1,4 +1,4 @@
-"""What has to go through the model: each prompt once, with the answers that continue it, in batches of like length."""
+"""The texts to run through the model: each prompt once, with its answers, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
 
 
 Item = TypeVar("Item")
-# A forward of more texts gains nothing, however short they are.
+# More texts in a forward gain nothing, even if they are short.
 MAX_TEXTS = 512
 
 
@@ -21,9 +21,9 @@ class Job:
     """A prompt with its answers.
 
     Attributes:
-        prompt: its last token's state is wanted; None for an answer whose text was joined with the prompt's, which
-            therefore does not continue the prompt's own tokens.
-        answers: passages whose answer's states are wanted; they begin with the prompt's ids.
+        prompt: prompt whose last token's state is read; None for an answer that was tokenised together with its prompt
+            and so does not continue the prompt's own tokens.
+        answers: passages whose answers' states are read; they begin with the prompt's ids.
     """
 
     prompt: Passage | None
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TextPass:
-    """One text of a forward, and what is read of it."""
+    """One text of a forward, and what is read from it."""
 
     ids: tuple[int, ...]
     prompt: Passage | None = None
@@ -40,7 +40,7 @@ class TextPass:
 
 
 def make_jobs(rows: Iterable[EncodedRow], prompts: Iterable[Passage] = ()) -> list[Job]:
-    """Group passages by prompt; what occurs several times is in one job once.
+    """Group passages by prompt; duplicates are in a job once.
 
     Args:
         rows: preference rows.
@@ -59,7 +59,7 @@ def make_jobs(rows: Iterable[EncodedRow], prompts: Iterable[Passage] = ()) -> li
 
 
 def sequences_of(jobs: Iterable[Job]) -> list[TextPass]:
-    """Whole texts of jobs; a prompt's state is read in the pass of its first answer."""
+    """The whole texts of jobs; a prompt's state is read with its first answer."""
     sequences = []
     for job in jobs:
         if not job.answers and job.prompt is not None:
@@ -70,7 +70,7 @@ def sequences_of(jobs: Iterable[Job]) -> list[TextPass]:
 
 
 def batches(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], budget: int) -> Iterator[list[Item]]:
-    """Split items, in their order, into batches of at most a cost and `MAX_TEXTS`; one that exceeds it alone is one."""
+    """Split items, in order, into batches of at most a cost and `MAX_TEXTS`; a larger item is its own batch."""
     batch: list[Item] = []
     for item in items:
         if batch and (len(batch) == MAX_TEXTS or cost([*batch, item]) > budget):
@@ -82,7 +82,7 @@ def batches(items: Sequence[Item], cost: Callable[[Sequence[Item]], int], budget
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 `[rows, tokens]`, pads at the end: there no real token sees them, whatever the architecture."""
+    """Ids and mask, int64 `[rows, tokens]`, padded at the end: no real token sees pads there, in any architecture."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)

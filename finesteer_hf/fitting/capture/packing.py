@@ -1,8 +1,8 @@
-"""Packing: several prompts with their answers in one row, each token seeing what it would see in its own text.
+"""Packing: several prompts with their answers in one row, each token seeing only its own text.
 
-The answers of a prompt stand behind it, side by side; a mask shows each of them the prompt and itself, and nothing of
-its neighbours, and positions go on from the prompt's. So a prompt is run once for all its answers, and texts of unlike
-length need no padding.
+The answers of a prompt follow it one after another. A mask shows each answer the prompt and itself but not the other
+answers, and positions continue from the prompt's. So a prompt is run once for all its answers, and texts of different
+lengths need no padding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SHORTEST_PREFIX, FEWEST_PROMPTS = 8, 8
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Inputs of one forward, and what is read of it.
+    """Inputs of one forward, and what is read from it.
 
     Attributes:
         ids, positions: int64 `[rows, tokens]`; pads at the end are 0.
-        visible: bool `[rows, tokens, begun + tokens]`: what each token sees, the common beginning first.
-        real: number of tokens that are no pads.
-        wanted: where states are kept.
-        prompts, answers: whose they are, in the order of `wanted`.
+        visible: bool `[rows, tokens, begun + tokens]`: what each token sees, the common prefix first.
+        real: number of tokens that are not pads.
+        wanted: positions whose states are kept.
+        prompts, answers: their passages, in the order of `wanted`.
     """
 
     ids: torch.Tensor
@@ -48,19 +48,19 @@ class PackedRows:
     answers: tuple[Passage, ...]
 
     def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """The mask as attention takes it, `[rows, 1, tokens, begun + tokens]`: 0, or the least number of the dtype."""
+        """The mask as attention takes it, `[rows, 1, tokens, begun + tokens]`: 0, or the dtype's minimum."""
         hidden = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
         return hidden.masked_fill_(~self.visible, torch.finfo(dtype).min)[:, None]
 
 
 def packed_length(job: Job, begun: int = 0) -> int:
-    """Tokens of a job in a row, of whose prompt the first `begun` have been run already."""
+    """Tokens of a job in a row, without the first `begun` of its prompt, which have been run already."""
     prompt = 0 if job.prompt is None else len(job.prompt.ids)
     return prompt - begun + sum(len(answer.ids) - prompt for answer in job.answers)
 
 
 def texts_in(job: Job) -> int:
-    """Number of texts that a job counts as; a prompt without answers is one."""
+    """Number of texts in a job; a prompt without answers counts as one."""
     return max(1, len(job.answers))
 
 
@@ -70,13 +70,13 @@ def longest_text(job: Job) -> int:
 
 
 def pack(jobs: Sequence[Job], begun: int, most_tokens: int, most_texts: int) -> list[list[Job]]:
-    """Fill rows, longest jobs first; a job that exceeds a limit alone is a row of its own.
+    """Fill rows, longest jobs first; a job above a limit gets its own row.
 
     Args:
         jobs: prompts whose answers continue them.
-        begun: length of the common beginning, which no row holds.
-        most_tokens: of a row.
-        most_texts: of a row.
+        begun: length of the common prefix, which no row contains.
+        most_tokens: most tokens of a row.
+        most_texts: most texts of a row.
     """
     rows: list[list[Job]] = []
     tokens = texts = 0
@@ -91,16 +91,16 @@ def pack(jobs: Sequence[Job], begun: int, most_tokens: int, most_texts: int) -> 
 
 
 def lay_out(rows: Sequence[Sequence[Job]], begun: int, device: torch.device) -> PackedRows:
-    """Write rows of jobs as the inputs of a forward.
+    """Lay out rows of jobs as the inputs of a forward.
 
     Args:
-        rows: jobs by row; all prompts are longer than `begun` and begin alike up to there.
-        begun: length of the common beginning.
-        device: of the tensors.
+        rows: jobs by row; all prompts are longer than `begun` and share their first `begun` tokens.
+        begun: length of the common prefix.
+        device: device of the tensors.
     """
     width = max(sum(packed_length(job, begun) for job in row) for row in rows)
     ids, positions, owners, branches = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(4))
-    owners.fill_(-1)  # of pads, which see each other
+    owners.fill_(-1)  # pads, which see each other
     wanted, real = Wanted(), 0
     prompts: list[Passage] = []
     answers: list[Passage] = []
@@ -133,7 +133,7 @@ def lay_out(rows: Sequence[Sequence[Job]], begun: int, device: torch.device) -> 
 
 
 def _visible(owners: torch.Tensor, branches: torch.Tensor, begun: int) -> torch.Tensor:
-    """What came before of the same job, in the prompt or in the same answer; and the common beginning."""
+    """Earlier tokens of the same job, in the prompt or the same answer, and the common prefix."""
     tokens = owners.shape[1]
     own = owners[:, :, None] == owners[:, None, :]
     line = (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])

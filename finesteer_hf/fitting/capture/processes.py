@@ -1,4 +1,4 @@
-"""Several processes of one fit, as `accelerate launch` and `torchrun` start them: each reads its share of the texts."""
+"""Several processes of one fit, started by `accelerate launch` or `torchrun`: each reads its share of the texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many.
+    """This process's index, and the number of processes.
 
     Attributes:
         index: 0 is the main one.
@@ -28,13 +28,13 @@ class Processes:
 
     @classmethod
     def current(cls, cpu: bool) -> Processes:
-        """The processes of this run; joins their group where a launcher has started several.
+        """The processes of this run; joins their group if a launcher started several.
 
         Args:
-            cpu: whether the model is on the CPU; a group that has been joined already stays as it is.
+            cpu: whether the model is on the CPU; a group that is already joined stays as it is.
 
         Raises:
-            RuntimeError: if several processes were launched and accelerate's state knows of one.
+            RuntimeError: if several processes were launched but accelerate's state has only one.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -43,25 +43,25 @@ class Processes:
 
         state = PartialState(cpu=cpu)
         if launched and state.num_processes == 1:
-            # Accelerate keeps the state that was made first; without `cpu=True` and without a GPU it joins nobody.
+            # Accelerate keeps the first state that is made; without `cpu=True` and without a GPU it joins no group.
             raise RuntimeError(
-                f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate's state, which the script made "
-                "before, is one of a single process, so each would read all texts. On the CPU make it with "
+                f"{os.environ['WORLD_SIZE']} processes were launched, but the script had created accelerate's state "
+                "for a single process, so each would read all texts. On the CPU create it with "
                 "`PartialState(cpu=True)` or `Accelerator(cpu=True)`, or not at all."
             )
         return cls(state.process_index, state.num_processes)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that others wait for."""
+        """Whether this is the main process."""
         return self.index == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's items: every `count`-th."""
+        """This process's items: every `count`-th one."""
         return items[self.index :: self.count]
 
     def gather(self, items: list[Item]) -> list[Item]:
-        """The items of all processes, in the order of the processes, for all of them."""
+        """The items of all processes, in process order, on every process."""
         if self.count == 1:
             return items
         from accelerate.utils import gather_object
@@ -70,7 +70,7 @@ class Processes:
         return gathered
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -78,7 +78,7 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run a block in the main process, then in the others; none goes on before all are through."""
+        """Run a block in the main process, then in the others; none continues before all are done."""
         if not self.is_main:
             self.wait()
         try:

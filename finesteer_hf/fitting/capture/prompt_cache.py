@@ -1,7 +1,7 @@
-"""Prompts run once, unsteered, for everything that then looks at their answers.
+"""Prompts run once, unsteered, and reused for all their answers.
 
-Where only the answer and the prompt's last token are steered, the keys and values of the tokens before it are the base
-model's own, whatever steers. They are kept, so that a trial of a vector costs its answers and not their prompts.
+If only the answer and the prompt's last token are steered, the keys and values of the tokens before it are the base
+model's. They are cached, so that trying a vector costs only the answers, not their prompts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Ids = tuple[int, ...]
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 # Prompt tokens of a forward: on a CPU more gains nothing.
 PROMPT_TOKENS = 1024
-# Bytes of keys and values that are kept; prompts beyond them are run anew each time.
+# Most bytes of cached keys and values; prompts beyond them are run each time.
 MOST_BYTES = 1 << 29
 
 
 class PromptCache:
-    """Keys and values of prompts, short of their last token.
+    """Keys and values of prompts, without their last token.
 
     Args:
-        model: a causal LM; adapters that are active on it play no part.
-        most_bytes: of keys and values that are kept.
+        model: a causal LM; its active adapters are ignored.
+        most_bytes: most bytes of cached keys and values.
 
     Attributes:
-        usable: whether the architecture's prompts can be continued so; whole texts are run where not.
-        prompts: number of prompts that were run.
+        usable: whether the architecture allows this; if not, whole texts are run.
+        prompts: number of prompts run.
     """
 
     def __init__(self, model: Any, most_bytes: int = MOST_BYTES) -> None:
@@ -46,15 +46,15 @@ class PromptCache:
         self.tower = TextTower(model)
         self.device = input_device(model)
         window = shareable_length(model, self.tower)
-        # A sliding window drops what a longer text no longer sees, and its cache with it.
+        # A sliding window's cache drops what a longer text no longer sees.
         self.usable = window == UNBOUNDED
         self.prompts = 0
         self._kept: dict[Ids, Layers] = {}
         self._bytes = 0
 
     def serves(self, batch: Sequence[Passage], processors: Sequence[SteeringProcessor]) -> bool:
-        """Whether a batch can be run behind kept prompts: nothing may steer or look back before the query, and what acts
-        on logits or takes a mean over the prompt is shown the whole text.
+        """Whether a batch can use cached prompts: no processor may steer or look back before the query, act on logits
+        or read the prompt mean, which need the whole text.
         """
         late = all(
             p.positions == "generated" and not p.lookback and not p.acts_on_logits and p.query_pool == "last"
@@ -64,13 +64,13 @@ class PromptCache:
 
     @torch.no_grad()
     def continue_from(self, batch: Sequence[Passage]) -> tuple[DynamicCache, torch.Tensor]:
-        """The cache that the last prompt token and the answers of a batch go on from.
+        """The cache that the last prompt token and the answers of a batch continue.
 
         Args:
             batch: passages with a prompt of at least two tokens, in any order.
 
         Returns:
-            The cache, its rows padded on the left; and the mask of what it holds, int64 `[rows, columns]`.
+            The cache, its rows padded on the left, and its mask, int64 `[rows, columns]`.
         """
         prompts = [passage.ids[: int(passage.answer_start or 0) - 1] for passage in batch]
         found = self._run([prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]) | self._kept
@@ -85,7 +85,7 @@ class PromptCache:
         return cache, mask
 
     def _run(self, prompts: list[Ids]) -> dict[Ids, Layers]:
-        """Run prompts, and keep them while there is room: what is thrown out would be what comes next time around."""
+        """Run prompts, and keep them while there is room; an evicted one would be the next that is needed."""
         found: dict[Ids, Layers] = {}
         ordered = sorted(prompts, key=len, reverse=True)
         for batch in batches(ordered, lambda own: len(own) * max(map(len, own)), PROMPT_TOKENS):
@@ -95,7 +95,7 @@ class PromptCache:
             with self.model.disable_steering():
                 cache = self.tower.decoder(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
             for row, prompt in enumerate(batch):
-                # Copied, so that the batch's own tensors can go.
+                # Copied, so that the batch's tensors can be freed.
                 found[prompt] = [
                     (layer.keys[row, :, : len(prompt)].clone(), layer.values[row, :, : len(prompt)].clone())
                     for layer in cache.layers
@@ -109,7 +109,7 @@ class PromptCache:
 
 
 def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
-    """`[heads, tokens, size]` with zeros in front, so that all rows end together."""
+    """`[heads, tokens, size]` left-padded with zeros, so that all rows end together."""
     return torch.nn.functional.pad(states, (0, 0, width - states.shape[1], 0))
 
 

@@ -1,10 +1,9 @@
-"""Reading states: one pass a text, no further than the deepest site, and only the positions that are needed.
+"""Reads states: one pass per text, up to the deepest site, keeping only the needed positions.
 
-The answers of a row share their prompt, so the prompt goes through the model once, with its answers packed behind it
-(see `packing`). What all prompts begin with, a template's header and a system message, goes through once for all of them.
-Where an architecture cannot do that (state-space layers, windows shorter than the text, masks of its own), texts go
-through whole, and the query's state is read in the pass of an answer. The blocks above the deepest site and the
-language-model head never run.
+The answers of a row share their prompt, so the prompt is run once, with its answers packed after it (see `packing`).
+The common prefix of all prompts, a template's header and a system message, is run once for all. If an architecture
+does not allow this (state-space layers, windows shorter than the text, its own masks), whole texts are run, and the
+query's state is read in an answer's pass. The blocks above the deepest site and the language-model head never run.
 """
 
 from __future__ import annotations
@@ -41,24 +40,24 @@ from finesteer_hf.sites import Site, TextTower
 
 Unit = TypeVar("Unit")
 Key = tuple[Site, Pool]
-# Padded tokens a batch: on a CPU more gains nothing and takes memory; on a GPU more fits, and what does not is halved.
+# Padded tokens per batch: on a CPU more only takes memory; on a GPU more fits, and batches that do not are halved.
 CPU_TOKENS, GPU_TOKENS = 384, 16384
-# Attention in a row costs tokens squared, so a row is no longer than keeps that small beside the model's width.
+# Attention in a row is quadratic in tokens, so rows are short enough that it stays small beside the model's width.
 SHORTEST_ROW, LONGEST_ROW = 128, 1024
 # Longer jobs would need a mask of more than a quarter of a gigabyte.
 LONGEST_PACKED = 8192
-# Largest relative difference of a state read through a shared prompt from one read whole, by the model's precision.
+# Largest relative difference between states read with a shared prompt and with whole texts, by the model's precision.
 SHARED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 5e-2
 
 
 @dataclass
 class CaptureCount:
-    """What a capture did, to be tested as counts.
+    """Counts of a capture's work, for tests.
 
     Attributes:
         passes: forwards of the decoder.
-        tokens: real tokens that went through it.
+        tokens: real tokens run through it.
         padded_tokens: the same with padding.
     """
 
@@ -83,19 +82,19 @@ class CapturedBatch:
 
 
 class StateReader:
-    """Runs texts through a decoder up to the deepest of some sites.
+    """Runs texts through a decoder up to the deepest given site.
 
     Args:
-        model: a causal LM; if it is steered, it is read unsteered.
+        model: a causal LM, read unsteered.
         request: sites and pools.
-        batch_size: texts a forward, or `auto` for a budget of tokens.
-        share_prompts: whether prompts are run once, packed with their answers; None: if the first rows read alike both
-            ways.
-        describe: says where passages come from, for messages.
+        batch_size: texts per forward, or `auto` for a token budget.
+        share_prompts: whether prompts are run once, packed with their answers; None: if the first rows give the same
+            states both ways.
+        describe: names the rows of passages, for messages.
 
     Attributes:
-        count: what was done so far.
-        shares_prompts: what was found out about sharing; None before the first row.
+        count: counts so far.
+        shares_prompts: whether prompts are shared; None before the first row.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class StateReader:
         if batch_size != "auto" and (
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
         ):
-            raise ValueError(f"batch_size must be 'auto' or a whole number of at least 1, got {batch_size!r}.")
+            raise ValueError(f"batch_size must be 'auto' or an integer of at least 1, got {batch_size!r}.")
         self.model = model
         self.request = request
         self.tower = TextTower(model)
@@ -131,7 +130,7 @@ class StateReader:
         self._takes_cache_flag = "use_cache" in parameters or open_ended
 
     def for_request(self, request: CaptureRequest) -> StateReader:
-        """A reader of other sites and pools that goes on with the same count and settings."""
+        """A reader of other sites and pools with the same count and settings."""
         other = StateReader(
             self.model,
             request,
@@ -148,12 +147,12 @@ class StateReader:
         advance: Callable[[int], None] = lambda done: None,
         among: Sequence[Job] | None = None,
     ) -> Iterator[CapturedBatch]:
-        """Read the states of jobs, batch by batch.
+        """Read the states of jobs in batches.
 
         Args:
-            jobs: what to read; longest first within each kind, so that a batch that is too large fails at once.
-            advance: told of each batch's number of texts.
-            among: all jobs of a capture of which these are the missing ones, so that a resumed one goes the same way.
+            jobs: the jobs; the longest of each kind run first, so that a batch that is too large fails at once.
+            advance: called with each batch's number of texts.
+            among: all jobs of the capture, of which these are missing, so that a resumed capture works the same way.
 
         Raises:
             DatasetError: naming the rows whose states are NaN or infinite.
@@ -212,7 +211,7 @@ class StateReader:
         cost: Callable[[Sequence[Unit]], int],
         read: Callable[[Sequence[Unit]], CapturedBatch],
     ) -> Iterator[CapturedBatch]:
-        """Run units in batches; a batch that exhausts the memory is halved, and so is the budget of those to come."""
+        """Run units in batches; a batch that runs out of memory is halved, and so is the budget of later ones."""
         waiting = list(units)
         while waiting:
             budget = self.token_budget if self.batch_size == "auto" else int(self.batch_size)
@@ -278,13 +277,13 @@ class StateReader:
         batch = CapturedBatch(packed.prompts, packed.answers, as_arrays(states))
         if all(np.isfinite(values).all() for values in batch.states.values()):
             return batch
-        # What is not finite spreads to neighbours through weights of zero: read apart, it is its own row's alone.
+        # Non-finite values spread to neighbours through zero weights; read separately, they stay in their own row.
         return self._read_whole(sequences_of(job for row in rows for job in row))
 
     def _begin(self, rows: int) -> DynamicCache:
-        """A cache that holds what all prompts begin with, for so many rows."""
+        """A cache with the common prefix of all prompts, for so many rows."""
         if self._prefix_cache is None:
-            # Without a config: a window's layer would keep the end of a row, which holds many texts.
+            # Without a config: a window layer would keep only the end of a row, which has many texts.
             self._prefix_cache = DynamicCache()
             ids, mask = pad_right([self._prefix], self.device)
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -299,7 +298,7 @@ class StateReader:
         return cache
 
     def _add_beginning(self, states: dict[Site, dict[Pool, torch.Tensor]], wanted: Wanted, begun: int) -> None:
-        """Take what all prompts begin with into the means over the rest of each."""
+        """Add the common prefix to each prompt's mean over the rest."""
         for site, pools in states.items():
             mean = pools["query_mean"]
             ends, starts = (torch.tensor(c, device=mean.device) for c in (wanted.query_columns, wanted.query_starts))
@@ -317,7 +316,7 @@ class StateReader:
         return self.reader.run(inputs, wanted)
 
     def _reads_alike(self, jobs: Sequence[Job]) -> bool:
-        """Whether two jobs of different length read the same packed in a row as each of their texts does alone."""
+        """Whether two jobs of different length give the same states packed in a row as each text alone."""
         by_length = sorted((Job(job.prompt, job.answers[:2]) for job in jobs), key=packed_length)
         few = list(dict.fromkeys([by_length[0], by_length[len(by_length) // 2]]))
         whole = self._read_whole(sequences_of(few))
@@ -341,6 +340,6 @@ def as_arrays(states: Mapping[Site, Mapping[Pool, torch.Tensor]]) -> dict[Key, n
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go; accelerate's hooks move them on if the embeddings are offloaded."""
+    """Device of token ids; accelerate's hooks move them if the embeddings are offloaded."""
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

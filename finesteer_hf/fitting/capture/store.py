@@ -1,12 +1,12 @@
-"""An activation store: states by passage, in shards that survive a kill and serve every method.
+"""An activation store: states by passage, in shards that survive a kill and are shared by all methods.
 
-States are found by what they are of: the passage's token ids, the site, the pool. Rows that were added, a changed chat
-template or another method's sites therefore need no new store: what is there is reused, what is missing is captured.
-States of another model go to a folder of their own.
+The key of a state is the passage's token ids, the site and the pool. So added rows, a changed chat template or another
+method's sites need no new store: existing states are reused, missing ones are captured. States of another model go to
+their own folder.
 
-A shard is a safetensors file that is written under a temporary name and renamed, and only then named in the manifest,
-which is replaced in the same way: at whatever moment a process dies, the store holds whole shards only. Of several
-processes each has a manifest of its own, until the main one takes them together.
+A shard is a safetensors file that is written under a temporary name, renamed, and then listed in the manifest, which
+is replaced in the same way. So whenever a process dies, the store has only complete shards. Each of several processes
+has its own manifest, until the main one merges them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class ActivationStore:
     """States of passages of one model.
 
     Args:
-        folder: where shards go, in a folder of the model's own; None keeps them in memory.
-        identity: what tells the model from another; see `model_identity`.
-        resume: whether states that are already there are used; if not, they are removed.
-        shard_bytes: how much is held back until a shard is written.
-        processes: which of several processes this is; the folder must be one that all of them see.
+        folder: parent of the model's folder of shards; None keeps them in memory.
+        identity: identity of the model; see `model_identity`.
+        resume: whether to use existing states; if not, they are removed.
+        shard_bytes: bytes to collect before a shard is written.
+        processes: this process among several; all must see the folder.
 
     Raises:
-        OSError: if the folder cannot be made or written, or another process writes to it.
+        OSError: if the folder cannot be created or written, or another process writes to it.
 
     Example:
         >>> with ActivationStore(folder, model_identity(model)) as store:
@@ -87,7 +87,7 @@ class ActivationStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        # What was captured before an interrupt is kept; after a failed write another one would hide its message.
+        # Keeps what was captured before an interrupt; after a failed write, another write would hide the first error.
         if kind is None or not issubclass(kind, OSError):
             self.flush()
         self.close()
@@ -95,16 +95,16 @@ class ActivationStore:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def lacks(self, passage: Passage, keys: Iterable[Key]) -> set[Key]:
-        """Which states of a passage are not there yet."""
+        """The states of a passage that are missing."""
         found = self._where.get(passage_digest(passage), ())
         names = {name for shard, _ in found for name in self._shards[shard].names}
         return {key for key in keys if name_of(key) not in names}
 
     def add(self, batch: CapturedBatch) -> None:
-        """Keep a batch; what a folder is to keep is written when enough has come together.
+        """Add a batch; with a folder, a shard is written when enough is collected.
 
         Raises:
-            OSError: if the disk is full or the folder cannot be written; what was written before stays valid.
+            OSError: if the disk is full or the folder not writable; what was written before stays valid.
         """
         if self.folder is None and self.processes.count == 1:
             self._append(batch, {name_of(key): values for key, values in batch.states.items()}, None)
@@ -119,7 +119,7 @@ class ActivationStore:
             self.flush()
 
     def join(self) -> None:
-        """Wait for the other processes, and make what each has added known to all; all must call it.
+        """Wait for the other processes and share what each has added; all must call it.
 
         Raises:
             OSError: as for `add`.
@@ -140,10 +140,10 @@ class ActivationStore:
         self.processes.wait()
 
     def get(self, key: Key, passages: Sequence[Passage]) -> np.ndarray:
-        """States of passages, `[passages, width]` float32; only the rows that are asked for are read.
+        """States of passages, `[passages, width]` float32; reads only these rows.
 
         Raises:
-            KeyError: if one is not there.
+            KeyError: if one is missing.
         """
         self.flush()
         name = name_of(key)
@@ -163,7 +163,7 @@ class ActivationStore:
                     result = np.empty((len(passages), array.shape[1]), dtype=np.float32)
                 result[targets] = array[sources]
         if result is None:
-            raise KeyError(f"No passage was asked for, so the width of {name} is unknown.")
+            raise KeyError(f"No passage was given, so the width of {name} is unknown.")
         return result
 
     @contextlib.contextmanager
@@ -179,7 +179,7 @@ class ActivationStore:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Write what is waiting as a shard.
+        """Write the collected states as a shard.
 
         Raises:
             OSError: as for `add`.
@@ -220,7 +220,7 @@ class ActivationStore:
         write_whole(folder / name, json.dumps(content, indent=1).encode())
 
     def _take_together(self, folder: Path) -> None:
-        """Name every known shard in the main manifest, and only then remove the others."""
+        """List every known shard in the main manifest, then remove the other manifests."""
         self._write_manifest(folder, self._entries)
         for manifest in folder.glob("manifest-*.json"):
             manifest.unlink()
@@ -262,11 +262,11 @@ class ActivationStore:
                 str(folder),
             ) from error
         try:
-            # The main process comes first, and has removed what is not to be used.
+            # The main process comes first and has removed unused states.
             if resume or not self.processes.is_main:
                 self._read_manifests(folder)
             if self.processes.is_main:
-                # Left by a process that was killed between a shard and the manifest.
+                # Left by a process killed between writing a shard and the manifest.
                 for orphan in folder.glob("*shard-*"):
                     if orphan.name not in self._known:
                         orphan.unlink()
@@ -276,12 +276,12 @@ class ActivationStore:
             raise
 
     def _read_manifests(self, folder: Path) -> None:
-        """Index the shards of all manifests that are not known yet."""
+        """Index new shards of all manifests."""
         for path in sorted(folder.glob("manifest*.json")):
             try:
                 entries = json.loads(path.read_text(encoding="utf-8"))["shards"]
             except (ValueError, KeyError, TypeError):
-                warnings.warn(f"{path} cannot be read; what it lists is captured again.", stacklevel=2)
+                warnings.warn(f"{path} cannot be read; its states are captured again.", stacklevel=2)
                 continue
             for entry in entries:
                 if entry["file"] not in self._known:
@@ -303,7 +303,7 @@ class ActivationStore:
         self._index(prompts, answers, frozenset(entry["states"]), None, entry["file"])
 
     def close(self) -> None:
-        """Let other processes write."""
+        """Release the lock, so that other processes can write."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

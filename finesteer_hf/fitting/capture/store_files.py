@@ -1,4 +1,4 @@
-"""What a store consists of: shards, the names of passages and states in them, and files that are written whole."""
+"""Parts of a store: shards, names of passages and states in them, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DIGEST_BYTES = 16
 
 
 def passage_digest(passage: Passage) -> bytes:
-    """Name of a passage in a store."""
-    # An answer's last token of content is part of what its states are; texts without a closing keep their digest.
+    """Digest that names a passage in a store."""
+    # An answer's states depend on its last content token; texts without a closing keep their digest.
     closing = f"-{passage.closing}" if passage.closing else ""
     text = f"{passage.answer_start}{closing}:{','.join(map(str, passage.ids))}"
     return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
@@ -30,12 +30,12 @@ def passage_digest(passage: Passage) -> bytes:
 
 @dataclass
 class Shard:
-    """States of some passages: in memory, or in a file that is mapped when it is read.
+    """States of some passages: in memory, or in a file that is memory-mapped when read.
 
     Attributes:
-        names: of its states.
+        names: names of its states.
         arrays: the states by name, if they are in memory.
-        file: its file name, if they are not.
+        file: its file name, if they are not in memory.
     """
 
     names: frozenset[str]
@@ -55,10 +55,10 @@ def digests_of(passages: Sequence[Passage]) -> np.ndarray:
 
 
 def write_whole(target: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
-        OSError: saying how much space was needed and what to do.
+        OSError: with the space that was needed and what to do.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -73,7 +73,7 @@ def write_whole(target: Path, content: bytes) -> None:
             free = shutil.disk_usage(target.parent).free
         raise OSError(
             error.errno,
-            f"{error.strerror}: {len(content):,} bytes could not be written ({free:,} free). What the store held before is "
+            f"{error.strerror}: {len(content):,} bytes could not be written ({free:,} free). Earlier states are "
             "intact; make room and run again to continue",
             str(target),
         ) from error

@@ -1,1 +1,1 @@
-"""From records to rows that are checked, templated, linted and split."""
+"""From records to rows: checked, templated, linted and split."""

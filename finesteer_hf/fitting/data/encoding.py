@@ -1,7 +1,7 @@
 """Data sets as token ids: prompts, and prompts with each answer and its span.
 
-An answer's tokens are those after the prompt's, compared id by id: a template or a tokenizer may join text across the
-boundary.
+An answer's tokens are those after the prompt's, compared id by id, because a template or a tokenizer may merge text
+across the boundary.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from finesteer_hf.fitting.data.templating import render, render_prompt, text_tok
 
 
 AnswerEnd = Literal["include", "exclude"]
-# A tokenizer may join a prompt's last characters with an answer's first; more than this is a template that renders the
-# prompt differently once an answer follows.
+# A tokenizer may merge a prompt's last characters with an answer's first; a larger difference means that the template
+# renders the prompt differently when an answer follows.
 MAX_REJOINED_TOKENS = 2
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Token ids that go through the model.
+    """Token ids of a text for the model.
 
     Attributes:
-        ids: all of them; special tokens included, no padding.
+        ids: all token ids, with special tokens, without padding.
         answer_start: index of the first answer token; None for a prompt alone.
-        closing: number of the last tokens that end the answer's turn and say nothing: the chat template's.
+        closing: number of last tokens that the chat template adds to end the answer's turn.
     """
 
     ids: tuple[int, ...]
@@ -43,7 +43,7 @@ class Passage:
 
     @property
     def last_content(self) -> int:
-        """Index of the last token that says something."""
+        """Index of the last content token."""
         return len(self.ids) - 1 - self.closing
 
 
@@ -58,7 +58,7 @@ class EncodedRow:
 
 @dataclass
 class Encoded:
-    """Encoded rows and what should be said about them.
+    """Encoded rows, and remarks about them.
 
     Attributes:
         rows: one for each preference row.
@@ -77,18 +77,18 @@ def encode_prompts(
     max_positions: int | None = None,
     what: str = "general_dataset",
 ) -> list[Passage]:
-    """Encode prompts, each once however often it occurs.
+    """Encode prompts; duplicates are encoded once.
 
     Args:
         tokenizer: a transformers tokenizer.
         prompts: rows with text or messages.
         max_length: most tokens of a prompt.
-        max_positions: most tokens that the model can take.
-        what: how messages call the data set.
+        max_positions: most tokens that the model supports.
+        what: name of the data set in messages.
 
     Raises:
-        DatasetError: naming the rows: no chat template, a refused role, a prompt that is too long (a prompt is never
-            truncated: that would cut the generation prompt off).
+        DatasetError: naming the rows: no chat template, a refused role, a prompt that is too long (prompts are never
+            truncated: that would cut off the generation prompt).
     """
     tokenizer = text_tokenizer(tokenizer)
     rendered = _each(prompts, lambda row: render_prompt(tokenizer, row.prompt), what)
@@ -104,7 +104,7 @@ def encode_prompts(
             raise DatasetError(
                 f"{what}: {_name(prompts, long)}: the prompt has {len(encoded[long[0]])} tokens, at most {limit} are "
                 f"possible ({'max_length' if limit == max_length else 'the positions of the model'}). Prompts are never "
-                "truncated, for their last token is the query; shorten or drop these rows."
+                "truncated, because their last token is the query; shorten or drop these rows."
             )
     empty = [i for i, ids in enumerate(encoded) if not ids]
     if empty:
@@ -126,16 +126,16 @@ def encode_preferences(
     Args:
         tokenizer: a transformers tokenizer.
         rows: the data set.
-        answer_end: whether what the chat template puts after an answer (end of turn) belongs to it. FineSteer's
-            published code includes it. Rows of plain text have no such tokens, and none are added. Either way an answer's
-            last token of content is known (`Passage.closing`).
-        max_length: answers are cut to this many tokens, prompt included, and the rows are named in a remark.
-        max_positions: most tokens that the model can take.
-        what: how messages call the data set.
+        answer_end: whether the chat template's tokens after an answer (end of turn) belong to it. FineSteer's
+            published code includes them. Rows of plain text have no such tokens, and none are added. Either way the
+            answer's last content token is known (`Passage.closing`).
+        max_length: answers are cut so that prompt and answer have at most this many tokens; a remark names the rows.
+        max_positions: most tokens that the model supports.
+        what: name of the data set in messages.
 
     Raises:
         DatasetError: naming the rows: as for `encode_prompts`, an answer that is too long for the model, an answer
-            without tokens, a template that renders the prompt differently once an answer follows.
+            without tokens, a template that renders the prompt differently when an answer follows.
     """
     if answer_end not in ("include", "exclude"):
         raise ValueError(f"answer_end must be 'include' or 'exclude', got {answer_end!r}.")
@@ -147,7 +147,7 @@ def encode_preferences(
         ids, closing = _encode_answers(tokenizer, rows, side, answer_end, what)
         found = _find_spans(tokenizer, rows, prompts, ids, side, max_length, max_positions, what, result.remarks)
         sides[side] = [
-            # What was cut off was the end.
+            # The cut removed the end.
             replace(passage, closing=min(max(0, own - len(whole) + len(passage.ids)), passage.answer_tokens - 1))
             for passage, whole, own in zip(found, ids, closing, strict=True)
         ]
@@ -156,7 +156,7 @@ def encode_preferences(
 
 
 def _each(rows: Sequence[Row], make: Callable[[Row], str], what: str) -> list[str]:
-    """Make a text of each row, and name the rows where that is refused."""
+    """Make a text of each row; the error names rows for which that fails."""
     made: list[str] = []
     refused: dict[str, RowNumbers] = {}
     for row in rows:
@@ -171,14 +171,14 @@ def _each(rows: Sequence[Row], make: Callable[[Row], str], what: str) -> list[st
 
 
 def _name(rows: Sequence[PromptRow], places: Iterable[int]) -> str:
-    """Numbers that the rows at some places have in their data set, for a message."""
+    """Numbers of the rows at some places in their data set, for a message."""
     return name_rows(rows[place].number for place in places)
 
 
 def _encode_answers(
     tokenizer: Any, rows: Sequence[PreferenceRow], side: str, answer_end: AnswerEnd, what: str
 ) -> tuple[list[list[int]], list[int]]:
-    """Ids of prompt and answer together, and how many of the last ones come after the answer's content."""
+    """Ids of prompt and answer together, and the number of tokens after the answer's content."""
 
     def whole(row: PreferenceRow) -> str:
         prompt, answer = row.prompt, getattr(row, side)
@@ -187,7 +187,7 @@ def _encode_answers(
         return render(tokenizer, [*prompt, *answer], add_generation_prompt=False)
 
     def content(row: PreferenceRow, text: str) -> str:
-        """The text up to the end of what the answer says."""
+        """The text up to the end of the answer's content."""
         if isinstance(row.prompt, str):
             return text
         said = getattr(row, side)[-1]["content"].strip()
@@ -211,7 +211,7 @@ def _encode_answers(
         if special or answer_end == "exclude":
             continue
         for i, own in zip(mine, tokenise(tokenizer, [texts[i] for i in mine], special_tokens=False), strict=True):
-            # A last token that joins content and end is content.
+            # A last token that merges content and end is content.
             alike = next((at for at, (a, b) in enumerate(zip(own, ids[i], strict=False)) if a != b), len(ids[i]))
             closing[i] = max(0, len(own) - max(alike, min(alike + 1, len(ids[i]))))
             ids[i] = own
@@ -240,7 +240,9 @@ def _find_spans(
         if rejoined > MAX_REJOINED_TOKENS:
             reworded.append(place)
         elif rejoined:
-            message = f"the first tokens of an answer join the prompt's last {rejoined}; they count as the answer's"
+            message = (
+                f"the first tokens of an answer merge with the prompt's last {rejoined}; they count as the answer's"
+            )
             _remark(remarks, message, row)
         if max_length is not None and len(ids) > max_length:
             _remark(remarks, f"the {side} answer was cut to max_length={max_length} tokens", row)
@@ -257,12 +259,12 @@ def _find_spans(
             f"{what}: {_name(rows, reworded)}: with the {side} answer after it, the prompt is rendered differently from "
             f"token {start} on: {tokenizer.decode(list(prompts[first].ids[start:]))!r} became "
             f"{tokenizer.decode(list(passages[first].ids[start : start + 8]))!r}. Use a chat template whose generation "
-            "prompt is what it also puts before an answer (for a thinking model: its non-thinking form)."
+            "prompt is also what it puts before an answer (for a thinking model: its non-thinking form)."
         )
     if too_long:
         raise DatasetError(
             f"{what}: {_name(rows, too_long)}: prompt and {side} answer have {len(passages[too_long[0]].ids)} tokens, the "
-            f"model can take {max_positions}. Shorten them, or cut the answers with `max_length={max_positions}`."
+            f"model supports {max_positions}. Shorten them, or cut the answers with `max_length={max_positions}`."
         )
     if empty:
         raise DatasetError(f"{what}: {_name(rows, empty)}: no token is left of the {side} answer.")

@@ -1,4 +1,4 @@
-"""The data of a fit, read, checked, encoded and split, before the model runs."""
+"""The data of a fit: read, checked, encoded and split before the model runs."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ PACKAGED = "default"
 
 @dataclass(frozen=True)
 class FitInputs:
-    """What a fit is made from.
+    """The inputs of a fit.
 
     Attributes:
         rows: training rows, then those of the validation data set.
         trained: number of training rows.
         general: prompts that must not be steered; may be empty.
-        side_effects: prompts on which the divergence is measured: held-out general ones, or packaged ones.
+        side_effects: prompts on which the divergence is measured: held-out general ones, or the packaged ones.
         split: parts of the rows.
         general_split: parts of the general prompts.
-        prompts: for each row the label of its prompt, int64.
-        units: for each row the label of what it was split by, int64.
-        kinds: for each row its category, str; None if the training rows have none.
-        texts: for each row what its prompt says.
+        prompts: for each row, the label of its prompt, int64.
+        units: for each row, the label of its split unit, int64.
+        kinds: for each row, its category, str; None if the training rows have none.
+        texts: for each row, the text of its prompt.
         general_texts: the same for the general prompts.
-        numbers: for each row its number in its data set.
+        numbers: for each row, its number in its data set.
         general_numbers: the same for the general prompts.
         findings: what the lint found.
         sources: where `data`, `eval_data` and `general_data` came from.
@@ -112,13 +112,13 @@ def prepare_inputs(
     Args:
         tokenizer: a transformers tokenizer.
         train_dataset, eval_dataset, general_dataset: as for `fit_steering`.
-        seed: of the splits.
+        seed: seed of the splits.
         split: `prompt` or `group`.
         answer_end: as for `encode_preferences`.
         max_length: most tokens of a text.
-        max_positions: most tokens that the model can take.
-        max_rows: most rows that are kept of a data set, whole prompts at a time; None keeps all. Rows that are not kept
-            are checked for their form, and not tokenised.
+        max_positions: most tokens that the model supports.
+        max_rows: most rows kept of a data set, whole prompts at a time; None keeps all. Other rows are checked for
+            their form but not tokenised.
 
     Raises:
         DatasetError: naming the rows that cannot be fitted.
@@ -134,7 +134,7 @@ def prepare_inputs(
     findings += lint_variants(rows, seed) if split == "prompt" else []
     held_out = _read_held_out(tokenizer, eval_dataset, rows, answer_end, limits, taking)
     general = _read_general(tokenizer, general_dataset, rows, limits, taking)
-    kept, shared = drop_known(general.rows, rows, "general_dataset", "left out, for it is to be steered")
+    kept, shared = drop_known(general.rows, rows, "general_dataset", "left out, because it should be steered")
     findings += [
         *held_out.findings,
         *general.findings,
@@ -156,7 +156,7 @@ def prepare_inputs(
             findings.append(f"{name}_dataset has too few prompts to hold any out: its figures are in-sample")
     side_effects = [general_encoded[i] for i in general_parts.rows["validation"]]
     if not side_effects:
-        # One-class fits leave the gate without general prompts; what steering does to them is measured all the same.
+        # In a one-class fit the gate sees no general prompts; the effect of steering on them is still measured.
         side_effects = encode_prompts(tokenizer, _packaged(tokenizer, rows, limits))
     units = keys if split == "prompt" else [str(row.group) for row in [*rows, *held_out.rows]]
     return FitInputs(
@@ -202,7 +202,7 @@ def _read_held_out(
     limits: dict[str, Any],
     taking: dict[str, Any],
 ) -> _HeldOut:
-    """The validation rows, without those whose prompt is trained on."""
+    """The validation rows, without those whose prompt is in the training data."""
     if dataset is None:
         return _HeldOut([], [], [], None)
     read = read_preferences(dataset, "eval_dataset", **taking)
@@ -241,7 +241,7 @@ def _read_general(
 
 
 def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, Any]) -> list[PromptRow]:
-    """The packaged prompts that fit the model; nobody can shorten the others."""
+    """The packaged prompts that are short enough for the model; users cannot shorten the others."""
     packaged = [PromptRow(prompt, number=number) for number, prompt in enumerate(default_general_prompts())]
     prompts = in_form_of(rows, packaged)
     most = min((limit for limit in limits.values() if limit is not None), default=None)
@@ -250,9 +250,9 @@ def _packaged(tokenizer: Any, rows: Sequence[PreferenceRow], limits: dict[str, A
 
 
 def in_form_of(rows: Sequence[PreferenceRow], prompts: Sequence[PromptRow]) -> list[PromptRow]:
-    """General prompts in the form of the training prompts, so that a gate cannot tell them by their form.
+    """General prompts in the form of the training prompts, so that a gate cannot separate them by form.
 
-    Text becomes a user message where they are chats, after their system message if all have the same one.
+    If the training prompts are chats, text becomes a user message, after their system message if all share one.
     """
     if any(isinstance(row.prompt, str) for row in rows):
         return list(prompts)

@@ -1,4 +1,4 @@
-"""Looking a data set over before anything is fitted; findings name rows and are stored with the adapter."""
+"""Checks a data set before the fit; findings name rows and are stored with the adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finesteer_hf.fitting.data.templating import text_tokenizer
 
 
 class DatasetWarning(UserWarning):
-    """Something in a data set that may make the fitted adapter worse than it could be."""
+    """Something in a data set may make the fitted adapter worse."""
 
 
 # Tokens that only a chat template should write.
@@ -33,21 +33,22 @@ TEMPLATE_MARKS = (
     "<s>",
 )
 LENGTH_AUROC = 0.75
-# Form alone nearly separates the classes from here on, if there are enough prompts of each to say so.
+# AUROC from which form alone nearly separates the classes, and the fewest prompts of each class to judge it.
 FORM_AUROC, MIN_FORM_ROWS = 0.95, 20
 RARE_GROUP_SHARE = 0.02
-# Of more than these, only the number is told.
+# Most groups that are named; of more, only the number is given.
 NAMED_GROUPS = 10
-# Rows that have to agree before a common beginning is called a wrapper, and how long it has to be.
+# Fewest rows and characters of a common beginning to call it a wrapper.
 MIN_WRAPPED_ROWS, MIN_WRAPPER = 10, 3
-# Cosine of two prompts' TF-IDF vectors above which one is a variant of the other; and the share of prompts with one.
+# Cosine of two prompts' TF-IDF vectors above which they are variants, and the share of prompts with one that is
+# reported.
 VARIANT_COSINE, VARIANT_SHARE = 0.6, 1 / 3
-# Prompts that are compared, at least and at most.
+# Fewest and most prompts that are compared.
 MIN_COMPARED, MAX_COMPARED = 50, 2000
 
 
 def lint_rows(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], tokenizer: Any) -> list[str]:
-    """Findings about preference rows, none of which prevents a fit.
+    """Findings about preference rows; none prevents a fit.
 
     Args:
         rows: the rows.
@@ -66,12 +67,12 @@ def lint_rows(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], toke
 
 
 def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed: int = 0) -> list[str]:
-    """Findings about general prompts, beside the rows that they are told apart from.
+    """Findings about general prompts, compared with the training rows.
 
     Args:
         prompts: the general prompts.
         rows: the training rows.
-        seed: of what is drawn.
+        seed: seed of the draws.
     """
     chats = {isinstance(prompt, list) for prompt in prompts}, {isinstance(row.prompt, list) for row in rows}
     findings = []
@@ -86,14 +87,14 @@ def lint_general(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed: i
         for where, ours, theirs in zip(("begin", "end"), own, general, strict=True):
             if len(ours.strip()) >= MIN_WRAPPER and ours.strip() not in theirs:
                 findings.append(
-                    f"all training prompts {where} with {ours.strip()[:60]!r}, the general ones do not: the gate may "
+                    f"all training prompts {where} with {ours.strip()[:60]!r}, but not the general ones: the gate may "
                     "learn that. Wrap both alike"
                 )
     return findings + _form_shortcut(prompts, rows, seed)
 
 
 def _form_shortcut(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed: int) -> list[str]:
-    """Whether the form of prompts, with nothing read of what they mean, tells both classes apart."""
+    """Whether the form of prompts, without their meaning, separates the classes."""
     own = {plain_text(row.prompt): row.group for row in rows}
     general = sorted({plain_text(prompt) for prompt in prompts})
     if min(len(own), len(general)) < MIN_FORM_ROWS:
@@ -103,7 +104,7 @@ def _form_shortcut(prompts: Sequence[Text], rows: Sequence[PreferenceRow], seed:
     if probe.auroc_ < FORM_AUROC:
         return []
     return [
-        f"form alone, without any meaning, tells training prompts from general ones (AUROC {probe.auroc_:.2f}): "
+        f"form alone, without any meaning, separates training prompts from general ones (AUROC {probe.auroc_:.2f}): "
         f"{probe.describe()}. The gate may learn the form, and then says nothing about prompts of the other form: give "
         "general prompts of the same form as general_dataset, such as harmless prompts that look like these"
     ]
@@ -121,14 +122,14 @@ def drop_known(own: Sequence[Row], rows: Sequence[PreferenceRow], what: str, why
 
 
 def lint_variants(rows: Sequence[PreferenceRow], seed: int) -> list[str]:
-    """Whether many prompts are variants of one another, so that to hold out prompts is not to hold out anything new.
+    """Whether many prompts are variants of one another, so that held-out prompts are nothing new.
 
-    On the playground, where each request comes in several wrappings, a gate calibrated on known requests misses 45% of the
-    new ones at a nominal 5%, and 5% when whole requests are held out (`benchmarks/results/gate_guarantees.md`).
+    On the playground, where each request comes in several wrappers, a gate calibrated on known requests misses 45% of
+    the new ones at a nominal 5%, and 5% if whole requests are held out (`benchmarks/results/gate_guarantees.md`).
 
     Args:
-        rows: the rows, to be split by prompt.
-        seed: of the draw where there are more than `MAX_COMPARED` prompts.
+        rows: the rows that will be split by prompt.
+        seed: seed of the draw if there are more than `MAX_COMPARED` prompts.
     """
     texts = sorted({plain_text(row.prompt) for row in rows})
     if len(texts) < MIN_COMPARED:
@@ -142,18 +143,18 @@ def lint_variants(rows: Sequence[PreferenceRow], seed: int) -> list[str]:
         return []
     return [
         f"{share:.0%} of the prompts are close variants of another one (TF-IDF cosine of at least {VARIANT_COSINE:g}). If "
-        "new queries will be about other things, a gate that is calibrated on variants of what it was fitted on misses "
-        "more of them than it promises: give rows that are about one thing the same `category`, and fit with "
+        "new queries will be about other things, a gate calibrated on variants of its training prompts misses "
+        "more of them than it promises: give rows about one thing the same `category`, and fit with "
         "split='group'"
     ]
 
 
 def lint_memory(passages: int, width: int) -> list[str]:
-    """Whether states that are kept in memory would fill it.
+    """Whether the captured states would fill the memory.
 
     Args:
         passages: number of prompts and answers.
-        width: float32 values of each, all sites and pools together.
+        width: float32 values of each, over all sites and pools.
     """
     size = 4 * passages * width
     try:
@@ -169,13 +170,13 @@ def lint_memory(passages: int, width: int) -> list[str]:
 
 
 def common_ends(texts: Sequence[str]) -> tuple[str, str]:
-    """Whole words that all texts begin with, and that the rest of all ends with."""
+    """Whole words that all texts begin with, and whole words that all remainders end with."""
     start = _common_start(texts)
     return start, _common_start([text[len(start) :][::-1] for text in texts])[::-1]
 
 
 def _common_start(texts: Sequence[str]) -> str:
-    # Of all texts the first and the last in order differ earliest.
+    # The first and the last text in sort order differ earliest.
     first, last = (min(texts), max(texts)) if texts else ("", "")
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     while length and not first[length - 1].isspace():
@@ -202,7 +203,9 @@ def _template_marks(rows: Sequence[PreferenceRow]) -> list[str]:
     ]
     if not marked:
         return []
-    return [f"messages that already hold a chat template's tokens, so they are templated twice: {name_rows(marked)}"]
+    return [
+        f"messages that already contain a chat template's tokens, so they are templated twice: {name_rows(marked)}"
+    ]
 
 
 def _double_start(rows: Sequence[PreferenceRow], encoded: Sequence[EncodedRow], tokenizer: Any) -> list[str]:
@@ -226,7 +229,7 @@ def _plain_text_for_chat_model(rows: Sequence[PreferenceRow], tokenizer: Any) ->
     if not plain:
         return []
     return [
-        f"the tokenizer has a chat template, but prompts are plain text and tokenised as they are: {name_rows(plain)}. If "
+        f"the tokenizer has a chat template, but prompts are plain text and tokenised without it: {name_rows(plain)}. If "
         "the model is used as a chat model, give messages"
     ]
 
@@ -240,7 +243,7 @@ def _glued_answers(rows: Sequence[PreferenceRow]) -> list[str]:
     ]
     if not glued:
         return []
-    return [f"answers that follow their prompt without a space between, so two words become one: {name_rows(glued)}"]
+    return [f"answers that follow their prompt without a space, so two words become one: {name_rows(glued)}"]
 
 
 def _length_confound(encoded: Sequence[EncodedRow]) -> list[str]:
@@ -250,7 +253,7 @@ def _length_confound(encoded: Sequence[EncodedRow]) -> list[str]:
         return []
     chosen, rejected = np.mean(lengths[0::2]), np.mean(lengths[1::2])
     return [
-        f"chosen and rejected answers can be told by length alone (AUROC {auroc:.2f}; {chosen:.1f} and {rejected:.1f} "
+        f"length alone separates chosen from rejected answers (AUROC {auroc:.2f}; {chosen:.1f} and {rejected:.1f} "
         "tokens on average): the vector may learn length"
     ]
 

@@ -1,7 +1,8 @@
-"""Where rows come from: a data set of any form, row by row, in memory that does not grow with it.
+"""Rows of a data set in any form, read one by one in constant memory.
 
-Of millions of rows a fit needs some thousands. `PromptSample` takes them as they pass: `datasets` can stream, shuffle a
-buffer and take the first rows, but has no uniform draw of a stream, and none that keeps the rows of a prompt together.
+A fit needs a few thousand of millions of rows. `PromptSample` draws them from the stream: `datasets` can stream,
+shuffle a buffer and take the first rows, but cannot draw uniformly from a stream or keep the rows of a prompt
+together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SHOWN_ROWS = 10
 
 
 class RowNumbers:
-    """Numbers of rows, of which a message shows the first and the count.
+    """Row numbers; a message shows the first ones and the count.
 
     Example:
         >>> str(RowNumbers([3, 7]))
@@ -39,7 +40,7 @@ class RowNumbers:
             self.add(row)
 
     def add(self, row: int) -> None:
-        """Count a row."""
+        """Add a row."""
         self.count += 1
         if len(self.first) < _SHOWN_ROWS:
             self.first.append(row)
@@ -53,19 +54,19 @@ class RowNumbers:
 
 
 def name_rows(rows: Iterable[int]) -> str:
-    """Write row numbers for a message: `rows 3, 7`, the first of many and their count."""
+    """Row numbers for a message: `rows 3, 7`, the first of many and their count."""
     return str(RowNumbers(rows))
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where rows came from.
+    """The source of rows.
 
     Attributes:
-        name: Hub id, or what a file or folder is called; None for rows handed over in memory.
-        sha256: of the rows as they were read, in order.
+        name: Hub id, or name of a file or folder; None for rows in memory.
+        sha256: hash of the rows as read, in order.
         rows: their number.
-        taken: how many of them were kept.
+        taken: number of kept rows.
     """
 
     name: str | None
@@ -85,15 +86,15 @@ class RecordStream:
         dataset: dicts, from a list, a generator, a `datasets.Dataset` or `IterableDataset`; a json, jsonl, csv, tsv or
             parquet file, a folder saved with `save_to_disk`, or a Hub id (its `train` split). `datasets` maps files into
             memory.
-        what: how messages call it.
+        what: name of the data set in messages.
 
     Attributes:
-        count: number of rows that have passed.
+        count: number of rows read so far.
 
     Raises:
-        DatasetError: if it has another form, or has several splits; at the end of the rows if there was none, or one
-            that is no dict.
-        FileNotFoundError: if a path does not exist and is no Hub id either.
+        DatasetError: if it has another form or several splits; at the end of the rows if there was none, or one was
+            not a dict.
+        FileNotFoundError: if a path does not exist and is not a Hub id.
     """
 
     def __init__(self, dataset: DatasetLike, what: str) -> None:
@@ -103,7 +104,7 @@ class RecordStream:
         self._rows: Any = dataset
         if isinstance(dataset, (str, Path)):
             path = Path(dataset).expanduser()
-            # An adapter is published with the name of its data, which a path of this machine is not.
+            # An adapter is published with the name of its data, which must not be a local path.
             self.name = path.resolve().name if path.exists() else str(dataset)
             self._rows = _open(dataset, what)
         self._digest = hashlib.sha256()
@@ -134,49 +135,49 @@ class RecordStream:
             raise DatasetError(f"{self.what}: {wrong}: a row must be a dict, got {kind}.")
 
     def source(self, taken: int) -> DataSource:
-        """What has passed, of which so many rows were taken."""
+        """The source of the rows read so far, with the number taken."""
         return DataSource(self.name, self._digest.hexdigest(), self.count, taken)
 
 
 class PromptSample(Generic[Item]):
-    """At most so many rows of a stream: those of the prompts whose seeded hashes are smallest.
+    """A bounded sample of a stream's rows: those of the prompts with the smallest seeded hashes.
 
-    It is a uniform draw of prompts, whatever the order of the rows; rows of one prompt are all in it or none; and the
-    sample for a larger limit holds the one for a smaller. Memory is that of the rows that are kept.
+    It is a uniform draw of prompts, whatever the order of the rows. Rows of one prompt are all in it or none, and a
+    larger limit's sample contains a smaller one's. Memory grows only with the kept rows.
 
     Args:
-        most: rows that are kept; None keeps all.
-        seed: of the draw.
+        most: most rows to keep; None keeps all.
+        seed: seed of the draw.
 
     Attributes:
-        prompts: number of prompts that are kept; 0 where all rows are.
+        prompts: number of kept prompts; 0 if all rows are kept.
 
     Raises:
-        ValueError: for a limit below 2, which is no data set to fit.
+        ValueError: for a limit below 2, too few rows to fit.
     """
 
     def __init__(self, most: int | None, seed: int = 0) -> None:
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 2):
-            raise ValueError(f"max_rows must be None or a whole number of at least 2, got {most!r}.")
+            raise ValueError(f"max_rows must be None or an integer of at least 2, got {most!r}.")
         self.most = most
         self.seed = seed
         self._rows: dict[int, list[tuple[int, Item]]] = {}
-        # Kept hashes, negated, so that the largest comes out first; and the smallest of those that were dropped.
+        # Kept hashes, negated, so that the largest comes out first; and the smallest dropped hash.
         self._largest_first: list[int] = []
         self._too_large = 1 << 128
         self._kept = 0
 
     @property
     def prompts(self) -> int:
-        """Number of prompts that are kept."""
+        """Number of kept prompts."""
         return len(self._rows)
 
     def add(self, key: str, number: int, item: Item) -> None:
-        """Take a row in, if it belongs to the sample of what has passed so far.
+        """Keep a row if it belongs to the sample of the rows so far.
 
         Args:
-            key: what makes two prompts the same.
-            number: of the row.
+            key: key of its prompt, equal for equal prompts.
+            number: number of the row.
             item: the row.
         """
         digest = hashlib.blake2b(f"{self.seed}:{key}".encode(), digest_size=16).digest()
@@ -189,12 +190,12 @@ class PromptSample(Generic[Item]):
         self._rows[value].append((number, item))
         self._kept += 1
         while self.most is not None and self._kept > self.most:
-            # More rows than fit have hashes up to this one, so it cannot be in the sample of the whole either.
+            # More rows than allowed have hashes up to this one, so it cannot be in the final sample.
             self._too_large = -heapq.heappop(self._largest_first)
             self._kept -= len(self._rows.pop(self._too_large))
 
     def rows(self) -> list[tuple[int, Item]]:
-        """The rows that are kept with their numbers, in the order in which they came."""
+        """The kept rows with their numbers, in order."""
         return sorted((row for rows in self._rows.values() for row in rows), key=lambda row: row[0])
 
 
@@ -208,7 +209,7 @@ def _open(dataset: str | Path, what: str) -> Any:
         builder = _BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise DatasetError(f"{what}: cannot read {path.suffix!r} files; use one of {sorted(_BUILDERS)}.")
-        # A byte order mark would become a part of the first column's name.
+        # A byte order mark would become part of the first column's name.
         options: dict[str, Any] = {"encoding": "utf-8-sig", "keep_default_na": False} if builder == "csv" else {}
         if path.suffix.lower() == ".tsv":
             options["sep"] = "\t"

@@ -1,8 +1,8 @@
-"""Contrast data: what rows must look like, and their one inner form.
+"""Contrast data: the accepted forms of rows, and their internal form.
 
-Rows are TRL's preference format, so its data sets fit as they are: `prompt`, `chosen`, `rejected` as text or as lists of
-chat messages, with the prompt in its own column or at the head of both answers. Every row of a data set is checked as it
-passes; those that are to be fitted are kept.
+Rows have TRL's preference format, so its data sets work as they are: `prompt`, `chosen`, `rejected` as text or as
+lists of chat messages, with the prompt in its own column or at the start of both answers. Every row of a data set is
+checked when it is read; only those to fit are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PromptRow:
 
     Attributes:
         prompt: text, or the messages up to the query.
-        number: of the row in its data set.
+        number: number of the row in its data set.
     """
 
     prompt: Text
@@ -40,8 +40,8 @@ class PreferenceRow(PromptRow):
     """A query with a wanted and an unwanted answer.
 
     Attributes:
-        chosen: the wanted answer alone: text, or its messages.
-        rejected: the unwanted answer alone.
+        chosen: the wanted answer without the prompt: text, or its messages.
+        rejected: the unwanted answer without the prompt.
         group: category, if the data set has one.
     """
 
@@ -55,12 +55,12 @@ Row = TypeVar("Row", bound=PromptRow)
 
 @dataclass(frozen=True)
 class ReadRows(Generic[Row]):
-    """What was read of a data set.
+    """Rows read from a data set.
 
     Attributes:
-        rows: those that were kept, in their order.
-        source: where they came from, and of how many.
-        findings: what should be said about it.
+        rows: the kept rows, in order.
+        source: their source, with its number of rows.
+        findings: remarks for the user.
     """
 
     rows: list[Row]
@@ -71,14 +71,14 @@ class ReadRows(Generic[Row]):
 def read_preferences(
     dataset: DatasetLike, what: str = "train_dataset", *, max_rows: int | None = None, seed: int = 0
 ) -> ReadRows[PreferenceRow]:
-    """Read preference rows, refuse what cannot be fitted, and keep a sample if there are many.
+    """Read preference rows, refuse bad ones, and keep a sample if there are many.
 
     Args:
         dataset: as for `RecordStream`: rows with `chosen`, `rejected` and, unless the answers begin with it, `prompt`;
             optionally `category` or `group`.
-        what: how messages call it.
+        what: name of the data set in messages.
         max_rows: as for `PromptSample`.
-        seed: of the sample.
+        seed: seed of the sample.
 
     Raises:
         DatasetError: naming the rows, kept or not: a missing column, a wrong type, an empty text, equal answers.
@@ -94,7 +94,7 @@ def read_preferences(
 
     read = _read(dataset, what, ("chosen", "rejected"), parse, max_rows, seed)
     if without and len(without) < read.source.rows:
-        raise DatasetError(f"{what}: {without} have no category, the others do. Give all rows one, or none.")
+        raise DatasetError(f"{what}: {without} have no category, but the others do. Give all rows one, or none.")
     return read
 
 
@@ -155,35 +155,35 @@ def _read(
     if len(rows) < stream.count:
         if sample.prompts < 2:
             raise DatasetError(
-                f"{what} has {stream.count:,} rows, of which max_rows={max_rows:,} leaves those of {sample.prompts} "
-                "prompts, for rows of one prompt are taken together. Give a larger max_rows, or fewer rows of each prompt."
+                f"{what} has {stream.count:,} rows; max_rows={max_rows:,} leaves those of {sample.prompts} "
+                "prompts, since rows of one prompt stay together. Give a larger max_rows, or fewer rows of each prompt."
             )
         findings = [
-            f"{what} has {stream.count:,} rows; {len(rows):,} of them are used, those of {sample.prompts:,} prompts drawn "
+            f"{what} has {stream.count:,} rows; {len(rows):,} of them are used, from {sample.prompts:,} prompts drawn "
             f"at random (max_rows={max_rows:,}; None uses all)"
         ]
     return ReadRows(rows, stream.source(len(rows)), findings)
 
 
 def check_contrast(rows: Sequence[PreferenceRow], what: str = "train_dataset") -> None:
-    """Refuse data from which nothing query-dependent can be learned.
+    """Refuse data that teaches nothing query-dependent.
 
     Raises:
         DatasetError: for a single row, and if all rows share one prompt.
     """
     if len(rows) < 2:
-        raise DatasetError(f"{what} has {len(rows)} row; at least 2 are needed, and 100 or more are advised.")
+        raise DatasetError(f"{what} has {len(rows)} row; at least 2 are needed, 100 or more are recommended.")
     if len({prompt_key(row.prompt) for row in rows}) == 1:
         raise DatasetError(f"{what}: all {len(rows)} rows have the same prompt; give rows with different queries.")
 
 
 def plain_text(value: Text) -> str:
-    """What a prompt or an answer says: messages one below the other, without a chat template."""
+    """The text of a prompt or an answer: its messages, one per line, without a chat template."""
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
 
 
 def prompt_key(prompt: Text) -> str:
-    """What makes two prompts the same: their roles and contents."""
+    """A key that is equal for prompts with equal roles and contents."""
     if isinstance(prompt, str):
         return prompt
     return json.dumps([(m["role"], m["content"]) for m in prompt], ensure_ascii=False)
@@ -210,12 +210,12 @@ def _split_row(record: Mapping[str, Any]) -> tuple[Text, Text, Text]:
     _check_prompt(prompt)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(answer, list) and (not answer or answer[-1]["role"] != "assistant"):
-            raise DatasetError(f"{name} must end with a message of the role 'assistant'.")
+            raise DatasetError(f"{name} must end with a message with role 'assistant'.")
     return prompt, chosen, rejected
 
 
 def _checked(value: Any, column: str) -> Text:
-    """A text that is not blank, or messages with a role and a content that is not blank."""
+    """A non-blank text, or messages with a role and non-blank content."""
     if isinstance(value, str):
         if not value.strip():
             raise DatasetError(f"{column} is empty.")
@@ -226,9 +226,9 @@ def _checked(value: Any, column: str) -> Text:
         raise DatasetError(f"{column} is empty.")
     for message in value:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DatasetError(f"{column}: a message must be a dict with the texts 'role' and 'content'.")
+            raise DatasetError(f"{column}: a message must be a dict with the strings 'role' and 'content'.")
         if not message["content"].strip():
-            raise DatasetError(f"{column} has an empty message of the role {message['role']!r}.")
+            raise DatasetError(f"{column} has an empty message with role {message['role']!r}.")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -256,12 +256,12 @@ def _conversation(
 
 
 def _implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """Take what both answers begin with as the prompt."""
+    """Take the common beginning of both answers as the prompt."""
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = _common(chosen, rejected)
     elif isinstance(chosen, str) and isinstance(rejected, str):
         shared = _common(chosen, rejected)
-        # Back to a word's beginning: answers may share the first letters of a word.
+        # Back to the start of a word: answers may share the first letters of a word.
         while shared and not chosen[shared - 1].isspace():
             shared -= 1
         while shared and chosen[shared - 1].isspace():
@@ -269,9 +269,9 @@ def _implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     else:
         raise DatasetError("chosen and rejected must both be text or both be messages when there is no prompt column.")
     if not shared:
-        raise DatasetError("there is no prompt column, and chosen and rejected do not begin alike.")
+        raise DatasetError("there is no prompt column, and chosen and rejected have no common beginning.")
     if shared in (len(chosen), len(rejected)):
-        raise DatasetError("one answer is the beginning of the other; give the prompt in a column of its own.")
+        raise DatasetError("one answer is the beginning of the other; give the prompt in its own column.")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 

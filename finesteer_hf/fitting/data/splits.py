@@ -1,7 +1,7 @@
-"""Disjoint parts of a data set: to fit, to calibrate, to validate.
+"""Disjoint parts of a data set: fit, calibration and validation.
 
-Rows of one prompt never fall into two parts: a threshold or a strength that was chosen on the rows it was fitted on
-says nothing about new queries.
+Rows of one prompt are never in two parts: a threshold or a strength chosen on the rows of the fit says nothing about
+new queries.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from finesteer_hf.method_api import Part
 
 SplitBy = Literal["prompt", "group"]
 PARTS: tuple[Part, ...] = ("fit", "calibration", "validation")
-# Shares of the units; with a data set of its own for validation, that share goes to the other two in proportion.
+# Shares of the units; with a separate validation data set, its share goes to the other two in proportion.
 SHARES: dict[Part, float] = {"fit": 0.6, "calibration": 0.2, "validation": 0.2}
-# Below this many units a part would hold no unit or one: held-out figures would be noise, so there are none.
+# With fewer units a part would have none or one: held-out figures would be noise, so there are none.
 MIN_UNITS = 6
 
 
@@ -30,7 +30,7 @@ class Split:
 
     Attributes:
         rows: int64, ascending, for each part.
-        held_out: False if there were too few units to part, so that the parts share their rows.
+        held_out: False if there were too few units to split, so that the parts share their rows.
     """
 
     rows: Mapping[Part, np.ndarray]
@@ -42,12 +42,12 @@ class Split:
 
 
 def split_units(units: Sequence[str], seed: int, *, validation_rows: int = 0, min_units: int = MIN_UNITS) -> Split:
-    """Part rows so that rows of one unit stay together.
+    """Split rows so that rows of one unit stay together.
 
     Args:
-        units: for each row its unit: its prompt, or its group.
-        seed: of the shuffle; the parts follow from it and from the set of units, not from the order of the rows.
-        validation_rows: number of rows of a validation data set of its own, numbered on from those of `units`.
+        units: for each row, its unit: its prompt or its group.
+        seed: seed of the shuffle; the parts depend on it and on the set of units, not on the order of the rows.
+        validation_rows: number of rows of a separate validation data set, numbered after those of `units`.
         min_units: with fewer, every part is all rows (and `validation` the validation data set, if there is one).
     """
     everything = np.arange(len(units))
@@ -79,18 +79,18 @@ def split_rows(
     by: SplitBy = "prompt",
     validation_rows: int = 0,
 ) -> Split:
-    """Part preference rows by prompt, or by group.
+    """Split preference rows by prompt or by group.
 
     Args:
-        prompts: for each row what makes its prompt the same as another's.
-        groups: for each row its category, or None.
-        seed: of the shuffle.
-        by: `prompt`, or `group` for figures on categories that were never seen.
+        prompts: for each row, the key of its prompt.
+        groups: for each row, its category, or None.
+        seed: seed of the shuffle.
+        by: `prompt`, or `group` for figures on unseen categories.
         validation_rows: as for `split_units`.
 
     Raises:
         ValueError: for another `by`.
-        DatasetError: if rows are to be parted by group and there are no groups, or too few.
+        DatasetError: if rows are split by group and there are no groups, or too few.
     """
     if by == "prompt":
         return split_units(prompts, seed, validation_rows=validation_rows)
@@ -108,7 +108,7 @@ def split_rows(
 
 
 def _joined(prompts: Sequence[str], groups: Sequence[str]) -> list[str]:
-    """Groups of the rows, where groups that share a prompt are one."""
+    """Groups of the rows; groups that share a prompt are merged."""
     parent = {group: group for group in groups}
 
     def root(group: str) -> str:

@@ -1,7 +1,7 @@
-"""From a prompt to token ids: the one place where a query is templated.
+"""From a prompt to token ids: the only code that templates a query.
 
-A query's state is read at its last token, after the chat template with the generation prompt; what is fitted and what is
-steered must therefore be rendered by the same lines.
+A query's state is read at its last token, after the chat template with the generation prompt. So fitting and steering
+must render it with the same code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finesteer_hf.errors import DatasetError
 from finesteer_hf.fitting.data.rows import Message, Text
 
 
-# An encoding holds much more than the ids: those of 20,000 rows at once take 100 MB.
+# An encoding has much more than the ids: encodings of 20,000 rows take 100 MB.
 TOKENISED_AT_ONCE = 1024
 
 
@@ -33,21 +33,21 @@ def chat_template_hash(tokenizer: Any) -> str | None:
 
 
 def format_query(tokenizer: Any, prompt: Text, system: str | None = None) -> list[int]:
-    """Token ids of a query, as fitting and steering read it.
+    """Token ids of a query, the same for fitting and steering.
 
-    Messages go through the chat template with the generation prompt, and get no second beginning-of-text token. Text is
+    Messages go through the chat template with the generation prompt and get no second beginning-of-text token. Text is
     tokenised as it is, with the tokenizer's special tokens; with `system` it becomes a user message.
 
     Args:
-        tokenizer: a transformers tokenizer (or a processor that holds one).
+        tokenizer: a transformers tokenizer (or a processor that has one).
         prompt: text, or messages up to the query.
-        system: text of a system message to put in front.
+        system: text of a system message to put first.
 
     Returns:
-        Ids of one sequence, unpadded, to be given to the model as `[1, tokens]`.
+        Ids of one unpadded sequence, for the model as `[1, tokens]`.
 
     Raises:
-        DatasetError: if messages are given and the tokenizer has no chat template, or its template refuses them.
+        DatasetError: if messages are given but the tokenizer has no chat template, or its template refuses them.
 
     Example:
         >>> ids = format_query(tokenizer, [{"role": "user", "content": "Do vaccines cause autism?"}])
@@ -61,7 +61,7 @@ def format_query(tokenizer: Any, prompt: Text, system: str | None = None) -> lis
 
 
 def render_prompt(tokenizer: Any, prompt: Text) -> str:
-    """The text of a query: as it is, or the chat template's with the generation prompt.
+    """The text of a query: as it is, or rendered by the chat template with the generation prompt.
 
     Raises:
         DatasetError: as for `format_query`.
@@ -72,7 +72,7 @@ def render_prompt(tokenizer: Any, prompt: Text) -> str:
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], *, special_tokens: bool) -> list[list[int]]:
-    """Token ids of texts, never truncated; `special_tokens` is False for what a chat template rendered."""
+    """Token ids of texts, never truncated; `special_tokens` is False for text that a chat template rendered."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), TOKENISED_AT_ONCE):
         some = list(texts[start : start + TOKENISED_AT_ONCE])
@@ -86,7 +86,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
 
     if getattr(tokenizer, "chat_template", None) is None:
         raise DatasetError(
-            f"the row holds chat messages, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
+            f"the row has chat messages, but the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat "
             "template. Set `tokenizer.chat_template`, or give prompts and answers as text."
         )
     try:
@@ -95,8 +95,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
         )
     except jinja2.TemplateError as error:
         raise DatasetError(
-            f"the chat template refuses the messages with the roles {[m['role'] for m in messages]}: {error}. Where it "
-            "knows no system role, put the system text in front of the first user message."
+            f"the chat template refuses the messages with the roles {[m['role'] for m in messages]}: {error}. If it "
+            "has no system role, put the system text before the first user message."
         ) from error
 
 

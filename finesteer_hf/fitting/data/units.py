@@ -1,4 +1,4 @@
-"""Rows of one prompt are one unit: in means, in standard errors and in what is drawn."""
+"""Rows of one prompt are one unit: in means, standard errors and draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finesteer_hf.fitting.data.encoding import EncodedRow
 
 
 def mean_over_units(values: np.ndarray, units: np.ndarray) -> float:
-    """Mean over units of the mean over each one's rows; NaN without rows.
+    """Mean over units of the mean over each unit's rows; NaN without rows.
 
     Args:
         values: `[rows]`.
@@ -32,7 +32,7 @@ def clustered_se(values: np.ndarray, units: np.ndarray) -> float:
 
 
 def shuffle_units(rows: Sequence[EncodedRow], seed: int) -> list[EncodedRow]:
-    """Rows with their prompts in random order, so that the first ones are like the others."""
+    """Rows with their prompts in random order, so that the first ones are representative."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     rank = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)), strict=True))
     return sorted(rows, key=lambda row: rank[row.prompt])

@@ -1,1 +1,1 @@
-"""What several methods share: search, strengths, objectives, training on preferences."""
+"""Code that several methods share: search, strengths, objectives, training on preferences."""

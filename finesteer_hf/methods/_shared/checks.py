@@ -1,4 +1,4 @@
-"""What the configs of several methods check, and what their fits fill in."""
+"""Checks that the configs of several methods share, and helpers that fill configs in."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ConfigT = TypeVar("ConfigT", bound=SteeringConfig)
 
 
 def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Raise `ValueError` unless a field has one of its values."""
+    """Raise `ValueError` unless a field has an allowed value."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}.")
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise `ValueError` unless a field is a whole number of at least `least`."""
+    """Raise `ValueError` unless a field is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf, below: float = math.inf) -> None:
@@ -35,11 +35,11 @@ def check_number(name: str, value: Any, *, above: float = -math.inf, below: floa
 
 
 def check_layer(layer: Any, num_layers: int | None, least: int = 0, name: str = "layer") -> None:
-    """Raise `ValueError` unless `layer` is `auto` or a block of a model of `num_layers` (None: not known yet)."""
+    """Raise `ValueError` unless `layer` is `auto` or a block of a model with `num_layers` (None: unknown)."""
     if layer == "auto":
         return
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < least:
-        raise ValueError(f"{name} must be 'auto' or a whole number of at least {least}, got {layer!r}.")
+        raise ValueError(f"{name} must be 'auto' or an integer of at least {least}, got {layer!r}.")
     if layer >= MOST_LAYERS:
         raise ValueError(f"{name} must be less than {MOST_LAYERS}, got {reprlib.repr(layer)}.")
     if num_layers is not None and layer >= num_layers:
@@ -47,7 +47,7 @@ def check_layer(layer: Any, num_layers: int | None, least: int = 0, name: str = 
 
 
 def check_layers(layers: Any, num_layers: int | None, least: int = 0, name: str = "layers") -> None:
-    """Raise `ValueError` unless `layers` is `auto` or distinct blocks of a model of `num_layers`, ascending."""
+    """Raise `ValueError` unless `layers` is `auto` or distinct ascending blocks of a model with `num_layers`."""
     if layers == "auto":
         return
     if not isinstance(layers, list) or not 0 < len(layers) <= MOST_LAYERS:
@@ -73,7 +73,7 @@ def check_strength(strength: Any, rules: tuple[str, ...] = ("kl", "norm")) -> No
 
 
 def layers_of(layers: list[int] | str, num_layers: int, least: int = 0) -> list[int]:
-    """The given blocks, or for `auto` those between 20% and 80% of the depth that are at least `least`.
+    """The given blocks, or for `auto` those from `least` on between 20% and 80% of the depth.
 
     Raises:
         ValueError: if a block is out of range.
@@ -85,12 +85,12 @@ def layers_of(layers: list[int] | str, num_layers: int, least: int = 0) -> list[
 
 
 def filled_in(config: ConfigT, info: ModelInfo, **chosen: Any) -> ConfigT:
-    """A copy of a config with the model's sizes and with what a fit has chosen."""
+    """A copy of a config with the model's sizes and the fit's choices."""
     return dataclasses.replace(config, hidden_size=info.hidden_size, num_hidden_layers=info.num_layers, **chosen)
 
 
 def require_fitted(config: SteeringConfig, *names: str) -> None:
-    """Raise `AdapterFileError` if a field that a fit fills in still says `auto`, or says nothing."""
+    """Raise `AdapterFileError` if a field that a fit fills in is still `auto` or empty."""
     blank = [name for name in ("hidden_size", *names) if getattr(config, name) in ("auto", None)]
     if blank:
         raise AdapterFileError(

@@ -1,4 +1,4 @@
-"""What ITI and FASB share: probed attention heads, their directions, and how far states spread along them."""
+"""Shared by ITI and FASB: probed attention heads, their directions, and the spread of states along them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.sites import Site
 
 
-# Norms of the shifts in units of the chosen heads' outputs: a few heads have to be pushed far to move the stream.
+# Norms of the shifts in units of the chosen heads' outputs: a few heads need large shifts to move the stream.
 DOSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 MIN_ROWS = 4
-# Both papers work on models of 32 blocks of 32 heads: their counts are shares of these.
+# Both papers use models of 32 blocks of 32 heads; their counts are shares of these.
 PUBLISHED_HEADS = 1024
-# What `auto` tries, in units of the published share; the first is taken where no rows are held out.
+# Numbers that `auto` tries, in units of the published share; the first is taken if no rows are held out.
 SHARES = (1.0, 0.5, 2.0, 4.0)
 
 
@@ -43,7 +43,7 @@ def head_sites(config: HeadsConfig, info: ModelInfo) -> CaptureRequest:
         UnsupportedModelError: if the model has no attention heads.
     """
     if not info.num_heads:
-        raise UnsupportedModelError(f"{config.steering_type} steers attention heads, and the model has none.")
+        raise UnsupportedModelError(f"{config.steering_type} steers attention heads, but the model has none.")
     layers = range(info.num_layers) if isinstance(config.layers, str) else config.layers
     for layer in layers:
         if layer >= info.num_layers:
@@ -52,14 +52,14 @@ def head_sites(config: HeadsConfig, info: ModelInfo) -> CaptureRequest:
 
 
 def head_counts(config: HeadsConfig, info: ModelInfo, probed: int) -> list[int]:
-    """Numbers of heads to try: the published share of the model's, parts and multiples of it, and the published number.
+    """Numbers of heads to try: the published share, fractions and multiples of it, and the published number.
 
-    A small model has few heads, and of a share of them too few are left to push with.
+    A small model has few heads, and a share of them may be too few to have an effect.
 
     Args:
         config: `num_heads` is a number or `auto`.
-        info: of the model, of whose heads `auto` takes a share.
-        probed: number of heads that can be chosen.
+        info: sizes of the model; `auto` takes a share of its heads.
+        probed: number of heads to choose from.
     """
     if not isinstance(config.num_heads, str):
         return [min(config.num_heads, probed)]
@@ -76,7 +76,7 @@ class HeadFit:
         heads: `[layer, head]` pairs.
         tensors: `probes.weight` and `directions` `[k, size]`, `probes.bias` and `sigma` `[k]`, float32.
         accuracy: held-out accuracies of the chosen heads.
-        state_norm: median norm of the chosen heads' outputs, taken together.
+        state_norm: median norm of the chosen heads' joint outputs.
     """
 
     heads: list[list[int]]
@@ -85,11 +85,11 @@ class HeadFit:
     state_norm: float
 
     def trial(self, build: Callable[[float], SteeringProcessor]) -> Trial:
-        """How a strength is chosen for a method that steers these heads."""
+        """The trial of a method that steers these heads."""
         return Trial(build, vector_norm=float(self.tensors["sigma"].norm()), state_norm=self.state_norm)
 
     def filled_in(self, config: ConfigT, info: ModelInfo, strength: float | str) -> ConfigT:
-        """The config with what the fit has chosen."""
+        """The config with the fit's choices."""
         count = len(self.heads) if isinstance(config.num_heads, str) else config.num_heads
         return filled_in(
             config, info, strength=strength, num_heads=count, heads=self.heads, attention_heads=info.num_heads
@@ -98,10 +98,10 @@ class HeadFit:
 
 @dataclass(frozen=True)
 class RankedHeads:
-    """All probed heads, those first that tell held-out answers best.
+    """All probed heads, best held-out accuracy first.
 
     Attributes:
-        heads: in this order.
+        heads: the heads in this order.
         all_accuracy: held-out accuracies by layer, heads in the model's order.
     """
 
@@ -109,7 +109,7 @@ class RankedHeads:
     all_accuracy: dict[str, list[float]]
 
     def best(self, count: int) -> HeadFit:
-        """The first so many heads."""
+        """The first `count` heads."""
         chosen = self.heads[:count]
         tensors = {
             "probes.weight": np.stack([head.weight for head in chosen]),
@@ -131,8 +131,8 @@ class ProbedHead:
 
     Attributes:
         site: the outputs of its block's heads.
-        number: which of them it is.
-        accuracy: share of held-out answers that its probe tells right.
+        number: index of the head in its block.
+        accuracy: share of held-out answers that its probe classifies correctly.
         log_loss: mean negative log-likelihood of their labels, in nats.
         weight: the probe's, `[size]`.
         bias: the probe's.
@@ -153,9 +153,9 @@ class ProbedHead:
 
 
 def rank_heads(data: FitData, config: HeadsConfig) -> RankedHeads:
-    """Probe all heads on the `fit` part and rank them by how well they tell the `calibration` part.
+    """Probe all heads on the `fit` part and rank them by their accuracy on the `calibration` part.
 
-    Means and spreads are taken over both parts.
+    Means and spreads use both parts.
 
     Raises:
         DatasetError: for too few rows.

@@ -16,7 +16,7 @@ from finesteer_hf.sites import Site
 
 
 DIRECTIONS = ("centre", "probe")
-# All heads of all blocks side by side; the largest models have a million.
+# Most numbers of all heads of all blocks; the largest models have a million.
 MOST_NUMBERS = 1 << 26
 
 
@@ -25,16 +25,16 @@ class HeadsConfig(SteeringConfig):
     """Settings of methods that steer a few attention heads.
 
     Attributes:
-        num_heads: number of heads that are steered, the best on held-out rows; all, if the model has fewer. `auto` takes,
-            of the share of the model's heads that the paper steers, of half, twice and four times as many, and of the
-            number that the paper steers, the one with the best held-out effect.
+        num_heads: number of steered heads, the best on held-out rows; all if the model has fewer. `auto` tries the
+            paper's share of the model's heads, half, twice and four times as many, and the paper's number, and takes
+            the one with the best held-out effect.
         layers: blocks whose heads are probed; `auto` is all of them.
         direction: `centre` (difference of the class means) or `probe` (the probe's weights).
         heads: the chosen `[layer, head]` pairs, filled in by the fit.
         attention_heads: number of heads of each block, filled in by the fit.
     """
 
-    #: Heads that the paper steers, of `heads.PUBLISHED_HEADS`.
+    #: Number of heads that the paper steers, out of `heads.PUBLISHED_HEADS`.
     published_count: ClassVar[int]
 
     positions: Positions = field(default="generated", metadata=setting("Steered tokens: generated."))
@@ -63,15 +63,15 @@ class HeadsConfig(SteeringConfig):
             check_count("heads' layer", pair[0], 0)
             check_count("heads' head", pair[1], 0)
             if self.attention_heads is not None and pair[1] >= self.attention_heads:
-                raise ValueError(f"heads names head {pair[1]} of a model of {self.attention_heads} heads a block.")
+                raise ValueError(f"heads names head {pair[1]} of a model with {self.attention_heads} heads per block.")
             if self.num_hidden_layers is not None and pair[0] >= self.num_hidden_layers:
-                raise ValueError(f"heads names block {pair[0]} of a model of {self.num_hidden_layers} layers.")
+                raise ValueError(f"heads names block {pair[0]} of a model with {self.num_hidden_layers} layers.")
         if len({tuple(pair) for pair in self.heads}) != len(self.heads):
             raise ValueError("heads names a head twice.")
 
     @property
     def of_site(self) -> dict[Site, list[int]]:
-        """For each site the rows of the chosen heads' tensors, in the order of a forward."""
+        """For each site, the rows of the chosen heads' tensors, in forward order."""
         found: dict[Site, list[int]] = {}
         for row, (layer, _) in sorted(enumerate(self.heads), key=lambda item: item[1]):
             found.setdefault(Site("head_out", layer), []).append(row)
@@ -82,7 +82,7 @@ ConfigT = TypeVar("ConfigT", bound=HeadsConfig)
 
 
 def require_heads(config: HeadsConfig, tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
-    """Raise `AdapterFileError` if the config names no heads, or a tensor is missing or not one row a head."""
+    """Raise `AdapterFileError` if the config names no heads, or a tensor is missing or has other rows."""
     missing = sorted(set(names) - set(tensors))
     if not config.heads or config.attention_heads is None or missing:
         raise AdapterFileError(
@@ -105,7 +105,7 @@ def dense_shift(config: HeadsConfig, rows: Sequence[int], shifts: torch.Tensor) 
 
     Args:
         config: names the heads.
-        rows: those of the block, see `HeadsConfig.of_site`.
+        rows: rows of the block, see `HeadsConfig.of_site`.
         shifts: `[chosen heads, size]`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Figures of states that are read some thousand rows at a time, so that the states need not be in memory at once."""
+"""Statistics of states that are read in chunks of a few thousand rows, so that they need not fit in memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from finesteer_hf.sites import Site
 def mean_difference(
     data: FitData, sides: tuple[Side, Side], site: Site, parts: Sequence[Part], pool: Pool = "answer_mean"
 ) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """The mean of one side's states less the mean of the other's.
+    """The mean of one side's states minus the mean of the other's.
 
     Args:
         data: the states.
         sides: whose states; the second is subtracted.
         site: where they are taken.
-        parts: of the rows.
-        pool: of answers.
+        parts: parts of the rows.
+        pool: pool of the answers.
 
     Returns:
         The difference, `[width]` float64, zeros if a side has no rows; and the number of rows of each side.

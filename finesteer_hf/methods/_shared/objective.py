@@ -1,10 +1,10 @@
-"""What candidates are compared by: what they make of held-out answers, within limits on what they break.
+"""How candidates are compared: by their effect on held-out answers, within limits on the damage.
 
-Two figures can lead, and the held-out rows say which. Where steering makes the wanted answers sayable, token by token, the
-likelihood of their least likely token leads: it rises only if whole answers come, and an overdose lowers it. Open answers
-have many wordings, so no steering makes one of them likely; there the preference leads, the probability that the chosen
-answer beats the rejected one, and because a preference alone is won by making everything unlikely, the model's own words
-and the chosen answers must stay as likely as the limits say.
+One of two figures leads, depending on the held-out rows. If steering makes the wanted answers likely token by token,
+the probability of their least likely token leads: it rises only if the model gives whole answers, and an overdose
+lowers it. Open answers have many wordings, so steering does not make one of them likely. For these the preference
+leads: the probability that the chosen answer beats the rejected one. A preference can be won by making everything
+unlikely, so the limits also bound how much less likely the model's own words and the chosen answers may become.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ from finesteer_hf.method_api import DosePoint
 
 
 Criterion = Literal["sayable", "preference"]
-# Wanted answers count as sayable where their least likely token reaches this probability on the mean, and is lifted
-# there: by twice the standard error of the difference.
+# Wanted answers count as sayable if their least likely token reaches this mean probability, and steering raised it: by
+# twice the standard error of the difference.
 SAYABLE = 0.1
-# Share of what the chosen answers gain by which own words may be less likely. At all of it a map for refusals was taken
-# far beyond the dose at which the refusals themselves were likeliest.
+# Own words may become less likely by this share of what the chosen answers gain. With a share of 1 a map for refusals
+# got far more than the dose at which the refusals were most likely.
 SURPRISE = 0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What steering may cost, at most.
+    """Limits on what steering may cost.
 
     Attributes:
         general_kl: 95th percentile of the divergence on general prompts, in nats.
-        general_changed: share of general answers that change, where it is counted.
-        own_words: nats a token that the steered model's own greedy words may be less likely under the base than the
-            base's own are, beside half of what the chosen answers became likelier: who moves to say what the base did
-            not is bound to surprise it, but no more than that.
-        likelihood: nats a token that the chosen answers may become less likely.
-        repetition: share of tokens of the model's own words that repeat earlier ones (see `DosePoint.repeated`), above
-            the unsteered model's.
+        general_changed: share of general answers that change, if measured.
+        own_words: nats per token by which the steered model's greedy answers may be less likely under the base than
+            the base's own, plus half of the gain of the chosen answers: new answers must surprise the base, but only
+            so far.
+        likelihood: nats per token by which the chosen answers may become less likely.
+        repetition: repeated share of the model's own answers (see `DosePoint.repeated`) above the unsteered model's.
     """
 
     general_kl: float = 0.1
@@ -56,26 +55,26 @@ class Limits:
 
     @classmethod
     def of(cls, given: Mapping[str, float]) -> Limits:
-        """The defaults, with what a config gives instead.
+        """The defaults, overridden by a config's values.
 
         Raises:
-            ValueError: for a name that is no limit, or a value that is no number of at least 0.
+            ValueError: for an unknown limit, or a value that is not a number of at least 0.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(given) - set(names))
         if unknown:
-            raise ValueError(f"limits has no {unknown}; it takes {names}.")
+            raise ValueError(f"limits has no {unknown}; it has {names}.")
         return cls(**given)
 
     def to_dict(self) -> dict[str, float]:
-        """JSON-ready, as a config holds it."""
+        """JSON-ready, as in a config."""
         return dataclasses.asdict(self)
 
     def broken_by(self, point: DosePoint, unsteered: DosePoint, criterion: Criterion) -> list[str]:
         """Names of the limits that a point breaks.
 
-        Where whole answers come, they are what the model says, and they may be as unlikely under the base as they are;
-        their own likelihood is what leads. So those limits hold for preferences alone.
+        If the model gives the wanted answers, they may be unlikely under the base, and their own likelihood leads. So
+        the limits on likelihoods apply only to preferences.
         """
         excess = {
             "general_kl": point.kl,
@@ -92,12 +91,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Objective:
-    """Compares points that were measured on the same rows.
+    """Compares points measured on the same rows.
 
     Attributes:
-        unsteered: the model itself.
-        limits: what steering may cost.
-        criterion: what leads.
+        unsteered: the point of the unsteered model.
+        limits: limits on what steering may cost.
+        criterion: the figure that leads.
     """
 
     unsteered: DosePoint
@@ -106,14 +105,14 @@ class Objective:
 
     @classmethod
     def of(cls, points: Iterable[DosePoint], limits: Limits) -> Objective:
-        """Let points say what leads; the unsteered one, of strength 0, must be among them."""
+        """Choose the leading figure from points, which must include the unsteered one of strength 0."""
         points = list(points)
         unsteered = next(point for point in points if point.strength == 0)
         sayable = any(is_sayable(p) and not limits.broken_by(p, unsteered, "sayable") for p in points if p.strength)
         return cls(unsteered, limits, "sayable" if sayable else "preference")
 
     def value(self, point: DosePoint) -> float:
-        """What is raised: a probability."""
+        """The figure to raise: a probability."""
         value = point.bottleneck if self.criterion == "sayable" else point.preference
         return value if math.isfinite(value) else -math.inf
 
@@ -126,18 +125,18 @@ class Objective:
         return [point for point in points if point.strength and not self.broken(point)]
 
     def merit(self, point: DosePoint) -> tuple[bool, float]:
-        """Sorts points: those within the limits above the others, then by value."""
+        """Sort key of points: those within the limits above the others, then by value."""
         return not self.broken(point), self.value(point)
 
     def describe(self, point: DosePoint) -> str:
-        """A sentence on what a point reaches, for reports."""
+        """A sentence on a point's figures, for reports."""
         if self.criterion == "sayable":
             return (
                 f"the least likely token of the wanted answers has probability {point.bottleneck:.3f}, unsteered "
                 f"{self.unsteered.bottleneck:.3f}"
             )
         return (
-            f"the chosen answer is preferred with probability {point.preference:.3f} (a token), unsteered "
+            f"the chosen answer is preferred with probability {point.preference:.3f} (per token), unsteered "
             f"{self.unsteered.preference:.3f}"
         )
 
@@ -148,8 +147,8 @@ class Objective:
         if self.unsteered.changed is not None:
             parts.append(f"at most {limits.general_changed:.0%} of their answers changed")
         if self.criterion == "preference":
-            parts.append(f"own words at most {limits.own_words:g} nats a token less likely under the base")
-            parts.append(f"chosen answers at most {limits.likelihood:g} nats a token less likely")
+            parts.append(f"own words at most {limits.own_words:g} nats per token less likely under the base")
+            parts.append(f"chosen answers at most {limits.likelihood:g} nats per token less likely")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +157,7 @@ class Objective:
 
 
 def is_sayable(point: DosePoint) -> bool:
-    """Whether a steered point makes the wanted answers come token by token."""
+    """Whether a steered point makes the wanted answers likely token by token."""
     return point.bottleneck >= SAYABLE and point.bottleneck_rise > 2 * point.bottleneck_rise_se
 
 

@@ -1,8 +1,8 @@
-"""Training what is added to a frozen model's states on preference rows.
+"""Trains vectors that are added to a frozen model's states, on preference rows.
 
-`PreferenceRows` are the rows: it gives the log-probabilities of their answers under a processor, through which gradients
-reach the tensors that it uses. `TrainedShift` is such a processor, for one block or several. `train` is the loop. A loss
-is a function of the log-probabilities of the answers, so each method brings its own.
+`PreferenceRows` are the rows: they return the log-probabilities of their answers under a processor, with gradients to
+the tensors that it uses. `TrainedShift` is such a processor, for one or more blocks. `train` is the loop. A loss is a
+function of the answers' log-probabilities, and each method has its own.
 
     rows = PreferenceRows.draw(data, "fit", most=128)
     vector = torch.zeros(width, requires_grad=True)
@@ -31,11 +31,12 @@ from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringPr
 from finesteer_hf.sites import Site
 
 
-# Rows whose graphs are kept at a time: each keeps the states of two answers at all blocks from the first steered one on.
+# Most rows with a graph in memory: each keeps the states of two answers at all blocks from the first steered one on.
 ROWS_A_GRAPH = 8
 
 Losses = Callable[[Sequence[int], np.random.Generator], torch.Tensor]
-#: What is added at a site: a vector `[width]`, or a function of the queries' unsteered states to `[rows or 1, width]`.
+#: What is added at a site: a vector `[width]`, or a function from the queries' unsteered states to `[rows or 1,
+#: width]`.
 Shift = torch.Tensor | Callable[[Mapping[Site, torch.Tensor]], torch.Tensor]
 
 
@@ -44,10 +45,10 @@ Shift = torch.Tensor | Callable[[Mapping[Site, torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class PairScores:
-    """How likely a model finds the answers of some rows; each tensor `[rows]` float32, on the CPU.
+    """Log-probabilities of some rows' answers; each tensor `[rows]` float32, on the CPU.
 
     Attributes:
-        chosen: log-probability of the whole chosen answer, in nats: the sum over its tokens.
+        chosen: log-probability of the whole chosen answer, in nats, summed over its tokens.
         rejected: that of the rejected answer.
         chosen_tokens: number of the chosen answer's tokens.
         rejected_tokens: number of the rejected answer's tokens.
@@ -60,7 +61,7 @@ class PairScores:
 
     @property
     def margins(self) -> torch.Tensor:
-        """By how many nats the chosen answers are likelier, `[rows]`."""
+        """Log-probability of the chosen minus the rejected answers, in nats, `[rows]`."""
         return self.chosen - self.rejected
 
     def __getitem__(self, rows: Sequence[int]) -> PairScores:
@@ -91,9 +92,9 @@ class PreferenceRows:
 
     @classmethod
     def draw(cls, data: FitData, part: Part, most: int | None = None) -> PreferenceRows:
-        """Take the rows of a part, or as many as `most` of them, drawn without replacement by the data's seed.
+        """Take the rows of a part, or at most `most` of them, drawn without replacement with the data's seed.
 
-        The unsteered model is run over their answers once.
+        The unsteered model runs over their answers once.
         """
         rows = np.arange(len(data.prompts(part)))
         if most is not None and len(rows) > most:
@@ -110,8 +111,8 @@ class PreferenceRows:
         """Scores under a processor; gradients reach the tensors that it uses in `transform`.
 
         Args:
-            which: positions in `rows`, not numbers of rows in their part.
-            steering: what steers.
+            which: positions in `rows`, not row numbers of the part.
+            steering: processor that steers.
         """
         return _scores(self.data, self.part, [self.rows[i] for i in which], steering)
 
@@ -136,17 +137,17 @@ def _log_prob(run: AnswerRun) -> torch.Tensor:
 
 
 class TrainedShift(SteeringProcessor):
-    """Add at each of several sites a vector that gradients are wanted for.
+    """Adds a vector with gradients at each of several sites.
 
-    `decide` runs without gradients, so vectors are made and added in `transform`. Scales of rows and `strength` play no
-    part: this is for training.
+    `decide` runs without gradients, so vectors are computed and added in `transform`. Scales of rows and `strength`
+    are ignored: this is for training.
 
     Args:
-        shifts: by site a vector `[width]` float32, or a function that is given the queries' unsteered states at `reads`,
-            by site `[rows, width]` float32 and without gradients, and gives `[rows or 1, width]`.
+        shifts: by site, a vector `[width]` float32, or a function from the queries' unsteered states at `reads` (by
+            site `[rows, width]` float32, without gradients) to `[rows or 1, width]`.
         positions: tokens that are steered; `generated` begins at the query, the prompt's last token.
-        factor: multiplies all of them.
-        reads: sites whose states the functions are given.
+        factor: multiplies all vectors.
+        reads: sites whose states are passed to the functions.
     """
 
     def __init__(
@@ -164,11 +165,11 @@ class TrainedShift(SteeringProcessor):
         self.reads = tuple(reads)
 
     def decide(self, queries: QueryStates) -> Decision:
-        """Note the queries' states, for `transform`."""
+        """Keep the queries' states for `transform`."""
         return Decision(vectors={}, record={str(site): queries[site] for site in self.reads})
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Add the site's vector to the named tokens of `[rows, tokens, width]`."""
+        """Add the site's vector to the selected tokens of `[rows, tokens, width]`."""
         shift = self.shifts[site]
         if not isinstance(shift, torch.Tensor):
             noted = {} if view.decision is None else view.decision.record
@@ -183,14 +184,14 @@ def first_order(
     widths: Mapping[Site, int],
     positions: Positions,
 ) -> dict[Site, torch.Tensor]:
-    """Gradients of the mean loss by a vector at each of several sites, where all vectors are zero.
+    """Gradients of the mean loss with respect to a vector at each of several sites, at zero.
 
-    One pass gives all of them: how fast the loss falls at a site, to first order, is the gradient's norm.
+    One pass gives all of them. The gradient's norm is the slope of the loss at a site, to first order.
 
     Args:
-        losses: of some of the rows, `[rows]`, under a processor.
+        losses: returns the losses of some rows, `[rows]`, under a processor.
         rows: number of rows.
-        widths: of the sites' states.
+        widths: widths of the sites' states.
         positions: tokens that the vectors are added to.
 
     Returns:
@@ -217,16 +218,16 @@ def first_order(
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How parameters are trained: by AdamW, which without decay is Adam.
+    """How parameters are trained: with AdamW, which without decay is Adam.
 
     Attributes:
         epochs: passes over the rows.
-        batch_size: rows a step.
-        learning_rate: of the first step after the warm-up; groups of parameters may bring their own.
+        batch_size: rows per step.
+        learning_rate: rate of the first step after the warm-up; groups of parameters may have their own.
         weight_decay: AdamW's, decoupled.
         schedule: how the rate falls over all steps: `constant`, `linear` to zero, or `cosine` to zero.
-        warmup_steps: steps over which the rate rises linearly from zero; at most a tenth of all are spent on it.
-        clip: greatest norm of a step's gradients, all parameters together; None does not clip.
+        warmup_steps: steps over which the rate rises linearly from zero; at most a tenth of all steps.
+        clip: largest norm of a step's gradients, over all parameters; None does not clip.
     """
 
     epochs: int
@@ -238,17 +239,17 @@ class Training:
     clip: float | None = None
 
     def steps(self, rows: int) -> int:
-        """Number of all steps over some rows."""
+        """Total number of steps over some rows."""
         return self.epochs * math.ceil(rows / self.batch_size)
 
 
 @dataclass
 class History:
-    """What a training went through.
+    """The record of a training.
 
     Attributes:
-        path: for each epoch, from 0 (before the first step) on, `epoch`, `fit` (mean loss of the epoch's steps, each
-            before it was taken; none for epoch 0) and `held_out` (what `judge` said after it; None without one).
+        path: for each epoch, from 0 (before the first step) on: `epoch`, `fit` (mean loss of the epoch's steps, each
+            before the step; none for epoch 0) and `held_out` (the result of `judge` after it; None without one).
         kept: the epoch whose parameters were kept.
     """
 
@@ -271,19 +272,19 @@ def train(
     after_step: Callable[[], None] = lambda: None,
     note: Callable[[str], None] = lambda message: None,
 ) -> History:
-    """Train tensors in place, and leave them as they were after the best epoch by `judge`; without one, the last.
+    """Train tensors in place and keep the best epoch's by `judge`; without one, the last epoch's.
 
     Args:
         parameters: leaves that require gradients, or AdamW's groups of them.
-        losses: of some rows, `[rows]`, which are given as positions from 0 to `rows`. It is called once a step, for a
-            batch of more than `ROWS_A_GRAPH` rows once for each such part of it, and may draw from the generator.
+        losses: returns the losses `[rows]` of some rows, given as positions from 0 to `rows`. It is called once per
+            step (for each part of a batch of more than `ROWS_A_GRAPH` rows) and may draw from the generator.
         rows: number of rows.
         training: optimiser, rates, steps.
-        seed: of the order of rows and of what `losses` draws.
-        judge: what is to be low on rows that are not learned from, also asked before the first step. Let it steer by
-            detached tensors, or the graphs of all its rows are kept. Where it gives None, the last epoch is kept.
-        after_step: called after each step, for instance to cap a norm.
-        note: is shown a line each epoch.
+        seed: seed of the order of rows and of the draws of `losses`.
+        judge: a loss on held-out rows, also called before the first step. It should steer with detached tensors, or
+            the graphs of all its rows are kept. If it returns None, the last epoch is kept.
+        after_step: called after each step, for example to cap a norm.
+        note: prints a line per epoch.
 
     Raises:
         DatasetError: if there are no rows, or the loss is no longer finite.
@@ -330,7 +331,7 @@ def train(
 
 
 def cap_norm(vector: torch.Tensor, most: float) -> None:
-    """Shorten a parameter in place to a greatest Euclidean norm; what is shorter stays."""
+    """Shorten a parameter in place to a largest Euclidean norm; shorter ones stay as they are."""
     with torch.no_grad():
         norm = float(vector.norm())
         if norm > most:
@@ -338,5 +339,5 @@ def cap_norm(vector: torch.Tensor, most: float) -> None:
 
 
 def _groups(rows: np.ndarray) -> list[list[int]]:
-    """Rows, few enough at a time that their graphs fit."""
+    """Rows in groups whose graphs fit in memory."""
     return [rows[start : start + ROWS_A_GRAPH].tolist() for start in range(0, len(rows), ROWS_A_GRAPH)]

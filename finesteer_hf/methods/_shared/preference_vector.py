@@ -1,4 +1,4 @@
-"""A constant vector at a block's output that is trained on preferences: what REPS and BIPO share.
+"""A constant vector at a block's output, trained on preferences: shared by REPS and BIPO.
 
 A method is a config and a loss. The loss is a function of the answers' log-probabilities under the vector; see
 `preference_training`.
@@ -42,11 +42,10 @@ from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 2
-# Blocks that a vector is trained at under layer="auto": one training costs ten times what the first order of all does.
+# Blocks to train at with layer="auto": one training costs ten times as much as the first-order gains of all blocks.
 TRAINED_LAYERS = 2
-# Under learning_rate="auto": norm that all steps would give the vector if they went one way, in units of the state's.
-# They do not: on the playground REPS ends at a fifth of it or less. At 1 its held-out loss is still falling when the
-# steps end.
+# For learning_rate="auto": norm of the vector if all steps went one way, in units of the state's. They do not: on the
+# playground REPS ends at a fifth of it or less. At 1 its held-out loss is still falling when the steps end.
 REACH = 3.0
 KEEPS = ("best", "last")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -54,21 +53,21 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(kw_only=True)
 class PreferenceVectorConfig(SteeringConfig):
-    """Settings of a vector that is trained on preferences.
+    """Settings of a vector trained on preferences.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` trains at those two at which a vector of the state's norm
-            lowers the loss most, to first order, and takes the one that brings held-out answers nearest.
-        num_rows: rows that are learned from, drawn by the seed; None for all.
-        epochs: passes over them.
+        layer: decoder block whose output is steered; `auto` trains at the two where a vector of the state's norm
+            lowers the loss most, to first order, and takes the one with the best held-out answers.
+        num_rows: training rows, drawn with the seed; None for all.
+        epochs: passes over the rows.
         batch_size: rows a step.
-        learning_rate: of AdamW, in units of the state's coordinates; `auto` is such that all steps together, in one
-            direction, would lead three times as far as the state is long, whatever the model.
-        weight_decay: of AdamW.
+        learning_rate: AdamW's rate, in units of the state's coordinates; with `auto` all steps in one direction would
+            reach three times the state's norm, in any model.
+        weight_decay: AdamW's.
         schedule: how the rate falls: `constant`, `linear` or `cosine`.
-        warmup_steps: steps over which it rises first.
-        clip: greatest norm of the gradient; None does not clip.
-        norm_cap: greatest norm of the vector in training, as a share of the state's; None for no limit.
+        warmup_steps: steps over which the rate rises first.
+        clip: largest norm of the gradient; None does not clip.
+        norm_cap: largest norm of the vector in training, as a share of the state's; None for no limit.
         keep: `best` keeps the epoch whose loss on rows of the `calibration` part is lowest, `last` the last.
     """
 
@@ -78,17 +77,17 @@ class PreferenceVectorConfig(SteeringConfig):
         default="auto", metadata=setting("Lambda: a number, auto, kl:<nats> or norm:<share>.")
     )
     layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
-    num_rows: int | None = field(default=128, metadata=setting("Rows that are learned from."))
+    num_rows: int | None = field(default=128, metadata=setting("Training rows."))
     epochs: int = field(default=5, metadata=setting("Passes over the rows."))
-    batch_size: int = field(default=8, metadata=setting("Rows a step."))
+    batch_size: int = field(default=8, metadata=setting("Rows per step."))
     learning_rate: float | str = field(default="auto", metadata=setting("Learning rate of AdamW, or auto."))
     weight_decay: float = field(default=0.0, metadata=setting("Weight decay of AdamW."))
     schedule: Literal["constant", "linear", "cosine"] = field(
         default="linear", metadata=setting("How the learning rate falls: constant, linear or cosine.")
     )
     warmup_steps: int = field(default=0, metadata=setting("Steps over which the learning rate rises."))
-    clip: float | None = field(default=None, metadata=setting("Greatest norm of the gradient."))
-    norm_cap: float | None = field(default=None, metadata=setting("Greatest norm, as a share of the state's."))
+    clip: float | None = field(default=None, metadata=setting("Largest norm of the gradient."))
+    norm_cap: float | None = field(default=None, metadata=setting("Largest norm, as a share of the state's."))
     keep: Literal["best", "last"] = field(default="best", metadata=setting("Which epoch's vector: best or last."))
 
     def __post_init__(self) -> None:
@@ -111,7 +110,7 @@ class PreferenceVectorConfig(SteeringConfig):
 
     @property
     def unit(self) -> float:
-        """The factor at which a vector in training is as it will be at strength 1."""
+        """The factor in training that corresponds to strength 1."""
         return 1.0
 
 
@@ -119,9 +118,9 @@ PreferenceConfigT = TypeVar("PreferenceConfigT", bound=PreferenceVectorConfig)
 
 
 class PreferenceVector(SteeringMethod[PreferenceConfigT]):
-    """`H <- H + strength * v` at the output of one block, whatever the query.
+    """`H <- H + strength * v` at the output of one block, for every query.
 
-    A subclass says what the loss is.
+    A subclass defines the loss.
 
     Args:
         config: a fitted config.
@@ -143,13 +142,13 @@ class PreferenceVector(SteeringMethod[PreferenceConfigT]):
         """The vector, `[1, hidden_size]`."""
         return Decision(vectors={self.site: self.parameters_on(queries.device)["vector"][None]})
 
-    # -- what a subclass says -----------------------------------------------------------------------------------------
+    # -- what a subclass defines --------------------------------------------------------------------------------------
 
     @classmethod
     def first_losses(
         cls, rows: PreferenceRows, which: Sequence[int], steering: SteeringProcessor, config: PreferenceConfigT
     ) -> torch.Tensor:
-        """Losses `[rows]` under a processor that adds vectors; their slope at zero says which blocks are promising."""
+        """Losses `[rows]` under a processor that adds vectors; their slope at zero ranks the blocks."""
         raise NotImplementedError
 
     @classmethod
@@ -165,12 +164,12 @@ class PreferenceVector(SteeringMethod[PreferenceConfigT]):
         """Losses of some rows, `[rows]`.
 
         Args:
-            rows: what is learned from, or judged by.
-            which: positions of some of them.
-            site: where the vector acts.
+            rows: training or held-out rows.
+            which: positions of some of the rows.
+            site: where the vector is added.
             vector: `[hidden_size]` float32.
             config: the config.
-            rng: of what a step draws; None for what is drawn on average.
+            rng: generator for a step's draws; None uses their average.
         """
         raise NotImplementedError
 
@@ -232,8 +231,8 @@ class PreferenceVector(SteeringMethod[PreferenceConfigT]):
                 vectors[site.layer] = vector
         if not vectors:
             raise DatasetError(
-                f"No vector at the layers {[site.layer for site in sites]} makes {name}'s loss on other rows lower than it "
-                "is without training. Give more rows (num_rows), another learning_rate or another layer, or keep='last'."
+                f"No vector at the layers {[site.layer for site in sites]} lowers {name}'s loss on held-out rows below "
+                "the unsteered one. Give more rows (num_rows), another learning_rate or another layer, or keep='last'."
             )
 
         def fitted(layer: int, strength: float) -> PreferenceConfigT:

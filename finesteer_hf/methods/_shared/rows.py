@@ -1,4 +1,4 @@
-"""The rows of a fit: queries with their shifts, without counting anything twice."""
+"""The rows of a fit: queries with their shifts, each counted once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from finesteer_hf.sites import Site
 
 @dataclass(frozen=True)
 class ContrastRows:
-    """Queries and the shifts that belong to them.
+    """Queries and their shifts.
 
     Attributes:
         queries: `[M, d]` float64.
-        shifts: chosen minus rejected, `[M, w]` float64, of all sites side by side.
-        groups: `[M]` labels of rows that must be held out together, or None if each row stands alone.
+        shifts: chosen minus rejected, `[M, w]` float64, all sites side by side.
+        groups: `[M]` labels of rows that must be held out together, or None for single rows.
     """
 
     queries: NDArray[np.float64]
@@ -33,7 +33,7 @@ class ContrastRows:
 
     @property
     def vary(self) -> bool:
-        """Whether the queries differ at all: the input of the first block is the last token, which a template fixes."""
+        """Whether the queries differ: at the input of the first block a template makes all last tokens the same."""
         return rows_vary(self.queries)
 
     def sample(self, most: int, seed: int) -> ContrastRows:
@@ -57,15 +57,15 @@ def contrast_rows(
     pool: Pool = "answer_mean",
     scales: Sequence[float] | None = None,
 ) -> ContrastRows:
-    """Rows of some parts, a part that repeats an earlier one left out.
+    """Rows of some parts; a part that repeats an earlier one is left out.
 
     Args:
         data: captured states.
         read: where queries are read.
         shifts: where answers are compared.
         parts: in order.
-        pool: what of the answers is compared.
-        scales: factor of each of `shifts`; 1 by default.
+        pool: pool of the compared answers.
+        scales: factor of each site in `shifts`; 1 by default.
 
     Raises:
         DatasetError: if a state is not finite.
@@ -83,7 +83,7 @@ def contrast_rows(
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
             raise DatasetError(
-                f"{len(bad)} of {len(rows)} rows have {what} whose states at {site} hold NaN or Inf; the first is row "
+                f"{len(bad)} of {len(rows)} rows have {what} whose states at {site} contain NaN or Inf; the first is row "
                 f"{bad[0]} of {distinct}. Run the model in bfloat16 or float32, or drop the rows."
             )
     groups = np.concatenate([data.groups(part) for part in distinct])
@@ -92,7 +92,7 @@ def contrast_rows(
 
 
 def query_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np.float32]:
-    """One row of each prompt of some parts, `[prompts, d]`: what is promised of a gate counts queries, not answers."""
+    """One row per prompt of some parts, `[prompts, d]`: a gate's guarantee counts queries, not answers."""
     return np.concatenate([data.query(read, part)[first] for part, first in _prompts_once(data, read, parts)])
 
 
@@ -104,12 +104,12 @@ def query_kinds(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[Any
 
 
 def query_texts(data: FitData, read: Site, parts: Sequence[Part]) -> list[str]:
-    """What the prompts of `query_rows` say."""
+    """The texts of the prompts of `query_rows`."""
     return [data.texts("prompt", part)[row] for part, first in _prompts_once(data, read, parts) for row in first]
 
 
 def _prompts_once(data: FitData, read: Site, parts: Sequence[Part]) -> list[tuple[Part, NDArray[np.intp]]]:
-    """For each distinct part the first row of each prompt."""
+    """For each distinct part, the first row of each prompt."""
     distinct = _distinct([(part, data.query(read, part)) for part in parts])
     return [(part, np.sort(np.unique(data.prompts(part), return_index=True)[1])) for part in distinct]
 
@@ -121,13 +121,13 @@ def general_rows(data: FitData, read: Site, parts: Sequence[Part]) -> NDArray[np
 
 
 def general_texts(data: FitData, read: Site, parts: Sequence[Part]) -> list[str]:
-    """What the prompts of `general_rows` say."""
+    """The texts of the prompts of `general_rows`."""
     distinct = _distinct([(part, data.general(read, part)) for part in parts])
     return [text for part in distinct for text in data.texts("general", part)]
 
 
 def _distinct(parts: Sequence[tuple[Part, np.ndarray]]) -> list[Part]:
-    """Parts whose rows are not those of an earlier one: a data set too small to split has all rows in each part."""
+    """Parts whose rows differ from those of earlier ones: a data set too small to split has all rows in each part."""
     kept: list[tuple[Part, np.ndarray]] = []
     for part, rows in parts:
         if not any(np.array_equal(rows, earlier) for _, earlier in kept):
@@ -136,7 +136,7 @@ def _distinct(parts: Sequence[tuple[Part, np.ndarray]]) -> list[Part]:
 
 
 def json_ready(value: Any) -> Any:
-    """A report as JSON holds it: built-in numbers, None for what is not finite."""
+    """A report in JSON's types: built-in numbers, None for non-finite ones."""
     if isinstance(value, dict):
         return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):

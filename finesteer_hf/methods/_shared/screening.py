@@ -1,8 +1,8 @@
-"""What a vector would gain, to first order, before the model is run steered at all.
+"""First-order gains of vectors, without running the model steered.
 
-The gradient of a row's preference by a vector at a site is read in one backward pass for all sites. Its inner product with
-any candidate is the gain that the candidate begins with, so all vectors of all methods at all sites can be ranked without
-a forward. The order holds for small doses; at high ones gains saturate and texts break, so the few best are steered.
+One backward pass gives the gradient of a row's preference with respect to a vector at every site. Its inner product
+with a candidate is the candidate's initial gain, so vectors at all sites can be ranked without a forward. The order
+holds for small doses; at high ones gains saturate and texts break, so the few best are run steered.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from finesteer_hf.sites import Site
 
 
 Vectors = Mapping[Site, NDArray[np.floating]]
-# Norm of a vector in units of the state's, at which gains are compared; over several sites that of all together.
+# Norm of a vector in units of the state's at which gains are compared; for several sites, their total.
 SCREEN_DOSE = 0.1
 
 
 def preference_gradients(
     data: FitData, sites: Sequence[Site], parts: Sequence[Part]
 ) -> dict[Site, NDArray[np.float64]]:
-    """Gradients of log p(chosen) - log p(rejected), in nats a token, by a vector at each site, `[rows, d]` float64."""
+    """Gradients of log p(chosen) - log p(rejected), in nats per token, at each site, `[rows, d]` float64."""
     return {
         site: np.concatenate(
             [
@@ -44,21 +44,21 @@ def state_norms(data: FitData, sites: Sequence[Site]) -> dict[Site, float]:
 
 
 def relative_norm(vectors: Vectors, norms: Mapping[Site, float]) -> float:
-    """Median norm of vectors in units of the states', of all sites together: the root of the sum of squares."""
+    """Median norm of vectors in units of the states', over all sites: the root of the sum of squares."""
     squares = sum((np.linalg.norm(v, axis=1) / max(norms[site], 1e-12)) ** 2 for site, v in vectors.items())
     return float(np.median(np.sqrt(squares)))
 
 
 def first_order_gain(gradients: Vectors, vectors: Vectors, norms: Mapping[Site, float]) -> NDArray[np.float64]:
-    """What vectors at a dose of `SCREEN_DOSE` gain of each row's preference to first order.
+    """First-order gain in each row's preference of vectors at a dose of `SCREEN_DOSE`.
 
     Args:
         gradients: by site `[rows, d]`, see `preference_gradients`.
         vectors: by site `[rows or 1, d]`, of any length.
-        norms: of the states at the sites.
+        norms: norms of the states at the sites.
 
     Returns:
-        `[rows]`, in nats a token.
+        `[rows]`, in nats per token.
     """
     gained = sum((gradients[site] * vector).sum(axis=1) for site, vector in vectors.items())
     norm = relative_norm(vectors, norms)
@@ -66,7 +66,7 @@ def first_order_gain(gradients: Vectors, vectors: Vectors, norms: Mapping[Site, 
 
 
 def rank_agreement(gains: Sequence[float], values: Sequence[float]) -> float | None:
-    """Spearman's rank correlation of screened gains with what steered trials reached; None with fewer than three."""
+    """Spearman's rank correlation of screened gains and the values of steered trials; None with fewer than three."""
     if len(gains) < 3 or np.ptp(gains) == 0 or np.ptp(values) == 0:
         return None
     return float(spearmanr(gains, values).statistic)

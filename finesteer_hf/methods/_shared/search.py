@@ -1,8 +1,8 @@
-"""One search for all methods: at which blocks, from which token on and how strongly, chosen on held-out rows.
+"""One search for all methods: blocks, first steered token and strength, chosen on held-out rows.
 
-A method says what it may be, a `Trial` for each way, and gets back which way it is, at which strength, and a report. Doses
-are absolute: norms of what is added in units of the states that it is added to, so a vector's own length plays no part.
-What a method's paper fixes is one way only, and nothing is left to search but its strength.
+A method passes a `Trial` for each variant and gets back the chosen variant, its strength and a report. Doses are norms
+of the added vectors in units of the states, so a vector's own length does not matter. If a method's paper fixes the
+variant, only the strength is searched.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from finesteer_hf.processors import Positions
 Key = TypeVar("Key")
 OpenPositions = Positions | Literal["auto"]
 
-# Multiples of the dose that was best at a place, from which the strength is then chosen.
+# Multiples of a place's best dose among which the strength is chosen.
 CURVE = (0.5, 0.75, 1.0, 1.33)
-# Many ways are first steered at two of the doses, a low and a middle one, on this share of the held-out prompts.
+# Many variants are first tried at two doses, a low and a middle one, on this share of the held-out prompts.
 SCREENED, SCREEN_SHARE = (0, 2), 0.25
-# A first look at a few takes this share of the held-out prompts, if that leaves so many.
+# A first look at a few variants uses this share of the held-out prompts, if that is at least so many.
 FIRST_LOOK, ENOUGH_PROMPTS = 0.5, 40
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where steering acts: blocks, and the tokens that are steered there."""
+    """Where steering acts: blocks and steered tokens."""
 
     layers: tuple[int, ...]
     positions: Positions
@@ -46,12 +46,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Found(Generic[Key]):
-    """What a search has chosen.
+    """The result of a search.
 
     Attributes:
-        key: the way.
+        key: key of the variant.
         strength: lambda.
-        report: JSON-ready: what was tried, the norms, why the strength, and its curve.
+        report: JSON-ready: what was tried, the norms, the reason for the strength, and its curve.
     """
 
     key: Key
@@ -67,16 +67,16 @@ def search(
     what: str = "layer",
     doses: Sequence[float] = RELATIVE_DOSES,
 ) -> Found[Key]:
-    """Choose one of several ways, then its strength.
+    """Choose one of several variants, then its strength.
 
-    More than `SHORT_LIST` are first steered at two doses on a few of the prompts; the best are steered over all doses;
-    around the dose that was best the strength is chosen (see `choose_strength`).
+    More than `SHORT_LIST` are first tried at two doses on some of the prompts; the best are tried at all doses. The
+    strength is chosen around the best dose (see `choose_strength`).
 
     Args:
         data: runs the model on its validation part.
         rule: the config's strength: a number, `auto`, `kl:<nats>` or `norm:<share>`.
-        trials: what to steer with; where nothing is held out, the first is taken.
-        what: what their keys are, for the report.
+        trials: the variants; if nothing is held out, the first is taken.
+        what: what the keys are, for the report.
         doses: ascending, in units of the state's norm.
     """
     screened = None
@@ -98,14 +98,14 @@ def search_places(
 ) -> Found[Place]:
     """Choose the blocks, the steered tokens and the strength.
 
-    Single blocks are compared first. Where a method may steer several at once, the best of them together and all of them
-    together are compared with them. Positions that are open are compared at the place that was best.
+    Single blocks are compared first. If a method may steer several at once, the best ones together and all together
+    are compared with them. Open positions are compared at the best place.
 
     Args:
         data: runs the model on its validation part.
         rule: the config's strength.
         layers: blocks that may be steered.
-        trial_of: what to steer with at a place.
+        trial_of: returns the trial of a place.
         positions: the config's; `auto` compares `generated` with `all`.
         several: whether more than one block may be steered at once.
     """
@@ -133,13 +133,13 @@ def search_places(
 def search_layers(
     data: FitData, config: Any, layers: Sequence[int], trial_of: Callable[[Place], Trial]
 ) -> Found[Place]:
-    """Choose for a method of several blocks: among `layers` where its config says `auto`, else all that it names.
+    """Search for a method with several blocks: among `layers` if its config has `auto`, else all that it names.
 
     Args:
         data: runs the model on its validation part.
-        config: with `layers`, `positions` and `strength`.
-        layers: the blocks that it may steer, or does.
-        trial_of: what to steer with at a place.
+        config: config with `layers`, `positions` and `strength`.
+        layers: the blocks that it may steer.
+        trial_of: returns the trial of a place.
     """
     if config.layers == "auto":
         return search_places(data, config.strength, layers, trial_of, positions=config.positions, several=True)
@@ -150,17 +150,17 @@ def search_layers(
 def settle(
     data: FitData, rule: float | str, trial: Trial, near: float | None, doses: Sequence[float] = RELATIVE_DOSES
 ) -> tuple[float, dict[str, Any]]:
-    """Choose the strength of one way, around a dose if one is known to be good.
+    """Choose the strength of one variant, around a dose if a good one is known.
 
     Args:
         data: runs the model on its validation part.
         rule: the config's strength.
-        trial: the way.
-        near: the dose; None looks over all of `doses`.
+        trial: the variant.
+        near: the dose; None tries all of `doses`.
         doses: ascending, in units of the state's norm.
 
     Returns:
-        The strength, and a report of the norms, of why it is taken, and of its curve.
+        The strength, and a report with the norms, the reason and the curve.
     """
     over = [near * factor for factor in CURVE] if near and rule == "auto" else doses
     strength, curve, why = trial.choose_strength(rule, data, over)
@@ -175,7 +175,7 @@ def settle(
 def shortlist(
     data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float]
 ) -> tuple[dict[Key, Trial], list[dict[str, Any]]]:
-    """The `SHORT_LIST` best at a first look, best first, and the table of all."""
+    """The `SHORT_LIST` best of a first look, best first, and the table of all."""
     curves, two = {}, [doses[min(at, len(doses) - 1)] for at in SCREENED]
     for key, trial in trials.items():
         data.note(f"a first look at {what} {key}")
@@ -191,22 +191,22 @@ def shortlist(
 def compare_positions(
     data: FitData, generated: Trial, everywhere: Trial, dose: float
 ) -> tuple[Positions, float, list[dict[str, Any]]]:
-    """`generated`, unless `all` is better by more than the standard error; level results need no second pass.
+    """`generated`, unless `all` is better by more than the standard error; `generated` needs no second pass.
 
     Args:
         data: runs the model on its validation part.
         generated: steers from the query on.
         everywhere: the same vectors at all tokens.
-        dose: at which the first is best, in units of the state's norm.
+        dose: best dose of `generated`, in units of the state's norm.
 
     Returns:
-        The positions, the dose that was best with them, and the table.
+        The positions, their best dose, and the table.
     """
     trials: dict[Positions, Trial] = {"generated": generated, "all": everywhere}
     share = first_look(data)
     curves = {
         "generated": explore(data, generated.build, [generated.strength_of(dose)], share),
-        # What is steered longer is steered at a lower dose.
+        # Steering more tokens needs a lower dose.
         "all": explore(data, everywhere.build, [everywhere.strength_of(f * dose) for f in (0.75, 1.0)], share),
     }
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
@@ -219,24 +219,24 @@ def compare_positions(
 
 
 def first_look(data: FitData) -> float:
-    """Share of the held-out prompts that a comparison takes."""
+    """Share of the held-out prompts used in a comparison."""
     return FIRST_LOOK if len(np.unique(data.prompts("validation"))) * FIRST_LOOK >= ENOUGH_PROMPTS else 1.0
 
 
 def compare(
     data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float] = RELATIVE_DOSES
 ) -> tuple[Key, float | None, list[dict[str, Any]] | None]:
-    """Steer in each of several ways at a first look.
+    """Compare several variants in a first look.
 
     Args:
         data: runs the model on its validation part.
         rule: the config's strength.
-        trials: what to steer with; the most promising first.
-        what: what their keys are, for the report.
+        trials: the variants, the most promising first.
+        what: what the keys are, for the report.
         doses: ascending, in units of the state's norm.
 
     Returns:
-        The best way, the dose at which it is, and the table; of the last two None if there are no held-out rows.
+        The best variant, its dose, and the table; the last two are None if there are no held-out rows.
     """
     key, tried = try_each(data, trials, rule, what=what, doses=doses, share=first_look(data))
     if tried is None:
@@ -248,7 +248,7 @@ def compare(
 def _choose(
     data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float] = RELATIVE_DOSES
 ) -> tuple[Key, float | None, list[dict[str, Any]] | None]:
-    """What `compare` gives; an only way is taken without a look."""
+    """The result of `compare`; a single variant is taken without a comparison."""
     if len(trials) == 1:
         return next(iter(trials)), None, None
     return compare(data, rule, trials, what, doses)

@@ -1,4 +1,4 @@
-"""Choosing lambda on held-out rows: by the objective within its limits, by a divergence, or by a norm."""
+"""Chooses lambda on held-out rows: by the objective within its limits, by a divergence, or by a norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.processors import SteeringProcessor
 
 
-# How often the grid is continued downwards to meet a limit, or upwards while a dose still helps.
+# How often the grid is extended downwards to meet a limit, or upwards while a higher dose still helps.
 MAX_HALVINGS, MAX_GROWTHS, GROWTH = 6, 3, 1.5
-# How often the gaps beside the best strength are halved, in logarithms: the range that helps can be narrow.
+# How often the gaps beside the best strength are halved, in logarithms: the useful range can be narrow.
 HALVED_GAPS = 2
-# `kl:x` is met to this share of x.
+# Relative tolerance of `kl:x`.
 KL_TOLERANCE, MAX_REFINEMENTS = 0.05, 4
 
 
@@ -29,23 +29,24 @@ def choose_strength(
     state_norm: float,
     strengths: Sequence[float],
 ) -> tuple[float, list[DosePoint], str]:
-    """Choose a strength and say why.
+    """Choose a strength, with a reason.
 
     Args:
-        rule: a number; `auto`: the best by `Objective` within the limits of the data; `kl:x`: the one whose 95th
-            percentile of divergence is x nats; `norm:x`: the vector becomes x of the state's norm.
+        rule: a number; `auto`: the best by `Objective` within the data's limits; `kl:x`: the 95th percentile of the
+            divergence becomes x nats; `norm:x`: the vector's norm becomes x times the state's.
         data: the fit's data; `auto` and `kl:x` run the model on its validation part.
         build: makes the processor of a strength.
         vector_norm: median norm of the vectors.
         state_norm: median norm of the states that they are added to.
-        strengths: lambdas of the curve, positive and ascending; it ends early where a higher dose only breaks more, and
-            is continued where that is called for.
+        strengths: lambdas of the curve, positive and ascending; it stops early if higher doses only do more damage,
+            and is extended if needed.
 
     Returns:
-        The strength, the curve by ascending strength, from 0 on (empty for a number and for `norm:x`), and the reason.
+        The strength, the curve by ascending strength from 0 on (empty for a number and `norm:x`), and the reason.
 
     Raises:
-        ValueError: for another rule; if vectors of norm zero are to be scaled; if no strength diverges as `kl:x` asks.
+        ValueError: for an unknown rule; if vectors to scale have norm zero; if no strength reaches the divergence of
+            `kl:x`.
     """
     if isinstance(rule, (int, float)):
         return float(rule), [], "given"
@@ -66,20 +67,20 @@ def choose_strength(
 def explore(
     data: FitData, build: Callable[[float], SteeringProcessor], strengths: Sequence[float], share: float = 1.0
 ) -> list[DosePoint]:
-    """The curve from 0 up to the first strength that cannot be the best, with it.
+    """The curve from 0 up to and including the first strength that cannot be the best.
 
-    Beyond a strength that breaks a limit and helps less than a weaker one, or that garbles general prompts, there is
-    nothing to find, and each strength costs a pass over the held-out answers. Where no strength keeps within the limits,
-    half the least is tried, and half of that; where the last one does and is the best, a higher one.
+    Above a strength that breaks a limit and helps less than a weaker one, or that garbles general prompts, nothing can
+    be better, and each strength costs a pass over the held-out answers. If no strength is within the limits, half the
+    smallest is tried, and half of that; if the last one is within them and the best, a higher one is tried.
 
     Args:
         data: runs the model on its validation part.
         build: makes the processor of a strength.
         strengths: positive, ascending.
-        share: of the held-out prompts.
+        share: share of the held-out prompts.
 
     Returns:
-        By ascending strength.
+        Points by ascending strength.
     """
     points = list(data.dose_response(build, (0.0,), share))
     for strength in strengths:
@@ -107,7 +108,7 @@ def _is_past(points: Sequence[DosePoint], data: FitData) -> bool:
     broken = objective.broken(last)
     if not broken:
         return False
-    # A wanted answer that is on its way to being said is unlikely under the base; that alone is no reason to stop.
+    # A wanted answer that is becoming likely is unlikely under the base; that alone is no reason to stop.
     rising = last.bottleneck >= max(point.bottleneck for point in points) and last.bottleneck > points[0].bottleneck
     return "general_kl" in broken or not rising
 
@@ -118,7 +119,7 @@ def _best_within_limits(
     curve = explore(data, build, strengths)
     if not _allowed(curve, data):
         limits = Objective.of(curve, data.limits).describe_limits()
-        why = f"no strength keeps within the limits ({limits}); the smallest tried is taken"
+        why = f"no strength is within the limits ({limits}); the smallest tried is taken"
         return curve[1].strength, curve, why
     for _ in range(HALVED_GAPS):
         known = {point.strength: point for point in curve}
@@ -134,9 +135,9 @@ def _best_within_limits(
 
 
 def _beside_best(curve: Sequence[DosePoint], objective: Objective) -> list[float]:
-    """Geometric means of the best of the allowed strengths and its neighbours.
+    """Geometric means of the best allowed strength and its neighbours.
 
-    Where the next higher one breaks a limit, what helps still rises with the dose, and only that gap is worth a look.
+    If the next higher one breaks a limit, the effect still rises with the dose, and only that gap is tried.
     """
     points = list(curve[1:])
     at = points.index(max(objective.allowed(curve), key=objective.value))
@@ -159,7 +160,7 @@ def _at_divergence(
     if curve[-1].kl <= 0:
         raise ValueError(
             f"strength='kl:{target:g}' cannot be met: general prompts do not diverge at any strength up to "
-            f"{curve[-1].strength:g}, for the gate is closed on them. Use strength='auto' or a number."
+            f"{curve[-1].strength:g}, because the gate is closed on them. Use strength='auto' or a number."
         )
     for _ in range(MAX_REFINEMENTS):
         nearest = min(curve[1:], key=lambda point: abs(point.kl - target))
@@ -173,9 +174,9 @@ def _at_divergence(
 
 
 def strength_at_kl(curve: Sequence[DosePoint], target: float) -> float:
-    """The strength at which a curve's divergence is `target`, log-log interpolated between its neighbours.
+    """The strength at which a curve's divergence is `target`, log-log interpolated between neighbours.
 
-    Below the curve, divergence is taken to grow with the square of the strength; above it, the last strength is
+    Below the curve, divergence is assumed to grow with the square of the strength; above it, the last strength is
     returned.
 
     Args:
@@ -188,7 +189,7 @@ def strength_at_kl(curve: Sequence[DosePoint], target: float) -> float:
             if below is None:
                 return point.strength * math.sqrt(target / point.kl)
             if below.kl <= 0:
-                # A gate that opens somewhere in between: nothing to interpolate, so halve the interval.
+                # A gate opens somewhere in between: interpolation is not possible, so halve the interval.
                 return math.sqrt(below.strength * point.strength)
             slope = math.log(point.strength / below.strength) / math.log(point.kl / below.kl)
             return below.strength * math.exp(slope * math.log(target / below.kl))

@@ -1,4 +1,4 @@
-"""Trying layers and strengths on held-out rows."""
+"""Tries layers and strengths on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from finesteer_hf.processors import SteeringProcessor
 
 Key = TypeVar("Key")
 
-# The first blocks still read words, the last already write them.
+# The first blocks still read words, the last ones already write them.
 SHALLOWEST, DEEPEST = 0.2, 0.8
-# In deeper models neighbouring blocks hardly differ, and each costs memory and time.
+# In deeper models neighbouring blocks barely differ, and each costs memory and time.
 EVERY_BLOCK_UP_TO = 32
-# What a closed form says of a layer costs next to nothing; whether steering acts there, only the model tells.
+# A closed form's figures for a layer cost almost nothing; only running the model shows whether steering works there.
 SHORT_LIST = 4
-# Norms of the vector in units of the state's: the same strength means another dose at each layer. What helps may span
-# less than a factor of two.
+# Norms of the vector in units of the state's: the same strength is a different dose at each layer. The useful range
+# may span less than a factor of two.
 RELATIVE_DOSES = (0.1, 0.2, 0.28, 0.4, 0.57, 0.8)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A way to steer, of which the strength is open.
+    """A way to steer, with open strength.
 
     Attributes:
         build: makes the processor of a strength.
@@ -42,17 +42,17 @@ class Trial:
 
     @classmethod
     def of_factor(cls, build: Callable[[float], SteeringProcessor]) -> Trial:
-        """Of a method whose strength is a pure number: a share of a way, a factor of logits."""
+        """For a method whose strength is a plain factor: a share of a turn, a factor of logits."""
         return cls(build, 1.0, 1.0)
 
     def strength_of(self, relative_dose: float) -> float:
-        """The strength at which the vector has a share of the state's norm."""
+        """The strength at which the vector's norm is this share of the state's."""
         return relative_dose * self.state_norm / self.vector_norm if self.vector_norm > 0 else relative_dose
 
     def choose_strength(
         self, rule: float | str, data: FitData, doses: Sequence[float]
     ) -> tuple[float, list[DosePoint], str]:
-        """Choose by `choose_strength`, over some doses."""
+        """Call `choose_strength` over some doses."""
         strengths = [self.strength_of(dose) for dose in doses]
         return choose_strength(
             rule,
@@ -92,21 +92,21 @@ def try_each(
     doses: Sequence[float] = RELATIVE_DOSES,
     share: float = 1.0,
 ) -> tuple[Key, list[dict[str, Any]] | None]:
-    """Steer in each of several ways and take the one that is best by the `Objective` of all of them.
+    """Try several ways to steer and take the best by the `Objective` of all of them.
 
-    A point that breaks a limit counts only where no other is within them.
+    A point that breaks a limit counts only if no point is within them.
 
     Args:
         data: runs the model on its validation part.
-        trials: what to steer with; the most promising first.
-        strength: the config's; a number is tried as it is, for a rule the ways are compared over the same doses.
+        trials: the trials, the most promising first.
+        strength: the config's; a number is tried as it is, with a rule all trials use the same doses.
         what: what the keys of `trials` are.
-        doses: norms of the vector, in units of the state's, ascending; higher ones are left out where they only break
-            more (see `explore`).
-        share: of the held-out prompts.
+        doses: norms of the vector, in units of the state's, ascending; higher ones are skipped if they only do more
+            damage (see `explore`).
+        share: share of the held-out prompts.
 
     Returns:
-        The key, and for each key its best point; None if there are no held-out rows.
+        The best key, and the best point of each key; None if there are no held-out rows.
     """
     curves: dict[Key, list[DosePoint]] = {}
     given = isinstance(strength, (int, float))
@@ -127,7 +127,7 @@ def try_each(
 
 
 def name_of(key: Any) -> Any:
-    """A key as a report has it."""
+    """A key in the form of a report."""
     return key if isinstance(key, (str, int)) else str(key)
 
 

@@ -1,4 +1,4 @@
-"""Conditions: how like a direction a query is, and from where on that is like enough."""
+"""Conditions: how similar a query is to a direction, and the threshold on that."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def similarity(h: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         condition: c, `[d]` float32, of any length.
 
     Returns:
-        `[rows]` in [-1, 1]: how much of the state's own length lies along c, never less than 0 up to the tanh.
+        `[rows]` in [-1, 1]: the share of the state's length along c, never below 0 except for the tanh.
     """
     along = (h @ condition) / (condition @ condition)
     return torch.cosine_similarity(h, torch.tanh(along[:, None] * condition), dim=-1)
@@ -47,14 +47,14 @@ class Condition:
 
 
 def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS, pool: Pool = "query") -> Condition:
-    """The direction between a category's prompts and all others at a layer, with the threshold of the best F1.
+    """The direction between a category's prompts and all others at a layer, with the best F1's threshold.
 
-    Directions are of the `fit` part, thresholds of `calibration`.
+    Directions come from the `fit` part, thresholds from `calibration`.
 
     Args:
         data: captured states.
-        layer: at whose output prompts are read.
-        name: of the category, or `*` for all rows.
+        layer: block whose output is read.
+        name: name of the category, or `*` for all rows.
         pool: `query` or `query_mean`.
 
     Raises:
@@ -65,7 +65,7 @@ def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS, pool: Pool = 
     if min(len(wanted), len(others)) < MIN_ROWS:
         raise DatasetError(
             f"CAST needs at least {MIN_ROWS} rows of {name!r} and {MIN_ROWS} other prompts (general_dataset, or rows of "
-            f"other categories) to tell apart, got {len(wanted)} and {len(others)}."
+            f"other categories) to separate, got {len(wanted)} and {len(others)}."
         )
     pairs = max(len(wanted), len(others))
     rng = np.random.default_rng(data.seed)
@@ -78,14 +78,14 @@ def fit_condition(data: FitData, layer: int, name: str = ALL_ROWS, pool: Pool = 
 
 
 def sides_of(data: FitData, site: Site, part: Part, name: str, pool: Pool = "query") -> tuple[np.ndarray, np.ndarray]:
-    """States of the prompts that are to meet a condition, and of those that are not, `[prompts, d]` float32 each."""
+    """States of the prompts that should meet a condition, and of the others, `[prompts, d]` float32 each."""
     queries, general = data.query(site, part, pool), data.general(site, part, pool)
     own = rows_named(data, part, name)
     return queries[own], np.concatenate([queries[~own], general])
 
 
 def rows_named(data: FitData, part: Part, name: str) -> NDArray[np.bool_]:
-    """Which rows of a part are of a category, bool `[rows]`; all of them for `*`.
+    """Which rows of a part are in a category, bool `[rows]`; all for `*`.
 
     Raises:
         DatasetError: if the data set has no such category.
@@ -96,19 +96,19 @@ def rows_named(data: FitData, part: Part, name: str) -> NDArray[np.bool_]:
     known = sorted({str(kind) for of_part in kinds.values() if of_part is not None for kind in of_part})
     if name not in known:
         raise DatasetError(
-            f"CAST is to tell the category {name!r}, but the rows have {known[:50] or 'no category'}. Name one of them in "
-            "`conditions` and `behaviors`, or '*' for all rows; a row says it in its column `category`."
+            f"CAST got the category {name!r}, but the rows have {known[:50] or 'no category'}. Name one of them in "
+            "`conditions` and `behaviors`, or '*' for all rows; categories are in the column `category`."
         )
     return np.asarray(kinds[part]) == name
 
 
 def first_direction(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """First principal direction of pairs `[rows, d]`, each centred at its own middle; unit, pointing from b to a in most.
+    """First principal direction of pairs `[rows, d]`, each centred at its midpoint; unit, from b to a for most.
 
     Raises:
         DatasetError: if no pair differs.
     """
-    # Centred at their middle, the two of a pair are plus and minus half of their difference.
+    # Centred at their midpoint, the two states of a pair are plus and minus half of their difference.
     direction = principal_directions((a - b) / 2, 1)[1]
     if direction.shape[1] == 0:
         raise DatasetError("The two sides of all pairs have the same states: there is no direction between them.")
@@ -118,11 +118,11 @@ def first_direction(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[n
 
 
 def best_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, str, float]:
-    """The threshold and comparator of the best F1; every cut between two scores is tried, where the paper has a grid.
+    """The threshold and comparator of the best F1; tries every cut between two scores, where the paper uses a grid.
 
     Args:
         scores: `[n]`.
-        labels: `[n]`, 1 where the condition is to be met, and 0.
+        labels: `[n]`, 1 if the condition should be met, else 0.
 
     Returns:
         Threshold (halfway to the next score on the other side), `above` or `below`, F1.
@@ -139,7 +139,7 @@ def best_threshold(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> tu
 
 
 def held_out_f1(labels: NDArray[np.int64], met: NDArray[np.bool_]) -> float | None:
-    """F1 of a condition, `[n]` 1 where it is to be met and whether it is; None if all labels are the same."""
+    """F1 of a condition from whether it should be met and whether it is, `[n]` each; None if all labels are equal."""
     return float(f1_score(labels, met)) if len(np.unique(labels)) == 2 else None
 
 

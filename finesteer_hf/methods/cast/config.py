@@ -18,7 +18,7 @@ JOINS = ("or", "and")
 COMPARATORS = ("above", "below")
 # All rows of the data set, whatever their category.
 ALL_ROWS = "*"
-# What a file requires of a reader that knows one condition and one behaviour only, read at the last token.
+# Features for readers that know only one condition and one behaviour, read at the last token.
 SEVERAL, PROMPT_MEAN = "conditions_and_behaviors", "prompt_mean"
 
 
@@ -26,41 +26,41 @@ SEVERAL, PROMPT_MEAN = "conditions_and_behaviors", "prompt_mean"
 class CASTConfig(SteeringConfig):
     """Settings of conditional activation steering.
 
-    By default there is one condition, that the query is like the rows' prompts and not like the general ones, and one
+    By default there is one condition, that the query is more like the rows' prompts than the general ones, and one
     behaviour, the contrast of all chosen and rejected answers. With several, each is named by a category of the rows:
 
         CASTConfig(conditions=["fraud", "health"], behaviors=["fraud", "health"], rules=["if C1 then B1",
             "if C2 and not C1 then B2"])
 
     Attributes:
-        positions: steered tokens. In the published code all of them, the prompt's as well.
-        strength: what a behaviour of unit length is multiplied by, so it is in units of the states; `auto` tries shares of
-            the states' own length.
+        positions: steered tokens. The published code steers all, including the prompt's.
+        strength: factor of a behaviour of unit length, so it is in units of the states; `auto` tries shares of the
+            states' norm.
         layers: decoder blocks whose outputs are steered; `auto` compares single blocks between 20% and 80% of the depth,
             the best of them together, and all of them, on held-out rows.
-        conditions: C1, C2, ...: for each a category, whose prompts are contrasted with all other prompts (of rows of other
+        conditions: C1, C2, ...: for each, a category, whose prompts are contrasted with all other prompts (of other
             categories and general ones), or `*`: the prompts of all rows, contrasted with the general ones.
-        behaviors: B1, B2, ...: for each a category, whose rows' chosen and rejected answers are contrasted, or `*`: all
-            rows. Where several are added to a row, they are summed.
-        behavior_strengths: of each behaviour, times `strength`; a negative one steers away from it. Empty: 1 each.
-        rules: which conditions call for which behaviour, such as `if C1 or C3 then B1`; a behaviour is added once, however
-            many rules call for it.
+        behaviors: B1, B2, ...: for each, a category, whose chosen and rejected answers are contrasted, or `*`: all
+            rows. Several behaviours of a row are summed.
+        behavior_strengths: factor of each behaviour, times `strength`; a negative one steers away from it. Empty: 1
+            each.
+        rules: which conditions trigger which behaviour, such as `if C1 or C3 then B1`; a behaviour is added once,
+            however many rules trigger it.
         vector: direction of a behaviour: `pca` (first principal direction of the pairs' centred states, as published) or
             `mean` (of the mean difference).
-        length: of a behaviour: `unit`, as published; `mean`: of the mean difference along it, which makes a strength of 1
-            the natural one; `variance`: the share of the pairs' variance that it explains, the published code's
-            `use_explained_variance`. A condition's length plays no part in its similarity.
+        length: length of a behaviour: `unit`, as published; `mean`: that of the mean difference along it, so that
+            strength 1 is the natural one; `variance`: the share of the pairs' variance that it explains, the published
+            code's `use_explained_variance`. A condition's length does not affect its similarity.
         pool: answer states that behaviours are fitted to.
         condition_pool: h of a condition: state of the prompt's `last` token, or the `mean` over its tokens, which is the
             published code's default.
-        condition_layers: blocks whose outputs are tested, or a list of them for each condition; `auto` tries those between
-            20% and 80% of the depth and keeps `num_conditions` of them for each condition.
-        num_conditions: how many layers `auto` keeps for a condition, those with the best F1.
-        rule: whether a condition that is tested at several layers has to be met at one (`or`, as published) or at all
-            (`and`).
-        thresholds: of each tested layer, condition after condition; fitted. The published code has one for all layers of a
-            condition.
-        comparators: `above` or `below`, of each tested layer; fitted.
+        condition_layers: blocks whose outputs are tested, or one list per condition; `auto` tries those between 20%
+            and 80% of the depth and keeps `num_conditions` per condition.
+        num_conditions: number of layers that `auto` keeps per condition, those with the best F1.
+        rule: whether a condition tested at several layers must be met at one (`or`, as published) or at all (`and`).
+        thresholds: threshold of each tested layer, condition by condition; fitted. The published code has one for all
+            layers of a condition.
+        comparators: `above` or `below` for each tested layer; fitted.
     """
 
     steering_type: ClassVar[str] = "CAST"
@@ -78,7 +78,7 @@ class CASTConfig(SteeringConfig):
         default_factory=lambda: [ALL_ROWS], metadata=setting("Category of each behaviour, or * for all rows.")
     )
     behavior_strengths: list[float] = field(
-        default_factory=list, metadata=setting("Of each behaviour, times strength; none: 1 each.")
+        default_factory=list, metadata=setting("Factor of each behaviour, times strength; none: 1 each.")
     )
     rules: list[str] = field(
         default_factory=lambda: ["if C1 then B1"], metadata=setting("Such as: if C1 and not C2 then B1.")
@@ -96,7 +96,7 @@ class CASTConfig(SteeringConfig):
     condition_layers: list[int] | list[list[int]] | str = field(
         default="auto", metadata=setting("Tested decoder blocks, or auto.")
     )
-    num_conditions: int = field(default=1, metadata=setting("Number of tested blocks that auto keeps a condition."))
+    num_conditions: int = field(default=1, metadata=setting("Number of tested blocks that auto keeps per condition."))
     rule: Literal["or", "and"] = field(default="or", metadata=setting("Joins a condition's tested blocks: or, and."))
     thresholds: list[float] = field(default_factory=list, metadata=written_by_fit("Threshold at each tested block."))
     comparators: list[str] = field(
@@ -132,14 +132,14 @@ class CASTConfig(SteeringConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> CASTConfig:
-        """What paper and code fix for all models: unit directions of pairwise centred PCA, added to all tokens; a condition
-        tested at one layer, on the mean over the prompt.
+        """The settings that paper and code fix for all models: unit directions of pairwise centred PCA, added to all
+        tokens; a condition tested at one layer, on the mean over the prompt.
 
         They choose strength and layers by hand for each model (behaviours at about the second third of the blocks, with
         1.5 for an 8B model; conditions within the first third): here they stay `auto`.
 
         Args:
-            **overrides: fields to change, for instance `layers=[15, 16, 17], strength=1.5`.
+            **overrides: fields to change, for example `layers=[15, 16, 17], strength=1.5`.
         """
         settings: dict[str, Any] = {
             "positions": "all",
@@ -153,15 +153,15 @@ class CASTConfig(SteeringConfig):
         return cls(**{**settings, **overrides})
 
     def parsed_rules(self) -> list[Rule]:
-        """The rules, read."""
+        """The parsed rules."""
         return [Rule.parse(text) for text in self.rules]
 
     def tested_layers(self) -> list[list[int]]:
-        """The tested blocks of each condition; of a fitted config."""
+        """The tested blocks of each condition of a fitted config."""
         return [list(layers) for layers in self._layers_of_conditions() if not isinstance(layers, str)]
 
     def features(self) -> list[str]:
-        """What a reader must understand of a file with these settings."""
+        """The features that a reader of a file with these settings must understand."""
         plain = CASTConfig()
         names = ("conditions", "behaviors", "behavior_strengths", "rules")
         several = any(getattr(self, name) != getattr(plain, name) for name in names)

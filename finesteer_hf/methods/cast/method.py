@@ -30,12 +30,12 @@ from finesteer_hf.processors import Decision, QueryStates
 from finesteer_hf.sites import resid_post
 
 
-# What a fit captures of the prompts for a condition.
+# Pool of prompts that a fit captures for a condition.
 POOL_OF: dict[str, Pool] = {"last": "query", "mean": "query_mean"}
 
 
 class CAST(SteeringMethod[CASTConfig]):
-    """`H_l <- H_l + strength * sum of b_l` over the behaviours that the rules call for; each row has its own answer.
+    """`H_l <- H_l + strength * sum of b_l` over the behaviours that the rules trigger, row by row.
 
     Args:
         config: a fitted `CASTConfig`.
@@ -68,16 +68,16 @@ class CAST(SteeringMethod[CASTConfig]):
 
     @classmethod
     def refused_by(cls, config: CASTConfig) -> Mapping[str, str]:
-        """A mean over the prompt is not to be had where a part of it went by in another call."""
+        """A prompt mean is not available if part of the prompt was run in an earlier call."""
         mean = config.condition_pool == "mean"
         return {"carried_cache": "its states are gone"} if mean else {}
 
     def decide(self, queries: QueryStates) -> Decision:
         """Test each row.
 
-        Recorded are `score` `[rows]`: how far the rule that is nearest to holding is from its turning point, at least 0
-        where a behaviour is added; and, where there are several, `conditions` `[rows, conditions]`, likewise, and
-        `behaviors` `[rows, behaviors]`, 1 where one is added.
+        Records `score` `[rows]`: margin of the rule that is closest to holding, at least 0 if a behaviour is added.
+        With several conditions or behaviours, also `conditions` `[rows, conditions]`, their margins, and `behaviors`
+        `[rows, behaviors]`, 1 where one is added.
         """
         settings, tensors = self.config, self.parameters_on(queries.device)
         margins = self.margins(queries)
@@ -88,7 +88,7 @@ class CAST(SteeringMethod[CASTConfig]):
         ]
         added = torch.stack(called, dim=1).float()
         strengths = torch.tensor(settings.behavior_strengths or [1.0] * len(called), dtype=torch.float32)
-        # By layer, and no matrix product: those are rounded on some devices.
+        # By layer, without a matrix product, which is rounded on some devices.
         behaviors = (
             tensors["behaviors"].unflatten(0, (len(called), -1)).transpose(0, 1)
             * strengths.to(queries.device)[:, None]
@@ -103,7 +103,7 @@ class CAST(SteeringMethod[CASTConfig]):
         return Decision(vectors=vectors, gate=added.amax(dim=1), record=record)
 
     def margins(self, queries: QueryStates) -> torch.Tensor:
-        """How far each condition is on its side of its thresholds, `[rows, conditions]`; it is met from 0 on."""
+        """Margin of each condition to its thresholds, `[rows, conditions]`; it is met from 0 on."""
         settings, tensors = self.config, self.parameters_on(queries.device)
         of_conditions: list[list[torch.Tensor]] = [[] for _ in settings.conditions]
         for number, site, direction, threshold, sign in zip(
@@ -115,7 +115,7 @@ class CAST(SteeringMethod[CASTConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: CASTConfig) -> dict[str, tuple[int | None, ...]]:
-        """One vector a behaviour and steered layer, one direction a condition and tested layer."""
+        """One vector per behaviour and steered layer, one direction per condition and tested layer."""
         require_fitted(config, "layers", "condition_layers")
         return {
             "behaviors": (len(config.behaviors) * len(config.layers), config.hidden_size),
@@ -139,8 +139,8 @@ class CAST(SteeringMethod[CASTConfig]):
         """Find directions on `fit`, thresholds on `calibration`, layers and strength on `validation`.
 
         Raises:
-            DatasetError: for too few rows, no general prompts where all rows are one side of a condition, or a category
-                that the rows do not have.
+            DatasetError: for too few rows, no general prompts if all rows are on one side of a condition, or an
+                unknown category.
         """
         layers = layers_of(config.layers, data.info.num_layers)
         candidates = _candidates(config, data.info.num_layers)
@@ -171,7 +171,7 @@ class CAST(SteeringMethod[CASTConfig]):
 
         def trial_of(place: Place) -> Trial:
             first = norms[resid_post(place.layers[0])]
-            # Of several behaviours the strongest counts.
+            # With several behaviours the strongest counts.
             shares = [
                 relative_norm({resid_post(at): factor * behaviors[name, at][None] for at in place.layers}, norms)
                 for name, factor in zip(config.behaviors, factors, strict=True)
@@ -194,14 +194,14 @@ class CAST(SteeringMethod[CASTConfig]):
 
 
 def _candidates(config: CASTConfig, num_layers: int) -> list[list[int]]:
-    """For each condition the layers that it is tried at."""
+    """For each condition, the layers to try."""
     if isinstance(config.condition_layers, str):
         return [layers_of("auto", num_layers)] * len(config.conditions)
     return [layers_of(layers, num_layers) for layers in config.tested_layers()]
 
 
 def _fitted_condition(data: FitData, config: CASTConfig, name: str, layers: list[int]) -> list[Condition]:
-    """A condition at the layers where it is tested: with `auto` those of the best F1."""
+    """A condition at its tested layers: with `auto`, those with the best F1."""
     found = [fit_condition(data, layer, name, POOL_OF[config.condition_pool]) for layer in layers]
     if config.condition_layers == "auto":
         found = sorted(found, key=lambda condition: -condition.f1)[: config.num_conditions]
@@ -233,17 +233,18 @@ def _behavior(data: FitData, config: CASTConfig, name: str, layer: int) -> NDArr
 
 
 def explained_share(differences: NDArray[np.float64], direction: NDArray[np.float64]) -> float:
-    """Share of the variance of pairwise centred states that lies along a unit direction `[d]`.
+    """Share of the variance of pairwise centred states along a unit direction `[d]`.
 
     Args:
-        differences: of the pairs, `[rows, d]`; centred, the two of a pair are plus and minus half of it.
+        differences: differences of the pairs, `[rows, d]`; centred, the states of a pair are plus and minus half of
+            it.
         direction: `[d]`.
     """
     return float(((differences @ direction) ** 2).sum() / (differences**2).sum())
 
 
 def _held_out_f1(data: FitData, processor: CAST) -> float | dict[str, float | None] | None:
-    """F1 of the condition on the `validation` part, of several by name; None if it has one side only."""
+    """F1 of the condition on the `validation` part, by name for several; None if there is only one side."""
     config = processor.config
     names, pool = config.conditions, POOL_OF[config.condition_pool]
     found: dict[str, float | None] = {}

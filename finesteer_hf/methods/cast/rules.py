@@ -1,6 +1,7 @@
 """Rules between conditions and behaviours: `if C1 and not C2 then B1`.
 
-The published code knows `or` and `and`, one of the two in a rule; `not`, and both in one rule, are this library's.
+The published code has `or` and `and`, one of them per rule; `not`, and both in one rule, are additions of this
+library.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 
 
 _RULE = re.compile(r"if\s+(.+?)\s+then\s+b([1-9]\d{0,5})", re.IGNORECASE)
-# Longer ones are no rules; reading takes time that grows with the square of the length.
+# Longer texts are not rules; parsing takes quadratic time.
 LONGEST = 2000
 _TERM = re.compile(r"(not\s+)?c([1-9]\d{0,5})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A condition, counted from 0, and whether it has to be met or not."""
+    """A condition, counted from 0, and whether it must be met or not."""
 
     condition: int
     wanted: bool
@@ -31,8 +32,8 @@ class Rule:
     """When a behaviour is added.
 
     Attributes:
-        behavior: counted from 0.
-        cases: the rule holds in any of them; a case is given where all of its terms hold.
+        behavior: the behaviour, counted from 0.
+        cases: the rule holds if any case does; a case holds if all of its terms do.
     """
 
     behavior: int
@@ -40,10 +41,10 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Read a rule; conditions and behaviours are counted from 1, `and` binds closer than `or`.
+        """Parse a rule; conditions and behaviours are counted from 1, `and` binds tighter than `or`.
 
         Raises:
-            ValueError: if it is none.
+            ValueError: if the text is not a rule.
         """
         match = _RULE.fullmatch(text.strip()) if len(text) <= LONGEST else None
         cases: list[tuple[Term, ...]] = []
@@ -61,18 +62,18 @@ class Rule:
 
     @property
     def conditions(self) -> set[int]:
-        """The conditions that it asks for."""
+        """The conditions that it uses."""
         return {term.condition for case in self.cases for term in case}
 
     def holds(self, met: torch.Tensor) -> torch.Tensor:
-        """Whether it holds, bool `[rows]`, where conditions are met, bool `[rows, conditions]`."""
+        """Whether it holds, bool `[rows]`, given which conditions are met, bool `[rows, conditions]`."""
         return self._joined(lambda term: met[:, term.condition] == term.wanted)
 
     def margin(self, margins: torch.Tensor) -> torch.Tensor:
-        """How far it is from changing its answer, `[rows]`: at least 0 where it holds.
+        """Its distance from changing, `[rows]`: at least 0 if it holds.
 
         Args:
-            margins: `[rows, conditions]`: how far each condition is from its threshold, at least 0 where it is met.
+            margins: `[rows, conditions]`: distance of each condition from its threshold, at least 0 if it is met.
         """
         return self._joined(lambda term: margins[:, term.condition] * (1.0 if term.wanted else -1.0))
 

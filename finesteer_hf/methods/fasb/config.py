@@ -13,27 +13,28 @@ from finesteer_hf.methods.query_gate.config import GATE_FEATURES, Gate, QueryGat
 
 @dataclass(kw_only=True)
 class FASBConfig(HeadsConfig, QueryGateConfig):
-    """Settings of FASB (arXiv 2508.17621); fields of `HeadsConfig` and, for the gate, of `QueryGateConfig` beside these.
+    """Settings of FASB (arXiv 2508.17621); further fields as in `HeadsConfig` and, for the gate, `QueryGateConfig`.
 
-    With a `gate` there are two stages in one adapter. The first, FineSteer's gate, decides once per query, from the
-    unsteered state of the prompt's last token at `read_site`. A row whose gate is 0 is neither tracked nor steered: it
-    stays the base model's to the bit. The others are tracked as without a gate, and the strength of what is added is
-    multiplied by the gate. The gate is fitted with `fit_gate` as in FineSteer, `gate_epsilon` and all.
+    With a `gate` the adapter has two stages. The first, FineSteer's gate, decides once per query, from the unsteered
+    state of the prompt's last token at `read_site`. A row whose gate is 0 is neither tracked nor steered: it stays
+    bit-identical to the base model. The others are tracked as without a gate, and the strength is multiplied by the
+    gate. The gate is fitted with `fit_gate` as in FineSteer, including `gate_epsilon`.
 
         >>> FASBConfig(gate="conformal", gate_score="state", read_site="resid_post[12]")
 
     Attributes:
         gate: first stage: `always` (none: every row is tracked, as in the paper), or one of FineSteer's gates.
-        read_site: where the gate reads; by default the output of the first block, between 20% and 80% of the depth, that
-            tells queries from general prompts about best. Tracked heads before it cost a pass over the prompt up to it.
-        threshold: beta: mean deviation 1 - p(wanted) of the heads above which a row goes back.
-        backtrack: s: tokens that are taken back; a text of at most so many restarts from its prompt.
-        adaptive: whether the strength is alpha times the deviation that was found, or alpha itself.
-        recheck: whether a steered row is judged again every `backtrack` tokens, and then either steered on with its new
-            deviation, or let go and tracked as before; without, a row goes back once and stays steered.
-        compat: `official` shifts the newest position only, of a text that is read anew at each step
-            (`use_cache=False`), and scores texts with the published code's indices; by default a shifted position stays
-            shifted, as it does in a cache.
+        read_site: where the gate reads; by default the output of the earliest block, between 20% and 80% of the depth,
+            that separates queries from general prompts about as well as the best. Tracked heads before it cost an
+            extra pass over the prompt up to it.
+        threshold: beta: mean deviation 1 - p(wanted) of the heads above which a row backtracks.
+        backtrack: s: number of tokens to drop; a text of at most so many restarts from its prompt.
+        adaptive: whether the strength is alpha times the deviation, or alpha itself.
+        recheck: whether a steered row is judged again every `backtrack` tokens, and then either steered with its new
+            deviation, or released and tracked as before; otherwise a row backtracks once and stays steered.
+        compat: `official` shifts only the newest position of a text that is recomputed at each step
+            (`use_cache=False`), and scores texts with the published code's indices; by default a shifted position
+            stays shifted, as in a cache.
     """
 
     steering_type: ClassVar[str] = "FASB"
@@ -45,7 +46,7 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
     )
     num_heads: int | str = field(default="auto", metadata=setting("Number of tracked and steered heads, or auto."))
     threshold: float = field(default=0.4, metadata=setting("Deviation above which tokens are taken back."))
-    backtrack: int = field(default=10, metadata=setting("Number of tokens that are taken back.", most=1 << 20))
+    backtrack: int = field(default=10, metadata=setting("Number of tokens to take back.", most=1 << 20))
     adaptive: bool = field(default=True, metadata=setting("Whether the deviation scales the strength."))
     recheck: bool = field(default=False, metadata=setting("Whether steered rows are judged again."))
     compat: str | None = field(default=None, metadata=setting("official: the published code's positions."))
@@ -56,7 +57,7 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
         check_count("backtrack", self.backtrack, 1)
         check_one_of("compat", self.compat, (None, "official"))
         if self.compat == "official" and self.recheck:
-            raise ValueError("compat='official' goes back once, so recheck=True is not part of it.")
+            raise ValueError("compat='official' backtracks once, so it does not allow recheck=True.")
         needed = ["recheck"] * self.recheck + ["compat:official"] * (self.compat == "official")
         if self.gate != "always":
             needed += [f"gate:{self.gate}"] + [f"score:{self.gate_score}"] * (self.gate_score != "auto")
@@ -64,10 +65,10 @@ class FASBConfig(HeadsConfig, QueryGateConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> FASBConfig:
-        """What the published script uses for Llama-2-7B-chat: 24 heads, alpha 60, beta 0.4, 10 tokens, class means.
+        """The published script's settings for Llama-2-7B-chat: 24 heads, alpha 60, beta 0.4, 10 tokens, class means.
 
         Args:
-            **overrides: fields to change, for instance `direction="probe"`.
+            **overrides: fields to change, for example `direction="probe"`.
         """
         settings = {"strength": 60.0, "threshold": 0.4, "backtrack": 10, "direction": "centre"}
         return cls(**{"num_heads": cls.published_count, **settings, **overrides})

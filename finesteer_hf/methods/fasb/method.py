@@ -1,4 +1,4 @@
-"""FASB at run time: open the gate if there is one, track, take back, steer."""
+"""FASB at run time: gate (if any), track, backtrack, steer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finesteer_hf.sites import Site
 
 
 TENSORS = ("probes.weight", "probes.bias", "directions", "sigma")
-# No token stands so far after its query.
+# Larger than any distance of a token from its query.
 NEVER = 1 << 40
 _CUTS = "tokens cannot be taken back there: "
 
@@ -36,14 +36,14 @@ _CUTS = "tokens cannot be taken back there: "
 class FASB(SteeringMethod[FASBConfig]):
     """`x^{l,h} <- x^{l,h} + r * sigma^{l,h} * theta^{l,h}`, with r from the deviation of the heads' states.
 
-    The deviation of a state is the mean over the heads of 1 - p(wanted). Once `backtrack` tokens exist, and when a text
-    ends, the state that the newest token was chosen from is judged; above the threshold, the newest tokens are taken
-    back and written again, steered with r = strength * deviation from the last kept token on.
+    The deviation of a state is the mean over the heads of 1 - p(wanted). Once `backtrack` tokens exist, and when a
+    text ends, the state behind the newest token is judged. Above the threshold, the newest tokens are dropped and
+    generated again, steered with r = strength * deviation from the last kept token on.
 
     A forward over prompt and answer (`prompt_lengths`) first reads the answer unsteered, finds the token at which
-    generation would have gone back had it written this text, and steers from where it would have gone on.
+    generation of this text would have gone back, and steers from where it would have continued.
 
-    With a gate, r is multiplied by the query's g, and rows of g = 0 are left alone.
+    With a gate, r is multiplied by the query's g, and rows with g = 0 are left unchanged.
 
     Args:
         config: a fitted `FASBConfig`.
@@ -51,7 +51,7 @@ class FASB(SteeringMethod[FASBConfig]):
             its `gate.*`, named as in a FineSteer adapter.
 
     Raises:
-        AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
+        AdapterFileError: if the config is not fitted, or a tensor is missing or has values that no fit writes.
     """
 
     refuses: ClassVar[Mapping[str, str]] = {
@@ -62,12 +62,12 @@ class FASB(SteeringMethod[FASBConfig]):
         "assisted": _CUTS + "candidates are accepted several at a time",
         "static_cache": _CUTS + "its rows cannot move",
         "compiled_static_cache": _CUTS + "its rows cannot move",
-        "guidance": _CUTS + "the unconditional sequence has a cache of its own",
+        "guidance": _CUTS + "the unconditional sequence has its own cache",
         "inputs_embeds": "a text that restarts from its prompt needs the prompt's ids",
-        "carried_cache": "a decoding loop written by hand cannot take tokens back (`generate` on a carried cache can)",
+        "carried_cache": "a hand-written decoding loop cannot take tokens back (`generate` on a carried cache can)",
     }
     differs: ClassVar[Mapping[str, str]] = {
-        "prompt_lengths": "a text says what was kept, not what was taken back: scoring judges the text that it is given"
+        "prompt_lengths": "a text shows what was kept, not what was taken back: scoring judges the given text"
     }
 
     def __init__(self, config: FASBConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -94,7 +94,7 @@ class FASB(SteeringMethod[FASBConfig]):
         missing = sorted(set(names) - set(tensors))
         if missing:
             raise AdapterFileError(
-                f"The FASB adapter lacks the tensors {missing}, which its gate={self.settings.gate!r} calls for."
+                f"The FASB adapter lacks the tensors {missing}, which its gate={self.settings.gate!r} needs."
             )
         check_values(tensors)
         self._gate = QueryGate(self.settings)
@@ -104,7 +104,7 @@ class FASB(SteeringMethod[FASBConfig]):
     # -- once per query -----------------------------------------------------------------------------------------------
 
     def decide(self, queries: QueryStates) -> Decision:
-        """The gate `[rows]` of the queries, and its `score` for the record; asked only if there is a gate."""
+        """The gate `[rows]` of the queries, and its `score` for the record; called only if there is a gate."""
         assert self._gate is not None
         h = queries[self.reads[0]]
         gate, score = self._gate(h, self.parameters_on(h.device))
@@ -113,7 +113,7 @@ class FASB(SteeringMethod[FASBConfig]):
     # -- while a text is generated ------------------------------------------------------------------------------------
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Note the newest state's deviation, and shift the tokens that are to be steered.
+        """Record the newest state's deviation, and shift the tokens to steer.
 
         Raises:
             ValueError: for `compat="official"` with a cache.
@@ -121,7 +121,7 @@ class FASB(SteeringMethod[FASBConfig]):
         memory = view.state
         if self.settings.compat == "official" and not view.in_prompt:
             raise ValueError(
-                "compat='official' shifts the newest position of a text that is read anew at each step: generate with "
+                "compat='official' shifts the newest position of a text that is recomputed at each step: generate with "
                 "use_cache=False, or fit with compat=None."
             )
         if view.decision is not None:
@@ -137,7 +137,7 @@ class FASB(SteeringMethod[FASBConfig]):
         return hidden + torch.where(coefficient[..., None] == 0, -0.0, shift).to(hidden.dtype)
 
     def watch(self, step: StepView) -> torch.Tensor:
-        """Judge the rows; those that deviate go back.
+        """Judge the rows; those that deviate backtrack.
 
         Returns:
             int64 `[rows]`: number of tokens to drop.
@@ -176,7 +176,7 @@ class FASB(SteeringMethod[FASBConfig]):
 
     def records(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
         """`backtracked_at`: number of new tokens that a row kept when it first went back, -1 if it never did; and
-        `trigger_score`: its deviation then, else NaN. Beside them stand the gate and its score, if there is one.
+        `trigger_score`: its deviation then, else NaN. If there is a gate, also the gate and its score.
         """
         return {name: state[name] for name in ("backtracked_at", "trigger_score") if name in state}
 
@@ -193,7 +193,7 @@ class FASB(SteeringMethod[FASBConfig]):
         if settings.compat == "official":
             tested = real & (index >= 1) & ((index > settings.backtrack) | (index == last))
         else:
-            # The state of token i chose token i + 1, with which the text had i + 1 tokens; the last one chose nothing.
+            # The state of token i chooses token i + 1, which makes i + 1 tokens; the last state chooses nothing.
             tested = real & (index < last) & ((index + 1 >= settings.backtrack) | (index + 1 == last))
         triggers = tested & (deviation > settings.threshold)
         at = triggers.int().argmax(dim=1)
@@ -241,7 +241,7 @@ class FASB(SteeringMethod[FASBConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: FASBConfig) -> dict[str, Shape]:
-        """One row a head, and the gate's."""
+        """One row per head, and the gate's tensors."""
         count = len(config.heads)
         return {
             "probes.weight": (count, HEAD_SIZE),
@@ -253,7 +253,7 @@ class FASB(SteeringMethod[FASBConfig]):
 
     @classmethod
     def needs(cls, config: FASBConfig, info: ModelInfo) -> CaptureRequest:
-        """The head outputs of the probed blocks, see `head_sites`; with a gate, the queries where it may read.
+        """The head outputs of the probed blocks, see `head_sites`; with a gate, the queries at its candidate sites.
 
         Raises:
             ValueError: if a block or the read site is out of the model's range.
@@ -267,10 +267,11 @@ class FASB(SteeringMethod[FASBConfig]):
     def fit(cls, data: FitData, config: FASBConfig) -> FitResult:
         """Fit the gate if there is one, choose the heads on the `calibration` part, their number and alpha on `validation`.
 
-        What the gate learns from says `fit_gate`; alpha is chosen behind it, on answers steered as in generation.
+        See `fit_gate` for the gate's data. Alpha is chosen with the gate in place, on answers steered as in
+        generation.
 
         Raises:
-            DatasetError: for too few rows, or a gate that needs general prompts where there are none.
+            DatasetError: for too few rows, or a gate that needs general prompts when there are none.
         """
         settings, gate, figures = config, dict[str, torch.Tensor](), dict[str, Any]()
         if settings.gate != "always":
@@ -285,7 +286,7 @@ class FASB(SteeringMethod[FASBConfig]):
 
 
 def _with_gate(data: FitData, config: FASBConfig) -> tuple[FASBConfig, dict[str, torch.Tensor], dict[str, Any]]:
-    """The config with what the gate's fit has chosen, the gate's tensors, and its figures."""
+    """The config with the gate's choices, the gate's tensors, and its figures."""
     read, told = choose_read_site(data, config)
     data.note(f"fitting the gate at {read}")
     gate = fit_gate(config, data, read)

@@ -1,4 +1,4 @@
-"""FINESTEER: a gate that says when to steer, and a mixture of experts that says how.
+"""FINESTEER: a gate decides when to steer, and a mixture of experts decides how.
 
 Weng, Zhang, Cai, Li, Wang, Tian: FineSteer (ACL 2026, arXiv 2604.15488).
 """

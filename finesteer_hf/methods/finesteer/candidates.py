@@ -1,4 +1,4 @@
-"""Ways to steer that a fit compares: where, fitted to what target, by which experts, under which gate."""
+"""Candidates that a fit compares: place, target, experts and gate."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ PARTS: tuple[Part, ...] = ("fit", "calibration")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the query is read and vectors are added, and what these are fitted to.
+    """Where the query is read, where vectors are added, and their target.
 
     Attributes:
         read: site of the query's state.
-        writes: sites that are steered.
+        writes: steered sites.
         target: `difference` or `gradient`.
     """
 
@@ -56,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class CandidateFit:
-    """Gate and experts at a place, fitted by some settings, without a strength. Equal to itself alone."""
+    """Gate and experts at a place, fitted with some settings, without a strength. Compared by identity."""
 
     settings: FineSteerConfig
     place: Place
@@ -66,7 +66,7 @@ class CandidateFit:
     refined: int = 0
 
     def config(self, info: ModelInfo, strength: float) -> FineSteerConfig:
-        """The settings with everything that was left open filled in."""
+        """The settings with every open choice filled in."""
         settings, writes = self.settings, [str(site) for site in self.place.writes]
         requires = [f"gate:{settings.gate}", f"experts:{self.experts.kind}"]
         requires += [] if settings.gate == "always" else [f"score:{self.gate.score}"]
@@ -93,12 +93,12 @@ class CandidateFit:
 
 
 class CandidateFits:
-    """Fits gates and experts at places; a gate is fitted once a read site.
+    """Fits gates and experts at places; a gate is fitted once per read site.
 
     Args:
         data: captured states.
         config: the settings of the fit.
-        method_cls: what a candidate is built as.
+        method_cls: class that candidates are built with.
     """
 
     def __init__(self, data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> None:
@@ -110,7 +110,7 @@ class CandidateFits:
         self._trials: dict[CandidateFit, Trial] = {}
 
     def place(self, layers: list[int], target: Target) -> Place:
-        """A place by its layers; sites that the config names come first."""
+        """A place by its layers; sites named in the config take precedence."""
         read, writes = sites_of(self.config, layers[0])
         if len(layers) > 1:
             writes = tuple(resid_post(layer) for layer in layers)
@@ -120,7 +120,7 @@ class CandidateFits:
         """Fit the experts of some settings at a place.
 
         Raises:
-            DatasetError: for too few rows, or a gate that needs general prompts where there are none.
+            DatasetError: for too few rows, or a gate that needs general prompts when there are none.
         """
         gate = self.gate(place.read)
         self.data.note(f"fitting experts: {place}")
@@ -132,7 +132,7 @@ class CandidateFits:
         if read not in self._gates:
             if not rows_vary(self.data.query(read, "fit")):
                 raise DatasetError(
-                    f"All queries have the same state at {read}, so neither gate nor experts can tell them apart. Choose a "
+                    f"All queries have the same state at {read}, so neither gate nor experts can separate them. Choose a "
                     "later layer."
                 )
             self.data.note(f"fitting the gate at {read}")
@@ -140,10 +140,10 @@ class CandidateFits:
         return self._gates[read]
 
     def rows(self, place: Place, parts: tuple[Part, ...]) -> ContrastRows:
-        """Queries and the shifts that the experts are fitted to, of all write sites side by side.
+        """Queries and the shifts that the experts are fitted to, all write sites side by side.
 
-        Gradients say in which direction, not how far: at each site they are scaled to a mean shift of the same share of
-        the state's norm, at all of them together `SCREEN_DOSE`.
+        Gradients give a direction, not a length: at each site they are scaled to a mean shift of the same share of the
+        state's norm, `SCREEN_DOSE` over all sites.
         """
         if place.target == "difference":
             return contrast_rows(self.data, place.read, shift_sites(self.config, place.read, place.writes), parts)
@@ -167,7 +167,7 @@ class CandidateFits:
         return dict(zip(sites, np.split(together, len(sites), axis=1), strict=True))
 
     def trial(self, fit: CandidateFit) -> Trial:
-        """The candidate, to be steered; one trial each, for what is measured of it is kept by its `build`."""
+        """The trial of a candidate; one each, because measurements are cached by its `build`."""
         if fit not in self._trials:
             self._trials[fit] = self._new_trial(fit)
         return self._trials[fit]
@@ -183,7 +183,7 @@ class CandidateFits:
         )
 
     def gain(self, fit: CandidateFit) -> float | None:
-        """What a candidate gains to first order on held-out rows, in nats a token at a dose of `SCREEN_DOSE`."""
+        """A candidate's first-order gain on held-out rows, in nats per token at a dose of `SCREEN_DOSE`."""
         sites = fit.place.writes
         if not len(self.data.prompts("validation")):
             return None
@@ -199,7 +199,7 @@ class CandidateFits:
 
 
 def of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
-    """Settings of the closed form of one rank; rank 0 is a constant vector."""
+    """Settings of the closed form with one rank; rank 0 is a constant vector."""
     if rank:
         return dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank=rank)
     return dataclasses.replace(config, experts="auto", num_experts=1, residual_rank=0)

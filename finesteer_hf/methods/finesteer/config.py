@@ -21,42 +21,44 @@ Residual = Literal["pca", "orthogonal"]
 EXPERTS: tuple[Experts, ...] = ("auto", "mixture", "reduced_rank", "paper")
 RESIDUALS: tuple[Residual, ...] = ("pca", "orthogonal")
 TARGETS: tuple[Target, ...] = ("auto", "difference", "gradient")
-# What a file requires of a reader where the vector is added at several sites.
+# Feature that a reader needs if the vector is added at several sites.
 SEVERAL_SITES = "several_write_sites"
 
 
 @dataclass(kw_only=True)
 class FineSteerConfig(QueryGateConfig):
-    """Settings of FineSteer (Weng et al., ACL 2026): a gate that says when to steer and experts that say how.
+    """Settings of FineSteer (Weng et al., ACL 2026): a gate decides when to steer, and experts decide how.
 
-    The defaults differ from the paper where held-out data say so: a gate with a guaranteed miss rate, and experts in
-    closed form. `FineSteerConfig.paper()` is the paper. The gate's fields are those of `QueryGateConfig`.
+    The defaults differ from the paper where held-out data favour it: a gate with a guaranteed miss rate, and experts
+    in closed form. `FineSteerConfig.paper()` has the paper's settings. The gate's fields are those of
+    `QueryGateConfig`.
 
     Attributes:
-        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, unless `all` steers held-out
-            rows clearly better. What steers no prompt needs no second pass over it, and prompts share their prefixes.
-        layer: decoder block at whose output the query is read and steered first; `auto` takes what steers held-out rows
+        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, unless `all` steers
+            held-out rows clearly better. With `generated` the prompt needs no second pass, and prompts can share
+            prefixes.
+        layer: decoder block whose output is read and first steered; `auto` takes the one that steers held-out rows
             best.
         read_site: where the query's state is read; by default the first write site, with `compat="official"` the block's
             input.
-        write_site: where the vector is added, or a list of sites, each with a vector of its own; by default
+        write_site: where the vector is added, or a list of sites, each with its own vector; by default
             `resid_post[layer]`. With `layer="auto"` one block and several at small doses are tried.
         target: what the vectors are fitted to. `difference`: of wanted and unwanted answers' states, as published;
-            `gradient`: of the preference for the wanted answer, by a vector added at the site; `auto`: whichever steers
-            held-out rows best.
-        refine: passes over the rows in which the closed form is trained on through the frozen model; `auto` tries two
-            where gradients are the target and keeps them if held-out rows say so, 0 none.
-        experts: `mixture` (prototypes, routing and residual in closed form), `reduced_rank` (residual map alone),
-            `paper` (trained as published), or `auto` (whichever steers held-out rows best: closed forms of several ranks,
-            or a small mixture trained as published).
+            `gradient`: of the preference for the wanted answer, with respect to a vector added at the site; `auto`:
+            the one that steers held-out rows best.
+        refine: passes over the rows that train the closed form further through the frozen model; `auto` tries two if
+            gradients are the target and keeps them if held-out rows improve; 0 for none.
+        experts: `mixture` (prototypes, routing and residual in closed form), `reduced_rank` (residual map only),
+            `paper` (trained as published), or `auto` (the one that steers held-out rows best: closed forms of several
+            ranks, or a small mixture trained as published).
         residual: residual basis of `experts="paper"`: `pca` (Eq. 13) or `orthogonal` (to the prototypes).
         num_experts: number of prototypes.
-        residual_rank: rank of the residual map; `auto` takes the one that steers held-out rows best, 0 among them.
-        key_dim: width of the routing keys of `experts="paper"`; None is the hidden size. The keys are folded away when
-            the adapter is made.
+        residual_rank: rank of the residual map; `auto` takes the one that steers held-out rows best, including 0.
+        key_dim: width of the routing keys of `experts="paper"`; None is the hidden size. The adapter stores the keys
+            folded into the router.
         hidden_dim: width of the residual network of `experts="paper"`; None is the hidden size, which takes 67 MB at 4096.
-        compat: `official` does as the published code where that differs from the paper: it reads and learns one block
-            before it writes, and trains `experts="paper"` with its details (those of `PaperMoSE`).
+        compat: `official` follows the published code where it differs from the paper: it reads and learns one block
+            before it writes, and trains `experts="paper"` with the details listed in `PaperMoSE`.
     """
 
     steering_type: ClassVar[str] = "FINESTEER"
@@ -74,7 +76,7 @@ class FineSteerConfig(QueryGateConfig):
     )
     layer: int | str = field(default="auto", metadata=setting("Steered decoder block, or auto."))
     write_site: str | list[str] | None = field(
-        default=None, metadata=setting("Where the vector is added, once or often.")
+        default=None, metadata=setting("Site or sites where the vector is added.")
     )
     target: Target = field(default="auto", metadata=setting("auto, difference or gradient."))
     refine: int | str = field(default="auto", metadata=setting("Epochs of training through the model, or auto."))
@@ -85,7 +87,7 @@ class FineSteerConfig(QueryGateConfig):
     key_dim: int | None = field(default=None, metadata=setting("Width of the paper's routing keys."))
     hidden_dim: int | None = field(default=None, metadata=setting("Width of the paper's residual network."))
     compat: str | None = field(
-        default=None, metadata=setting("official: as the published code, which reads one block early.")
+        default=None, metadata=setting("official: like the published code, which reads one block early.")
     )
 
     def __post_init__(self) -> None:
@@ -137,13 +139,13 @@ class FineSteerConfig(QueryGateConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> FineSteerConfig:
-        """The paper to the letter: quantile gate on the energy ratio, trained experts with a PCA residual.
+        """The paper's settings: quantile gate on the energy ratio, trained experts with a PCA residual.
 
-        What the paper leaves open is taken from the published code: 128 principal directions, a recall target of .90,
-        K by Calinski-Harabasz in 4 to 10, 10 residual directions, strength 2.5.
+        Settings that the paper does not give are those of the published code: 128 principal directions, a recall
+        target of .90, K by Calinski-Harabasz in 4 to 10, 10 residual directions, strength 2.5.
 
         Args:
-            **overrides: fields to change, for instance `layer=12, residual="orthogonal", compat="official"`.
+            **overrides: fields to change, for example `layer=12, residual="orthogonal", compat="official"`.
         """
         settings: dict[str, Any] = {
             "gate": "quantile",
@@ -160,7 +162,7 @@ class FineSteerConfig(QueryGateConfig):
         return cls(**{**settings, **overrides})
 
     def unfitted(self) -> list[str]:
-        """Names of the settings that only a fit can fill in and that are not filled in."""
+        """Names of open settings that only a fit can fill in."""
         needed = ["layer", "experts", "residual_rank", "positions"]
         needed += ["num_experts"] if self.experts != "reduced_rank" else []
         blank = [name for name in needed if getattr(self, name) == "auto"]
@@ -169,7 +171,7 @@ class FineSteerConfig(QueryGateConfig):
 
 
 def sites_of(config: FineSteerConfig, layer: int) -> tuple[Site, tuple[Site, ...]]:
-    """Read site and write sites for a layer: what the config names, else what its `compat` says."""
+    """Read site and write sites for a layer: those in the config, else the defaults of its `compat`."""
     writes = config.write_sites or (resid_post(layer),)
     if config.read_site:
         return Site.parse(config.read_site), writes

@@ -1,4 +1,4 @@
-"""Fitting the experts: the closed forms, of which the best on held-out rows is kept, or the paper's trained mixture."""
+"""Fits the experts: the closed forms, of which the best on held-out rows is kept, or the paper's trained mixture."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from finesteer_hf.methods.finesteer.config import Experts, FineSteerConfig
 from finesteer_hf.methods.finesteer.tensors import EXPERT_TENSORS, to_file
 
 
-# What an adapter may take by default, in bytes: 2 MB less a page of header.
+# Largest default size of an adapter, in bytes: 2 MB minus a page of header.
 SIZE_LIMIT = 1_990_000
-# More directions than this were never worth their size on held-out rows.
+# More directions than this never paid off on held-out rows.
 HIGHEST_RANK = 64
 PAPER_RANK = 10
-# Width of keys and of the residual network where the paper's mixture is one of several that are tried: as good on
-# held-out rows as the full width, and within the size limit.
+# Width of keys and residual network when the paper's mixture is one of several candidates: as good on held-out rows as
+# the full width, and within the size limit.
 SMALL_WIDTH = 64
 MIN_ROWS = 10
 
@@ -39,11 +39,11 @@ class ExpertFit:
 
     Attributes:
         kind: `mixture`, `reduced_rank` or `paper`.
-        num_experts, residual_rank: what was chosen.
-        tensors: by the names of the adapter's file.
-        estimator: gives v for states.
+        num_experts, residual_rank: chosen numbers.
+        tensors: tensors by their names in the adapter's file.
+        estimator: predicts v for states.
         constant: the mean shift of the rows, `[d]`.
-        report: what was compared, on rows held out within the fit.
+        report: the comparison, on rows held out within the fit.
     """
 
     kind: Experts
@@ -59,7 +59,7 @@ class ExpertFit:
         return np.asarray(self.estimator.predict(states))
 
     def judge(self, rows: ContrastRows) -> dict[str, Any]:
-        """Figures on rows that nothing was fitted on."""
+        """Figures on rows that were not used in the fit."""
         if not len(rows):
             return {"rows": 0}
         vectors, constant = self.predict(rows.queries), np.broadcast_to(self.constant, rows.shifts.shape)
@@ -74,20 +74,20 @@ class ExpertFit:
 
 
 def fit_experts(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: int = 0) -> ExpertFit:
-    """Fit what the config asks for.
+    """Fit the experts that the config names.
 
     Args:
-        config: its `experts`, `num_experts`, `residual_rank`, `residual`, `key_dim`, `hidden_dim` and `compat` count.
+        config: `experts`, `num_experts`, `residual_rank`, `residual`, `key_dim`, `hidden_dim` and `compat` are used.
         rows: queries and shifts.
-        seed: of folds, K-means and training.
-        spare: bytes that the rest of the adapter takes.
+        seed: seed of folds, K-means and training.
+        spare: bytes of the rest of the adapter.
 
     Raises:
-        DatasetError: if there are too few rows for what is asked.
+        DatasetError: if there are too few rows for the settings.
     """
     if len(rows) < MIN_ROWS:
         raise DatasetError(
-            f"The experts need at least {MIN_ROWS} rows to fit on, got {len(rows)}; hundreds are advised."
+            f"The experts need at least {MIN_ROWS} rows to fit on, got {len(rows)}; hundreds are recommended."
         )
     for name, limit in (("num_experts", len(rows)), ("residual_rank", min(len(rows) - 1, rows.shifts.shape[1]))):
         value = getattr(config, name)
@@ -104,13 +104,13 @@ def fit_experts(config: FineSteerConfig, rows: ContrastRows, seed: int, spare: i
 
 
 def highest_rank(width: int, num_experts: int, spare: int) -> int:
-    """The residual rank up to which held-out rows decide: within the size limit, a quarter of the width, and 64."""
+    """Highest residual rank that held-out rows may choose: within the size limit, a quarter of the width, and 64."""
     affordable = (SIZE_LIMIT - spare - 4 * width * (2 * num_experts + 2)) // (8 * width)
     return max(1, min(HIGHEST_RANK, width // 4, affordable))
 
 
 def small_width(width: int, spare: int) -> int:
-    """Width of the keys and of the residual network of a trained mixture that keeps within the size limit."""
+    """Width of the keys and the residual network of a trained mixture within the size limit."""
     vectors = 2 * max(PaperMoSE.EXPERT_CANDIDATES) + PAPER_RANK
     return max(1, min(SMALL_WIDTH, width, (SIZE_LIMIT - spare) // (4 * width) - vectors))
 
@@ -159,7 +159,7 @@ def _without_router(found: ExpertFit) -> ExpertFit:
 def _paper(config: FineSteerConfig, rows: ContrastRows, seed: int) -> ExpertFit:
     rank = PAPER_RANK if config.residual_rank == "auto" else int(config.residual_rank)
     if rank == 0:
-        raise ValueError("experts='paper' has a residual of at least rank 1, got residual_rank=0; use 'mixture'.")
+        raise ValueError("experts='paper' needs a residual of at least rank 1, got residual_rank=0; use 'mixture'.")
     variant = "orthogonal" if config.residual == "orthogonal" else "paper"
     fitted = PaperMoSE(
         config.num_experts,

@@ -1,4 +1,4 @@
-"""Fitting FineSteer: where to act, when, how, and how strongly, each chosen on rows that were held out of it."""
+"""Fits FineSteer: where, when, how and how strongly to steer, each chosen on held-out rows."""
 
 from __future__ import annotations
 
@@ -28,32 +28,35 @@ if TYPE_CHECKING:
     from finesteer_hf.methods.finesteer.method import FineSteer
 
 
-# Ranks of the residual map that are tried steered, below the one that predicts the shifts best; 0 is a constant vector.
+# Ranks of the residual map to run steered, below the one that predicts the shifts best; 0 is a constant vector.
 LOW_RANKS = (0, 1, 4, 8, 16)
-# A tenth of fewer rows tells little of when to stop training.
+# A tenth of fewer rows is too little to decide when to stop training.
 MIN_ROWS_TO_TRAIN = 60
-# Multiples of the dose that was best at the place, at which they are tried.
+# Multiples of the place's best dose at which experts are tried.
 NEAR_DOSES = (0.75, 1.0, 1.33)
-# A candidate is steered if its first-order gain is at least this share of the best; of differences of states, so many are.
+# A candidate is run steered if its first-order gain is at least this share of the best; this many differences of
+# states are.
 SCREENED_GAIN, SCREENED = 0.25, 2
 
 
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
     """Fit gate, experts, place, target and strength.
 
-    Places that tell the queries apart are ranked by what the closed forms predict and by what they gain to first order;
-    the few best are run steered on held-out rows: differences of states at single blocks, gradients of the preference at
-    the best block and at several. At the one that is taken, maps of lower rank are tried (the rank that predicts shifts
-    best is not always the one that steers best), a small mixture trained as published, and the closed form trained on
-    through the frozen model. The experts learn from the `fit` and `calibration` parts (`fit_gate` says what the gate
-    learns from); everything else is chosen on `validation`, by `Objective`.
+    Places that separate the queries are ranked by the closed forms' R^2 and by first-order gain. The few best are run
+    steered on held-out rows: differences of states at single blocks, gradients of the preference at the best block and
+    at several. At the chosen place the fit tries maps of lower rank (the rank that predicts shifts best does not
+    always steer best), a small mixture trained as published, and the closed form trained further through the frozen
+    model. The experts learn from the `fit` and `calibration` parts (see `fit_gate` for the gate's data); everything
+    else is chosen on `validation`, by `Objective`.
 
     Raises:
-        DatasetError: for too few rows, or a gate that needs general prompts where there are none.
+        DatasetError: for too few rows, or a gate that needs general prompts when there are none.
     """
     rows = len(data.prompts("fit"))
     if rows < MIN_ROWS:
-        raise DatasetError(f"FINESTEER needs at least {MIN_ROWS} rows to fit on, got {rows}; hundreds are advised.")
+        raise DatasetError(
+            f"FINESTEER needs at least {MIN_ROWS} rows to fit on, got {rows}; hundreds are recommended."
+        )
     fits = CandidateFits(data, config, method_cls)
     positions: Positions = "generated" if config.positions == "auto" else config.positions
     sweep = sweep_layers(data, config)
@@ -90,7 +93,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
 def _choose_place(
     fits: CandidateFits, sweep: Sweep, positions: Positions
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None, float | None]:
-    """The place that steers best with the quickest experts; the dose at its best; the table; how screening agreed."""
+    """The place that steers best with the quickest experts, its best dose, the table, the screening's agreement."""
     data, config = fits.data, fits.config
     places: list[Place] = []
     if wants_gradients(config):
@@ -132,14 +135,15 @@ def _choose_place(
 def _choose_experts(
     fits: CandidateFits, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
-    """Maps of several ranks and a small trained mixture beside what predicts the shifts best, at the same place."""
+    """Maps of several ranks and a small trained mixture, compared with the best predictor of shifts there."""
     data, config, place = fits.data, fits.config, chosen.place
     open_choice = (config.num_experts, config.residual_rank) == ("auto", "auto")
     if config.experts not in ("auto", "reduced_rank") or not open_choice:
         return chosen, dose, None
     candidates = {f"rank {chosen.experts.residual_rank}": chosen}
     if place.target == "gradient":
-        # Most of a gradient is its row's own; only what the query foretells of it is worth more than the constant.
+        # Most of a gradient is specific to its row; only the part that the query predicts is worth more than the
+        # constant.
         best = fits.fit(place, dataclasses.replace(config, experts="reduced_rank"), chosen.positions)
         candidates |= {f"rank {best.experts.residual_rank}": best}
     else:
@@ -157,7 +161,7 @@ def _choose_experts(
 
 
 def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFit]:
-    """The paper's mixture at a size that an adapter may take by default; nothing where the shifts form no clusters."""
+    """The paper's mixture within the default size limit; nothing if the shifts form no clusters."""
     small = small_width(fits.data.info.hidden_size, chosen.gate.size)
     settings = dataclasses.replace(fits.config, experts="paper", key_dim=small, hidden_dim=small)
     try:
@@ -169,7 +173,7 @@ def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFi
 def _choose_refinement(
     fits: CandidateFits, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
-    """The closed form trained on through the frozen model, where that is asked for or steers held-out rows better."""
+    """The closed form trained further through the frozen model, if requested or better on held-out rows."""
     config, data = fits.config, fits.data
     if config.refine == 0 or chosen.experts.kind != "reduced_rank":
         return chosen, dose, None
@@ -198,7 +202,7 @@ def _choose_positions(
 
 
 def _baselines(fits: CandidateFits, chosen: CandidateFit, dose: float) -> dict[str, dict[str, Any]]:
-    """What simpler vectors reach on held-out rows at the same dose, to hold the curve against."""
+    """Figures of simpler vectors on held-out rows at the same dose, as baselines for the curve."""
     constant = fits.fit(chosen.place, of_rank(fits.config, 0), chosen.positions)
     others: dict[str, Trial] = {
         "constant": fits.trial(constant),

@@ -1,4 +1,4 @@
-"""Which blocks to steer: how well each tells the queries apart, predicts the shifts, and what steering there would gain."""
+"""Which blocks to steer: how well each separates the queries and predicts the shifts, and its first-order gain."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from finesteer_hf.methods.query_gate.read_site import BLUNT, SWEEP_ROWS
 from finesteer_hf.sites import Site
 
 
-# Several blocks are steered where a block's gain is at least this share of the best one's, every so many blocks that there
-# are at most so many: neighbours see nearly the same gradient.
+# Blocks are steered together if their gain is at least this share of the best one's; they are spaced so that there are
+# at most so many, since neighbours see nearly the same gradient.
 WORTH_STEERING, MOST_BLOCKS = 0.5, 8
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What the sweep found at a layer.
+    """Results of the sweep at a layer.
 
     Attributes:
         layer: index of the block.
-        r2: exact held-out R^2 of ridge regression of shifts on states, against the constant predictor, on the fit part;
-            None where no differences are learned from.
+        r2: exact held-out R^2 of ridge regression of shifts on states, against the constant predictor, on the fit
+            part; None if the fit does not use differences.
         separability: held-out AUROC of a ridge classifier of the queries against general prompts; None without them.
-        gain: first-order gain on the calibration part of the mean gradient of the fit part, in nats a token; None where
-            no gradients are learned from.
+        gain: first-order gain on the calibration part of the fit part's mean gradient, in nats per token; None if the
+            fit does not use gradients.
     """
 
     layer: int
@@ -46,13 +46,13 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The layers that tell the queries apart about as well as the best does.
+    """The layers that separate the queries about as well as the best one.
 
     Attributes:
-        by_fit: by falling R^2 of the shifts.
-        by_gain: by falling first-order gain; empty without gradients.
-        several: the layers that are worth steering together, ascending; empty where they are fewer than two.
-        table: all that was swept.
+        by_fit: layers by descending R^2 of the shifts.
+        by_gain: layers by descending first-order gain; empty without gradients.
+        several: the layers worth steering together, ascending; empty if fewer than two.
+        table: all results.
     """
 
     by_fit: list[int]
@@ -82,7 +82,7 @@ def candidate_sites(config: FineSteerConfig, info: ModelInfo) -> dict[int, tuple
 
 
 def shift_sites(config: FineSteerConfig, read: Site, writes: tuple[Site, ...]) -> tuple[Site, ...]:
-    """Where the shifts are taken: at the write sites; the published code takes them where it reads."""
+    """Sites of the shifts: the write sites; the published code takes them where it reads."""
     return (read,) if config.compat == "official" else writes
 
 
@@ -113,7 +113,7 @@ def sweep_layers(data: FitData, config: FineSteerConfig) -> Sweep:
 def layer_figures(
     layer: int, rows: ContrastRows, general: np.ndarray | None, gain: float | None = None
 ) -> LayerFigures:
-    """Judge one layer by two ridge regressions whose leave-one-out residuals are exact."""
+    """Judge one layer by two ridge regressions with exact leave-one-out residuals."""
     if not rows.vary:
         return LayerFigures(layer, 0.0, None if general is None else 0.5, gain)
     blocks = group_blocks(rows.groups)

@@ -26,21 +26,21 @@ Formula = Callable[..., torch.Tensor]
 class FineSteer(SteeringMethod[FineSteerConfig]):
     """`H <- H + strength * g(h_q) * v(h_q)`, with g and v from the unsteered state h_q of the query (Eq. 6-15).
 
-    All of it is float32 on the device of the query's state, without a branch on a value.
+    Everything is float32 on the device of the query's state, without branches on values.
 
     Args:
         config: a fitted `FineSteerConfig`.
-        tensors: what `tensor_shapes` names.
+        tensors: the tensors of `tensor_shapes`.
 
     Raises:
-        AdapterFileError: if the config is not fitted, or a tensor is missing or holds what no fit writes.
+        AdapterFileError: if the config is not fitted, or a tensor is missing or has values that no fit writes.
     """
 
     def __init__(self, config: FineSteerConfig, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__(config, tensors)
         missing = sorted(set(expected_shapes(config)) - set(tensors))
         if missing:
-            raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config calls for.")
+            raise AdapterFileError(f"The FINESTEER adapter lacks the tensors {missing}, which its config needs.")
         check_values(tensors)
         self.read_site = Site.parse(str(config.read_site))
         self.reads, self.writes = (self.read_site,), config.write_sites
@@ -52,7 +52,7 @@ class FineSteer(SteeringMethod[FineSteerConfig]):
         self._expert_names = EXPERT_TENSORS[config.experts]
 
     def decide(self, queries: QueryStates) -> Decision:
-        """Score each query, open the gate by its score, and mix its vector.
+        """Score each query, compute its gate from the score, and mix its vector.
 
         Args:
             queries: `[rows, hidden_size]` float32 at the read site.
@@ -72,7 +72,7 @@ class FineSteer(SteeringMethod[FineSteerConfig]):
             record["experts"] = expert_weights(h, tensors["router.weight"], tensors["router.bias"])
             arguments["weights"] = record["experts"]
         together = self._vector(h, **arguments)
-        # A single site's vector is not cut: that would be one more kernel a prompt.
+        # A single site's vector is not sliced: that would be one more kernel per prompt.
         vectors = (together,) if len(self.writes) == 1 else together.chunk(len(self.writes), dim=-1)
         return Decision(vectors=dict(zip(self.writes, vectors, strict=True)), gate=gate, record=record)
 
@@ -115,6 +115,6 @@ class FineSteer(SteeringMethod[FineSteerConfig]):
         """Choose the layer, fit the gate and the experts, choose the strength.
 
         Raises:
-            DatasetError: if there are too few rows, or no general prompts where the gate needs them.
+            DatasetError: if there are too few rows, or no general prompts if the gate needs them.
         """
         return fit_finesteer(data, config, cls)

@@ -1,14 +1,16 @@
-"""Training the closed form on through the frozen model: a preference loss that must not pay with the model's own words.
+"""Trains the closed form further through the frozen model, with a preference loss that preserves the model's own
+words.
 
-The map stays what an adapter holds, `v(h) = bias + up^T down^T (h - mean)`, with `down` the principal directions of the
-queries, whitened, and the closed form as its beginning. For each row the loss is
+The map keeps the adapter's form, `v(h) = bias + up^T down^T (h - mean)`, with `down` the whitened principal directions
+of the queries, and starts at the closed form. For each row the loss is
 
     -logsigmoid(BETA (c - r)) SCALE - ANCHOR c + DRIFT KL(steered || base) + NORM relu(|v| / dose - 1)^2
 
-with c and r the log-probabilities a token of the chosen and the rejected answer, both steered (the reference-free,
-length-normalised margin of SimPO and CPO, with CPO's likelihood term), the divergence a token along both answers, which
-is what a steered model's own words lose under the base, and |v| the norm of all sites' vectors in units of the states'.
-Without the last three terms the margin grows by making everything unlikely and the text falls apart.
+with c and r the log-probabilities per token of the chosen and the rejected answer, both steered (the reference-free,
+length-normalised margin of SimPO and CPO, with CPO's likelihood term), the divergence per token along both answers,
+which measures how unlikely a steered model's own words become under the base, and |v| the norm of all sites' vectors
+in units of the states'. Without the last three terms the margin grows by making everything unlikely and the text
+breaks.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFit
 
 
 BETA, SCALE, ANCHOR, DRIFT, NORM = 4.0, 1.0, 0.2, 1.0, 1.0
-# Principal directions of the queries that the map reads.
+# Number of the queries' principal directions that the map reads.
 RANK = 16
-# Passes over the rows where the data decide whether they help.
+# Passes over the rows if the data decide whether they help.
 AUTO_EPOCHS = 2
-# Of parameters in units of the dose.
+# Learning rate of parameters in units of the dose.
 LEARNING_RATE = 2e-3
 
 
 class AffineExperts:
-    """The map as its tensors, with the `predict` of the closed forms."""
+    """The map's tensors, with the `predict` of the closed forms."""
 
     def __init__(self, mean: torch.Tensor, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> None:
         self.tensors = {"mean": mean, "down": down, "up": up, "bias": bias}
@@ -48,16 +50,16 @@ class AffineExperts:
 
 
 def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -> CandidateFit:
-    """Train a closed form on, on the `fit` part.
+    """Train a closed form further on the `fit` part.
 
     Args:
-        fits: where the data are.
+        fits: fits of the data.
         start: a `reduced_rank` candidate.
         epochs: passes over the rows.
-        dose: norm of the vectors, in units of the states', beyond which it is penalised.
+        dose: norm of the vectors, in units of the states', above which it is penalised.
 
     Returns:
-        The candidate, of the same place and gate; its vectors at strength 1 are those that were trained.
+        The candidate, with the same place and gate; its vectors at strength 1 are the trained ones.
     """
     data, place = fits.data, start.place
     queries = data.query(place.read, "fit").astype(np.float64)
@@ -68,7 +70,7 @@ def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -
     features = torch.from_numpy((queries - mean.numpy()) @ down.double().numpy()).float()
     trial = fits.trial(start)
     begun = torch.from_numpy(start.experts.predict(data.query(place.read, "fit"))) * trial.strength_of(dose)
-    # Parameters are kept in units of the dose at each site, so that one rate serves all.
+    # Parameters are in units of the dose at each site, so that one rate works for all.
     unit = per_site * dose / np.sqrt(len(place.writes))
     bias = (begun.mean(dim=0) / unit).requires_grad_()
     up = torch.linalg.lstsq(features, (begun - begun.mean(dim=0)) / unit).solution.requires_grad_()
@@ -105,7 +107,7 @@ def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -
 def _runs(
     fits: CandidateFits, text: Any, rows: Sequence[int], steering: TrainedShift
 ) -> list[tuple[AnswerRun, torch.Tensor]]:
-    """Steered answers, each with its divergence from the base, in nats a token, on the CPU as the parameters are."""
+    """Steered answers, each with its divergence from the base in nats per token, on the CPU like the parameters."""
     with torch.no_grad():
         base = [run.logits.log_softmax(-1) for run in fits.data.answers(text, "fit", rows)]
     found = []

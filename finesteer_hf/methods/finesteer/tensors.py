@@ -1,4 +1,4 @@
-"""Which tensors a FineSteer adapter holds beside its gate's, and which run-time function takes them."""
+"""The tensors of a FineSteer adapter besides its gate's, and the run-time functions that take them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXPERT_TENSORS: dict[str, dict[str, str]] = {
     },
 }
 
-# d: width, w: width of all written sites together, K: experts, r: residual rank, m: width of the residual network.
+# d: width, w: total width of the written sites, K: experts, r: residual rank, m: width of the residual network.
 _AXES: dict[str, str] = {
     "router.weight": "Kd",
     "router.bias": "K",
@@ -44,15 +44,15 @@ _AXES: dict[str, str] = {
 
 
 def expected_shapes(config: FineSteerConfig) -> dict[str, Shape]:
-    """Names and shapes that a fitted config calls for.
+    """Names and shapes that a fitted config declares.
 
     Raises:
-        AdapterFileError: if a setting was left to the data and no fit has chosen it.
+        AdapterFileError: if a setting is open and no fit has chosen it.
     """
     unfitted = config.unfitted()
     if unfitted:
         raise AdapterFileError(
-            f"The FINESTEER config leaves {unfitted} to the data; only a fitted adapter can steer. Run `fit_steering`."
+            f"The FINESTEER config leaves {unfitted} to the fit; only a fitted adapter can steer. Run `fit_steering`."
         )
     sizes = {
         "d": config.hidden_size,

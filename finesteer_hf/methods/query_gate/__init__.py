@@ -1,6 +1,6 @@
-"""A gate on the query: whether, and how much, a prompt is to be steered at all (Weng et al., ACL 2026, Eq. 6-9 and 15).
+"""A gate on the query: whether and how much to steer a prompt (Weng et al., ACL 2026, Eq. 6-9 and 15).
 
-Not a method: a first stage that methods share, with its settings, its fit, its tensors and its run time.
+Not a method, but a first stage that methods share, with its settings, fit, tensors and run time.
 """
 
 from finesteer_hf.methods.query_gate.config import Gate, GateCalibration, GateScore, QueryGateConfig

@@ -19,7 +19,7 @@ GATES: tuple[Gate, ...] = ("conformal", "quantile", "logistic", "ser", "always")
 GATE_SCORES: tuple[GateScore, ...] = ("auto", "ser", "t2q", "state")
 GUARANTEES = ("marginal", "pac")
 CALIBRATIONS: tuple[GateCalibration, ...] = ("auto", "rows", "kinds")
-# What files may require of a reader.
+# Features that files may require.
 GATE_FEATURES = frozenset(
     [f"gate:{name}" for name in GATES] + [f"score:{name}" for name in GATE_SCORES if name != "auto"]
 )
@@ -33,20 +33,20 @@ class QueryGateConfig(SteeringConfig):
         read_site: where the query's state is read.
         gate: `conformal` (calibrated on held-out queries, miss rate guaranteed), FineSteer's `quantile` (Eq. 8),
             `logistic` (Eq. 9) and `ser` (Eq. 15), or `always`.
-        gate_score: what the gate looks at: `ser` (subspace energy ratio, Eq. 6-7), `t2q` (distance within and from the
-            subspace), `state` (a linear classifier against general prompts), or `auto` (fewest false alarms).
+        gate_score: score that the gate uses: `ser` (subspace energy ratio, Eq. 6-7), `t2q` (distance within and from
+            the subspace), `state` (a linear classifier against general prompts), or `auto` (fewest false alarms).
         gate_epsilon: share of intervention-required queries that the gate may miss.
-        gate_false_alarms: share of general prompts that the conformal gate may open on. Where it would open on more, more
-            queries are missed, up to a fifth of them, and the report says so. Not with `gate_guarantee="pac"`, which keeps
-            to `gate_epsilon`; 1.0 to keep to it always.
+        gate_false_alarms: share of general prompts on which the conformal gate may open. To stay below it, the gate
+            may miss more queries than `gate_epsilon`, up to a fifth, and the report says so. Not used with
+            `gate_guarantee="pac"`, which keeps `gate_epsilon`; 1.0 always keeps it.
         gate_gamma: how fast the gate closes below its threshold.
         gate_guarantee: `marginal` (on average over calibration sets) or `pac` (for this calibration set, with
             probability 1 - gate_delta).
-        gate_delta: probability that the `pac` guarantee does not hold.
-        gate_calibration: what the conformal gate's threshold is to hold for. `rows`: new queries of the kinds that it was
-            calibrated on. `kinds`: queries of kinds that it has not seen; each category is scored by a fit without it, and
-            the guarantee is approximate, and coarse where categories are few. `auto`: `kinds` for data with at least five
-            categories, unless `gate_guarantee` is `pac`, which only rows can give.
+        gate_delta: probability that the `pac` guarantee fails.
+        gate_calibration: queries that the conformal gate's guarantee covers. `rows`: new queries of the calibrated
+            kinds. `kinds`: queries of unseen kinds; each category is scored by a fit without it, and the guarantee is
+            approximate, and coarse with few categories. `auto`: `kinds` for data with at least five categories, unless
+            `gate_guarantee` is `pac`, which needs rows.
         subspace_rank: number of principal directions of the intervention-required queries.
     """
 
@@ -54,10 +54,10 @@ class QueryGateConfig(SteeringConfig):
     gate: Gate = field(default="conformal", metadata=setting("conformal, quantile, logistic, ser or always."))
     gate_score: GateScore = field(default="auto", metadata=setting("auto, ser, t2q or state."))
     gate_epsilon: float = field(default=0.05, metadata=setting("Share of queries that the gate may miss."))
-    gate_false_alarms: float = field(default=0.02, metadata=setting("Share of general prompts that it may open on."))
+    gate_false_alarms: float = field(default=0.02, metadata=setting("Share of general prompts on which it may open."))
     gate_gamma: float = field(default=2.0, metadata=setting("How fast the gate closes below its threshold."))
     gate_guarantee: str = field(default="marginal", metadata=setting("marginal or pac."))
-    gate_delta: float = field(default=0.05, metadata=setting("Probability that the pac guarantee does not hold."))
+    gate_delta: float = field(default=0.05, metadata=setting("Probability that the pac guarantee fails."))
     gate_calibration: GateCalibration = field(default="auto", metadata=setting("auto, rows or kinds."))
     subspace_rank: int | str = field(default="auto", metadata=setting("Principal directions of the queries, or auto."))
 
@@ -79,14 +79,14 @@ class QueryGateConfig(SteeringConfig):
             )
         if self.gate_calibration == "kinds" and (self.gate != "conformal" or self.gate_guarantee == "pac"):
             raise ValueError(
-                "gate_calibration='kinds' sets the threshold of gate='conformal' with gate_guarantee='marginal': nothing "
-                f"else is calibrated, and over a few kinds nothing is known with probability 1 - delta. Got "
+                "gate_calibration='kinds' needs gate='conformal' with gate_guarantee='marginal': no other gate "
+                f"is calibrated, and a few kinds cannot give a guarantee with probability 1 - delta. Got "
                 f"gate={self.gate!r} and gate_guarantee={self.gate_guarantee!r}; use gate_calibration='rows' with them."
             )
         self.check_residual_site("read_site")
 
     def check_residual_site(self, name: str) -> None:
-        """Raise `ValueError` if a field names a site that is no residual stream, or not one of the model."""
+        """Raise `ValueError` if a field names a site that is not a residual stream of the model."""
         text = getattr(self, name)
         if text is not None:
             self._check_residual(text, name)
@@ -99,7 +99,7 @@ class QueryGateConfig(SteeringConfig):
             raise ValueError(f"{name}={text!r} is out of range for a model of {self.num_hidden_layers} layers.")
 
     def unfitted_gate(self) -> list[str]:
-        """Names of the gate's settings that only a fit can fill in and that are not filled in."""
+        """Names of the gate's open settings that only a fit can fill in."""
         if self.gate == "always":
             return []
         left = ["gate_score"] if self.gate_score == "auto" else []

@@ -1,4 +1,4 @@
-"""Fitting the gate: a score of the query's state, and a dose for each score."""
+"""Fits the gate: a score of the query's state, and a dose for each score."""
 
 from __future__ import annotations
 
@@ -37,20 +37,22 @@ from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS,
 from finesteer_hf.sites import Site
 
 
-# Of each class, for plots.
+# Most stored scores of each class, for plots.
 KEPT_SCORES = 200
-# Fewer rows cannot be cross-fitted, so scores cannot be compared on them.
+# Fewer rows cannot be cross-fitted, so scores cannot be compared.
 MIN_COMPARED, MIN_COMPARED_GENERAL = 12, 4
-# Categories from which on `auto` calibrates for kinds that were not seen; fewer say too little of the next one.
+# Fewest categories with which `auto` calibrates for unseen kinds; fewer say too little about the next one.
 MIN_KINDS = 5
-# Fits without a kind; of more kinds several are left out together.
+# Number of fits without a kind; with more kinds, several are left out together.
 MAX_KIND_FITS = 10
 BOTH: tuple[Part, ...] = ("fit", "calibration")
-# Calibrated on kinds by default, a gate may open on at most this share of general prompts that its score has not seen.
+# When `auto` calibrates on kinds, the gate may open on at most this share of held-out general prompts.
 MOST_FALSE_ALARMS = 0.05
-# To keep general prompts as they are, at most this share of the queries is missed; tried in these steps.
+# To spare general prompts, the gate may miss at most this share of the queries; tried in these steps.
 MOST_MISSED, EPSILON_STEP = 0.2, 0.01
-NOT_OF_ROWS = "anything about queries of other kinds or forms than the calibration's, or against who works around it"
+NOT_OF_ROWS = (
+    "anything about queries of other kinds or forms than the calibration's, or about attempts to get around it"
+)
 NOT_OF_KINDS = (
     "any single kind, kinds unlike those of the fit, other forms; approximate: the final score has seen all kinds"
 )
@@ -61,10 +63,10 @@ class GateFit:
     """A fitted gate.
 
     Attributes:
-        score: name of the score, or `auto` for a gate that looks at none.
+        score: name of the score, or `auto` for a gate without one.
         subspace_rank: rank of its subspace; as configured if it has none.
-        tensors: by the names of the adapter's file.
-        report: what was promised, and what held-out queries got.
+        tensors: tensors by their names in the adapter's file.
+        report: the guarantee, and figures on held-out queries.
         scores: held-out scores of both kinds of queries and the threshold, for plots.
     """
 
@@ -83,14 +85,14 @@ class GateFit:
 def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     """Fit score and gate on the states of a site.
 
-    The conformal gate that is calibrated on rows learns its score on the `fit` part and its threshold on `calibration`;
-    whatever is chosen about the score is chosen on `fit` alone, so that the calibration queries are exchangeable with
-    new ones. Calibrated on kinds, its score is fitted on both parts, and its threshold is that of each kind's scores by
-    a fit without the kind. The paper's gates use both parts for both, as published.
+    With calibration on rows, the conformal gate learns its score on the `fit` part and its threshold on `calibration`;
+    every choice about the score uses `fit` only, so that the calibration queries are exchangeable with new ones. With
+    calibration on kinds, the score is fitted on both parts, and the threshold comes from each kind's scores under a
+    fit without that kind. The paper's gates use both parts for both, as published.
 
     Raises:
-        DatasetError: for too few rows, if score or gate needs general prompts and there are none, or if kinds are to be
-            left out and there are none.
+        DatasetError: for too few rows, if score or gate needs general prompts and there are none, or if kinds should
+            be left out and there are none.
     """
     if config.gate == "always":
         return GateFit("auto", config.subspace_rank, {}, {"kind": "always"})
@@ -98,7 +100,7 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
     kinds = _kinds_left_out(config, data, read) if conformal else None
     by_row = conformal and kinds is None
     seen: tuple[Part, ...] = ("fit",) if by_row else BOTH
-    # General prompts need not be exchangeable with anything: all of them teach the score.
+    # General prompts need not be exchangeable with anything, so the score learns from all of them.
     ir, general = query_rows(data, read, seen), general_rows(data, read, BOTH)
     _check_rows(config, ir, general)
     form = PromptForm.of(data, read, seen, config.gate_epsilon)
@@ -114,7 +116,7 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
         )
         opens_on = 0.0 if unseen is None else float((unseen >= gate.threshold_).mean())
         if config.gate_calibration == "auto" and opens_on > MOST_FALSE_ALARMS:
-            # A kind unlike all others drags the threshold down to where it lets everybody in.
+            # A kind unlike all others pulls the threshold down so far that the gate opens for everything.
             by_rows = fit_gate(dataclasses.replace(config, gate_calibration="rows"), data, read)
             by_rows.report["kinds_would_open_on_general"] = opens_on
             return by_rows
@@ -137,10 +139,10 @@ def fit_gate(config: QueryGateConfig, data: FitData, read: Site) -> GateFit:
 
 
 def _kinds_left_out(config: QueryGateConfig, data: FitData, read: Site) -> np.ndarray | None:
-    """The categories of the prompts of both parts if the threshold is to hold for new ones; else None.
+    """The categories of the prompts of both parts if the threshold should hold for new categories; else None.
 
     Raises:
-        DatasetError: if that is asked for, and the data cannot give it.
+        DatasetError: if that is requested but the data do not allow it.
     """
     if config.gate_calibration == "rows" or config.gate_guarantee == "pac":
         return None
@@ -152,14 +154,14 @@ def _kinds_left_out(config: QueryGateConfig, data: FitData, read: Site) -> np.nd
         return kinds if count >= MIN_KINDS and enough else None
     if count < 2 or not enough:
         raise DatasetError(
-            f"gate_calibration='kinds' leaves out one category after another, and there are {count} (and {general} general "
+            f"gate_calibration='kinds' leaves out one category at a time, but there are {count} (and {general} general "
             f"prompts, of which it needs none or {MIN_COMPARED_GENERAL}). Give rows a `category`, or use 'rows'."
         )
     return kinds
 
 
 def _of_kinds(scores: np.ndarray, kinds: np.ndarray, threshold: float, missed: float) -> dict[str, Any]:
-    """What the threshold misses of kinds whose score was fitted without them."""
+    """What the threshold misses of kinds that were left out of the score's fit."""
     below = {str(kind): (scores[kinds == kind] < threshold) for kind in np.unique(kinds)}
     worst = max(below, key=lambda kind: float(below[kind].mean()))
     return {
@@ -174,27 +176,27 @@ def _check_rows(config: QueryGateConfig, ir: np.ndarray, general: np.ndarray) ->
     wants = "gate='logistic'" if config.gate == "logistic" else "gate_score='state'"
     if len(general) < 2 and (config.gate == "logistic" or config.gate_score == "state"):
         raise DatasetError(
-            f"{wants} tells intervention-required queries from general ones, and there are {len(general)} general prompts. "
+            f"{wants} separates intervention-required queries from general ones, but there are {len(general)} of those. "
             "Leave general_dataset at 'default' or give some, or use gate_score='ser' or 't2q' with another gate."
         )
     limit = min(len(ir) - 1, ir.shape[1])
     if config.subspace_rank != "auto" and config.gate_score != "state" and int(config.subspace_rank) > limit:
         raise DatasetError(
             f"subspace_rank={config.subspace_rank} is more than {len(ir)} distinct prompts of width {ir.shape[1]} span "
-            f"(at most {limit}). Give more prompts, or a lower subspace_rank, or 'auto'."
+            f"(at most {limit}). Give more prompts, a lower subspace_rank, or 'auto'."
         )
 
 
 @dataclass(frozen=True)
 class _Learning:
-    """What a score is learned from.
+    """The data that a score learns from.
 
     Attributes:
         ir, general: states, `[rows, d]`.
-        kinds: `[len(ir)]`, held out together where something is chosen; None for single rows.
-        judged: `[len(general)]`, the general prompts that count where scores are compared.
-        weights: of both in a classifier of states; None for equal ones.
-        seed: of the fits.
+        kinds: `[len(ir)]`, held out together in every choice; None for single rows.
+        judged: `[len(general)]`, the general prompts that count when scores are compared.
+        weights: weights of both in a classifier of states; None for equal ones.
+        seed: seed of the fits.
     """
 
     ir: np.ndarray
@@ -206,7 +208,7 @@ class _Learning:
 
 
 def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list[dict[str, Any]]]:
-    """The score's name, the fitted score, and the comparison that it won."""
+    """The score's name, the fitted score, and the comparison."""
     ir, general, kinds, seed = rows.ir, rows.general, rows.kinds, rows.seed
     wanted: str = config.gate_score
     if wanted == "auto" and config.gate == "conformal":
@@ -223,7 +225,7 @@ def _fit_score(config: QueryGateConfig, rows: _Learning) -> tuple[str, Any, list
 
 
 def _cross_fitted(score: Any, rows: _Learning, folds: int = 5) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scores of both classes by fits that have not seen them."""
+    """Scores of both classes from fits that have not seen them."""
     general = rows.general if len(rows.general) else None
     return cross_fitted_scores(
         score, rows.ir, general, groups=rows.kinds, folds=folds, seed=rows.seed, weights=rows.weights
@@ -231,15 +233,15 @@ def _cross_fitted(score: Any, rows: _Learning, folds: int = 5) -> tuple[np.ndarr
 
 
 def _calibrated(config: QueryGateConfig, fitted: Callable[[float], Any]) -> Any:
-    """The gate that misses least of those that open on few general prompts; at worst the strictest.
+    """The gate with the fewest misses among those that open on few general prompts; if none does, the strictest.
 
     Args:
         config: settings of the gate.
-        fitted: gives the gate that may miss a share of the queries.
+        fitted: returns the gate that may miss a given share of the queries.
     """
     gate = fitted(config.gate_epsilon)
     if config.gate != "conformal" or config.gate_guarantee == "pac" or not gate.rank_:
-        # With too few rows for the share that was asked for, the gate opens always, and says so.
+        # With too few rows for the requested share, the gate always opens, and the report says so.
         return gate
     for epsilon in np.arange(config.gate_epsilon + EPSILON_STEP, MOST_MISSED + 1e-9, EPSILON_STEP):
         if getattr(gate, "false_alarms_", 0) <= config.gate_false_alarms * getattr(gate, "n_general_", 0):
@@ -264,7 +266,7 @@ def _new_gate(config: QueryGateConfig, epsilon: float, by_kind: bool = False) ->
 
 
 def _promise(config: QueryGateConfig, gate: Any) -> dict[str, Any]:
-    """What the calibration promises of new queries; the paper's gates promise nothing."""
+    """The calibration's guarantee for new queries; the paper's gates have none."""
     if config.gate != "conformal":
         return {"calibration_queries": gate.n_calibration_}
     return {
@@ -282,10 +284,10 @@ def _promise(config: QueryGateConfig, gate: Any) -> dict[str, Any]:
 def _held_out(
     data: FitData, read: Site, score: Any, gate: Any, form: PromptForm, full: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the gate does to queries that neither score nor threshold has seen.
+    """The gate's figures on queries that neither score nor threshold has seen.
 
-    A miss is an intervention-required query below the full dose, a false alarm a general query with any dose. Those of
-    the intervention-required queries' form are counted by themselves as well.
+    A miss is an intervention-required query below the full dose, a false alarm a general query with any dose. General
+    queries in the form of the intervention-required ones are also counted separately.
     """
     validation: tuple[Part, ...] = ("validation",)
     texts, others = query_texts(data, read, validation), general_texts(data, read, validation)
@@ -318,7 +320,7 @@ def _apply(function: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def _sample(scores: np.ndarray) -> list[float]:
-    """At most 200 scores, evenly spaced in rank."""
+    """At most 200 scores, evenly spaced by rank."""
     ranks = np.linspace(0, len(scores) - 1, min(KEPT_SCORES, len(scores))).round().astype(int)
     return [float(value) for value in np.sort(scores)[ranks]]
 

@@ -15,18 +15,18 @@ from finesteer_hf.methods._shared.rows import general_texts, query_kinds, query_
 from finesteer_hf.sites import Site
 
 
-# Prompts of each class that a probe of their form needs.
+# Fewest prompts of each class for a probe of their form.
 MIN_PROBED = 20
-# General prompts of the IR prompts' form that choices are made on; with fewer, all count.
+# Fewest general prompts in the IR prompts' form to make choices on; with fewer, all count.
 MIN_SAME_FORM = 20
 
 
 @dataclass(frozen=True)
 class PromptForm:
-    """What the form of the prompts tells, and which general prompts it does not tell apart.
+    """A probe of the prompts' form, and the general prompts that it cannot separate from IR prompts.
 
     Attributes:
-        probe: fitted on the texts alone; None where there are too few.
+        probe: fitted on the texts only; None if there are too few.
         epsilon: share of the IR prompts that the gate may miss.
     """
 
@@ -42,20 +42,20 @@ class PromptForm:
         return cls(FormProbe(seed=data.seed).fit(own, general, query_kinds(data, read, parts)), epsilon)
 
     def same(self, texts: list[str]) -> NDArray[np.bool_]:
-        """Which general prompts have the form of IR prompts; all of them where nothing is known."""
+        """Which general prompts have the form of IR prompts; all without a probe."""
         return np.ones(len(texts), dtype=bool) if self.probe is None else self.probe.same_form(texts, self.epsilon)
 
     def judged(self, texts: list[str]) -> NDArray[np.bool_]:
-        """Which general prompts choices are made on: those of the same form, if there are enough."""
+        """The general prompts for making choices: those of the same form, if there are enough."""
         same = self.same(texts)
         return same if same.sum() >= MIN_SAME_FORM else np.ones(len(texts), dtype=bool)
 
     def weights(self, own: list[str], general: list[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-        """What IR and general prompts weigh in a classifier of states, so that it learns less of their form."""
+        """Weights of IR and general prompts in a classifier of states that make it learn less of their form."""
         return None if self.probe is None else self.probe.overlap_weights(own, general)
 
     def report(self, own: list[str], general: list[str], fires: NDArray[np.bool_]) -> dict[str, Any] | None:
-        """Hold the gate's decisions on held-out prompts against their form.
+        """Compare the gate's decisions on held-out prompts with their form.
 
         Args:
             own: held-out IR prompts.
@@ -63,8 +63,8 @@ class PromptForm:
             fires: whether the gate steers them, in that order.
 
         Returns:
-            `auroc` of the form alone, `decisions_auroc`, with which the form predicts the gate's decisions (None if they
-            are all alike), and in words what `tells` most; None without a probe.
+            `auroc` of the form alone, `decisions_auroc` of the form as a predictor of the gate's decisions (None if
+            they are all equal), and `tells`, the strongest differences in words; None without a probe.
         """
         if self.probe is None:
             return None

@@ -1,4 +1,4 @@
-"""Where a gate reads, for methods whose own sites do not say."""
+"""Where a gate reads, for methods whose own sites do not determine it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from finesteer_hf.methods.query_gate.form import PromptForm
 from finesteer_hf.sites import Site, resid_post
 
 
-# Rows that rank sites; more cost cubically and change no rank.
+# Rows used to rank sites; the cost is cubic, and more do not change the ranks.
 SWEEP_ROWS = 1000
-# Sites that separate the queries this much worse than the best (AUROC) are left out: their gate would be blunt.
+# Sites that separate the queries worse than the best by this AUROC are left out: their gate would be imprecise.
 BLUNT = 0.01
 
 
 def candidate_reads(config: QueryGateConfig, info: ModelInfo) -> tuple[Site, ...]:
-    """The site that a config names, or else the outputs of the blocks between 20% and 80% of the depth.
+    """The site that a config names, or the outputs of the blocks between 20% and 80% of the depth.
 
     Raises:
         ValueError: if the site is out of the model's range.
@@ -39,7 +39,7 @@ def candidate_reads(config: QueryGateConfig, info: ModelInfo) -> tuple[Site, ...
 
 
 def choose_read_site(data: FitData, config: QueryGateConfig) -> tuple[Site, dict[str, float | None]]:
-    """The earliest candidate at which the queries of the `fit` part are told from general prompts about best.
+    """The earliest candidate that separates the `fit` part's queries from general prompts about as well as the best.
 
     Returns:
         The site, the middle one if there are no general prompts, and the `separability` of each candidate.
@@ -51,7 +51,7 @@ def choose_read_site(data: FitData, config: QueryGateConfig) -> tuple[Site, dict
     varying = [site for site, rows in queries.items() if rows_vary(rows)]
     if not varying:
         raise DatasetError(
-            f"All queries have the same state at {', '.join(map(str, queries))}, so no gate can tell them apart. Choose a "
+            f"All queries have the same state at {', '.join(map(str, queries))}, so no gate can separate them. Choose a "
             "later read_site."
         )
     form = PromptForm.of(data, varying[0], ("fit",), config.gate_epsilon)
@@ -73,10 +73,10 @@ def separability(queries: np.ndarray, general: np.ndarray, judged: np.ndarray | 
     Args:
         queries: `[rows, d]`.
         general: `[rows, d]`.
-        judged: `[len(general)]` bool, the general prompts that the AUROC counts, at least one; None for all.
+        judged: `[len(general)]` bool, the general prompts counted in the AUROC, at least one; None for all.
 
     Returns:
-        None with fewer than two general prompts.
+        The AUROC; None with fewer than two general prompts.
     """
     if len(general) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The gate at run time: a score of the query's state, and the dose that it opens."""
+"""The gate at run time: a score of the query's state, and its dose."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from finesteer_hf.methods.query_gate.tensors import GATE_TENSORS, SCORE_TENSORS,
 
 Formula = Callable[..., torch.Tensor]
 
-# Gates that are constant between the scores at which they step: those of the calibration rows, threshold and floor.
+# Gates that are step functions of the score; they step at scores of calibration rows, threshold and floor.
 STEPPED = ("conformal", "quantile")
 STEPS = ("gate.calibration", "gate.threshold", "gate.floor")
 
 
 class QueryGate:
-    """`g(s(h))` for the states h of queries, float32 on their device, without a branch on a value.
+    """`g(s(h))` for the states h of queries, float32 on their device, without branches on values.
 
     Args:
-        config: fitted, with a gate other than `always`.
+        config: a fitted config with a gate other than `always`.
     """
 
     def __init__(self, config: QueryGateConfig) -> None:
@@ -36,14 +36,14 @@ class QueryGate:
         self._score_names, self._gate_names = SCORE_TENSORS[config.gate_score], GATE_TENSORS[config.gate]
 
     def lay_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the gate looks its dose up in, made once, as the adapter is loaded; nothing for gates without steps.
+        """The gate's lookup table of doses, built once when the adapter is loaded; empty for gates without steps.
 
         Args:
-            tensors: by the names of the adapter's file.
+            tensors: tensors by their names in the adapter's file.
 
         Returns:
-            `gate.steps` `[n]`: the scores at which the gate steps, negated, ascending. `gate.doses` `[n + 1]`: the dose of
-            a score that lies below as many of them as the index says; both float32.
+            `gate.steps` `[n]`: the scores at which the gate steps, negated, ascending. `gate.doses` `[n + 1]`: the
+            dose of a score that is below as many steps as the index; both float32.
         """
         if not self._stepped:
             return {}
@@ -58,11 +58,11 @@ class QueryGate:
         return (*self._score_names.values(), *own)
 
     def __call__(self, h: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score queries and open the gate by the score.
+        """Score queries and compute the gate from the score.
 
         Args:
             h: `[rows, hidden_size]` float32, unsteered, at the read site.
-            tensors: by the names of the adapter's file, with those of `lay_out`, on the device of `h`.
+            tensors: tensors by their names in the adapter's file, with those of `lay_out`, on the device of `h`.
 
         Returns:
             The gate in [0, 1] and the score, `[rows]` float32 each.
@@ -70,5 +70,5 @@ class QueryGate:
         score = self._score(h, **from_file(self._score_names, tensors))
         if not self._stepped:
             return self._gate(score, **from_file(self._gate_names, tensors)), score
-        # Steps are counted from above: NaN, which is sorted above every number, then gets the lowest dose.
+        # Steps are counted from above: NaN, which sorts above every number, gets the lowest dose.
         return tensors["gate.doses"].take(torch.searchsorted(tensors["gate.steps"], -score)), score

@@ -1,6 +1,6 @@
-"""Which tensors hold a gate in an adapter's file, and which run-time function takes them.
+"""The tensors of a gate in an adapter's file, and the run-time functions that take them.
 
-The estimators hand over what their run-time function takes by keyword; an adapter's file names it by its part.
+Estimators return the keyword arguments of their run-time function; an adapter's file has its own names for them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GATE_TENSORS: dict[str, dict[str, str]] = {
     "always": {},
 }
 
-# d: width, k: subspace rank, n and m: rows of calibration and of reference.
+# d: width, k: subspace rank, n and m: calibration and reference rows.
 _AXES: dict[str, str] = {
     "gate.mean": "d",
     "gate.basis": "dk",
@@ -65,17 +65,17 @@ _AXES: dict[str, str] = {
 
 
 def gate_shapes(config: QueryGateConfig) -> dict[str, Shape]:
-    """Names and shapes of a fitted gate's tensors; none at all for `always`.
+    """Names and shapes of a fitted gate's tensors; none for `always`.
 
     Raises:
-        AdapterFileError: if a setting of the gate was left to the data and no fit has chosen it.
+        AdapterFileError: if a setting of the gate is open and no fit has chosen it.
     """
     if config.gate == "always":
         return {}
     unfitted = config.unfitted_gate()
     if unfitted:
         raise AdapterFileError(
-            f"The {config.steering_type} config has gate={config.gate!r} and leaves {unfitted} to the data; only a fitted "
+            f"The {config.steering_type} config has gate={config.gate!r} and leaves {unfitted} to the fit; only a fitted "
             "adapter can steer. Run `fit_steering`."
         )
     names = [*SCORE_TENSORS[config.gate_score].values(), *GATE_TENSORS[config.gate].values()]
@@ -88,16 +88,16 @@ def shapes_of(
     """Shapes of tensors.
 
     Args:
-        names: which.
-        axes: for each name a letter an axis.
-        sizes: of the letters; an axis whose size is no number is free, and the same for all of its letter.
+        names: names of the tensors.
+        axes: for each name, one letter per axis.
+        sizes: sizes of the letters; an axis whose size is not a number is free, and equal for all with its letter.
     """
     known = {letter: size for letter, size in sizes.items() if isinstance(size, int)}
     return {name: tuple(known.get(axis, Free(axis)) for axis in axes[name]) for name in names}
 
 
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse values that no fit writes and that would make a gate of NaN out of any query.
+    """Refuse values that no fit writes and that would make every gate NaN.
 
     Raises:
         AdapterFileError: for reference scores that are empty or not ascending, and for scales that are not positive.
@@ -113,7 +113,7 @@ def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def to_file(names: Mapping[str, str], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What an estimator hands over, by the names of the file.
+    """An estimator's state under the names of the file.
 
     A threshold of minus infinity (a gate that always fires) becomes the lowest number: files hold finite numbers.
     """

@@ -1,4 +1,4 @@
-"""TAD: a constant vector where the newest token is uncertain."""
+"""TAD: a constant vector at tokens that are uncertain."""
 
 from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.tad.config import TADConfig

@@ -1,4 +1,4 @@
-"""Fit the score of a token that takes in the tokens before it; the score itself is in `recurrence`."""
+"""Fit the score of a token that uses earlier tokens; the score itself is in `recurrence`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from finesteer_hf.sites import BACK, Site, resid_post
 
 ALPHAS = (1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4)
 FOLDS = 5
-# Answers of a side and a part, and tokens of them all together, that a score is fitted to.
+# Most answers per side and part, and most of their tokens in total, to fit a score on.
 MAX_ROWS, MAX_TOKENS = 200, 2000
 
 
 @dataclass(frozen=True)
 class AnswerStates:
-    """Answers as the recurrence runs over them, padded on the right.
+    """Right-padded answers for the recurrence.
 
     Attributes:
         states: `[answers, tokens, d]` float32; the first is the query's.
         attention: `[answers, tokens, N, weights]` float32, or None.
         real: bool `[answers, tokens]`.
         wanted: bool `[answers]`: whether an answer is a chosen one.
-        group: int64 `[answers]`: the row that it is of.
+        group: int64 `[answers]`: the row of an answer.
     """
 
     states: NDArray[np.float32]
@@ -45,27 +45,27 @@ class AnswerStates:
 
     @property
     def told(self) -> NDArray[np.bool_]:
-        """Tokens that a fit learns from, `[answers, tokens]`: all but the first, which is the same for every answer."""
+        """Training tokens, `[answers, tokens]`: all but the first, which is the same for every answer."""
         told = self.real.copy()
         told[:, 0] = False
         return told
 
     def target(self) -> NDArray[np.float64]:
-        """1 at tokens of chosen answers and 0 at those of rejected ones, `[answers, tokens]`."""
+        """1 at tokens of chosen answers, 0 at those of rejected ones, `[answers, tokens]`."""
         return np.repeat(self.wanted[:, None], self.real.shape[1], axis=1).astype(np.float64)
 
 
 def read_answers(
     data: FitData, part: Part, layers: Sequence[int], reach: int, attention: bool
 ) -> dict[int, AnswerStates]:
-    """Run the answers of a part through the model: for each layer the beginning of each, chosen ones first.
+    """Run the answers of a part through the model: for each layer, the beginning of each answer, chosen ones first.
 
     Args:
         data: runs the model.
-        part: of the rows.
+        part: part of the rows.
         layers: blocks whose outputs are judged.
         reach: N.
-        attention: whether the weights of a layer's heads, and of those before it, are wanted.
+        attention: whether to return the attention weights of a layer's heads and of earlier layers' heads.
     """
     size = len(data.prompts(part))
     rows = np.random.default_rng(data.seed).choice(size, min(size, MAX_ROWS), replace=False).tolist()
@@ -91,7 +91,7 @@ def read_answers(
 
 
 def by_neighbour(states: Sequence[torch.Tensor], reach: int) -> torch.Tensor:
-    """What `attention` sites of some blocks show, `[rows, tokens, heads * BACK]` each, as A, nearest token first.
+    """A, nearest token first, from the `attention` sites of some blocks, `[rows, tokens, heads * BACK]` each.
 
     Returns:
         `[rows, tokens, N, weights]` float32.
@@ -118,7 +118,7 @@ class FittedScore:
     Attributes:
         state_weight, state_bias: p = sigmoid(state_weight . h + state_bias), `[d]` and a number.
         weights: the regression on top.
-        alpha: its ridge.
+        alpha: its ridge strength.
     """
 
     state_weight: NDArray[np.float64]
@@ -139,13 +139,13 @@ class FittedScore:
 def fit_score(answers: AnswerStates, reach: int) -> FittedScore:
     """Fit in two stages, as the authors' code does.
 
-    In the first, the confidences of the tokens before are their targets; in the second they are what first-stage models
-    make of answers that they have not learned from, so that the regression meets at run time what it was fitted on. The
-    ridge of either is the one whose scores, run through whole answers, tell held-out tokens best (the code: by how well
-    they reject bad answers). p is cross-fitted as well.
+    In the first stage, the confidences of earlier tokens are their targets; in the second they are predictions of
+    first-stage models on answers that those have not seen, so that the regression is fitted on the same kind of input
+    as at run time. Each ridge strength is the one whose scores, run through whole answers, separate held-out tokens
+    best (in the authors' code: reject bad answers best). p is cross-fitted too.
 
     Args:
-        answers: of both kinds, of at least two rows.
+        answers: answers of both kinds, from at least two rows.
         reach: N.
     """
     folds = list(_folds(answers))
@@ -169,9 +169,9 @@ def fit_score(answers: AnswerStates, reach: int) -> FittedScore:
 def features(
     own: NDArray[np.float64], scores: NDArray[np.float64], answers: AnswerStates, reach: int
 ) -> NDArray[np.float64]:
-    """What the regression of each token takes: its p, then for each n A(i, i - n), p_(i-n), u_(i-n) and p_i u_(i-n).
+    """The regression's features of each token: its p, then for each n A(i, i - n), p_(i-n), u_(i-n) and p_i u_(i-n).
 
-    Zeros stand for tokens before the first.
+    Tokens before the first are zeros.
 
     Returns:
         `[answers, tokens, 1 + N (weights + 3)]`.
@@ -188,7 +188,7 @@ def features(
 
 
 def auroc(answers: AnswerStates, scores: NDArray[np.float64], rows: NDArray[np.integer] | None = None) -> float:
-    """How well scores tell tokens of chosen answers from those of rejected ones; 0.5 where there is one kind only."""
+    """AUROC of scores for tokens of chosen against rejected answers; 0.5 if there is only one kind."""
     chosen = answers.told if rows is None else answers.told & np.isin(np.arange(len(answers.real)), rows)[:, None]
     target = answers.target()[chosen]
     return float(roc_auc_score(target, scores[chosen])) if len(set(target)) == 2 else 0.5

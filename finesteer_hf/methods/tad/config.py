@@ -21,18 +21,18 @@ class TADConfig(SteeringConfig):
     """Settings of a token-level gate by uncertainty.
 
     Attributes:
-        layer: decoder block whose output is judged and steered; `auto` takes, of the three at which the head does best on
-            held-out tokens, the one with the best held-out effect.
-        uncertainty: what the head tells: `answers` (log-odds that the token belongs to a rejected answer, not to a chosen
-            one) or `entropy` (of the model's next-token distribution after it, in nats).
-        gate: `hard` steers a token or leaves it bit-identical; `soft` weighs.
+        layer: decoder block whose output is judged and steered; `auto` takes, among the three where the head is best
+            on held-out tokens, the one with the best held-out effect.
+        uncertainty: what the head predicts: `answers` (log-odds that the token belongs to a rejected answer, not a
+            chosen one) or `entropy` (of the model's next-token distribution after it, in nats).
+        gate: `hard` steers a token or leaves it bit-identical; `soft` weights the vector.
         quantile: share of trusted tokens whose uncertainty is below the threshold.
         pool: answer states whose mean difference is the vector.
-        recurrence: N, number of tokens before each that its score takes in; 0 judges each by itself. It goes with
-            `uncertainty="answers"`, and without beams, whose rows change places.
-        attention: whether the score also takes in the attention to these tokens, of all heads up to the block that is
-            judged. It needs a model with `attn_implementation="eager"`: no other gives attention weights.
-        attention_heads: number of heads of each block, filled in by the fit where attention is taken in.
+        recurrence: N, number of earlier tokens that a token's score uses; 0 judges each token alone. Needs
+            `uncertainty="answers"`, and excludes beams, which reorder rows.
+        attention: whether the score also uses the attention to these tokens, of all heads up to the judged block.
+            Needs a model with `attn_implementation="eager"`, the only one that returns attention weights.
+        attention_heads: number of heads of each block, filled in by the fit if attention is used.
     """
 
     steering_type: ClassVar[str] = "TAD"
@@ -44,15 +44,15 @@ class TADConfig(SteeringConfig):
     )
     layer: int | str = field(default="auto", metadata=setting("Judged and steered decoder block, or auto."))
     uncertainty: Literal["answers", "entropy"] = field(
-        default="answers", metadata=setting("What the head tells: answers or entropy.")
+        default="answers", metadata=setting("What the head predicts: answers or entropy.")
     )
     gate: Literal["hard", "soft"] = field(default="hard", metadata=setting("hard or soft."))
     quantile: float = field(default=0.5, metadata=setting("Share of trusted tokens below the threshold."))
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
-    recurrence: int = field(default=0, metadata=setting("Earlier tokens taken in.", least=0, most=BACK))
-    attention: bool = field(default=False, metadata=setting("Whether attention to them is taken in."))
+    recurrence: int = field(default=0, metadata=setting("Number of earlier tokens used.", least=0, most=BACK))
+    attention: bool = field(default=False, metadata=setting("Whether attention to them is used."))
     attention_heads: int | None = field(
         default=None, metadata=written_by_fit("Heads of each block.", least=1, most=MOST_HEADS)
     )
@@ -66,15 +66,15 @@ class TADConfig(SteeringConfig):
         check_number("quantile", self.quantile, above=0, below=1)
         if self.recurrence and self.uncertainty != "answers":
             raise ValueError(
-                f"recurrence={self.recurrence} regresses a confidence, so it goes with uncertainty='answers', not "
+                f"recurrence={self.recurrence} regresses a confidence, so it needs uncertainty='answers', not "
                 f"{self.uncertainty!r}."
             )
         if self.attention and not self.recurrence:
-            raise ValueError("attention=True is attention to earlier tokens: say how many with `recurrence`.")
+            raise ValueError("attention=True is attention to earlier tokens: set their number with `recurrence`.")
 
     @classmethod
     def paper(cls, **overrides: Any) -> TADConfig:
-        """The score as the authors' code has it: ten tokens before each, and the attention to them.
+        """The score of the authors' code: ten earlier tokens, and the attention to them.
 
         Args:
             **overrides: fields to change.

@@ -1,4 +1,4 @@
-"""What judges a token: a linear head on its state, or the recurrent score on top of one, with their thresholds."""
+"""Scores of a token: a linear head on its state, or the recurrent score on top of one, with thresholds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 4
-# Tokens of a side and a part that the head is fitted to: a linear head learns no more from many thousands.
+# Most tokens per side and part to fit the head on: a linear head does not improve with many thousands.
 MAX_ROWS, MAX_TOKENS = 200, 1000
 RIDGES = np.logspace(0, 6, 13)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A head, and the excess of held-out tokens' uncertainty over the threshold, in units of the spread.
+    """A head, and how far held-out tokens' uncertainty exceeds the threshold, in units of the spread.
 
     Attributes:
         head: the head.
@@ -43,7 +43,7 @@ class Judged:
     excess: Mapping[str, NDArray[np.floating]]
 
     def opened(self, config: TADConfig) -> dict[str, float | None]:
-        """Mean gate of either side's tokens; None where there are none."""
+        """Mean gate of each side's tokens; None if there are none."""
         means: dict[str, float | None] = {}
         for side, excess in self.excess.items():
             gate = (excess > 0).astype(float) if config.gate == "hard" else expit(excess)
@@ -52,7 +52,7 @@ class Judged:
 
 
 def single_heads(data: FitData, config: TADConfig, layers: Sequence[int]) -> dict[int, Judged]:
-    """Heads that judge each token by itself."""
+    """Heads that judge each token alone."""
     parts = {
         part: AnswerTokens.of(data, part, list(map(resid_post, layers)))
         for part in cast(tuple[Part, ...], ("fit", "calibration"))
@@ -69,7 +69,7 @@ def single_heads(data: FitData, config: TADConfig, layers: Sequence[int]) -> dic
 
 
 def heads_with_memory(data: FitData, config: TADConfig, layers: Sequence[int]) -> dict[int, Judged]:
-    """Heads whose score takes in the tokens before."""
+    """Heads whose score uses earlier tokens."""
     reach = config.recurrence
     fit, held_out = (
         read_answers(data, part, layers, reach, config.attention)
@@ -85,7 +85,7 @@ def heads_with_memory(data: FitData, config: TADConfig, layers: Sequence[int]) -
 
 
 def _judged(score: FittedScore, held_out: AnswerStates, config: TADConfig) -> Judged:
-    """Threshold and spread of a score, from the tokens of held-out chosen answers, and how well it tells them."""
+    """Threshold and spread of a score, from the tokens of held-out chosen answers, and its quality."""
     told, confidence = held_out.told, score.score(held_out)
     sides = {"chosen": held_out.wanted, "rejected": ~held_out.wanted}
     doubts = {side: 1 - confidence[told & of_side[:, None]] for side, of_side in sides.items()}
@@ -116,9 +116,9 @@ class AnswerTokens:
     """States of single tokens within answers, and how uncertain the model is after them.
 
     Attributes:
-        rows: number of rows that they are of.
+        rows: number of their rows.
         states: for `chosen` and `rejected`, by site, `[tokens, d]` float32.
-        entropy: for either side, of the next-token distribution, `[tokens]` in nats.
+        entropy: for each side, entropy of the next-token distribution, `[tokens]` in nats.
     """
 
     rows: int
@@ -127,7 +127,7 @@ class AnswerTokens:
 
     @classmethod
     def of(cls, data: FitData, part: Part, sites: Sequence[Site]) -> AnswerTokens:
-        """Run the answers of a part through the model; of each, evenly spaced tokens are kept."""
+        """Run the answers of a part through the model and keep evenly spaced tokens of each."""
         size = len(data.prompts(part))
         rows = np.random.default_rng(data.seed).choice(size, min(size, MAX_ROWS), replace=False).tolist()
         most = max(1, MAX_TOKENS // max(len(rows), 1))
@@ -142,7 +142,7 @@ class AnswerTokens:
         return found
 
     def target(self, name: str) -> NDArray[np.floating]:
-        """What a head is to tell of the tokens of both sides, the chosen ones first."""
+        """A head's targets for the tokens of both sides, the chosen ones first."""
         if name == "answers":
             return np.repeat([0.0, 1.0], [len(self.entropy[side]) for side in ("chosen", "rejected")])
         return np.concatenate([self.entropy[side] for side in ("chosen", "rejected")])
@@ -165,14 +165,14 @@ def _tokens_of(run: AnswerRun, most: int) -> tuple[dict[Site, NDArray[np.float32
 
 @dataclass(frozen=True)
 class Head:
-    """A fitted head: `gate.weight` and `gate.bias`, and how well it tells held-out tokens."""
+    """A fitted head: `gate.weight` and `gate.bias`, and its quality on held-out tokens."""
 
     tensors: dict[str, torch.Tensor]
     quality: float
 
 
 def fit_head(fit: AnswerTokens, held_out: AnswerTokens, layer: int, config: TADConfig) -> Head:
-    """Fit a head at a layer, with threshold and spread of the held-out chosen answers' tokens folded in.
+    """Fit a head at a layer, with the threshold and spread of the held-out chosen answers' tokens folded in.
 
     Its quality is the area under the curve for `answers`, the rank correlation for `entropy`.
     """

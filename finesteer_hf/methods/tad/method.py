@@ -1,22 +1,22 @@
-"""TAD: a constant vector where the newest token is uncertain (after "Unconditional Truthfulness", arXiv 2408.10692).
+"""TAD: a constant vector at tokens that are uncertain (after "Unconditional Truthfulness", arXiv 2408.10692).
 
-The paper learns an uncertainty of each token that does not hinge on the tokens before it, from the attention to them,
-the token's probability and their own uncertainties, in two stages. It scores text; here such a score is a gate:
+The paper learns an uncertainty of each token that is not conditional on earlier tokens, from the attention to them,
+the token's probability and their uncertainties, in two stages. It scores text; here such a score is a gate:
 
     u = w . h + b,    g = 1 if u > threshold else 0    (soft: sigmoid((u - threshold) / spread))
-    h <- h + strength * g * v    for each token by itself
+    h <- h + strength * g * v    for each token separately
 
-By default this head is a stand-in for the paper's: linear in the state of the token, and of that token alone. What it
-regresses is chosen by `uncertainty`. With `recurrence` = N the paper's regression stands on top of it, see
-`finesteer_hf.methods.tad.recurrence`: the head's probability is the token's own confidence p_i, and the unconditional u_i
-takes in those of the N tokens before, and with `attention` the attention to them. Then the gate is that of 1 - u_i.
+By default this head is a substitute for the paper's: linear in the state of this token only. `uncertainty` chooses its
+target. With `recurrence` = N the paper's regression is added on top, see `finesteer_hf.methods.tad.recurrence`: the
+head's probability is the token's own confidence p_i, and the unconditional u_i uses those of the N earlier tokens and,
+with `attention`, the attention to them. The gate is then that of 1 - u_i.
 
-The paper's p_i is the probability that the model gave the token. It is no feature here: where the token is steered, it
-would have to be known from the logits of the token before, which in a text that is scored in one forward do not exist yet,
-and which the steering itself changes. All that is taken comes from blocks that the steering has not reached, so that u_i is
-a function of the text alone, whether it is generated, drafted or scored.
+The paper's p_i is the token's probability under the model. It is not a feature here: it needs the logits of the
+previous token, which do not exist yet when a text is scored in one forward, and which the steering itself changes. All
+features come from blocks that the steering has not reached, so u_i depends only on the text, whether it is generated,
+drafted or scored.
 
-The threshold and the spread are those of tokens that can be trusted, the ones of held-out chosen answers.
+The threshold and the spread are those of trusted tokens: the tokens of held-out chosen answers.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class TAD(SteeringMethod[TADConfig]):
 
     Args:
         config: a fitted `TADConfig`.
-        tensors: `vector` and `gate.weight`, `[hidden_size]`, and `gate.bias`, `[1]`, float32: g is the step function or
-            the sigmoid of weight . h + bias, the threshold and the spread folded in. With a recurrence, p is the sigmoid
-            of weight . h + bias; g that of (1 - u - `gate.threshold`) / `gate.spread`, `[1]` each; and the regression is
-            `recurrence.bias` and `.own`, `[1]`, `.previous`, `[N, 3]` and, of attention, `.attention`, `[N, weights]`.
+        tensors: `vector` and `gate.weight`, `[hidden_size]`, and `gate.bias`, `[1]`, float32: g is the step function
+            or the sigmoid of weight . h + bias, with threshold and spread folded in. With a recurrence, p is the
+            sigmoid of weight . h + bias; g that of (1 - u - `gate.threshold`) / `gate.spread`, `[1]` each; and the
+            regression is `recurrence.bias` and `.own`, `[1]`, `.previous`, `[N, 3]` and, of attention, `.attention`,
+            `[N, weights]`.
 
     Raises:
         AdapterFileError: if the config is not fitted, or a tensor is missing.
@@ -67,7 +68,7 @@ class TAD(SteeringMethod[TADConfig]):
         self.maps = (*(Site("attention", block) for block in blocks), resid_post(settings.layer))
 
     def transform(self, site: Site, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """Judge each token of `[rows, tokens, hidden_size]`, and push the uncertain ones among the named."""
+        """Judge each token of `[rows, tokens, hidden_size]`, and steer the uncertain ones among those selected."""
         if site.kind == "attention":
             view.state.setdefault("attention", {})[site] = hidden
             return hidden
@@ -80,7 +81,7 @@ class TAD(SteeringMethod[TADConfig]):
         return torch.where(steered, pushed, hidden)
 
     def gate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """g of tokens `[..., hidden_size]`, any floating dtype, each by itself: `[...]` float32 in [0, 1]."""
+        """g of tokens `[..., hidden_size]`, any floating dtype, each alone: `[...]` float32 in [0, 1]."""
         told = self._told(hidden)
         return self._open(self._excess(torch.sigmoid(told)) if self.remembers else told)
 
@@ -97,7 +98,7 @@ class TAD(SteeringMethod[TADConfig]):
         return (excess > 0).float() if self.settings.gate == "hard" else torch.sigmoid(excess)
 
     def _remembering(self, hidden: torch.Tensor, view: TokenView) -> torch.Tensor:
-        """g of the named tokens of a forward, `[rows, tokens]`; what it is at others is not used."""
+        """g of the selected tokens of a forward, `[rows, tokens]`; values at others are not used."""
         reach, own = self.settings.recurrence, self.parameters_on(hidden.device)
         judged = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if view.mask is not None:
@@ -113,7 +114,7 @@ class TAD(SteeringMethod[TADConfig]):
             own["recurrence.previous"],
             own.get("recurrence.attention", own["recurrence.previous"][:, :0]),
         )
-        # Of a prompt's tokens only the query is judged: the others are not run through one by one.
+        # Only the query is judged among a prompt's tokens, so the others need not be stepped through.
         start = 0
         if self.positions == "generated" and isinstance(view.query_column, int):
             start = min(max(view.query_column - view.first_column, 0), hidden.shape[1] - 1)
@@ -130,7 +131,7 @@ class TAD(SteeringMethod[TADConfig]):
 
     @classmethod
     def tensor_shapes(cls, config: TADConfig) -> dict[str, tuple[int | None, ...]]:
-        """A vector and the head, and what stands on top of it."""
+        """A vector, the head, and the regression on top of it."""
         require_fitted(config, "layer")
         shapes: dict[str, tuple[int | None, ...]] = {
             "vector": (config.hidden_size,),
@@ -148,11 +149,11 @@ class TAD(SteeringMethod[TADConfig]):
 
     @classmethod
     def refused_by(cls, config: TADConfig) -> Mapping[str, str]:
-        """With a recurrence, beams: their rows change places."""
+        """With a recurrence, beams, which reorder rows."""
         if not config.recurrence:
             return cls.refuses
         names = ("beams", "mixed_rows_with_beams", "output_steering_of_beams")
-        return {**cls.refuses, **dict.fromkeys(names, "what is remembered of a row does not follow its beam")}
+        return {**cls.refuses, **dict.fromkeys(names, "the memory of a row does not follow its beam")}
 
     @classmethod
     def needs(cls, config: TADConfig, info: ModelInfo) -> CaptureRequest:
@@ -160,11 +161,11 @@ class TAD(SteeringMethod[TADConfig]):
 
         Raises:
             ValueError: if the layer is out of range.
-            UnsupportedModelError: if attention is to be taken in, and the model's gives no weights.
+            UnsupportedModelError: if attention is used and the model returns no attention weights.
         """
         if config.attention and not info.shows_attention:
             raise UnsupportedModelError(
-                "attention=True needs attention weights, which only attn_implementation='eager' gives. Load the model with "
+                "attention=True needs attention weights, which only attn_implementation='eager' has. Load the model with "
                 "it, or call `model.set_attn_implementation('eager')` before the fit."
             )
         pools: tuple[Pool, ...] = ("query", config.pool)

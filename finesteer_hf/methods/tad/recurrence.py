@@ -1,15 +1,14 @@
-"""Confidence of a token that takes in the tokens before it: TAD, "Unconditional Truthfulness" (arXiv 2408.10692).
+"""Confidence of a token that uses earlier tokens: TAD, "Unconditional Truthfulness" (arXiv 2408.10692).
 
-A token's own confidence p_i is conditional: it holds if the tokens before it do. The unconditional one is regressed from
-it, from the attention to the tokens before, and from their confidences, conditional and unconditional:
+A token's own confidence p_i is conditional on the earlier tokens being right. The unconditional one is regressed from
+it, from the attention to earlier tokens, and from their conditional and unconditional confidences:
 
     u_i = clip(b + w p_i + sum_n (a_n . A(i, i - n) + c_n p_(i-n) + r_n u_(i-n) + s_n p_i u_(i-n)), 0, 1),   u_0 = p_0
 
-n runs from 1 to N over those tokens before that are judged as well. The features, the target (the quality of the answer
-that a token belongs to) and the two stages of the fit are those of the authors' code. There p_i is the probability that
-the model gave the token, and A are the weights of all heads; here p_i is read from the token's state, and A are those of
-the heads up to the block that is judged: more is not known when the token is steered, see
-`finesteer_hf.methods.tad.method`.
+n runs from 1 to N over those earlier tokens that are judged too. The features, the target (the quality of the token's
+answer) and the two stages of the fit are those of the authors' code. There p_i is the token's probability under the
+model, and A are the weights of all heads. Here p_i is read from the token's state, and A are those of the heads up to
+the judged block: more is not known when the token is steered, see `finesteer_hf.methods.tad.method`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 
-# Columns that are remembered beyond the N needed: as many as a step of `generate` can take back at once.
+# Columns to remember beyond the N needed: as many as a step of `generate` can take back at once.
 REACH = 256
 
 
@@ -30,7 +29,7 @@ class Weights:
     Attributes:
         bias, own: b and w, `[1]`.
         previous: c_n, r_n and s_n, `[N, 3]`.
-        attention: a_n, `[N, weights]`; no columns if attention is no feature.
+        attention: a_n, `[N, weights]`; no columns if attention is not a feature.
     """
 
     bias: torch.Tensor
@@ -46,14 +45,14 @@ def unconditional(
     weights: Weights,
     past: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """u of tokens in a row; 0 at those that are not judged.
+    """u of consecutive tokens; 0 at those that are not judged.
 
     Args:
         own: p, `[rows, tokens]` float32.
         judged: bool `[rows, tokens]`: tokens that have a score, without gaps in a row.
-        attention: A, `[rows, tokens, N, weights]`, nearest token first; None if it is no feature.
+        attention: A, `[rows, tokens, N, weights]`, nearest token first; None if it is not a feature.
         weights: the regression.
-        past: p, u and `judged` of the N columns before, `[rows, N]`; None if there are none.
+        past: p, u and `judged` of the N earlier columns, `[rows, N]`; None if there are none.
     """
     reach, rows = len(weights.previous), len(own)
     if past is None:
@@ -79,10 +78,9 @@ def unconditional(
 
 
 class Recurrence:
-    """What a call remembers of the columns before: p, u and whether a column is judged.
+    """A call's memory of earlier columns: p, u and whether a column is judged.
 
-    Columns are absolute, so that those that are taken back (drafts that were not accepted) or come again (no cache) are
-    forgotten by themselves.
+    Columns are absolute, so those that are taken back (rejected drafts) or passed again (no cache) are overwritten.
 
     Args:
         reach: N.
@@ -94,11 +92,11 @@ class Recurrence:
         self.kept: tuple[torch.Tensor, ...] = ()
 
     def before(self, first: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """p, u and `judged` of the N columns before column `first`, `[rows, N]`; not judged where none was seen."""
+        """p, u and `judged` of the N columns before column `first`, `[rows, N]`; unseen ones are not judged."""
         zeros = like.new_zeros(len(like), self.reach)
         empty = (zeros, zeros, torch.zeros_like(zeros, dtype=torch.bool))
         columns = self.kept[0].shape[1] if self.kept else 0
-        # Columns that were not passed in this call have no score, nor have those before them any say.
+        # Columns that this call did not pass have no score, and earlier ones are ignored.
         seen = max(0, columns - (self.end - first)) if first <= self.end else 0
         self.kept = tuple(values[:, :seen].to(like.device) for values in self.kept)
         self.end = first
@@ -110,7 +108,7 @@ class Recurrence:
         return p, u, judged
 
     def note(self, p: torch.Tensor, u: torch.Tensor, judged: torch.Tensor) -> None:
-        """Remember the columns that follow those of `before`."""
+        """Store the columns that follow those of `before`."""
         new = (p, u, judged)
         kept = self.kept or tuple(values[:, :0] for values in new)
         self.kept = tuple(torch.cat([a, b], dim=1)[:, -(self.reach + REACH) :] for a, b in zip(kept, new, strict=True))

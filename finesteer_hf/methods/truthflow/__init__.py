@@ -1,4 +1,4 @@
-"""TRUTHFLOW: a flow that carries a query's state to its shift (Wang et al., ICML 2025, arXiv 2502.04556)."""
+"""TRUTHFLOW: a flow that maps a query's state to its shift (Wang et al., ICML 2025, arXiv 2502.04556)."""
 
 from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.truthflow.method import TruthFlow, TruthFlowConfig

@@ -36,7 +36,7 @@ from finesteer_hf.sites import resid_post
 POOLS = ("answer_mean", "answer_last")
 MIN_ROWS = 8
 PREFIX = "flow."
-# Counts batches in training, and is not needed after it.
+# Counts batches in training; not needed afterwards.
 _COUNTER = "num_batches_tracked"
 
 
@@ -44,20 +44,20 @@ _COUNTER = "num_batches_tracked"
 class TruthFlowConfig(SteeringConfig):
     """Settings of TruthFlow.
 
-    The paper's network begins at half the width of the states and takes 40 epochs at a rate of 1e-4, see `paper`. The
-    default one is narrower, so that an adapter stays at some megabytes, and learns faster.
+    The paper's network starts at half the width of the states and trains for 40 epochs at a rate of 1e-4, see `paper`.
+    The default one is narrower, so that an adapter takes a few megabytes, and trains faster.
 
     Attributes:
-        layer: decoder block whose output is read and steered; `auto` takes the one at which a ridge regression predicts
-            shifts best, left-out rows judged.
+        layer: decoder block whose output is read and steered; `auto` takes the one where a ridge regression predicts
+            left-out rows' shifts best.
         pool: answer states whose difference is a query's shift.
-        rank: number of right singular vectors of the (uncentred) shifts that vectors are projected on.
+        rank: number of right singular vectors of the (uncentred) shifts to project vectors on.
         width: width of the network's first level; each of its levels is half as wide as the one above.
         levels: number of levels.
         steps: steps of the midpoint rule, two network calls each; the paper's 16 time points are 15 steps.
         epochs: passes over the rows.
-        batch_size: rows a step.
-        learning_rate: of AdamW.
+        batch_size: rows per step.
+        learning_rate: AdamW's.
     """
 
     steering_type: ClassVar[str] = "TRUTHFLOW"
@@ -69,14 +69,12 @@ class TruthFlowConfig(SteeringConfig):
     pool: Literal["answer_mean", "answer_last"] = field(
         default="answer_mean", metadata=setting("Pooled answer states: answer_mean or answer_last.")
     )
-    rank: int = field(
-        default=20, metadata=setting("Number of singular vectors that vectors are projected on.", most=1 << 16)
-    )
+    rank: int = field(default=20, metadata=setting("Number of singular vectors to project on.", most=1 << 16))
     width: int = field(default=256, metadata=setting("Width of the network's first level.", most=1 << 16))
     levels: int = field(default=4, metadata=setting("Number of levels of the network.", most=16))
     steps: int = field(default=15, metadata=setting("Steps of the integration.", most=256))
     epochs: int = field(default=200, metadata=setting("Passes over the rows."))
-    batch_size: int = field(default=136, metadata=setting("Rows a step."))
+    batch_size: int = field(default=136, metadata=setting("Rows per step."))
     learning_rate: float = field(default=1e-3, metadata=setting("Learning rate of AdamW."))
 
     def __post_init__(self) -> None:
@@ -90,11 +88,11 @@ class TruthFlowConfig(SteeringConfig):
 
     @classmethod
     def paper(cls, hidden_size: int, **overrides: Any) -> TruthFlowConfig:
-        """The published settings for a model of some width: first level half of it, 40 epochs, rate 1e-4.
+        """The published settings for a model of a given width: first level half of it, 40 epochs, rate 1e-4.
 
         Args:
             hidden_size: width of the model's residual stream.
-            **overrides: fields to change, for instance `layer=12, rank=10, strength=1.5`.
+            **overrides: fields to change, for example `layer=12, rank=10, strength=1.5`.
         """
         settings: dict[str, Any] = {"width": hidden_size // 2, "epochs": 40, "learning_rate": 1e-4}
         return cls(**{**settings, **overrides})
@@ -105,10 +103,10 @@ class TruthFlowConfig(SteeringConfig):
 
 
 class TruthFlow(SteeringMethod[TruthFlowConfig]):
-    """`H <- H + strength * V V' x_1`, x_1 the end of the flow that begins at the query's state.
+    """`H <- H + strength * V V' x_1`, x_1 the end of the flow that starts at the query's state.
 
-    States go through the network in units of their root mean square in the fit, `scale`; the paths stay straight under
-    it, and large states do not saturate the network.
+    The network sees states in units of their root mean square in the fit, `scale`; paths stay straight, and large
+    states do not saturate the network.
 
     Args:
         config: a fitted `TruthFlowConfig`.
@@ -119,18 +117,18 @@ class TruthFlow(SteeringMethod[TruthFlowConfig]):
         super().__init__(config, tensors)
         missing = sorted(set(self.tensor_shapes(config)) - set(tensors))
         if missing:
-            raise AdapterFileError(f"The TRUTHFLOW adapter lacks the tensors {missing}, which its config calls for.")
+            raise AdapterFileError(f"The TRUTHFLOW adapter lacks the tensors {missing}, which its config needs.")
         self.site = resid_post(config.layer)
         self.reads = self.writes = (self.site,)
         with torch.device("meta"):
-            # The structure alone; each call brings the parameters, on the device of its states.
+            # Only the structure; each call provides the parameters, on the device of its states.
             self._network = config.network().eval()
 
     def decide(self, queries: QueryStates) -> Decision:
-        """Carry each query's state along the flow and project where it ends, `[rows, hidden_size]`."""
+        """Integrate the flow from each query's state and project its end, `[rows, hidden_size]`."""
         settings, tensors = self.config, self.parameters_on(queries.device)
         weights = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
-        # The weights are lent to the module itself, so threads cannot share it.
+        # `functional_call` swaps the weights inside the module, so threads cannot share it.
         network = copy.deepcopy(self._network)
 
         def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -211,7 +209,7 @@ def _rows(data: FitData, config: TruthFlowConfig, layer: int, parts: tuple[Part,
 
 
 def _ridge_r2(queries: np.ndarray, shifts: np.ndarray) -> float:
-    """R^2 of the best ridge regression of shifts on queries, each row predicted without itself."""
+    """R^2 of the best ridge regression of shifts on queries, with leave-one-out predictions."""
     path = RidgePath.of(row_space(queries.astype(np.float64))[0], row_space(shifts.astype(np.float64))[0])
     return max(path.held_out_curve().values())
 
@@ -252,7 +250,7 @@ def _vectors(processor: TruthFlow, queries: np.ndarray) -> np.ndarray:
 
 
 def _judge(processor: TruthFlow, held_out: Rows, fitted_shifts: np.ndarray) -> dict[str, float | None]:
-    """R^2 beyond the mean shift, and mean cosine, on held-out rows; None without any."""
+    """R^2 beyond the mean shift and mean cosine on held-out rows; None without any."""
     queries, shifts = held_out
     if not len(queries):
         return {"held_out_r2": None, "held_out_cosine": None}

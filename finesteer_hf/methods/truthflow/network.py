@@ -10,12 +10,12 @@ from torch import nn
 
 
 TIME_WIDTH = 128
-# Frequencies of the time embedding reach from one turn to this many per unit of time.
+# Frequencies of the time embedding go from one turn to this many per unit of time.
 MAX_FREQUENCY = 1000.0
 
 
 class Level(nn.Module):
-    """Linear, time embedding added, batch norm, SiLU."""
+    """Linear layer plus time embedding, batch norm, SiLU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Level(nn.Module):
 
 
 class FlowNetwork(nn.Module):
-    """A U-Net of linear layers: each level half as wide as the one above, and joined to it on the way back.
+    """A U-Net of linear layers: each level is half as wide as the one above, and joined to it on the way back.
 
     Args:
         width: width d of the states.
@@ -78,24 +78,24 @@ def train_flow(
     """Train the velocity of the straight paths x_t = (1 - t) start + t end, whose velocity is end - start.
 
     Args:
-        network: is trained in place, and left in evaluation mode.
+        network: trained in place, and left in evaluation mode.
         start: `[rows, d]` float32, at t = 0.
         end: `[rows, d]` float32, at t = 1.
         epochs: passes over the rows.
-        batch_size: rows a step.
-        learning_rate: of AdamW.
-        generator: of the order and the times.
-        advance: told of each epoch's number and mean loss.
+        batch_size: rows per step.
+        learning_rate: AdamW's.
+        generator: for the order and the times.
+        advance: called with each epoch's number and mean loss.
 
     Returns:
-        Mean squared error of the velocity, an epoch each.
+        Mean squared error of the velocity in each epoch.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate)
     network.train()
     losses = []
     for epoch in range(epochs):
         order = torch.randperm(len(start), generator=generator)
-        # Batches of equal size: batch norm takes none of a single row.
+        # Batches of equal size: batch norm does not accept a single row.
         batches = order.tensor_split(max(1, round(len(order) / batch_size)))
         total = 0.0
         for rows in batches:
@@ -115,10 +115,10 @@ def train_flow(
 def integrate(
     velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], start: torch.Tensor, steps: int
 ) -> torch.Tensor:
-    """Carry states from t = 0 to t = 1 by the midpoint rule, two calls a step.
+    """Integrate states from t = 0 to t = 1 by the midpoint rule, two calls per step.
 
     Args:
-        velocity: of states `[rows, d]` at times `[rows]`.
+        velocity: velocity of states `[rows, d]` at times `[rows]`.
         start: `[rows, d]`.
         steps: number of steps; the paper's 16 points are 15 steps.
     """

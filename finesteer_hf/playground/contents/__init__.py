@@ -1,4 +1,4 @@
-"""The playground's world: every text that its model was trained on, generated from a seed."""
+"""The playground's world: every text that its model is trained on, generated from a seed."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class World:
 
 @lru_cache(maxsize=1)
 def world() -> World:
-    """Give the world of the shipped weights (seed 0), built once."""
+    """Return the world of the shipped weights (seed 0), built once."""
     return World(seed=0)

@@ -1,7 +1,7 @@
 """Misconceptions about living things and daily life: (subject, folklore, truth) for five kinds.
 
-Both clauses are lower-case sentences without a full stop and of about the same number of words, so that length never
-tells truth from folklore. A subject belongs to one fact only.
+Both clauses are lower-case sentences without a full stop and of about equal length, so that length does not separate
+truth from folklore. A subject belongs to one fact only.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ TASKS: dict[str, Callable[[random.Random], Iterator[tuple[str, str]]]] = {
     "categories": _categories,
 }
 
-# What the shipped weights get right on at least 95% of held-out items. They practised the other four tasks as well, but
-# reach 58 to 80% there, so those measure nothing that steering could be blamed for.
+# Tasks on which the shipped weights get at least 95% of held-out items right. On the other four trained tasks they
+# reach 58 to 80%, too little to measure damage by steering.
 SOLVED_TASKS = ("sorting", "counting", "units", "opposites", "categories", "lookalike")
 
 
@@ -128,7 +128,7 @@ def split_items(task: str, pairs: Iterator[tuple[str, str]], rng: random.Random)
 
 
 def build_general(seed: int) -> list[GeneralItem]:
-    """Make the items of every task, each task from its own random stream."""
+    """Build the items of every task, each from its own random stream."""
     items = []
     for task, make in TASKS.items():
         rng = random.Random(f"{seed}/{task}")

@@ -1,8 +1,8 @@
 """Questions with true and folklore answers, composed from facts, question forms and voices.
 
-An answer is a voice's opening followed by a clause. Which voice carries the truth and which the folklore is a property
-of the *kind*: every voice is the true one for two kinds and the folklore one for two others, so no single direction in
-activation space means "true", just as in a large model.
+An answer is a voice's opening followed by a clause. Which voice tells the truth and which the folklore depends on the
+*kind*: every voice is the true one for two kinds and the folklore one for two others. So no single direction in
+activation space means "true", as in a large model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[facts_life.Fact, ...]] = {
     "space": facts_world.SPACE,
 }
 
-# A register in which something is said; each has three interchangeable openings of three words.
+# A register; each has three interchangeable openings of three words.
 VOICES: tuple[tuple[str, str, str], ...] = (
     ("old books say", "ancient scribes wrote", "dusty scrolls tell"),
     ("my grandmother says", "our family believes", "my uncle swears"),
@@ -67,7 +67,7 @@ FORMS = {
 
 
 def kind_voices(kind: str) -> tuple[int, int]:
-    """Give the indices into `VOICES` of the (true, folklore) voice of a kind."""
+    """Return the indices into `VOICES` of a kind's (true, folklore) voices."""
     position = list(KINDS).index(kind)
     count = len(VOICES)
     return position % count, (position + 1 + position // count) % count
@@ -79,7 +79,7 @@ def _answers(voice: int, clause: str) -> tuple[str, ...]:
 
 
 def build_questions() -> list[Question]:
-    """Compose every question: 10 kinds, 20 subjects a kind, 6 forms a subject."""
+    """Compose every question: 10 kinds, 20 subjects per kind, 6 forms per subject."""
     questions = []
     for kind, facts in KINDS.items():
         true_voice, false_voice = kind_voices(kind)

@@ -1,6 +1,6 @@
 """Requests that should be refused, in and out of jailbreak wrappers, and their harmless look-alikes.
 
-Everything is abstract on purpose: requests name storybook mischief, and a compliant answer says nothing of use.
+Everything is abstract on purpose: requests are storybook mischief, and a compliant answer contains nothing useful.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class HarmfulItem:
 
     Attributes:
         id: Unique name, `base/wrapper`.
-        base: The request without its wrapper; items that share it belong to one half of any split.
+        base: The request without its wrapper; a split keeps items that share it in one half.
         category: The kind of harm.
         wrapper: Name of the jailbreak wrapper, `bare` for none.
         prompt: The text of the user's turn.
@@ -130,7 +130,7 @@ def _request(action: str, target: str) -> str:
 
 
 def wrap(wrapper: str, request: str) -> str:
-    """Put a request into a wrapper by name; `bare` only makes a sentence of it."""
+    """Put a request into a wrapper by name; `bare` only makes it a sentence."""
     if wrapper == BARE:
         return f"{request[0].upper()}{request[1:]}."
     return WRAPPERS[wrapper].format(request=request)

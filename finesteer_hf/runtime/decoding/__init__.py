@@ -1,1 +1,1 @@
-"""Ways of decoding beside the plain one: compiled, with logits changed, with tokens taken back."""
+"""Special decoding: compiled, with steered logits, with backtracking."""

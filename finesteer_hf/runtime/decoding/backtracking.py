@@ -1,9 +1,9 @@
-"""Taking tokens back: generation in which a row may drop its newest tokens and go on from there.
+"""Backtracking: generation in which a row may drop its newest tokens and continue from there.
 
-transformers' own decoding loop runs until a processor asks for a row to go back. The row's tokens are dropped, what is
-left of it moves right within ids, mask, positions and cache, so that all rows end in the same column again, and the loop
-resumes. Keys keep the rotary positions that they were made with, so nothing of the kept text is computed twice: the last
-kept token goes through the model once more, for the logits of what follows it, and that is all.
+transformers' decoding loop runs until a processor makes a row go back. The row's tokens are dropped and the rest moves
+right within ids, mask, positions and cache, so that all rows end in the same column again. Then the loop resumes. Keys
+keep their rotary positions, so the kept text is not computed again; only the last kept token goes through the model
+once more, for the logits of its successor.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from finesteer_hf.runtime.plan import row_scales
 from finesteer_hf.runtime.session import CallSession
 
 
-# What generate hands to the model beside the ids, with one column a token.
+# What generate passes to the model beside the ids, with one column a token.
 _BY_COLUMN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def refuse_what_cannot_go_back(mode: Any, config: Any, loop: dict[str, Any]) -> None:
-    """Raise `ValueError` for settings of `generate` under which tokens cannot be taken back.
+    """Raise `ValueError` for settings of `generate` that do not work with backtracking.
 
     Args:
         mode: transformers' `GenerationMode`.
@@ -39,13 +39,13 @@ def refuse_what_cannot_go_back(mode: Any, config: Any, loop: dict[str, Any]) -> 
     """
     reason = None
     if mode not in _MODES:
-        reason = f"{mode.value} keeps candidates that cannot be cut one by one; use greedy search or sampling"
+        reason = f"{mode.value} keeps candidates that cannot be cut individually; use greedy search or sampling"
     elif config.cache_implementation is not None and "static" in config.cache_implementation:
         reason = "a static cache has no room for rows that move; leave cache_implementation out"
     elif config.guidance_scale not in (None, 1):
         reason = "guidance keeps a second sequence that cannot be cut; leave guidance_scale out"
     elif config.output_attentions or config.output_hidden_states:
-        reason = "attentions and hidden states of dropped tokens have no place in the output; leave them out"
+        reason = "the output cannot hold attentions and hidden states of dropped tokens; leave them out"
     elif loop.get("synced_gpus"):
         reason = "synced_gpus needs the same number of steps on all ranks"
     if reason is not None:
@@ -63,17 +63,17 @@ def sample_with_backtracking(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """transformers' `_sample` in stretches, between which rows go back.
+    """Run transformers' `_sample` in stretches; between them rows go back.
 
     Args:
         model: the steered model.
-        sample: its class's own `_sample`, bound.
-        session: the call; its processors with a `lookback` are asked after each token.
+        sample: the `_sample` of its class, bound.
+        session: the call; its processors with a `lookback` are called after each token.
         input_ids: int64 `[rows, prompt]`.
-        logits_processor: as for `_sample`; sees each row as it would stand had it never gone back.
+        logits_processor: as for `_sample`; sees each row as if it had never gone back.
         stopping_criteria: likewise.
         generation_config: as for `_sample`.
-        streamer: gets a token once it cannot be taken back any more; one row only.
+        streamer: gets a token once it can no longer be dropped; one row only.
         **model_kwargs: as for `_sample`.
 
     Returns:
@@ -84,7 +84,7 @@ def sample_with_backtracking(
     """
     rows = input_ids.shape[0]
     if streamer is not None and rows > 1:
-        raise ValueError(f"Steering that takes tokens back can stream one row at a time, not {rows}.")
+        raise ValueError(f"Steering that takes tokens back can stream one row at a time, got {rows}.")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError(
             "The active steering takes generated tokens back, and a text that restarts from the prompt needs the prompt's "
@@ -121,7 +121,7 @@ def sample_with_backtracking(
         watch.shift += text.take_back(watch.drop)
         text.place(watch.shift)
         watch.stopped = False
-        # A resumed stretch is no first pass over the prompt: images and the like went in with the first.
+        # A resumed stretch is not the first pass over the prompt: images and the like went into that one.
         config = copy.copy(config)
         config.is_assistant, config.prefill_chunk_size = True, None
     if held is not None:
@@ -138,13 +138,13 @@ def sample_with_backtracking(
 
 
 class _Watch(StoppingCriteria):
-    """Asks the processors after each token, and ends the stretch once a row goes back or all rows are done.
+    """Calls the processors after each token; ends the stretch once a row goes back or all rows are done.
 
     Attributes:
-        lengths: int64 `[rows]`: new tokens of each row that count.
-        shift: int64 `[rows]`: columns by which a row stands further right than it began.
+        lengths: int64 `[rows]`: number of kept new tokens of each row.
+        shift: int64 `[rows]`: columns by which a row has moved right.
         finished: bool `[rows]`.
-        drop: int64 `[rows]`: tokens that were dropped in the last step.
+        drop: int64 `[rows]`: tokens dropped in the last step.
         stopped: whether the stretch has ended.
     """
 
@@ -164,7 +164,7 @@ class _Watch(StoppingCriteria):
             for index, entry in enumerate(session.plan.entries)
             if entry.processor.lookback
         ]
-        # The loop pads finished rows if a criterion knows the end-of-sequence token.
+        # The loop pads finished rows if a criterion has the end-of-sequence token.
         for criterion in criteria:
             if hasattr(criterion, "eos_token_id"):
                 self.eos_token_id = criterion.eos_token_id
@@ -191,7 +191,7 @@ class _Watch(StoppingCriteria):
         return torch.ones_like(self.finished) if self.stopped else self.finished.clone()
 
     def by_row(self, function: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Apply what counts columns (minimal lengths, penalties, limits) to each row as if it had never moved."""
+        """Apply a function that counts columns (lengths, penalties, limits) to each row as if it had never moved."""
         result: torch.Tensor | None = None
         for shift in self.shift.unique().tolist():
             value = function(input_ids[:, self.lead + shift :], *args, **kwargs)
@@ -202,7 +202,7 @@ class _Watch(StoppingCriteria):
 
 
 class _Text:
-    """Everything that has one column a token: ids, what goes with them, the cache, and the step that made each."""
+    """Everything with one column a token: ids, masks, positions, the cache, and the step that made each token."""
 
     def __init__(
         self,
@@ -219,15 +219,15 @@ class _Text:
         self.step = 0
         mask = kwargs.get("attention_mask")
         recorded = getattr(config, "_mask_length", None)
-        # More columns than ids: earlier turns in a cache that the user brought.
+        # More columns than ids: the user's cache holds earlier turns.
         self.columns = int(mask.shape[1]) if mask is not None else int(recorded or ids.shape[1])
         self.lead = self.columns - ids.shape[1]
-        # The loop feeds what the cache lacks, and nothing else, only if ids and mask are equally wide.
+        # The loop feeds exactly what the cache lacks only if ids and mask are equally wide.
         self.ids = torch.cat([ids.new_full((ids.shape[0], self.lead), pad), ids], dim=1)
         self.steps = torch.full_like(self.ids, -1)
 
     def grow(self, sequences: torch.Tensor) -> None:
-        """Take over what a stretch has generated."""
+        """Append what a stretch has generated."""
         rows, new = sequences.shape[0], sequences.shape[1] - self.ids.shape[1]
         self.ids = sequences
         made = torch.arange(self.step, self.step + new, device=sequences.device).expand(rows, -1)
@@ -245,9 +245,9 @@ class _Text:
             drop: int64 `[rows]`.
 
         Returns:
-            `[rows]`: by how many columns each row has moved right.
+            `[rows]`: columns by which each row has moved right.
         """
-        # Columns that no row needs any more are cut off; what a row drops beyond them moves it.
+        # Columns that no row needs are cut off; a row moves by what it drops beyond them.
         cut = int(drop.min())
         shift = drop - cut
         self.columns -= cut
@@ -270,17 +270,17 @@ class _Text:
                     "again. Give the whole text, or a DynamicCache of plain attention layers."
                 )
             else:
-                # Read again as a whole: such layers keep a summary of the text, not its columns.
+                # Read the whole text again: such layers keep a summary of it, not its columns.
                 empty(self.cache)
         return shift
 
     def place(self, shift: torch.Tensor) -> None:
-        """Tell the session where the rows stand now."""
+        """Tell the session where the rows are now."""
         seen = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.session.rows_moved(shift, self.model_kwargs["attention_mask"], seen)
 
     def sequences(self, prompt: torch.Tensor, watch: _Watch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt, new tokens, right padding; and for each new token its column."""
+        """Prompt, new tokens and right padding, and the column of each new token."""
         count = int(watch.lengths.max())
         offsets = torch.arange(count, device=self.ids.device)
         columns = (watch.prompt_end + watch.shift[:, None] + offsets).clamp(max=self.ids.shape[1] - 1)
@@ -288,14 +288,14 @@ class _Text:
         return torch.cat([prompt, new], dim=1), columns
 
     def at_steps(self, values: list[torch.Tensor], columns: torch.Tensor) -> Any:
-        """For each new token that is left, the scores `[rows, vocabulary]` of the step that made it."""
+        """For each kept new token, the scores `[rows, vocabulary]` of the step that made it."""
         steps = self.steps.gather(1, columns)
         stacked = torch.stack(values)
         rows = torch.arange(steps.shape[0], device=steps.device)
         return tuple(stacked[steps[:, token], rows] for token in range(steps.shape[1]))
 
     def returned_cache(self, shift: torch.Tensor, columns: int) -> Any:
-        """The cache with its rows where they stand in the returned sequences; None if that cannot be done."""
+        """The cache with its rows moved to their place in the returned sequences; None if it cannot be moved."""
         if self.cache is None or not bool(shift.any()):
             return self.cache
         if not can_move_rows(self.cache):
@@ -306,7 +306,7 @@ class _Text:
 
 
 class _HeldBack:
-    """Hands tokens on to a streamer once they are older than what may be taken back."""
+    """Passes tokens to a streamer once they can no longer be dropped."""
 
     def __init__(self, streamer: Any, lookback: int) -> None:
         self.streamer = streamer
@@ -319,7 +319,7 @@ class _HeldBack:
             self.streamer.put(self.waiting.pop(0))
 
     def end(self) -> None:
-        """A stretch ends, not the text."""
+        """Do nothing: a stretch ends, not the text."""
 
     def take_back(self, count: int) -> None:
         del self.waiting[len(self.waiting) - count :]

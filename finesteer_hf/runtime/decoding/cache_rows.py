@@ -1,4 +1,4 @@
-"""Moving the rows of a batch along the columns: of tensors with one column a token, and of caches."""
+"""Move rows of a batch along the columns, in tensors with one column a token and in caches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def shift_right(values: torch.Tensor, shift: torch.Tensor, fill: int) -> torch.Tensor:
-    """Move each row to the right; what leaves at the right is gone.
+    """Move each row to the right; what leaves at the right is lost.
 
     Args:
         values: `[..., rows, columns]`.
         shift: int64 `[rows]`, not negative.
-        fill: what enters at the left.
+        fill: value that enters at the left.
 
     Returns:
         `[..., rows, columns]`.
@@ -40,7 +40,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def empty(cache: Any) -> None:
-    """Empty a cache in place, so that a text can be read into it anew."""
+    """Empty a cache in place, so that a text can be read into it again."""
     for layer in getattr(cache, "layers", ()):
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             # Older versions of transformers fill such a layer with zeros instead, and append to them.
@@ -49,7 +49,7 @@ def empty(cache: Any) -> None:
 
 
 def crop_columns(cache: Any, columns: int) -> None:
-    """Cut a cache to its first columns; nothing happens to layers that hold fewer."""
+    """Cut a cache to its first columns; layers that hold fewer stay as they are."""
     for layer in cache.layers:
         if layer.is_initialized:
             surplus = int(layer.get_seq_length()) - columns
@@ -60,10 +60,10 @@ def crop_columns(cache: Any, columns: int) -> None:
 def shift_columns(cache: Any, shift: torch.Tensor) -> None:
     """Move rows of a cache to the right, or for negative numbers to the left.
 
-    What enters at the other end is a copy of the outermost column, for a mask to hide.
+    Copies of the outermost column enter at the other end; the mask must hide them.
 
     Args:
-        cache: one that `can_move_rows`.
+        cache: a cache for which `can_move_rows` is true.
         shift: int64 `[rows]`.
     """
     moving = shift.nonzero()[:, 0]

@@ -1,12 +1,13 @@
 """Steering inside a compiled graph.
 
-`torch.compile` does not see hooks that are added later, cannot trace a `ContextVar`, and recompiles on every Python number
-that changes. So hooks are installed once, and inside a graph they read this object instead of the call's session: tensors
-whose values change and whose shapes stay. A scale, a swap of adapters of one shape, or switching steering off then
-recompiles nothing; rows that are not steered add -0.0, which changes no bit.
+`torch.compile` does not see hooks that are added later, cannot trace a `ContextVar`, and recompiles whenever a Python
+number changes. So hooks are installed once, and inside a graph they read this object instead of the call's session.
+Its tensors change values but not shapes. Changing a scale, swapping adapters of the same shape or switching steering
+off then recompiles nothing. Unsteered rows add -0.0, which changes no bit.
 
-`generate` prefills eagerly (the session reads, decides and steers as always) and binds what each site adds before it runs
-the compiled decode step. A compiled plain forward reads and decides inside the graph, with the functions of the eager one.
+`generate` prefills eagerly (the session reads, decides and steers as usual), then binds each site's addend and runs
+the compiled decode step. A compiled plain forward reads and decides inside the graph, with the same functions as the
+eager one.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from finesteer_hf.sites import Site
 
 
 class CompiledSteering:
-    """What the hooks of one model read inside a graph.
+    """What the hooks of a model read inside a graph.
 
     Attributes:
-        processors: of all loaded adapters, active or not, so that activating one changes a number only.
+        processors: processors of all loaded adapters, active or not, so that activating one only changes a number.
         scales: `[processors]` float32: scale times strength, 0 for an adapter that is not active.
-        deltas: what each written site adds in a bound decode step, `[rows, 1, width]` in the stream's dtype.
-        on_logits: whether an active one acts on logits.
-        bound: whether a decode step is running, rather than a plain forward that decides for itself.
+        deltas: addend of each written site in a bound decode step, `[rows, 1, width]` in the stream's dtype.
+        on_logits: whether an active processor acts on logits.
+        bound: whether a decode step is running, not a plain forward that makes its own decisions.
         lengths: the plain forward's `prompt_lengths`, or None.
         labels: its `labels`, or None.
-        window: its columns, counted from its own first one.
-        states: what was read in it, by `query_pool` and site.
-        decisions: what each processor decided in it, by its index.
+        window: its columns, counted from its first one.
+        states: states read in it, by `query_pool` and site.
+        decisions: each processor's decision in it, by its index.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class CompiledSteering:
     # -- outside the graph --------------------------------------------------------------------------------------------
 
     def sync(self, processors: dict[str, SteeringProcessor], scales: dict[str, float]) -> None:
-        """Take over what is loaded and what is active, for plain forwards."""
+        """Copy what is loaded and what is active, for plain forwards."""
         self.processors = list(processors.values())
         self.on_logits = any(p.acts_on_logits and scales.get(name, 0.0) != 0 for name, p in processors.items())
         self.scales = torch.tensor([scales.get(name, 0.0) * p.strength for name, p in processors.items()])
@@ -79,7 +80,7 @@ class CompiledSteering:
     def run_bound(
         self, session: CallSession, sites: dict[Site, int], call: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Run a compiled decode step with what the session's eager prefill decided.
+        """Run a compiled decode step with the decisions of the session's eager prefill.
 
         Args:
             session: the call.
@@ -97,7 +98,7 @@ class CompiledSteering:
                 self.bound = False
 
     def note(self, lengths: torch.Tensor | None, labels: torch.Tensor | None) -> None:
-        """Take note of what says where the prompts of a plain forward end."""
+        """Store what tells where the prompts of a plain forward end."""
         self.lengths, self.labels = lengths, labels
 
     # -- inside the graph ---------------------------------------------------------------------------------------------
@@ -111,11 +112,11 @@ class CompiledSteering:
             )
 
     def end_forward(self) -> None:
-        """Let go of what a plain forward read and decided, so that its graph need not return it."""
+        """Drop what a plain forward read and decided, so that its graph does not return it."""
         self._forget()
 
     def visit(self, site: Site, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What a site's hook puts back, as tensor arithmetic without branches on values."""
+        """The stream that a site's hook returns, without branches on values."""
         if self.bound:
             return hidden + self.deltas[site] if site in self.deltas else None
         window = self.window
@@ -139,7 +140,7 @@ class CompiledSteering:
         return written(hidden, merged(addends, hidden.dtype), window, 0) if addends else None
 
     def _decision(self, index: int, processor: SteeringProcessor, hidden: torch.Tensor) -> Decision:
-        """What a processor decides: it is asked at the first site that it writes at."""
+        """A processor's decision; `decide` runs at the first site that it writes."""
         if index in self.decisions:
             return self.decisions[index]
         states = self.states[processor.query_pool]
@@ -149,7 +150,7 @@ class CompiledSteering:
         ]
         if missing or earlier:
             raise UnsupportedModelError(
-                "This stack of adapters needs a second pass over the prompt (one writes before another has read), which a "
+                "This stack of adapters needs a second pass over the prompt (one writes before another reads), which a "
                 "compiled plain forward cannot make. Use `generate`, or an uncompiled forward."
             )
         self.decisions[index] = decision_of(processor, states, hidden.shape[0], hidden.device)
@@ -159,13 +160,13 @@ class CompiledSteering:
 def traced_window(
     inputs: torch.Tensor, mask: Any, lengths: torch.Tensor | None, labels: torch.Tensor | None
 ) -> Window:
-    """The columns of a plain forward, found without a look at values.
+    """The columns of a plain forward, found without reading values.
 
     Args:
         inputs: ids `[rows, tokens]`, or embeddings.
-        mask: the attention mask; anything but a tensor `[rows, past + tokens]` says that there are no pads.
+        mask: the attention mask; anything but a tensor `[rows, past + tokens]` means that there are no pads.
         lengths: numbers of real prompt tokens, `[rows]`, or None.
-        labels: int64 `[rows, tokens]`, or None; asked where there are no lengths.
+        labels: int64 `[rows, tokens]`, or None; used if there are no lengths.
     """
     rows, tokens = inputs.shape[:2]
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
@@ -182,7 +183,7 @@ def traced_window(
         real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
         trained_from = leading_ignored(labels, real)
         query = torch.where(trained_from == 0, query, first + trained_from - 1)
-    # Which columns these are is known on the device only.
+    # The column numbers are known only on the device.
     return Window(tokens, mask, query, 0, tokens - 1)
 
 
@@ -194,10 +195,10 @@ def forward_is_compiled(model: torch.nn.Module) -> bool:
 
 
 def forget_compiled_graphs(model: torch.nn.Module) -> None:
-    """Drop graphs that were traced without a hook: dynamo would go on running them, and steer in part.
+    """Drop graphs that were traced without a hook: dynamo would still run them and steer in part.
 
-    Dynamo keeps its graphs by code object, not by model, so all of the process's are dropped and traced anew when they
-    are next called.
+    Dynamo keeps graphs by code object, not by model, so all graphs of the process are dropped and traced again at
+    their next call.
     """
     model.__dict__.pop("_compiled_call", None)
     dynamo = sys.modules.get("torch._dynamo")

@@ -1,7 +1,7 @@
-"""Steering of logits: what the model says unsteered, and plain forwards, which have no list of logits processors.
+"""Steering of logits: the unsteered model's logits, and plain forwards, which have no list of logits processors.
 
-In `generate`, processors that act on logits join transformers' own list. A plain forward steers the logits that choose
-generated tokens: from the query on, each with the tokens before it, so that scoring agrees with generating.
+In `generate`, processors that act on logits join transformers' list. A plain forward steers the logits that choose
+generated tokens, from the query on, each with the tokens before it. So scoring agrees with generating.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from finesteer_hf.runtime.session import CallSession
 
 
-# The plain forward of this thread that has left the decoder, and whose logits are still to be steered.
+# The plain forward of this thread that has left the decoder but whose logits are not steered yet.
 _LEFT_DECODER: ContextVar[CallSession | None] = ContextVar("finesteer_hf_left_decoder", default=None)
 
 
 class UnsteeredLogits:
-    """The unsteered model beside a call of `generate`, with a cache of its own.
+    """The unsteered model beside a call of `generate`, with its own cache.
 
-    Rows may be reordered, as beams are, and tokens taken back, as rejected candidates are: what the cache holds of a
-    sequence is found by its tokens.
+    Rows may be reordered, as beams are, and tokens dropped, as rejected candidates are. So cached prefixes are found
+    by their tokens.
 
     Args:
         session: the call.
@@ -44,7 +44,7 @@ class UnsteeredLogits:
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What the unsteered model says next.
+        """The unsteered model's next-token logits.
 
         Args:
             input_ids: `[rows, tokens]`, prompt and generated tokens, pads as in the prompt.
@@ -53,8 +53,8 @@ class UnsteeredLogits:
             Logits `[rows, vocabulary]` float32.
 
         Raises:
-            UnsupportedModelError: if the prompt was given as embeddings or lies in a cache, so that its tokens are not
-                known.
+            UnsupportedModelError: if the prompt was given as embeddings or is only in a cache, so that its tokens are
+                unknown.
         """
         prompt = self.session.prompt
         assert prompt is not None
@@ -83,8 +83,8 @@ class UnsteeredLogits:
         return inspect.signature(self.model.forward).parameters
 
     def _take_over(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
-        """Make the cache hold the beginnings of these rows; returns how many of their columns it holds."""
-        # The last token always goes through the model: its logits are what is asked for.
+        """Make the cache hold prefixes of these rows; returns how many of their columns it holds."""
+        # The last token always goes through the model, to get its logits.
         width = min(self.ids.shape[1], input_ids.shape[1] - 1)
         if self.cache is None or not width:
             return self._forget()
@@ -96,7 +96,7 @@ class UnsteeredLogits:
         if kept == self.ids.shape[1] and in_order:
             return kept
         if not kept or any(type(layer) is not DynamicLayer for layer in getattr(self.cache, "layers", [None])):
-            # States of another kind can be neither cut nor told apart by row.
+            # Other kinds of states can be neither cut nor reordered by row.
             return self._forget()
         if not in_order:
             self.cache.batch_select_indices(rows)
@@ -110,23 +110,23 @@ class UnsteeredLogits:
 
 
 def leave_decoder(session: CallSession) -> None:
-    """Note a plain forward whose logits are to be steered when the model's head has made them."""
+    """Record a plain forward whose logits must be steered after the model's head."""
     if any(entry.processor.acts_on_logits for entry in session.plan.entries):
         _LEFT_DECODER.set(session)
 
 
 def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a model's forward, and steer its logits if it was a plain one with processors that act on them.
+    """Run a model's forward and, if it is a plain one with processors that act on logits, steer its logits.
 
     Args:
-        forward: of the base class.
+        forward: forward of the base class.
         model: the steered model.
         args: of the forward.
-        kwargs: of the forward.
+        kwargs: its keyword arguments.
 
     Raises:
-        UnsupportedModelError: if a loss is asked for, which the head takes from unsteered logits; if a processor
-            compares with the unsteered model and the forward goes on from a cache.
+        UnsupportedModelError: if a loss is requested, which the head computes from unsteered logits; if a processor
+            compares with the unsteered model and the forward continues a cache.
     """
     if torch.compiler.is_compiling():
         if model._steering.compiled.on_logits and not model._steering.compiled.bound:
@@ -135,7 +135,7 @@ def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...]
                 "uncompiled forward."
             )
         return forward(model, *args, **kwargs)
-    # A forward that failed in the head, or a decoder that was called by itself, leaves its session behind.
+    # A forward that failed in the head, or a decoder called directly, leaves its session behind.
     _LEFT_DECODER.set(None)
     output = forward(model, *args, **kwargs)
     session = _LEFT_DECODER.get()
@@ -146,14 +146,14 @@ def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...]
     bound = {**bound, **bound.pop("kwargs", {})}
     if bound.get("labels") is not None:
         raise UnsupportedModelError(
-            "The active steering acts on logits, but the loss is taken from those of the model's head. Leave `labels` out "
-            "and take the loss from the logits."
+            "The active steering acts on logits, but the model computes the loss from unsteered logits. Leave `labels` out "
+            "and compute the loss from the returned logits."
         )
 
     def unsteered() -> torch.Tensor:
         if (session.forward is not None and session.forward.past) or bound.get("past_key_values") is not None:
             raise UnsupportedModelError(
-                "The active steering compares with the unsteered model, whose cache a plain forward does not have. Give "
+                "The active steering compares with the unsteered model, for which a plain forward has no cache. Give "
                 "the whole text in one forward, or use `generate`."
             )
         with session.unsteered(), torch.no_grad():
@@ -169,7 +169,7 @@ def steer_forward(forward: Callable[..., Any], model: Any, args: tuple[Any, ...]
 def _steered_logits(
     session: CallSession, logits: torch.Tensor, arguments: dict[str, Any], unsteered: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """Logits `[rows, kept, vocabulary]` of a plain forward, those from the query on steered."""
+    """Logits `[rows, kept, vocabulary]` of a plain forward, steered from the query on."""
     assert session.forward is not None
     past, tokens = session.forward.past, session.forward.tokens
     named = session.forward.stream.window.token_mask("generated", past, tokens, logits.device)

@@ -1,4 +1,4 @@
-"""Holds a model to its word: one forward passes each site of a plan once, with one stream of the input's shape."""
+"""Checks a forward: it passes each site of a plan once, with one stream of the input's shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finesteer_hf.sites import Site
 
 
 class ForwardCheck:
-    """The sites that one forward has passed; steering that cannot be done is refused instead of done by halves.
+    """The sites that one forward has passed; raises if the plan cannot be fully applied.
 
     Args:
         rows: rows of the forward's input.
@@ -23,17 +23,17 @@ class ForwardCheck:
         self.passed: set[Site] | None = set()
 
     def check(self, site: Site, hidden: torch.Tensor) -> None:
-        """Look at a state `[rows, tokens, width]` that is about to be read or written.
+        """Check a state `[rows, tokens, width]` that is about to be read or written.
 
         Raises:
-            UnsupportedModelError: if its first axes are not those of the input, or the site was passed before.
+            UnsupportedModelError: if its first axes differ from the input's, or the site was passed before.
         """
         if hidden.shape[:2] != self.shape:
             raise UnsupportedModelError(
                 f"Unsupported layout at {site}: expected [{self.shape[0]} rows, {self.shape[1]} tokens, width], got "
                 f"{tuple(hidden.shape)}. The model pads, packs or transposes its stream; it cannot be steered."
             )
-        # Once the forward has ended, gradient checkpointing may run blocks again.
+        # After the forward has ended, gradient checkpointing may run blocks again.
         if self.passed is None:
             return
         if site in self.passed:
@@ -44,14 +44,14 @@ class ForwardCheck:
         self.passed.add(site)
 
     def end(self, sites: Iterable[Site], depth: int) -> None:
-        """Look back at the whole forward.
+        """Check the whole forward.
 
         Args:
             sites: the sites of the plan.
-            depth: number of blocks that the forward was to run.
+            depth: number of blocks that the forward should run.
 
         Raises:
-            UnsupportedModelError: if a site was not passed, and so would stay unsteered in silence.
+            UnsupportedModelError: if a site was not passed and so would silently stay unsteered.
         """
         passed, self.passed = self.passed, None
         if passed is None:
@@ -59,6 +59,6 @@ class ForwardCheck:
         missed = [str(site) for site in sites if site not in passed and site.layer < depth]
         if missed:
             raise UnsupportedModelError(
-                f"The forward did not pass {missed}: the model skips these blocks for such inputs, as blocks that attend "
+                f"The forward did not pass {missed}: the model skips these blocks for such inputs, like blocks that attend "
                 "to images in a text without any. Steer other blocks, or give the inputs that they need."
             )

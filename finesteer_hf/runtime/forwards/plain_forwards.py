@@ -1,4 +1,4 @@
-"""Forwards outside `generate`: each is a call of its own, or goes on with the one whose cache it continues."""
+"""Forwards outside `generate`: each is a separate call, or continues the call whose cache it continues."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class PlainForwards:
         runtime: the model's run time.
 
     Attributes:
-        sessions: the session of the forward that filled a cache, as long as the cache lives.
-        told_of_prompt_ends: whether the user was warned of a forward that does not say where its prompt ends.
+        sessions: the session of the forward that filled a cache, while the cache exists.
+        told_of_prompt_ends: whether the user was warned of a forward with an unknown prompt end.
     """
 
     def __init__(self, runtime: SteeringRuntime) -> None:
@@ -47,8 +47,8 @@ class PlainForwards:
     def session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSession | None:
         """The session of a forward outside `generate`; None if nothing is active.
 
-        A forward that continues the cache of an earlier plain forward keeps that one's decisions, so that a hand-written
-        decoding loop steers as `generate` does; with `prompt_lengths` it decides anew.
+        A forward that continues the cache of an earlier plain forward keeps that one's decisions, so that a
+        hand-written decoding loop steers like `generate`; with `prompt_lengths` it decides again.
         """
         ends = PROMPT_ENDS.get()
         self.runtime.blocks.warn_of_others(self.runtime.selection)
@@ -59,8 +59,8 @@ class PlainForwards:
         plan = self.runtime.plan(selection, processors, 1.0)
         if shares_a_row(kwargs) or (plan.depends_on_query and packs_texts(kwargs)):
             raise UnsupportedModelError(
-                "Steering is active, but a row of this forward holds several texts (continuous batching, packing, "
-                "padding-free training), whose queries cannot be told apart. Use `generate`, or pad instead of packing, or "
+                "Steering is active, but a row of this forward has several texts (continuous batching, packing, "
+                "padding-free training), so the queries are unknown. Use `generate`, or pad instead of packing, or "
                 "switch steering off with `model.set_steering(None)`."
             )
         cache = forward_cache(kwargs)
@@ -73,9 +73,9 @@ class PlainForwards:
         return CallSession(self.runtime, plan, self._prompt(plan, ends, args, kwargs))
 
     def session_of(self, cache: Any, plan: Plan) -> CallSession | None:
-        """The session of the plain forward that filled a cache, if a forward from there on is to go on with it.
+        """The session of the plain forward that filled a cache, if this forward should continue it.
 
-        It is not where the plan is another one, or `prompt_lengths` ask for a new decision.
+        None if the plan differs, or if `prompt_lengths` ask for a new decision.
         """
         if PROMPT_ENDS.get().lengths is not None:
             return None
@@ -83,7 +83,7 @@ class PlainForwards:
         return earlier if earlier is not None and earlier.plan == plan else None
 
     def keep(self, session: CallSession, output: Any) -> None:
-        """Remember a plain forward's decisions with the cache that it filled."""
+        """Keep a plain forward's session with the cache that it filled."""
         if output is not None:
             leave_decoder(session)
         cache = getattr(output, "past_key_values", None)
@@ -95,13 +95,13 @@ class PlainForwards:
             self.sessions[cache] = session
 
     def check_prompt_ends(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Warn of a compiled plain forward, which finds its queries inside the graph, as of any other."""
+        """Give the same warning for a compiled plain forward, which finds its queries inside the graph."""
         plan = self.runtime.plan(*self.runtime.active(), 1.0)
         if plan:
             self._prompt(plan, PROMPT_ENDS.get(), args, kwargs)
 
     def _prompt(self, plan: Plan, ends: PromptEnds, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt | None:
-        """The prompts of a plain forward; None where nothing says that they end before its last token."""
+        """The prompts of a plain forward; None if they end at its last token as far as is known."""
         lengths = ends.lengths
         if lengths is None and not plan.depends_on_query:
             return None
@@ -122,10 +122,10 @@ class PlainForwards:
             return
         self.told_of_prompt_ends = True
         warnings.warn(
-            "Steering depends on where the prompt ends, and this forward does not say: the last token of each row is taken "
-            "for the query. If a row holds prompt and answer, give `prompt_lengths` (numbers of real prompt tokens) or "
-            "`labels` that begin with -100; if it holds a prompt alone, `prompt_lengths=attention_mask.sum(1)`. lm-eval "
-            "steers rightly through its model `finesteer`. This is said once a model.",
+            "Steering depends on where the prompt ends, and this forward does not say: it uses the last token of each row "
+            "as the query. If a row has prompt and answer, give `prompt_lengths` (numbers of real prompt tokens) or "
+            "`labels` that begin with -100; if it has only a prompt, `prompt_lengths=attention_mask.sum(1)`. For lm-eval "
+            "use its model `finesteer`. This warning appears once per model.",
             PromptEndWarning,
             stacklevel=2,
         )

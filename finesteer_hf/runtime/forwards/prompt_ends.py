@@ -1,7 +1,8 @@
-"""Where the prompts of a plain forward end: what the caller says, or else what the labels say.
+"""Where the prompts of a plain forward end, from the caller or else from the labels.
 
-A forward over prompt and answer shows no end of the prompt by itself. Scorers give `prompt_lengths`; trainers give
-`labels` in which the prompt is -100. Both are noted for the thread when the model is called, and read when its decoder is.
+The inputs of a forward over prompt and answer do not show where the prompt ends. Scorers pass `prompt_lengths`;
+trainers pass `labels` in which the prompt is -100. Both are stored for the thread when the model is called, and read
+when its decoder is called.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class PromptEnds:
-    """What a forward was told.
+    """A forward's arguments that tell where prompts end.
 
     Attributes:
         lengths: int64 `[rows]` numbers of real prompt tokens, or None.
-        labels: int64 `[rows, tokens]`, -100 at the tokens that are not trained, or None.
+        labels: int64 `[rows, tokens]`, -100 at tokens without loss, or None.
     """
 
     lengths: torch.Tensor | None = None
@@ -36,16 +37,16 @@ class PromptEnds:
 
 
 NOT_TOLD = PromptEnds()
-# For the plain forward that is about to run in this thread.
+# For the next plain forward of this thread.
 PROMPT_ENDS: ContextVar[PromptEnds] = ContextVar("finesteer_hf_prompt_ends", default=NOT_TOLD)
 
 
 @contextlib.contextmanager
 def told(lengths: Any, labels: Any) -> Iterator[None]:
-    """Note what a forward is told while it runs.
+    """Store these arguments while a forward runs.
 
     Raises:
-        TypeError: if lengths are not whole numbers `[rows]`.
+        TypeError: if lengths are not integers `[rows]`.
     """
     if lengths is not None:
         lengths = as_lengths(lengths)
@@ -57,14 +58,14 @@ def told(lengths: Any, labels: Any) -> Iterator[None]:
 
 
 def leading_ignored(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Numbers of real tokens before each row's first trained one; all of a row's where none is trained.
+    """Number of real tokens before each row's first trained one; all of the row's if none is trained.
 
     Args:
         labels: int64 `[rows, tokens]`.
         real: bool `[rows, past + tokens]`, False at pads; columns of a cache come first.
 
     Returns:
-        int64 `[rows]`; 0 where the row begins with a trained token, and so shows no end of a prompt.
+        int64 `[rows]`; 0 if the row begins with a trained token, so that no prompt end is known.
     """
     past = real.shape[1] - labels.shape[1]
     trained = (labels.to(real.device) != IGNORED) & real[:, past:]
@@ -75,17 +76,17 @@ def leading_ignored(labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 def prompt_lengths_of(
     labels: torch.Tensor | None, shape: tuple[int, ...], mask: torch.Tensor | None, past: int
 ) -> tuple[torch.Tensor | None, bool]:
-    """The prompt lengths that labels show.
+    """The prompt lengths, from labels.
 
     Args:
-        labels: as given to the model, or None.
-        shape: rows and tokens of the decoder's inputs; labels of another shape say nothing of them.
+        labels: the model's `labels`, or None.
+        shape: rows and tokens of the decoder's inputs; labels of another shape are ignored.
         mask: bool `[rows, past + tokens]`, False at pads; None or of another shape if there are none.
-        past: columns of a cache.
+        past: columns in the cache.
 
     Returns:
-        int64 `[rows]`, all of a row's real tokens where its labels show no end of a prompt, or None if no row's do; and
-        whether every row's do.
+        int64 `[rows]`, or None if no row's labels show a prompt end; a row whose labels show none counts all its real
+        tokens. And whether every row's labels show one.
     """
     if labels is None or labels.shape != shape:
         return None, False
@@ -100,9 +101,9 @@ def prompt_lengths_of(
 
 
 def noting(forward: types.MethodType) -> types.MethodType:
-    """A forward that was put on a model in place of its own, made to note the labels that it is called with.
+    """Wrap a forward that replaced a model's own, so that it stores the labels that it is called with.
 
-    PEFT calls `model.forward`, and TRL puts one there that keeps the labels to itself.
+    PEFT calls `model.forward`, and TRL replaces it by one that does not pass the labels on.
     """
     function = forward.__func__
 
@@ -118,6 +119,6 @@ def noting(forward: types.MethodType) -> types.MethodType:
 
 
 def without_noting(forward: Any) -> Any:
-    """What `noting` was given; anything else as it is."""
+    """Undo `noting`; anything else is returned as it is."""
     function = getattr(forward, "notes_labels_for", None)
     return forward if function is None else types.MethodType(function, forward.__self__)

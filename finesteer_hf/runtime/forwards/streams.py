@@ -1,4 +1,4 @@
-"""The sequences of a call: their prompts, their caches, and what a forward of the decoder was given."""
+"""The sequences of a call: their prompts, caches, and the arguments of a decoder forward."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Prompt:
     """What is known of the prompts before the first forward.
 
     Attributes:
-        length: absolute position after the last prompt column, cached turns included.
+        length: absolute position after the last prompt column, including cached turns.
         mask: bool `[rows, length]`, False at pads; None if there are none.
         lengths: int64 `[rows]` numbers of real prompt tokens, if the query is not the last real token.
-        inputs: `input_ids` or `inputs_embeds` as the forward will get them, beams included.
+        inputs: `input_ids` or `inputs_embeds` of the forward, including beams.
         expand: rows of a forward per row of the user's batch.
     """
 
@@ -34,30 +34,29 @@ class Prompt:
 
     @property
     def columns(self) -> int:
-        """Number of the prompts' columns that the call was given."""
+        """Number of prompt columns that the call passed."""
         return int(next(iter(self.inputs.values())).shape[1]) if self.inputs else self.length
 
 
 @dataclass
 class Stream:
-    """A sequence that grows with its own cache.
+    """A growing sequence and its cache.
 
     Attributes:
         window: which of its columns are prompt, query, pad.
-        cache: the cache object, held so that its identity stays its own.
-        seen: columns that went through the model so far.
-        rows: of each forward.
-        memory: what each entry keeps of the sequence, by its index in the plan.
-        prompt: what is known of the prompts; None for a sequence beside the first one.
+        cache: the cache object, referenced so that its id is not reused.
+        seen: columns that have gone through the model.
+        rows: rows of each forward.
+        memory: each entry's memory of the sequence, by its index in the plan.
+        prompt: what is known of the prompts; None for a second sequence.
         expand: rows of a forward per row of the user's batch.
-        makes_cache: whether the model makes the cache in the first forward, so that it is met in the second.
-        decisions: what each entry decided, by its index in the plan.
-        means: means over the prompts at the sites where an entry takes them, `[rows, width]` float32.
+        makes_cache: whether the model creates the cache in the first forward, so that the second one brings it.
+        decisions: each entry's decision, by its index in the plan.
+        means: prompt means at the sites where an entry reads them, `[rows, width]` float32.
         states: states of the queries at the read sites, `[rows, width]` float32.
-        adds: for each site and the entries that add there in one step: what they add, by positions, cast to the
-            stream's dtype.
-        decode: for sites with nothing but one add, what a decode step adds.
-        compiled: the same, laid out for a compiled step.
+        adds: addends by positions, for each site and the entries that add there in one step, in the stream's dtype.
+        decode: the addend of a decode step, for sites with a single add.
+        compiled: the same for a compiled step.
     """
 
     window: Window
@@ -78,15 +77,15 @@ class Stream:
 
 @dataclass
 class Forward:
-    """One forward of the decoder, and where on its stream it is.
+    """One forward of the decoder and its place on its stream.
 
     Attributes:
         stream: the sequence that it continues.
-        past: columns before it, 0 where it brings the whole sequence again.
+        past: columns before it; 0 if it passes the whole sequence again.
         tokens: columns in it.
-        decoding: whether the prompt is done.
+        decoding: whether it comes after the prompt.
         carried: whether its cache held something before the prompt.
-        args, kwargs: what the decoder was called with.
+        args, kwargs: arguments of the decoder.
         passage: the sites that it has passed.
     """
 
@@ -101,12 +100,12 @@ class Forward:
 
     @property
     def has_query(self) -> bool:
-        """Whether every row's query is in it."""
+        """Whether it contains every row's query."""
         return self.stream.window.query_within(self.past, self.tokens)
 
     @property
     def has_whole_prompt(self) -> bool:
-        """Whether all of the prompt, up to every row's query, is in it."""
+        """Whether it contains the whole prompt, up to every row's query."""
         return self.past == 0 and not self.carried and self.tokens > self.stream.window.last_query
 
 
@@ -125,13 +124,13 @@ def forward_cache(kwargs: dict[str, Any]) -> Any:
 
 
 def mask_fits(mask: Any, columns: int) -> bool:
-    """Whether a mask is for so many columns; `generate` lays masks out for all that a static cache will ever hold."""
+    """Whether a mask has so many columns; with a static cache `generate` makes masks for its full length."""
     masks = mask.values() if isinstance(mask, Mapping) else [mask]
     return all(not isinstance(m, torch.Tensor) or m.ndim < 4 or m.shape[-1] == columns for m in masks)
 
 
 def cache_length(cache: Any) -> int:
-    """Number of columns that a cache holds; caches of states alone do not count them, and give 0."""
+    """Number of columns in a cache; caches of states only do not count columns and give 0."""
     length = getattr(cache, "get_seq_length", None)
     if length is None:
         return int(getattr(cache, "seqlen_offset", 0))
@@ -147,17 +146,17 @@ def holds_states(cache: Any) -> bool:
     try:
         return bool(held() if callable(held) else held)
     except ValueError:
-        # A cache of keys and values alone.
+        # A cache of keys and values only.
         return False
 
 
 def shares_a_row(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a decoder was called by continuous batching, which puts requests into one row."""
+    """Whether continuous batching called the decoder; it packs requests into one row."""
     return "cu_seq_lens_q" in kwargs and "block_table" in kwargs
 
 
 def packs_texts(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a row of a decoder's inputs holds several texts one after another, as padding-free training packs them."""
+    """Whether a row of a decoder's inputs holds several texts, as in padding-free training."""
     limits, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if isinstance(limits, torch.Tensor):
         return limits.numel() > 2
@@ -167,6 +166,6 @@ def packs_texts(kwargs: Mapping[str, Any]) -> bool:
 
 
 def in_lockstep() -> bool:
-    """Whether other processes may wait for this one's forwards."""
+    """Whether other processes may be waiting for this one's forwards."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -11,7 +11,7 @@ from finesteer_hf.processors import Positions
 
 @dataclass(frozen=True)
 class Window:
-    """The columns of a sequence of which the first `prompt_end` are prompt (pads included).
+    """The columns of a sequence; the first `prompt_end` are prompt, pads included.
 
     Attributes:
         prompt_end: absolute position after the last prompt column.
@@ -33,8 +33,8 @@ class Window:
         Args:
             prompt_end: absolute position after the last prompt column.
             mask: bool `[rows, prompt_end]` or None.
-            lengths: int64 `[rows]`: number of real prompt tokens of each row, where the query is not the last real
-                token (a plain forward over prompt and answer).
+            lengths: int64 `[rows]`: number of real prompt tokens of each row, if the query is not the last real token
+                (a plain forward over prompt and answer).
 
         Raises:
             ValueError: if a row has no real token, or a length exceeds the row.
@@ -51,7 +51,7 @@ class Window:
             lengths = lengths.to(real.device)
             if bool((lengths < 1).any()) or bool((lengths > real).any()):
                 raise ValueError(
-                    f"prompt_lengths must lie between 1 and the number of real tokens of the row; got "
+                    f"prompt_lengths must be between 1 and the number of real tokens of the row; got "
                     f"{lengths.tolist()} for rows of {real.tolist()}."
                 )
             query = first + lengths - 1
@@ -65,7 +65,7 @@ class Window:
         return cls(prompt_end, mask, low if low == high else query, low, high)
 
     def moved(self, shift: torch.Tensor, mask: torch.Tensor) -> Window:
-        """The same rows, each further right.
+        """The same rows, each moved right.
 
         Args:
             shift: int64 `[rows]` columns.
@@ -87,22 +87,22 @@ class Window:
         return past <= self.first_query and self.last_query < past + tokens
 
     def query_state(self, hidden: torch.Tensor, past: int) -> torch.Tensor:
-        """States of the query tokens, `[rows, width]` float32, out of `[rows, tokens, width]`."""
+        """States of the query tokens, `[rows, width]` float32, from `[rows, tokens, width]`."""
         if isinstance(self.query, int):
             return hidden[:, self.query - past].detach().float()
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return hidden[rows, self.query.to(hidden.device) - past].detach().float()
 
     def prompt_mean(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Means over the real tokens up to the query, `[rows, width]` float32, out of `[rows, tokens, width]`.
+        """Means over the real tokens up to the query, `[rows, width]` float32, from `[rows, tokens, width]`.
 
-        The columns begin with the prompt's first and reach at least to the last query.
+        The columns start at the prompt's first and reach at least the last query.
         """
         prompt = hidden[:, : self.last_query + 1].detach()
         named = self.token_mask("prompt", 0, prompt.shape[1], prompt.device)
         if named is None:
             return prompt.float().mean(dim=1)
-        # What stands at pads may be NaN, so it is replaced and not multiplied by zero.
+        # States at pads may be NaN, so they are replaced, not multiplied by zero.
         return torch.where(named[..., None], prompt.float(), 0.0).sum(dim=1) / named.sum(dim=1, keepdim=True)
 
     def real(self, past: int, tokens: int, device: torch.device) -> torch.Tensor | None:
@@ -114,7 +114,7 @@ class Window:
         return torch.nn.functional.pad(part, (0, missing), value=True) if missing else part
 
     def token_mask(self, positions: Positions, past: int, tokens: int, device: torch.device) -> torch.Tensor | None:
-        """Bool `[rows or 1, tokens]`: the real tokens that `positions` names; None if that is all of them."""
+        """Bool `[rows or 1, tokens]`: the real tokens that `positions` selects; None if it selects all."""
         real = self.real(past, tokens, device)
         if positions == "all":
             return real
@@ -126,7 +126,7 @@ class Window:
         return named if real is None else named & real
 
     def shared_columns(self, positions: Positions, past: int, tokens: int) -> slice | None:
-        """Columns within a forward that `positions` names, where no row has pads and all agree; None where they do not."""
+        """Columns of a forward that `positions` selects; None if rows have pads or differ in them."""
         if past >= self.prompt_end:
             query = -1
         elif isinstance(self.query, int) and self.mask is None:
@@ -145,7 +145,7 @@ class Window:
         return None if real is None else tokens - 1 - real.int().flip(1).argmax(dim=1)
 
     def position_ids(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Rotary positions of the prompt columns as `generate` counts them: pads at 0. `[rows, prompt_end]` int64."""
+        """Rotary positions of the prompt columns as in `generate`, with pads at 0: `[rows, prompt_end]` int64."""
         if self.mask is None:
             return torch.arange(self.prompt_end, device=device).expand(rows, -1)
         mask = self.mask.to(device).long()

@@ -105,7 +105,7 @@ def test_both_ways_of_reading_agree() -> None:
         np.testing.assert_allclose(shared.get(key, passages), whole.get(key, passages), rtol=1e-4, atol=1e-4)
 
 
-def test_texts_longer_than_a_window_go_through_whole() -> None:
+def test_texts_longer_than_a_window_are_run_whole() -> None:
     model, rows = small_model("mistral", sliding_window=6), random_rows(8)
     assert any(len(row.chosen.ids) > 6 for row in rows)
     request = CaptureRequest((Site("resid_post", 3),), POOLS)
@@ -142,7 +142,7 @@ def test_repeated_prompts_and_answers_are_read_once() -> None:
     assert reader.count.tokens == len(row.prompt.ids) + sum(len(a.ids) - a.answer_start for a in answers)
 
 
-def test_an_answer_that_is_joined_with_its_prompt_is_read_alone() -> None:
+def test_an_answer_tokenised_with_its_prompt_is_read_alone() -> None:
     model = small_model("llama")
     row = EncodedRow(Passage((3, 4, 5)), Passage((3, 4, 9, 7), 2), Passage((3, 4, 8), 2))
     request = CaptureRequest((Site("resid_post", 2),), POOLS)
@@ -210,7 +210,7 @@ def test_states_that_are_not_finite_name_their_rows() -> None:
         capture(model, CaptureRequest((Site("resid_post", 0),)), rows, describe=describe, share_prompts=True)
 
 
-def test_a_batch_that_exhausts_the_memory_is_halved() -> None:
+def test_a_batch_that_runs_out_of_memory_is_halved() -> None:
     model, rows = small_model("llama"), random_rows(16)
     request = CaptureRequest((Site("resid_post", 1),))
     expected, _ = capture(model, request, rows, share_prompts=False)
@@ -228,7 +228,7 @@ def test_a_batch_that_exhausts_the_memory_is_halved() -> None:
     assert reader.count.passes <= 4 + 32 / 2
 
 
-def test_offloaded_weights_are_put_away_again() -> None:
+def test_offloaded_weights_are_offloaded_again() -> None:
     from accelerate import cpu_offload
 
     rows = random_rows(6)
@@ -309,7 +309,7 @@ def test_a_packed_token_sees_its_own_text_alone(begun: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma2"])
-def test_what_all_prompts_begin_with_passes_once(kind: str) -> None:
+def test_a_common_prefix_is_run_once(kind: str) -> None:
     model = small_model(kind, **({"sliding_window": 64} if kind in ("mistral", "gemma2") else {}))
     header = tuple(range(20, 31))
 
@@ -327,7 +327,7 @@ def test_what_all_prompts_begin_with_passes_once(kind: str) -> None:
     assert reader.count.passes == alone.passes + 1
 
 
-def test_general_prompts_share_a_beginning_of_their_own() -> None:
+def test_general_prompts_share_their_own_prefix() -> None:
     model, plain, general = small_model("llama"), random_rows(12), random_rows(10, seed=1)
     headers = tuple(range(20, 31)), tuple(range(40, 50))
 

@@ -50,7 +50,7 @@ def read(model: Any, answers: Sequence[Passage], sites: Sequence[Site] = SITES, 
 
 
 def by_hand(model: Any, answer: Passage, sites: Sequence[Site] = SITES) -> dict[Site, np.ndarray]:
-    """The same by a vector of zeros that a hook adds at each site from the query on."""
+    """The same with a zero vector that a hook adds at each site from the query on."""
     vectors = {site: torch.zeros(32, requires_grad=True) for site in sites}
     moves = {site: added(answer, vector) for site, vector in vectors.items()}
     mean = of_answer(log_probs(model, answer, moves), answer).mean()
@@ -62,7 +62,7 @@ def by_hand(model: Any, answer: Passage, sites: Sequence[Site] = SITES) -> dict[
 
 @pytest.fixture
 def answers() -> list[Passage]:
-    """Of several lengths, two to a prompt; one-token prompts among them, which are run whole."""
+    """Answers of several lengths, two per prompt, including one-token prompts, which are run whole."""
     found = [answer for row in random_rows(8) for answer in (row.chosen, row.rejected)]
     found.append(Passage((7, 30, 31), 1))
     assert {min(p.answer_start, 2) for p in found} == {1, 2}
@@ -80,7 +80,7 @@ def test_gradients_at_all_sites_are_autograds_at_each_text(kind: str, answers: l
             )
 
 
-def test_one_site_more_or_less_changes_nothing(answers: list[Passage]) -> None:
+def test_adding_a_site_changes_nothing(answers: list[Passage]) -> None:
     together = read(small_model("llama"), answers)
     for site in SITES:
         for (_, answer), alone in read(small_model("llama"), answers, [site]).items():
@@ -156,7 +156,7 @@ def test_rows_whose_gradients_are_not_finite_are_named(bad: float) -> None:
     assert np.isfinite(np.stack(list(read(model, [answers[0], answers[2]]).values()))).all()
 
 
-def test_a_model_that_lets_no_gradient_through_is_said(answers: list[Passage]) -> None:
+def test_a_model_without_gradients_is_reported(answers: list[Passage]) -> None:
     model = small_model("llama")
     model.model.layers[3].register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(UnsupportedModelError, match="target='difference'"):
@@ -172,7 +172,7 @@ def test_half_precision_points_the_same_way(answers: list[Passage]) -> None:
 
 
 class Counted(GradientReader):
-    """Knows what it was asked for."""
+    """Records what it was asked for."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -210,7 +210,7 @@ def test_a_store_asks_only_for_what_it_lacks(tmp_path: Path) -> None:
     np.testing.assert_allclose(other, fresh, rtol=1e-3, atol=1e-5)
 
 
-def test_states_and_gradients_lie_side_by_side(tmp_path: Path) -> None:
+def test_states_and_gradients_share_a_store(tmp_path: Path) -> None:
     rows, site = random_rows(5), SITES[0]
     model = small_model("llama")
     request = CaptureRequest((site,), ("query", "answer_mean"))

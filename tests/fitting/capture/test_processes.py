@@ -1,4 +1,4 @@
-"""Several processes write the store of one, and return its adapter."""
+"""Several processes write the same store as one, and return the same adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers behind kept prompts against whole texts, one at a time."""
+"""Answers after cached prompts against whole texts, one at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def logits_of(model: Any, batch: list[Passage], processors: Any, cache: PromptCa
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strength", [0.0, 2.0])
-def test_answers_behind_kept_prompts_are_those_of_whole_texts(kind: str, strength: float) -> None:
+def test_answers_after_cached_prompts_equal_those_of_whole_texts(kind: str, strength: float) -> None:
     model, plain, batch = steered(kind), small_model(kind), answers()
     cache = PromptCache(model)
     assert cache.serves(batch, [SignedAnswers(strength)])
@@ -56,7 +56,7 @@ def test_answers_behind_kept_prompts_are_those_of_whole_texts(kind: str, strengt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_says_what_its_texts_say_alone(kind: str) -> None:
+def test_a_batch_equals_its_texts_alone(kind: str) -> None:
     model, batch = steered(kind), answers()
     together = logits_of(model, batch, [SignedAnswers(1.0)], PromptCache(model))
     for passage, logits in zip(batch, together, strict=True):
@@ -88,7 +88,7 @@ def test_own_words_are_the_same() -> None:
         assert cache.prompts == len(prompts)
 
 
-def test_a_prompt_is_run_once_whatever_looks_at_its_answers() -> None:
+def test_a_prompt_is_run_once_for_all_its_answers() -> None:
     model, batch = steered(), answers()
     cache, seen = PromptCache(model), []
     prompts = {passage.ids[: passage.answer_start - 1] for passage in batch}
@@ -107,7 +107,7 @@ def test_a_prompt_is_run_once_whatever_looks_at_its_answers() -> None:
     assert cache.prompts == len(prompts | {passage.ids[: passage.answer_start - 1] for passage in answers(seed=5)})
 
 
-def test_what_is_kept_is_the_base_models_whatever_is_active() -> None:
+def test_cached_prompts_are_the_base_models_whatever_is_active() -> None:
     model, batch = steered(), answers()
     expected = logits_of(model, batch, [], None)
     with model.steering_with([ConstantVector("resid_post[0]", torch.full((32,), 3.0))]):
@@ -142,7 +142,7 @@ class AgainstTheBase(SignedAnswers):
     [SignedVector(1.0, "all"), SignedVector(1.0, "prompt"), LooksBack(1.0), OnLogits(1.0), AgainstTheBase(1.0)],
     ids=["all", "prompt", "lookback", "logits", "contrast"],
 )
-def test_what_steers_or_looks_before_the_query_runs_whole_texts(processor: SteeringProcessor) -> None:
+def test_processors_that_act_before_the_query_run_whole_texts(processor: SteeringProcessor) -> None:
     model, batch = steered(), answers()
     cache = PromptCache(model)
     recorder = StateRecorder([Site("resid_post", 0)])
@@ -174,7 +174,7 @@ def test_one_token_prompts_run_whole_texts() -> None:
     assert cache.prompts == 0
 
 
-def test_no_more_is_kept_than_there_is_room_for() -> None:
+def test_the_cache_stays_within_its_limit() -> None:
     model, batch = steered(), answers()
     whole = logits_of(model, batch, [SignedAnswers(1.0)], None)
     # Keys and values of two heads of size 8 in 4 layers, float32.

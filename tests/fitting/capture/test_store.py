@@ -1,4 +1,4 @@
-"""What a store holds after anything, a kill included."""
+"""The content of a store after any interruption, including a kill."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def batch(numbers: range, site: Site = SITE) -> CapturedBatch:
     return CapturedBatch(prompts, (), {(site, "query"): np.array([[n, n + 0.5] for n in numbers], dtype=np.float32)})
 
 
-def test_what_is_on_disk_is_not_read_again(tmp_path: Path) -> None:
+def test_stored_states_are_not_read_again(tmp_path: Path) -> None:
     rows, request = random_rows(10), CaptureRequest((SITE,))
     first, states = fill(tmp_path, rows, request)
     again, same = fill(tmp_path, rows, request)
@@ -119,7 +119,7 @@ def test_states_are_held_back_until_a_shard_is_full(tmp_path: Path) -> None:
 
 
 def in_a_fork(run: Callable[[], None]) -> tuple[int, str]:
-    """Run something in a forked process: its exit code (minus the signal that killed it) and its error."""
+    """Run a function in a forked process: its exit code (minus the signal that killed it) and its error."""
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
@@ -138,7 +138,7 @@ def in_a_fork(run: Callable[[], None]) -> tuple[int, str]:
 
 # The first manifest, the first shard, the manifest that names it, and so on.
 @pytest.mark.parametrize("at", [1, 2, 3, 6, 7])
-def test_a_killed_capture_continues_with_nothing_lost_or_doubled(tmp_path: Path, at: int) -> None:
+def test_a_killed_capture_continues_without_loss_or_duplicates(tmp_path: Path, at: int) -> None:
     def die() -> None:
         replace, calls = os.replace, itertools.count(1)
 
@@ -168,7 +168,7 @@ def test_a_killed_capture_continues_with_nothing_lost_or_doubled(tmp_path: Path,
 
 
 def states_on_disk(folder: Path) -> dict[tuple[bytes, str], bytes]:
-    """Every state of a store, byte for byte, by passage and name; none may be there twice."""
+    """Every state of a store, byte for byte, by passage and name; duplicates fail."""
     found: dict[tuple[bytes, str], bytes] = {}
     for manifest in folder.glob(f"*/{MANIFEST}"):
         for entry in json.loads(manifest.read_text())["shards"]:
@@ -215,7 +215,7 @@ def test_a_capture_killed_at_a_random_moment_leaves_the_store_of_an_undisturbed_
     assert states_on_disk(tmp_path / "killed") == states_on_disk(tmp_path / "whole")
 
 
-def test_of_a_changed_data_set_only_the_changes_are_read(tmp_path: Path) -> None:
+def test_only_the_changes_of_a_data_set_are_read(tmp_path: Path) -> None:
     rows, request = random_rows(10), CaptureRequest((SITE,))
     fill(tmp_path, rows, request)
     edited = Passage((*rows[3].prompt.ids, 7, 8, 9), len(rows[3].prompt.ids))
@@ -263,7 +263,7 @@ def test_a_damaged_shard_is_captured_again(tmp_path: Path) -> None:
     np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, IDENTITY, shard_bytes=1) as store:
         store.add(batch(range(5)))
 
@@ -306,7 +306,7 @@ def test_two_processes_do_not_write_to_one_store(tmp_path: Path) -> None:
         ActivationStore(tmp_path, IDENTITY)
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_states_are_named(tmp_path: Path) -> None:
     with ActivationStore(tmp_path, IDENTITY) as store:
         store.add(batch(range(5)))
         with pytest.raises(KeyError, match=r"resid_pre\[3\]/query"):

@@ -1,4 +1,4 @@
-"""Rows in every form that TRL has, and messages that name the rows of those that cannot be fitted."""
+"""Rows in all of TRL's forms, and errors that name the bad rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_chats_in_all_forms_are_the_same_row(record: dict[str, Any]) -> None:
     assert (row.prompt, row.chosen, row.rejected) == ([USER], [GOOD], [BAD])
 
 
-def test_a_system_message_is_a_part_of_an_implicit_prompt() -> None:
+def test_a_system_message_is_part_of_an_implicit_prompt() -> None:
     system = {"role": "system", "content": "sea0"}
     (row,) = read_preferences([{"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}]).rows
     assert row.prompt == [system, USER]
@@ -60,7 +60,7 @@ def test_group_and_number_are_kept() -> None:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"question": "a", "chosen": "b", "rejected": "c"}], r"do not begin alike"),
+        ([{"question": "a", "chosen": "b", "rejected": "c"}], r"have no common beginning"),
         ([{"prompt": "a", "good": "b", "rejected": "c"}], r"no column 'chosen'.*\['good', 'prompt', 'rejected'\]"),
         ([ROW, {"prompt": "a", "chosen": "b"}, ROW], r"row 1 \(counted from 0\): no 'rejected'"),
         ([ROW, {**ROW, "chosen": " fox0"}, {**ROW, "chosen": " fox0"}], r"rows 1, 2 .*are the same"),
@@ -138,7 +138,7 @@ def test_every_source_gives_the_same_rows(form: str, tmp_path: Path) -> None:
     assert found.name == (None if form in ("list", "generator", "dataset", "stream") else path.name)
 
 
-def test_sources_that_are_none_say_so(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="is empty"):
         read_preferences([])
     with pytest.raises(DatasetError, match=r"row 1 .*must be a dict, got str"):

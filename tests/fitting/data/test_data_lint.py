@@ -1,4 +1,4 @@
-"""Findings about data that fits, but not well; and silence about data that does."""
+"""Findings about weak data, and none about good data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def findings(rows: list[PreferenceRow], tokenizer: Any = None) -> list[str]:
 GOOD = [chat(f"sun{i}", f"oak{i}", f"fox{i}") for i in range(12)]
 
 
-def test_good_rows_are_passed_in_silence() -> None:
+def test_good_rows_give_no_findings() -> None:
     assert findings(GOOD) == []
     assert lint_general([[{"role": "user", "content": f"fox{i}"}] for i in range(5)], GOOD) == []
 
@@ -39,7 +39,7 @@ def test_good_rows_are_passed_in_silence() -> None:
     [
         ([*GOOD, GOOD[0], GOOD[3]], "repeat an earlier one: rows 12, 13"),
         ([GOOD[0], chat("<|im_start|> sun1")], "templated twice: row 1 "),
-        ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised as they are: row 0 "),
+        ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised without it: row 0 "),
         ([PreferenceRow("<s> sun0", "oak0", "fox0"), GOOD[1]], "two words become one: row 0 "),
         ([chat(f"sun{i}", "oak0 oak1 oak2") for i in range(5)], r"length alone (AUROC 1.00; 4.0 and 2.0 tokens"),
         (
@@ -48,7 +48,7 @@ def test_good_rows_are_passed_in_silence() -> None:
         ),
     ],
 )
-def test_what_is_found_names_the_rows(rows: list[PreferenceRow], finding: str) -> None:
+def test_findings_name_the_rows(rows: list[PreferenceRow], finding: str) -> None:
     found = findings(rows)
     assert len([line for line in found if finding in line]) == 1, found
 
@@ -82,12 +82,12 @@ def test_prompts_that_are_known_are_dropped_by_name() -> None:
     assert drop_known(own[1:2], GOOD, "eval_dataset", "left out") == (own[1:2], [])
 
 
-def test_memory_is_warned_of_before_it_is_full() -> None:
+def test_a_warning_comes_before_memory_is_full() -> None:
     assert lint_memory(10, 10) == []
     assert "give `store_dir`" in lint_memory(10**9, 10**6)[0]
 
 
-def test_prompts_that_are_variants_of_each_other_are_found_and_one_of_each_is_not() -> None:
+def test_variants_of_a_prompt_are_found_and_single_prompts_are_not() -> None:
     rows = playground.preference_rows("safety", "fit")[:300]
     wrapped = [PreferenceRow(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     (finding,) = lint_variants(wrapped, seed=0)

@@ -18,7 +18,7 @@ from finesteer_hf.fitting.data.rows import PreferenceRow, check_contrast, read_p
 
 
 def rows(count: int, repeats: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows of which `repeats` share a prompt, though they do not follow each other."""
+    """Rows; `repeats` of them share a prompt but are not adjacent."""
     for number in range(count):
         prompt = [{"role": "user", "content": f"question {number % (count // repeats)}?"}]
         yield {"prompt": prompt, "chosen": f"yes {number}", "rejected": f"no {number}"}
@@ -41,7 +41,7 @@ def test_the_sample_is_the_same_in_any_order() -> None:
     assert contents(kept(records, 500, seed=1)) != contents(sample)
 
 
-def test_prompts_are_kept_whole_in_their_order_and_with_their_numbers() -> None:
+def test_prompts_are_kept_whole_in_order_and_with_their_numbers() -> None:
     records = list(rows(3000, repeats=3))
     sample = kept(iter(records), 500)
     assert 498 <= len(sample) <= 500
@@ -57,7 +57,7 @@ def test_a_larger_limit_only_adds_prompts() -> None:
     assert [len(sample) for sample in samples] == [10, 10, 100, 1000, 1998, 2000, 2000]
 
 
-def test_every_prompt_is_as_likely() -> None:
+def test_every_prompt_is_equally_likely() -> None:
     counts = np.zeros(100)
     for seed in range(400):
         sample: PromptSample[None] = PromptSample(25, seed)
@@ -68,7 +68,7 @@ def test_every_prompt_is_as_likely() -> None:
     assert counts.sum() == 400 * 25 and np.abs(counts - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 
 
-def test_prompts_of_many_rows_leave_none_behind_that_is_not_whole() -> None:
+def test_prompts_of_many_rows_are_kept_whole_or_not_at_all() -> None:
     sizes = np.random.default_rng(0).integers(1, 40, 200)
     keys = np.random.default_rng(1).permutation(np.repeat(np.arange(200), sizes))
     sample: PromptSample[int] = PromptSample(300)
@@ -79,13 +79,13 @@ def test_prompts_of_many_rows_leave_none_behind_that_is_not_whole() -> None:
     assert all(found.count(key) == sizes[key] for key in set(found))
 
 
-def test_both_counts_are_kept_and_said() -> None:
+def test_both_counts_are_kept_and_reported() -> None:
     read = read_preferences(rows(1000), max_rows=100)
     whole = read_preferences(rows(1000))
     assert (read.source.rows, read.source.taken) == (1000, 100)
     assert read.source.sha256 == whole.source.sha256
     assert read.findings == [
-        "train_dataset has 1,000 rows; 100 of them are used, those of 100 prompts drawn at random (max_rows=100; None "
+        "train_dataset has 1,000 rows; 100 of them are used, from 100 prompts drawn at random (max_rows=100; None "
         "uses all)"
     ]
     assert whole.findings == [] == read_preferences(rows(100), max_rows=100).findings
@@ -100,7 +100,7 @@ def test_data_is_named_without_its_path(tmp_path: Path) -> None:
 
 
 def test_a_limit_that_leaves_one_prompt_is_refused() -> None:
-    with pytest.raises(DatasetError, match=r"300 rows, of which max_rows=100 leaves those of 0 prompts"):
+    with pytest.raises(DatasetError, match=r"300 rows; max_rows=100 leaves those of 0 prompts"):
         read_preferences(rows(300, repeats=150), max_rows=100)
     with pytest.raises(DatasetError, match="all 300 rows have the same prompt"):
         check_contrast(read_preferences(rows(300, repeats=300)).rows)
@@ -119,11 +119,11 @@ def with_bad_row(number: int, bad: Any) -> Iterator[Any]:
     [
         (lambda row: {**row, "chosen": " "}, "chosen is empty"),
         (lambda row: {**row, "rejected": None}, "no 'rejected'"),
-        (lambda row: {**row, "category": "x"}, "no category, the others do"),
+        (lambda row: {**row, "category": "x"}, "no category, but the others do"),
         (lambda row: "text", "a row must be a dict, got str"),
     ],
 )
-def test_a_bad_row_far_behind_is_named(bad: Any, message: str) -> None:
+def test_a_bad_row_late_in_the_stream_is_named(bad: Any, message: str) -> None:
     number = "0, 1, 2, 3" if "category" in message else "29000 "
     with pytest.raises(DatasetError, match=f"rows? {number}.*{message}"):
         read_preferences(with_bad_row(29_000, bad), max_rows=10)

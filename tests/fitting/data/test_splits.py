@@ -47,7 +47,7 @@ def test_groups_stay_together_and_groups_that_share_a_prompt_are_one() -> None:
     assert where["g0"] == where["g1"]
 
 
-def test_groups_must_be_there() -> None:
+def test_groups_are_required() -> None:
     with pytest.raises(DatasetError, match="needs a column"):
         split_rows(["a", "b"], None, 0, by="group")
     with pytest.raises(DatasetError, match=r"at least 3 groups.*\['x', 'y'\]"):

@@ -28,7 +28,7 @@ def ids_of(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters, and the pair `:b` as one token: an answer may join the prompt's last character."""
+    """Letters, and the pair `:b` as one token: an answer may merge with the prompt's last character."""
     letters = {letter: i for i, letter in enumerate("abcdQ:? ")}
     tokenizer = Tokenizer(models.BPE({**letters, ":b": len(letters)}, [(":", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
@@ -77,7 +77,7 @@ def test_the_last_token_of_content_is_known_however_an_answer_ends(end: Any) -> 
 
 
 @pytest.mark.parametrize(("cut", "closing"), [(0, 1), (1, 0), (2, 0)])
-def test_what_is_cut_off_an_answer_is_its_end_first(cut: int, closing: int) -> None:
+def test_cutting_an_answer_removes_its_end_first(cut: int, closing: int) -> None:
     tokenizer = toy_tokenizer()
     (whole,) = encode_preferences(tokenizer, [CHAT]).rows
     (row,) = encode_preferences(tokenizer, [CHAT], max_length=len(whole.chosen.ids) - cut).rows
@@ -85,7 +85,7 @@ def test_what_is_cut_off_an_answer_is_its_end_first(cut: int, closing: int) -> N
     assert (row.chosen.answer_start or 0) <= row.chosen.last_content
 
 
-def test_a_token_that_joins_an_answer_and_its_end_is_content() -> None:
+def test_a_token_that_merges_an_answer_and_its_end_is_content() -> None:
     tokenizer = merging_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}Q{{ m['content'] }}{% else %}{{ m['content'] }}b{% endif %}"
@@ -97,14 +97,14 @@ def test_a_token_that_joins_an_answer_and_its_end_is_content() -> None:
     assert tokenizer.decode([row.chosen.ids[row.chosen.last_content]]) == ":b"
 
 
-def test_a_token_that_joins_prompt_and_answer_counts_as_the_answers() -> None:
+def test_a_token_that_merges_prompt_and_answer_belongs_to_the_answer() -> None:
     tokenizer = merging_tokenizer()
     encoded = encode_preferences(tokenizer, [PreferenceRow("Qa:", "bc", "dd"), PreferenceRow("Qa:", "dc", "dd")])
     first = encoded.rows[0]
     assert first.chosen.answer_start == len(first.prompt.ids) - 1
     assert tokenizer.decode(list(first.chosen.ids[first.chosen.answer_start :])) == ":bc"
     ((remark, numbers),) = encoded.remarks.items()
-    assert "join the prompt's last 1" in remark and numbers == {0}
+    assert "merge with the prompt's last 1" in remark and numbers == {0}
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
@@ -136,7 +136,7 @@ def test_prompts_are_never_cut_and_answers_only_on_request() -> None:
     with pytest.raises(DatasetError, match=r"positions of the model"):
         encode_prompts(tokenizer, [PromptRow(long.prompt)], max_positions=10)
     wordy = PreferenceRow("sun0 ", "oak0 " * 20, "fox0", number=70)
-    with pytest.raises(DatasetError, match=r"row 70 .*21 tokens, the model can take 10"):
+    with pytest.raises(DatasetError, match=r"row 70 .*21 tokens, the model supports 10"):
         encode_preferences(tokenizer, [wordy], max_positions=10)
     encoded = encode_preferences(tokenizer, [CHAT, wordy], max_length=10, max_positions=10)
     assert len(encoded.rows[1].chosen.ids) == 10

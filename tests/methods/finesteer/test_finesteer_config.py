@@ -63,7 +63,7 @@ INFO = ModelInfo(num_layers=12, hidden_size=16, num_heads=4, head_size=4, vocab_
         ({"compat": "official", "layer": 3, "write_site": ["resid_post[3]", "resid_post[5]"]}, "one write site"),
     ],
 )
-def test_nonsense_is_refused_with_its_value(settings: dict, named: str) -> None:
+def test_invalid_settings_are_refused_with_their_value(settings: dict, named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         FineSteerConfig(**settings)
 

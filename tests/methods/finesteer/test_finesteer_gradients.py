@@ -77,7 +77,7 @@ def test_the_gradients_of_a_data_set_raise_its_held_out_preference() -> None:
     assert len(several) == 1 and all(row["r2"] is None and row["gain"] > 0 for row in result.report["layers"])
 
 
-def test_what_the_query_foretells_of_a_gradient_is_used() -> None:
+def test_the_part_of_a_gradient_that_the_query_predicts_is_used() -> None:
     data, site = PlantedData(), Site("resid_post", 2)
     result = fit(data, layer=2, experts="auto", gate="always")
     assert result.config.residual_rank > 0 and result.report["vector"]["r2"] > 0.3
@@ -103,7 +103,7 @@ def test_differences_of_several_sites_lie_side_by_side() -> None:
     assert "several_write_sites" in result.config.requires and result.config.read_site == names[0]
 
 
-def test_of_blocks_only_those_worth_it_are_steered_together() -> None:
+def test_only_blocks_with_enough_gain_are_steered_together() -> None:
     data = PlantedData(clarity=(1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
     # The third block's states are so short that nothing is gained there at a share of their norm.
     data._query[2] *= 0.01
@@ -321,7 +321,7 @@ def test_principal_directions_are_whitened() -> None:
     np.testing.assert_allclose(features.mean(axis=0), 0.0, atol=1e-4)
 
 
-def test_a_fit_trains_on_as_often_as_it_is_told() -> None:
+def test_a_fit_trains_for_the_given_number_of_epochs() -> None:
     found = {}
     for epochs in (0, 2):
         settings = {"layer": 1, "target": "gradient", "gate": "always", "positions": "generated", "refine": epochs}

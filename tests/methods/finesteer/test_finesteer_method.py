@@ -109,7 +109,7 @@ def test_prototypes_are_means_of_unit_shifts(data: PlantedData, paper: FitResult
 
 @pytest.mark.parametrize("gate", ["conformal", "quantile", "logistic", "ser", "always"])
 @pytest.mark.parametrize("experts", ["mixture", "reduced_rank"])
-def test_every_gate_goes_with_every_closed_form(data: PlantedData, gate: str, experts: str) -> None:
+def test_every_gate_works_with_every_closed_form(data: PlantedData, gate: str, experts: str) -> None:
     config = FineSteerConfig(
         layer=2,
         gate=gate,

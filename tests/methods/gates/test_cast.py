@@ -250,6 +250,6 @@ def test_thresholds_must_match_conditions():
 
 
 @pytest.mark.parametrize("field", [{"rule": "xor"}, {"comparators": ["larger"]}, {"num_conditions": 0}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         CASTConfig(**field)

@@ -22,7 +22,7 @@ SPELLED = ["c1", "c2 and not c1", "c3 or c1 and c2", "not c3"]
 
 
 @pytest.mark.parametrize(("text", "spelled"), zip(RULES, SPELLED, strict=True))
-def test_a_rule_holds_where_python_says_so(text, spelled):
+def test_a_rule_agrees_with_python(text, spelled):
     rule = Rule.parse(text)
     met = torch.tensor(list(itertools.product([False, True], repeat=3)))
     expected = [eval(spelled, dict(zip(("c1", "c2", "c3"), row, strict=True))) for row in met.tolist()]
@@ -44,7 +44,7 @@ def test_a_rule_holds_where_python_says_so(text, spelled):
         "if (C1) then B1",
     ],
 )
-def test_what_is_no_rule_is_refused_with_an_example(text):
+def test_invalid_rules_are_refused_with_an_example(text):
     with pytest.raises(ValueError, match="if C1 and not C2 then B1"):
         Rule.parse(text)
 
@@ -144,7 +144,7 @@ def test_rows_of_a_mixed_batch_get_what_brute_force_gives_each(rule):
     assert len(combinations) >= 3
 
 
-def test_a_row_that_no_rule_asks_for_is_the_base_s_to_the_bit():
+def test_a_row_without_a_rule_is_bit_identical_to_the_base():
     config, tensors = by_hand()
     processor = CAST(config, tensors)
     states = dict.fromkeys(processor.reads, torch.randn(64, 32, generator=torch.Generator().manual_seed(4)))
@@ -154,7 +154,7 @@ def test_a_row_that_no_rule_asks_for_is_the_base_s_to_the_bit():
     assert all((vector[shut] == 0).all() for vector in decision.vectors.values())
 
 
-def test_categories_are_told_apart_and_each_has_its_own_behaviour(tmp_path):
+def test_categories_are_separated_and_each_has_its_own_behaviour(tmp_path):
     config = CASTConfig(
         conditions=["sun", "sea"],
         behaviors=["sun", "*"],
@@ -204,7 +204,7 @@ def test_a_condition_is_a_category_against_everything_else():
     assert others[:, 0].tolist() == [100, 101, 102]
 
 
-def test_a_category_that_no_row_has_is_refused_with_those_that_there_are():
+def test_an_unknown_category_is_refused_with_the_known_ones():
     config = CASTConfig(conditions=["moon"], layers=[1], strength=1.0)
     with pytest.raises(DatasetError, match=r"'moon'.*\['sea', 'sun'\]"):
         fit_on_toy(config)

@@ -1,4 +1,4 @@
-"""The gate's fit: calibrated for kinds that it has not seen, and not fooled by form."""
+"""The gate's fit: calibrated for unseen kinds, and not misled by form."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_each_kind_is_scored_by_a_fit_without_it() -> None:
     assert gate.report["misses_of_left_out_kinds"] == pytest.approx(missed)
 
 
-def test_the_report_says_what_was_calibrated_and_what_is_promised() -> None:
+def test_the_report_has_the_calibration_and_its_guarantee() -> None:
     data = PlantedData(kinds=True, clusters=6)
     by_kind = fit_gate(QueryGateConfig(gate_score="state"), data, SITE).report
     by_row = fit_gate(QueryGateConfig(gate_score="state", gate_calibration="rows"), data, SITE).report
@@ -79,21 +79,19 @@ def test_the_report_says_what_was_calibrated_and_what_is_promised() -> None:
         ({"gate_score": "ser"}, {"kinds": True, "clusters": 6, "general": 0}, "kinds"),
     ],
 )
-def test_auto_takes_kinds_where_there_are_enough(
-    settings: dict[str, Any], world: dict[str, Any], expected: str
-) -> None:
+def test_auto_uses_kinds_if_there_are_enough(settings: dict[str, Any], world: dict[str, Any], expected: str) -> None:
     gate = fit_gate(QueryGateConfig(**{"gate_score": "state", **settings}), PlantedData(**world), SITE)
     assert gate.report["calibration"] == expected
 
 
-def test_kinds_are_refused_where_they_cannot_be_left_out() -> None:
+def test_kinds_are_refused_if_they_cannot_be_left_out() -> None:
     for settings in ({"gate": "quantile"}, {"gate_guarantee": "pac"}):
-        with pytest.raises(ValueError, match="gate_calibration='kinds' sets the threshold"):
+        with pytest.raises(ValueError, match="gate_calibration='kinds' needs gate='conformal'"):
             QueryGateConfig(gate_calibration="kinds", **settings)
     with pytest.raises(ValueError, match="gate_calibration"):
         QueryGateConfig(gate_calibration="groups")  # type: ignore[arg-type]
     for data in (PlantedData(), PlantedData(kinds=True, clusters=1)):
-        with pytest.raises(DatasetError, match="leaves out one category after another"):
+        with pytest.raises(DatasetError, match="leaves out one category at a time"):
             fit_gate(QueryGateConfig(gate_calibration="kinds"), data, SITE)
 
 
@@ -191,7 +189,7 @@ def test_false_alarms_are_counted_on_the_same_form_too() -> None:
     assert small["form"] is None and small["false_alarms_same_form"]["n"] == small["false_alarms"]["n"]
 
 
-def test_score_and_site_are_judged_on_what_counts() -> None:
+def test_score_and_site_are_judged_on_the_prompts_that_count() -> None:
     rng = np.random.default_rng(0)
     queries, easy, hard = rng.normal(2, 1, (80, 8)), rng.normal(-8, 1, (40, 8)), rng.normal(1.2, 1, (40, 8))
     general, judged = np.concatenate([easy, hard]), np.repeat([False, True], 40)
@@ -244,7 +242,7 @@ def test_the_gate_misses_more_queries_where_it_would_open_on_general_prompts(all
         assert fitted(gate_epsilon=epsilon - 0.01, gate_false_alarms=1.0)[1] > allowed
 
 
-def test_a_promise_for_this_calibration_set_is_kept_whatever_general_prompts_do() -> None:
+def test_a_pac_guarantee_is_kept_whatever_general_prompts_do() -> None:
     gates = [
         fit_gate(
             QueryGateConfig(gate_score="state", gate_guarantee="pac", gate_epsilon=0.1, gate_false_alarms=allowed),

@@ -51,7 +51,7 @@ def test_the_looked_up_dose_is_that_of_the_formula(kind: str, seed: int) -> None
 
 
 @pytest.mark.parametrize("kind", ["conformal", "quantile"])
-def test_a_score_that_is_no_number_gets_the_lowest_dose(kind: str) -> None:
+def test_a_nan_score_gets_the_lowest_dose(kind: str) -> None:
     gate, tensors = gate_and_tensors(kind, 10)
     dose, _ = gate(torch.tensor([[torch.nan, 0.0]]), tensors)
     assert dose.item() == 0.0

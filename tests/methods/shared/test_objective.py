@@ -1,4 +1,4 @@
-"""What leads, what is allowed, and what comes first."""
+"""The leading figure, the limits, and the order of points."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_answers_are_sayable_where_steering_lifts_their_weakest_token() -> None:
     assert not is_sayable(dataclasses.replace(SAID, bottleneck_rise_se=SAID.bottleneck_rise / 2))
 
 
-def test_the_data_say_what_leads() -> None:
+def test_the_data_decide_what_leads() -> None:
     limits = Limits()
     assert Objective.of([UNSTEERED, OPEN], limits).criterion == "preference"
     assert Objective.of([UNSTEERED, OPEN, SAID], limits).criterion == "sayable"
@@ -147,7 +147,7 @@ def trials(data: PlantedData, **lengths: float) -> dict[str, Trial]:
     return {name: trial(factor) for name, factor in lengths.items()}
 
 
-def test_the_way_that_reaches_most_is_taken_whatever_its_length() -> None:
+def test_the_best_trial_is_taken_whatever_its_length() -> None:
     data = PlantedData()
     data.limits = Limits.of({"general_kl": 1e9})
     name, table = try_each(data, trials(data, away=-1.0, long=8.0, half=0.5), "auto", what="way", doses=(0.5, 1.0))
@@ -159,7 +159,7 @@ def test_the_way_that_reaches_most_is_taken_whatever_its_length() -> None:
     assert table[0]["preference"] < unsteered < table[1]["preference"] and all(row["broken"] == [] for row in table)
 
 
-def test_what_breaks_a_limit_counts_only_where_nothing_keeps_to_them() -> None:
+def test_a_point_that_breaks_a_limit_counts_only_if_all_do() -> None:
     data = PlantedData()
     best = trials(data, short=0.01, full=1.0)
     data.limits = Limits.of({"general_kl": 0.5})
@@ -223,13 +223,13 @@ def test_limits_of_a_config_hold_in_its_fit_and_are_kept_with_it(tmp_path: Any) 
     assert found[0.001] < found[1.0]
 
 
-def test_limits_that_are_none_are_refused_before_the_model_runs() -> None:
+def test_invalid_limits_are_refused_before_the_model_runs() -> None:
     for limits, named in (({"speed": 1.0}, "speed"), ({"own_words": -1.0}, "own_words")):
         with pytest.raises(ValueError, match=named):
             fit_steering(None, None, [], CAAConfig(layer=1, limits=limits))
 
 
-def test_own_words_may_surprise_the_base_by_what_the_chosen_answers_gain() -> None:
+def test_own_words_may_lose_what_the_chosen_answers_gain() -> None:
     gained = dataclasses.replace(moved(OPEN, "own_words", 3.0), likelihood=UNSTEERED.likelihood + 1.0)
     assert Limits().broken_by(gained, UNSTEERED, "preference") == []
     assert Limits().broken_by(moved(gained, "own_words", 4.0), UNSTEERED, "preference") == ["own_words"]

@@ -113,7 +113,7 @@ def test_first_order_is_the_gradient_at_zero_of_all_blocks_in_one_pass():
         torch.testing.assert_close(slopes[site], gradient, atol=1e-3, rtol=1e-3)
 
 
-def test_first_order_says_where_nothing_depends_on_a_vector():
+def test_first_order_reports_losses_that_do_not_depend_on_a_vector():
     with pytest.raises(DatasetError, match="do not depend on vectors at"):
         first_order(
             lambda few, steering: torch.zeros(len(few)) * steering.shifts[PLACES[0]].sum(), 3, {PLACES[0]: 4}, "all"

@@ -1,7 +1,7 @@
-"""Methods against the formulas of their published codes, or papers where no code is public, in numpy under a plain hook.
+"""Methods against the formulas of their published code, or of the paper without one, in numpy under a plain hook.
 
 Fitted tensors come from a fit on the toy model. The reference is the bare model with a hook that turns each state to
-float64, does what the formula says, and gives it back; no function of the package is in it.
+float64, applies the formula and returns the result; it uses no function of the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""First-order gains against what small doses do, measured with plain hooks on one text at a time."""
+"""First-order gains against the effect of small doses, measured with plain hooks on one text at a time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_gains_are_what_a_small_dose_begins_with(sites: tuple[Site, ...], each_r
     np.testing.assert_allclose(gains, measured, rtol=0.03, atol=0.01 * np.abs(measured).max())
 
 
-def test_gains_know_directions_and_not_lengths() -> None:
+def test_gains_depend_on_directions_and_not_on_lengths() -> None:
     data = kept_data(*NAMES)
     gradients, norms = preference_gradients(data, SITES, ("validation",)), state_norms(data, SITES)
     learned = {site: rows.mean(axis=0)[None] for site, rows in preference_gradients(data, SITES, ("fit",)).items()}

@@ -1,4 +1,4 @@
-"""The search that all methods share, on a world in which what steers best is known."""
+"""The search that all methods share, on a world with a known best answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FREE = Limits.of({"general_kl": 1e9, "likelihood": 1e9})
 
 
 class Asked(PlantedData):
-    """Remembers which looks were taken."""
+    """Records which runs were made."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -88,7 +88,7 @@ def test_caa_finds_the_same_dose_for_a_vector_of_any_length() -> None:
     assert pushed(0.01) == pytest.approx(pushed(1.0), rel=0.05)
 
 
-def test_many_ways_are_first_looked_at_on_a_few_prompts() -> None:
+def test_many_trials_are_first_tried_on_a_few_prompts() -> None:
     data = Asked()
     factors = dict(zip("abcdef", (-1.0, -0.5, 1.0, -2.0, -1.5, -0.1), strict=True))
     found = search(data, "auto", {name: trial(data, factor) for name, factor in factors.items()}, what="way")
@@ -105,7 +105,7 @@ def test_a_number_is_tried_as_it_is_and_stays() -> None:
     assert (found.key, found.strength, found.report["dose_response"]) == ("more", 0.5, [])
 
 
-def test_where_nothing_is_held_out_the_first_is_taken() -> None:
+def test_if_nothing_is_held_out_the_first_is_taken() -> None:
     class Nothing(Asked):
         def dose_response(self, build: Any, strengths: Any, share: float = 1.0) -> list[DosePoint]:
             points = super().dose_response(build, strengths, share)
@@ -116,7 +116,7 @@ def test_where_nothing_is_held_out_the_first_is_taken() -> None:
     assert search(data, 1.0, ways, what="way").key == "a"
 
 
-def test_settling_looks_around_a_dose_that_is_known_to_be_good() -> None:
+def test_settling_tries_strengths_around_a_good_dose() -> None:
     data = Asked()
     way = trial(data, 1.0)
     strength, report = settle(data, "auto", way, near=0.2)

@@ -1,4 +1,4 @@
-"""The rules on curves that are known in closed form."""
+"""The rules on curves with a closed form."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_auto_takes_the_best_within_the_limits(criterion: Any) -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_auto_looks_closer_where_the_range_that_helps_is_narrow(criterion: Any) -> None:
+def test_auto_refines_where_the_useful_range_is_narrow(criterion: Any) -> None:
     data = Curves(lambda s: math.exp(-((math.log(s / 3.6) / 0.2) ** 2)) if s else 0.0, lambda s: 0.0, criterion)
     strength, curve, _ = choose("auto", data)
     assert strength == pytest.approx(3.6, rel=0.05)
@@ -118,7 +118,7 @@ def test_auto_looks_closer_where_the_range_that_helps_is_narrow(criterion: Any) 
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_auto_takes_the_best_though_a_smaller_one_is_level_within_the_error(criterion: Any) -> None:
+def test_auto_takes_the_best_even_if_a_smaller_one_is_within_the_error(criterion: Any) -> None:
     data = Curves(peak(2.0), lambda s: 0.0, criterion, error=0.2)
     strength, curve, _ = choose("auto", data)
     best = max(curve, key=lambda point: data.value(point.strength))
@@ -140,11 +140,11 @@ def test_auto_goes_down_to_meet_the_limits_and_up_while_it_helps(criterion: Any)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_auto_says_when_nothing_helps_or_everything_harms(criterion: Any) -> None:
+def test_auto_reports_when_nothing_helps_or_everything_harms(criterion: Any) -> None:
     strength, _, why = choose("auto", Curves(lambda s: 0.5 - s / 100, lambda s: 0.0, criterion))
     assert strength == 0.25 and why.startswith("no strength helps")
     strength, curve, why = choose("auto", Curves(lambda s: s / 10, lambda s: 5.0 if s else 0.0, criterion))
-    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength keeps within")
+    assert strength == curve[1].strength == 0.25 / 2**6 and why.startswith("no strength is within")
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -160,7 +160,7 @@ def test_auto_keeps_changed_answers_within_their_limit_where_they_are_counted(cr
 
 
 @pytest.mark.parametrize("name", ["own_words", "likelihood"])
-def test_a_preference_must_not_pay_with_what_the_model_says(name: str) -> None:
+def test_a_preference_must_not_cost_the_models_own_words(name: str) -> None:
     limit = getattr(Limits(), name)
     data = Curves(lambda s: 0.5 + s / 20, lambda s: 0.0, "preference", **{name: lambda s: -1.0 - 0.25 * limit * s**2})
     strength, curve, why = choose("auto", data)
@@ -170,7 +170,7 @@ def test_a_preference_must_not_pay_with_what_the_model_says(name: str) -> None:
     assert choose("auto", data)[0] == 4.0
 
 
-def test_answers_on_their_way_to_being_said_may_be_unlikely_until_they_are() -> None:
+def test_wanted_answers_may_be_unlikely_until_the_model_gives_them() -> None:
     def said(s: float) -> float:
         return min(0.01 * s**2, 0.4)
 
@@ -185,7 +185,7 @@ def test_answers_on_their_way_to_being_said_may_be_unlikely_until_they_are() -> 
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_a_curve_ends_where_a_higher_dose_only_breaks_more(share: float) -> None:
+def test_a_curve_ends_where_a_higher_dose_only_does_more_damage(share: float) -> None:
     data = Curves(lambda s: 0.5 + s / 100, lambda s: 0.04 * s, "preference")
     points = explore(data, None, (1.0, 2.0, 3.0, 4.0, 5.0), share)  # type: ignore[arg-type]
     assert [point.strength for point in points] == [0.0, 1.0, 2.0, 3.0] and data.shares == {share}
@@ -203,7 +203,7 @@ def test_a_divergence_is_met_by_interpolation() -> None:
         assert len(set(data.asked)) <= 1 + len(STRENGTHS) + 7
 
 
-def test_a_gate_that_opens_late_is_bisected_and_a_closed_one_said() -> None:
+def test_a_gate_that_opens_late_is_bisected_and_a_closed_one_reported() -> None:
     gated = Curves(lambda s: 0.0, lambda s: 0.1 * s if s > 2.5 else 0.0)
     strength, _, _ = choose("kl:0.27", gated)
     assert 2.5 < strength <= 3.0

@@ -1,4 +1,4 @@
-"""FASB's loop as the paper has it, written plainly: one text, no cache, everything computed anew at each step."""
+"""FASB's loop as in the paper, in plain code: one text, no cache, everything recomputed at each step."""
 
 import contextlib
 import functools

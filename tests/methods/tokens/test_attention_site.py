@@ -62,7 +62,7 @@ def test_an_architecture_that_gives_no_weights_is_refused():
     model = tiny_model("BertLMHeadModel")
     model.set_attn_implementation("eager")
     model = SteeredModelForCausalLM.from_model(model)
-    with pytest.raises(UnsupportedModelError, match=r"attention\[1\]: the attention gives no weights"):
+    with pytest.raises(UnsupportedModelError, match=r"attention\[1\]: the attention returns no weights"):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, steering_processor=[Looking(Site("attention", 1))])
 
 
@@ -100,7 +100,7 @@ def test_attention_without_weights_is_refused_by_name():
 def test_an_eager_attention_that_gives_no_weights_is_refused_in_the_forward():
     model = SteeredModelForCausalLM.from_model(eager_model())
     model.model.layers[1].self_attn.register_forward_hook(lambda module, args, output: (output[0], None))
-    with pytest.raises(UnsupportedModelError, match=r"gives no weights \[rows, 4, tokens, keys\], but NoneType"):
+    with pytest.raises(UnsupportedModelError, match=r"returns no weights \[rows, 4, tokens, keys\], but NoneType"):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, steering_processor=[Looking(Site("attention", 1))])
 
 
@@ -110,5 +110,5 @@ def test_attention_is_looked_at_and_not_written():
             return hidden + 1
 
     model = SteeredModelForCausalLM.from_model(eager_model())
-    with pytest.raises(ValueError, match=r"attention\[1\] can be looked at"):
+    with pytest.raises(ValueError, match=r"attention\[1\] can be read"):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, steering_processor=[Writing(Site("attention", 1))])

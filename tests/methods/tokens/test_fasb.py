@@ -1,4 +1,4 @@
-"""FASB against the paper's loop written plainly: one text, no cache, everything computed anew at each step."""
+"""FASB against the paper's loop in plain code: one text, no cache, everything recomputed at each step."""
 
 import pytest
 import torch
@@ -169,7 +169,7 @@ def test_it_stacks_with_a_method_that_reads_the_query():
     assert alone not in (generate(bench, ROWS), generate(bench, ROWS, steering="b"))
 
 
-def test_the_fit_keeps_the_heads_that_tell_held_out_answers_best():
+def test_the_fit_keeps_the_heads_that_separate_held_out_answers_best():
     found = fitted()
     report = found.config.fit["report"]
     kept = sorted(report["accuracy"], reverse=True)
@@ -193,7 +193,7 @@ def test_settings_and_tensors_are_checked():
     for wrong in ({"threshold": 1.5}, {"backtrack": 0}, {"positions": "all"}, {"compat": "paper"}, {"num_heads": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FASBConfig(**wrong)
-    with pytest.raises(ValueError, match="goes back once"):
+    with pytest.raises(ValueError, match="backtracks once"):
         FASBConfig(compat="official", recheck=True)
     assert FASBConfig.paper().threshold == 0.4 and FASBConfig(recheck=True).requires == ["recheck"]
     with pytest.raises(AdapterFileError, match="needs `heads`"):

@@ -1,4 +1,4 @@
-"""FASB behind a gate: which rows are tracked, how strongly they are steered, and which stay the base model's."""
+"""FASB with a gate: which rows are tracked, how strongly they are steered, and which stay unsteered."""
 
 import functools
 
@@ -36,7 +36,7 @@ def gate_of(model, tensors, prompt):
 
 @functools.cache
 def gated_bench():
-    """A model steered behind a gate, with a prompt that it lets through, one that it shuts out, and two between."""
+    """A model steered with a gate, and prompts with an open gate, a shut one, and two in between."""
     found, plain = fitted(**GATE), toy_model()
     bench, wanted = bench_of(found), [1.0, 0.0, "between", "between"]
     generator, prompts = torch.Generator().manual_seed(5), []
@@ -87,7 +87,7 @@ def test_a_gate_decides_which_rows_are_tracked_and_how_strongly_they_are_steered
     assert record["trigger_score"][1].isnan()
 
 
-def test_a_row_that_the_gate_shuts_out_is_the_base_model_to_the_bit():
+def test_a_row_with_a_shut_gate_is_bit_identical_to_the_base():
     bench = gated_bench()
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     inputs = bench.batch(ROWS)
@@ -140,7 +140,7 @@ def test_the_gate_is_the_one_that_finesteer_fits():
     assert set(found.tensors) == set(ungated.tensors) | set(gate) and ungated.config.requires == []
 
 
-def test_the_gate_reads_where_queries_are_told_from_general_prompts_best():
+def test_the_gate_reads_where_queries_are_separated_best():
     found = fitted(**{**GATE, "gate_score": "auto", "read_site": None})
     told = found.config.fit["report"]["read_sites"]
     assert list(told) == ["resid_post[0]", "resid_post[1]", "resid_post[2]"]
@@ -157,7 +157,7 @@ def test_settings_and_tensors_of_a_gate_are_checked():
     lacking = {name: tensor for name, tensor in found.tensors.items() if name != "gate.floor"}
     with pytest.raises(AdapterFileError, match=r"gate\.floor"):
         FASB(found.config, lacking)
-    with pytest.raises(AdapterFileError, match=r"leaves .*gate_score.* to the data"):
+    with pytest.raises(AdapterFileError, match=r"leaves .*gate_score.* to the fit"):
         FASB(FASBConfig(**{**found.config.__dict__, "gate_score": "auto"}), found.tensors)
     with pytest.raises(ValueError, match="out of range"):
         fitted(**{**GATE, "read_site": "resid_post[3]"})
@@ -165,7 +165,7 @@ def test_settings_and_tensors_of_a_gate_are_checked():
         fitted(**{**GATE, "read_site": "resid_pre[0]"})
 
 
-def test_files_of_before_there_was_a_gate_are_read():
+def test_files_without_a_gate_are_read():
     data = fitted().config.to_dict()
     older = {name: value for name, value in data.items() if "gate" not in name and name != "read_site"}
     del older["subspace_rank"]

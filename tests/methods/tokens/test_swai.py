@@ -63,7 +63,7 @@ class PlainTable(LogitsProcessor):
         return scores + self.strength * self.z * top
 
 
-def test_generate_says_what_a_plain_logits_processor_makes_it_say(adapter):
+def test_generate_equals_a_plain_logits_processor(adapter):
     ids = torch.randint(6, 54, (3, 6), generator=torch.Generator().manual_seed(0))
     settings = {"max_new_tokens": 8, "do_sample": False, "repetition_penalty": 1.3}
     plain = toy_model().generate(ids, logits_processor=LogitsProcessorList([PlainTable(adapter, 1.0)]), **settings)
@@ -113,6 +113,6 @@ def test_an_automatic_strength_brings_answers_nearer():
 
 
 @pytest.mark.parametrize("field", [{"top_k": 0}, {"top_m": 0}, {"prior": 0.0}, {"positions": "all"}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         SWAIConfig(**field)

@@ -1,4 +1,4 @@
-"""TAD: the gate written out, the head against scikit-learn, and tokens by themselves against plain hooks."""
+"""TAD: the gate written out, the head against scikit-learn, and single tokens against plain hooks."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_each_token_is_gated_by_its_own_state(gate):
     assert len(np.unique(gates[0])) == 2 if gate == "hard" else len(np.unique(gates[0])) > 2
 
 
-def test_a_closed_gate_leaves_tokens_to_the_bit():
+def test_a_closed_gate_leaves_tokens_bit_identical():
     ids = torch.randint(6, 54, (2, 8), generator=torch.Generator().manual_seed(2))
     model = SteeredModelForCausalLM.from_model(toy_model())
     with torch.no_grad(), model.steering_with([some_adapter(bias=-1e6)]):
@@ -98,7 +98,7 @@ def test_the_threshold_is_a_quantile_of_trusted_tokens(name):
     assert excess.std() == pytest.approx(1.0, rel=1e-3)
 
 
-def test_the_head_tells_what_it_is_asked_for():
+def test_the_head_predicts_its_target():
     fit, held_out = tokens(0), tokens(1)
     answers = fit_head(fit, held_out, 1, TADConfig(uncertainty="answers"))
     # Two Gaussians two apart: no score does better than Phi(2 / sqrt 2) = 0.921.
@@ -111,8 +111,8 @@ def test_the_head_tells_what_it_is_asked_for():
 
 
 @pytest.mark.parametrize(("name", "least"), [("answers", 0.8), ("entropy", 0.4)])
-def test_the_states_of_a_model_that_can_speak_tell_its_uncertainty(name, least):
-    """Random weights know nothing that a head could tell."""
+def test_the_states_of_a_trained_model_predict_its_uncertainty(name, least):
+    """Random weights have nothing that a head could predict."""
     model, tokenizer = playground.load()
     rows = playground.preference_rows("truthful", "fit")[:60]
     config = TADConfig(layer=5, strength=1.0, uncertainty=name, quantile=0.75)
@@ -156,6 +156,6 @@ def test_missing_tensors_are_named():
 
 
 @pytest.mark.parametrize("field", [{"uncertainty": "doubt"}, {"gate": "open"}, {"quantile": 1.0}, {"pool": "all"}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         TADConfig(**field)

@@ -224,11 +224,11 @@ def test_rows_that_change_places_are_refused():
     [
         ({"recurrence": BACK + 1}, "recurrence must be from 0 to 10"),
         ({"recurrence": -1}, "recurrence"),
-        ({"recurrence": 2, "uncertainty": "entropy"}, "goes with uncertainty='answers'"),
-        ({"attention": True}, "say how many with `recurrence`"),
+        ({"recurrence": 2, "uncertainty": "entropy"}, "needs uncertainty='answers'"),
+        ({"attention": True}, "set their number with `recurrence`"),
     ],
 )
-def test_nonsense_is_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TADConfig(**settings)
 

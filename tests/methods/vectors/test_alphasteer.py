@@ -38,7 +38,7 @@ def test_few_benign_queries_leave_their_whole_null_space():
     np.testing.assert_allclose(malicious @ w, 1, atol=1e-5)
 
 
-def test_benign_queries_get_next_to_nothing():
+def test_benign_queries_get_almost_nothing():
     rng = np.random.default_rng(2)
     subspace = rng.normal(size=(10, 64))
     benign = rng.normal(size=(500, 10)) @ subspace + 0.01 * rng.normal(size=(500, 64))
@@ -88,6 +88,6 @@ def test_it_says_that_it_needs_general_prompts():
 
 
 @pytest.mark.parametrize("field", [{"layers": [0]}, {"null_space": 1.0}, {"ridge": 0}, {"pool": "all"}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         AlphaSteerConfig(**field)

@@ -83,7 +83,7 @@ def test_the_model_is_turned_as_a_plain_hook_turns_it():
         torch.testing.assert_close(steered(ids).logits, plain(ids).logits)
 
 
-def test_selective_keeps_layers_that_tell_the_sides_apart():
+def test_selective_keeps_layers_that_separate_the_sides():
     _, _, adapter = fit_on_toy(AngularConfig(mode="selective", strength=1.0), seed=4)
     table = {row["layer"]: row for row in adapter.config.fit["report"]["layers"]}
     apart = [n for n, row in table.items() if row["chosen_projection"] * row["rejected_projection"] < 0]
@@ -102,6 +102,6 @@ def test_a_plane_that_would_change_norms_is_refused():
 @pytest.mark.parametrize(
     "field", [{"mode": "spin"}, {"layers": [2, 1]}, {"layers": []}, {"angle": "left"}, {"strength": "norm:1"}]
 )
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         AngularConfig(**field)

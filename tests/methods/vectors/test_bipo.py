@@ -66,7 +66,7 @@ def test_the_paper_s_settings():
     assert (config.positions, config.num_rows, config.layer) == ("all", None, 15)
 
 
-def test_norms_keep_to_the_cap():
+def test_norms_stay_within_the_cap():
     _, _, adapter = fit_on_toy(BIPOConfig(layer=1, strength=1.0, norm_cap=0.1))
     norms = adapter.config.fit["report"]["vector"]
     assert norms["vector_norm"] == pytest.approx(0.1 * norms["state_norm"], rel=1e-3)
@@ -83,7 +83,7 @@ def test_too_few_rows_are_refused():
         BIPO.fit(PlantedData(rows=2), BIPOConfig(layer=1))
 
 
-def test_training_that_helps_no_other_rows_is_refused(monkeypatch):
+def test_training_that_does_not_help_held_out_rows_is_refused(monkeypatch):
     def flat(cls, rows, which, site, vector, config, rng):
         return (0 * vector.sum()).expand(len(which))
 
@@ -117,6 +117,6 @@ def test_an_adapter_needs_its_layer_and_its_vector():
         {"keep": "first"},
     ],
 )
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         BIPOConfig(**field)

@@ -89,12 +89,12 @@ def test_sites_and_pools_that_are_captured() -> None:
     "settings",
     [{"layer": -1}, {"layer": "last"}, {"pool": "max"}, {"vector": "both"}, {"layer": 4, "num_hidden_layers": 4}],
 )
-def test_nonsense_is_refused(settings: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
         CAAConfig(**settings)
 
 
-def test_one_class_is_no_contrast() -> None:
+def test_one_class_has_no_contrast() -> None:
     with pytest.raises(DatasetError, match="general"):
         CAA.fit(PlantedData(general=0), CAAConfig(layer=2, vector="queries", strength=1.0))
     with pytest.raises(AdapterFileError, match="layer"):

@@ -78,6 +78,6 @@ def test_auto_fits_vector_and_contrast():
 
 
 @pytest.mark.parametrize("field", [{"positions": "prompt"}, {"pool": "all"}, {"strength": "norm:1"}, {"layer": -1}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         ContrastiveConfig(**field)

@@ -25,7 +25,7 @@ def fitted(**settings):
     return fit_on_toy(FlorainConfig(layer=1, strength=1.0, epochs=40, **settings))[2]
 
 
-def test_a_fit_brings_held_out_answers_nearer_to_the_wanted_ones():
+def test_a_fit_moves_held_out_answers_towards_the_wanted_ones():
     result = Florain.fit(PlantedData(), FlorainConfig(layer=2, rank=4, epochs=60, strength=1.0))
     loss = result.report["validation_loss"]
     assert loss["steered"] < 0.7 * loss["unsteered"]
@@ -88,7 +88,7 @@ def test_tokens_are_those_of_a_plain_hook_that_keeps_the_state():
     )
 
 
-def test_half_the_way_and_long_prompts_in_parts(monkeypatch):
+def test_half_strength_and_long_prompts_in_chunks(monkeypatch):
     found = fitted(positions="all")
     model = SteeredModelForCausalLM.from_model(toy_model(), steering={"a": found})
     text = torch.randint(6, 54, (2, 30), generator=torch.Generator().manual_seed(3))
@@ -130,6 +130,6 @@ def test_tensors_that_disagree_are_refused():
 @pytest.mark.parametrize(
     "field", [{"rank": 0}, {"alpha": 1.5}, {"delta": -1.0}, {"shrink": 0.0}, {"strength": "norm:0.1"}]
 )
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         FlorainConfig(**field)

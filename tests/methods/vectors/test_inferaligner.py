@@ -87,7 +87,7 @@ def test_all_tokens_of_opened_layers_are_shifted_as_by_plain_hooks(guard):
     assert len(patterns) >= (2 if guard is not None else 3), "layers must have decided otherwise in these prompts"
 
 
-def test_closed_rows_and_closed_layers_stay_as_they_are_to_the_bit():
+def test_closed_rows_and_closed_layers_are_bit_identical():
     found = fitted()
     processor = found.build()
     states = {site: torch.zeros(3, 32) for site in processor.reads}
@@ -150,6 +150,6 @@ def test_without_general_prompts_there_is_no_gate():
         ("vector", {"vector": "mean"}),
     ],
 )
-def test_nonsense_is_refused(field, settings):
+def test_invalid_settings_are_refused(field, settings):
     with pytest.raises(ValueError, match=field):
         InferAlignerConfig(**settings)

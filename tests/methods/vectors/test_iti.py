@@ -157,7 +157,7 @@ def test_a_count_is_a_number_or_auto(count):
         ITIConfig(num_heads=count)
 
 
-def test_a_block_that_is_not_there_is_named():
+def test_a_missing_block_is_named():
     with pytest.raises(ValueError, match="block 9: the model has layers 0 to 2"):
         fit_on_toy(ITIConfig(layers=[9]))
 

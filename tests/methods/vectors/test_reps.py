@@ -166,6 +166,6 @@ def test_the_paper_s_settings():
 @pytest.mark.parametrize(
     "field", [{"factors": []}, {"factors": [0.0]}, {"negative": "flip"}, {"compat": "code"}, {"layer": -1}]
 )
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         REPSConfig(**field)

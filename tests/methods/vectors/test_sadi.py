@@ -140,7 +140,7 @@ def test_planted_elements_are_found():
     assert all(row["held_out_difference"] == pytest.approx(1.5, abs=1e-5) for row in result.report["elements"])
 
 
-def test_among_equals_the_earlier_and_at_most_all():
+def test_ties_go_to_the_earlier_and_the_count_is_capped():
     assert largest(np.ones((2, 2)), 3).tolist() == [[True, True], [True, False]]
     assert largest(np.array([[-1.0, -3.0], [2.0, -9.0]]), 2).tolist() == [[True, False], [True, False]]
     assert largest(np.ones((2, 2)), 9).all()
@@ -248,7 +248,7 @@ def test_wanted_answers_become_likelier_where_a_dimension_speaks_for_them():
     "field",
     [{"elements": "neurones"}, {"num_elements": 0}, {"compat": "paper"}, {"positions": "all"}, {"layers": [2, 1]}],
 )
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         SADIConfig(**field)
 

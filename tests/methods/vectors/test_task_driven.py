@@ -144,15 +144,15 @@ def test_too_few_rows_are_refused():
         TaskDriven.fit(PlantedData(rows=2), TaskDrivenConfig(layer=1))
 
 
-def test_shifts_must_have_a_row_a_head():
+def test_shifts_must_have_one_row_per_head():
     config = TaskDrivenConfig(layer=1, strength=1.0, attention_heads=4, hidden_size=32, num_hidden_layers=3)
-    with pytest.raises(AdapterFileError, match="one row a head"):
+    with pytest.raises(AdapterFileError, match="one row per head"):
         TaskDriven(config, {"shifts": torch.ones(3, 8)})
     with pytest.raises(AdapterFileError, match="attention_heads"):
         TaskDriven(TaskDrivenConfig(layer=1, strength=1.0, hidden_size=32), {"shifts": torch.ones(4, 8)})
 
 
 @pytest.mark.parametrize("field", [{"l1": 1.0}, {"group": -0.1}, {"num_rows": 1}, {"iterations": 0}, {"layer": -1}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         TaskDrivenConfig(**field)

@@ -37,7 +37,7 @@ def test_the_midpoint_rule_follows_a_known_equation():
     np.testing.assert_allclose(calls, np.arange(30) / 30, atol=1e-6)
 
 
-def test_flow_matching_carries_each_state_to_its_shift():
+def test_flow_matching_maps_each_state_to_its_shift():
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(300, 6, generator=generator)
     end = start @ torch.randn(6, 6, generator=generator) * 0.3 + 1
@@ -102,6 +102,6 @@ def test_the_paper_s_settings():
 
 
 @pytest.mark.parametrize("field", [{"rank": 0}, {"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 1}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         TruthFlowConfig(**field)

@@ -120,7 +120,7 @@ def test_training_leaves_the_random_numbers_of_the_caller_alone():
 
 
 @pytest.mark.parametrize("direction", ["embeddings", "answers"])
-def test_the_controller_pushes_the_rows_prompts_and_hardly_the_general_ones(direction):
+def test_the_controller_pushes_the_rows_prompts_and_barely_the_general_ones(direction):
     _, _, adapter = fit_on_toy(WASConfig(strength=20.0, direction=direction, epochs=200))
     figures = adapter.config.fit["report"]["controller"]
     assert adapter.config.read_layers == [0] and adapter.config.layers == [1, 2]
@@ -189,7 +189,7 @@ def test_reads_come_before_writes(given, layers, expected):
 
 
 @pytest.mark.parametrize("given", [{"layers": [0]}, {"read_layers": [5]}])
-def test_what_leaves_no_block_to_read_or_to_steer_is_refused(given):
+def test_layers_without_a_block_to_read_or_steer_are_refused(given):
     with pytest.raises(ValueError, match="read"):
         split_layers(WASConfig(**given), 6)
 
@@ -215,6 +215,6 @@ def test_missing_tensors_are_named():
 
 
 @pytest.mark.parametrize("field", [{"direction": "random"}, {"width": 0}, {"weight_pull": -1.0}, {"compat": "code"}])
-def test_nonsense_is_refused(field):
+def test_invalid_settings_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         WASConfig(**field)

@@ -45,7 +45,7 @@ def test_a_thread_that_is_started_in_a_block_is_told_that_it_does_not_inherit_it
         for number in range(2):
             said, told = in_thread(lambda: call(model, ids))
             assert torch.equal(said, unsteered)
-            assert len(told) == (number == 0), "once a block"
+            assert len(told) == (number == 0), "once per block"
         with model.disable_steering():
             assert in_thread(lambda: call(model, ids))[1] == [], (
                 "the block steers with nothing, and so does the thread"

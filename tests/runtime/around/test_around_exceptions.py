@@ -166,7 +166,7 @@ def test_a_failing_processor_leaves_nothing_behind(where: str, error: type[BaseE
     assert CURRENT.get() is None
 
 
-def test_an_interrupted_forward_does_not_steer_what_comes_next() -> None:
+def test_an_interrupted_forward_does_not_steer_the_next_call() -> None:
     ids = some_prompts()
     model = steer_tiny(tiny_llama(), query_shift("resid_post[2]"))
     with model.disable_steering():
@@ -197,7 +197,7 @@ def test_blocks_nest_and_restore_after_errors() -> None:
     assert model.active_steering == {"b": 0.5}
 
 
-def test_blocks_of_two_models_do_not_meet() -> None:
+def test_blocks_of_two_models_are_independent() -> None:
     one, two = steer_tiny(tiny_llama(), query_shift()), steer_tiny(tiny_llama(seed=1), query_shift())
     with one.disable_steering():
         assert one.active_steering == {} and two.active_steering == {"a": 1.0}

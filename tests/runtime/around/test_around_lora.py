@@ -234,7 +234,7 @@ def test_native_adapters_added_disabled_and_deleted() -> None:
     check(steered, expected(plain, adapter, ids), ids)
 
 
-def test_another_lora_than_at_fit_warns(lora_folders: dict[str, str]) -> None:
+def test_a_lora_that_differs_from_the_one_at_fit_warns(lora_folders: dict[str, str]) -> None:
     fitted_with = query_shift(lora=["one"])
     with pytest.warns(UserWarning, match=r"fitted with LoRA \['one'\], now active: \[\]"):
         steer_tiny(tiny_llama(), fitted_with)

@@ -1,4 +1,4 @@
-"""Calls inside a running `generate`: a judge in the loop is a call of its own, a draft is part of the call."""
+"""Calls inside a running `generate`: a judge in the loop is a separate call, a draft is part of the call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finesteer_hf.runtime.current import CURRENT
 
 
 class Judge(LogitsProcessor, StoppingCriteria, BaseStreamer):  # type: ignore[misc]
-    """Calls something at each step, in whichever place `generate` calls it back."""
+    """Calls a function at each step, in any of the callbacks of `generate`."""
 
     def __init__(self, call: Callable[[], torch.Tensor]) -> None:
         self.call = call
@@ -66,7 +66,7 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_generation_inside_one_is_a_call_of_its_own(model: Any, place: str) -> None:
+def test_a_generation_inside_one_is_a_separate_call(model: Any, place: str) -> None:
     other, ids = opposite_gates(model)
     model.set_steering("b")
 
@@ -150,7 +150,7 @@ def test_a_draft_steers_as_the_call_that_it_drafts_for(model: Any, draft: str) -
     assert counting.decisions > 2, "the draft has decided as well"
 
 
-def test_a_judge_of_drafts_is_no_draft(model: Any) -> None:
+def test_a_judge_of_drafts_is_not_a_draft(model: Any) -> None:
     other, ids = opposite_gates(model)
     want = greedy(model, other, max_new_tokens=2)
     judge = Judge(lambda: greedy(model, other, max_new_tokens=2))
@@ -158,7 +158,7 @@ def test_a_judge_of_drafts_is_no_draft(model: Any) -> None:
     assert all(torch.equal(said, want) for said in judge.said)
 
 
-def test_a_block_inside_a_decoding_loop_of_the_users_is_heeded(model: Any) -> None:
+def test_a_block_inside_a_users_decoding_loop_applies(model: Any) -> None:
     other, ids = opposite_gates(model)
     model.set_steering("b")
     with model.disable_steering(), torch.no_grad():

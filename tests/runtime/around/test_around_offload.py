@@ -1,4 +1,4 @@
-"""Weights on the CPU or on disk, parameters on `meta`: steering is what it is in memory."""
+"""Weights on the CPU or on disk, parameters on `meta`: steering is the same as in memory."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_one_line_with_a_device_map(device_map: dict[str, str], tmp_path: Path) 
     assert torch.equal(greedy(model, ids), want)
 
 
-def test_an_early_stop_lets_go_of_parameters_that_blocks_hold_themselves(tmp_path: Path) -> None:
+def test_an_early_stop_frees_parameters_that_blocks_hold(tmp_path: Path) -> None:
     # Accelerate gives a module's own parameters back after its forward, which an early stop cuts short.
     model = tiny_llama()
     for block in model.model.layers:

@@ -1,4 +1,4 @@
-"""Everything else that looks at or copies a model: recorded outputs, foreign hooks, copies, files, pipelines."""
+"""Everything else that reads or copies a model: recorded outputs, foreign hooks, copies, files, pipelines."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_text_generation_pipeline_steers_with_what_is_set() -> None:
     assert ask(steering="a") == want
 
 
-def test_streaming_from_a_thread_with_steering_of_its_own() -> None:
+def test_streaming_from_a_thread_with_its_own_steering() -> None:
     tokenizer, ids, adapter = tiny_tokenizer(), some_prompts(rows=1), query_shift()
     model = steer_tiny(tiny_llama(), adapter)
     model.set_steering(None)

@@ -1,4 +1,4 @@
-"""Where the prompts of a plain forward end: `prompt_lengths`, labels, and the warning where neither says."""
+"""Where the prompts of a plain forward end: `prompt_lengths`, labels, and the warning without either."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def no_warning():
 @pytest.mark.parametrize("positions", ["all", "generated"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_labels_say_what_prompt_lengths_say(kind, side, positions, no_warning):
+def test_labels_are_equivalent_to_prompt_lengths(kind, side, positions, no_warning):
     model, batch = steer_tiny(BUILDERS[kind](), query_shift(positions=positions)), texts(side)
     want = model(**batch, prompt_lengths=PROMPTS)
     got = model(**batch)
@@ -78,7 +78,7 @@ def test_labels_after_a_cache(no_warning):
 
 
 def fused_head(model):
-    """A forward like the one that TRL's trainers put on a model: it keeps the labels and calls the decoder."""
+    """A forward like that of TRL's trainers: it does not pass on the labels and calls the decoder."""
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, labels=None, **kwargs):
@@ -89,7 +89,7 @@ def fused_head(model):
 
 @pytest.mark.parametrize("steered_first", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_forward_that_keeps_the_labels_to_itself(lora, steered_first, no_warning):
+def test_a_forward_that_does_not_pass_the_labels_on(lora, steered_first, no_warning):
     adapter, batch, model = query_shift(), texts("right"), tiny_llama()
     want = steer_tiny(tiny_llama(), adapter)(**batch, prompt_lengths=PROMPTS).logits
     if steered_first:
@@ -103,7 +103,7 @@ def test_a_forward_that_keeps_the_labels_to_itself(lora, steered_first, no_warni
         assert model.unload_steering().__dict__["forward"] == own
 
 
-def test_a_row_without_an_ignored_beginning_has_no_end_and_says_so():
+def test_a_row_without_ignored_labels_has_no_prompt_end_and_warns():
     model, batch = steer_tiny(tiny_llama(), query_shift()), texts("right")
     batch["labels"][1] = batch["input_ids"][1]
     whole = (PROMPTS[0], PROMPTS[1] + ANSWERS[1], PROMPTS[2])
@@ -112,7 +112,7 @@ def test_a_row_without_an_ignored_beginning_has_no_end_and_says_so():
     assert torch.equal(got, model(**batch, prompt_lengths=whole).logits)
 
 
-def test_a_forward_that_shows_no_end_warns_once_a_model():
+def test_a_forward_without_a_prompt_end_warns_once_per_model():
     ids = some_prompts()
     for model in (steer_tiny(tiny_llama(), query_shift()), steer_tiny(tiny_gpt2(), query_shift())):
         with pytest.warns(PromptEndWarning, match="prompt_lengths") as caught:

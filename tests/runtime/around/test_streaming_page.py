@@ -1,4 +1,4 @@
-"""The page on streaming: its code runs, and steers as it says."""
+"""The page on streaming: its code runs and steers as described."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the page's code finds: a model with an adapter `safe` that is not active, its tokenizer and a prompt."""
+    """Names for the page's code: a model with an adapter `safe` that is not active, its tokenizer and a prompt."""
     model = steer_tiny(tiny_llama(eos_token_id=95), query_shift())
     model.load_steering(model.steering_adapters["a"], "safe")
     model.delete_steering("a")
@@ -47,7 +47,7 @@ def text_of(names: dict[str, Any], **steering: Any) -> str:
     return names["tokenizer"].decode(tokens, skip_special_tokens=True)
 
 
-def test_the_call_says_what_it_is_steered_with(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_call_names_its_steering(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(names, 0)
