@@ -24,7 +24,7 @@ COLUMNS = 80
 HEAD = """# The command line
 
 `finesteer` fits, uses, evaluates and compares steering adapters from a shell; `python -m finesteer_hf` is the same. Written
-by `python -m benchmarks.pages.cli_page` from what the commands print; the tests check that it names every command and option.
+by `python -m benchmarks.pages.cli_page` from what the commands print; a test checks that it names each command and option.
 
 * **Results go to stdout**, progress and warnings to stderr: `finesteer show ADAPTER --json | jq .strength` works.
 * **Exit codes**: 0; 1 for an error that a user can fix, with a message; 2 for a wrong option; 130 after ctrl-C.

@@ -18,8 +18,8 @@ from finesteer_hf.adapters.adapter import SteeringAdapter
 BASE = "playground"
 PREAMBLE = """
 The base is the small model that ships inside `finesteer_hf` (`playground.model_path()`), a toy for showing and
-testing the machinery: these figures say nothing about large models. Written by `benchmarks/pages/playground_cards.py` from the
-output of `make demo`.
+testing the machinery: these figures say nothing about large models. Written by `benchmarks/pages/playground_cards.py` from
+the output of `make demo`.
 """
 # transformers' own tokenizer knows the model by its folder alone.
 CHANGES = {

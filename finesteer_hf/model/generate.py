@@ -23,7 +23,8 @@ from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, told
 from finesteer_hf.runtime.forwards.streams import Prompt, cache_length, forward_cache
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.runtime.session import CallSession
-from finesteer_hf.serving.manager import AskedOfBatch, SteeredManager
+from finesteer_hf.serving.asking import AskedOfBatch
+from finesteer_hf.serving.manager import SteeredManager
 
 
 # Arguments of `generate`; functions that would silently ignore them refuse them.

@@ -6,7 +6,6 @@ import dataclasses
 import secrets
 import threading
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from transformers.generation.continuous_batching.continuous_api import (
@@ -19,6 +18,7 @@ from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.runtime.arguments import UNSET, Unset, as_number
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.serving.admission import check_engine, check_plan, check_prompt
+from finesteer_hf.serving.asking import OF_BATCH, each
 from finesteer_hf.serving.contract import check_contract
 from finesteer_hf.serving.engine_parts import SteeredBatchProcessor, SteeredLogits, SteeredRouter
 from finesteer_hf.serving.paged import KEY, PagedSession, Stats
@@ -140,7 +140,7 @@ class SteeredManager(ContinuousBatchingManager):
 
         All are checked before the first is queued.
         """
-        batch = _OF_BATCH.get()
+        batch = OF_BATCH.get()
         if batch is not None:
             steering, steering_scale = batch.steering, batch.scale
         try:
@@ -162,7 +162,7 @@ class SteeredManager(ContinuousBatchingManager):
         steering_scale: Any,
         logit_processor_kwargs: dict[str, Any],
     ) -> list[str]:
-        plans = [self._plan(*asked) for asked in self.each(len(inputs), steering, steering_scale)]
+        plans = [self._plan(*asked) for asked in each(len(inputs), steering, steering_scale)]
         eos_token_id = self.generation_config.eos_token_id
         eos_token_id = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         for input_ids in inputs:
@@ -186,22 +186,6 @@ class SteeredManager(ContinuousBatchingManager):
                 logit_processor_kwargs=logit_processor_kwargs,
             )
         return ids
-
-    @staticmethod
-    def each(count: int, steering: Any, scale: Any) -> list[tuple[Any, Any]]:
-        """Steering and scale of each of several requests, from one for all or a list of one for each.
-
-        A list of names is a list of one for each: a stack for all is given as a dict.
-        """
-        steerings = list(steering) if isinstance(steering, (list, tuple)) else [steering] * count
-        scale = scale.tolist() if hasattr(scale, "tolist") else scale
-        scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * count
-        for name, values in (("steering", steerings), ("steering_scale", scales)):
-            if len(values) != count:
-                raise ValueError(
-                    f"`{name}` has {len(values)} entries for {count} prompts. Give one for each, or one for all."
-                )
-        return list(zip(steerings, scales, strict=True))
 
     def _plan(self, steering: Any, scale: Any) -> tuple[Plan, Selection]:
         """What a request steers with, checked."""
@@ -334,28 +318,3 @@ class SteeredManager(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         SteeredBatchProcessor.take_over(processor, self.session)
         return processor
-
-
-class AskedOfBatch:
-    """What a `generate_batch` asks for, for the `add_requests` that transformers calls in it.
-
-    Args:
-        steering, scale: one for all, or a list with one for each prompt.
-
-    Attributes:
-        error: why the requests were not taken; transformers logs it and goes on.
-    """
-
-    def __init__(self, steering: Any, scale: Any) -> None:
-        self.steering, self.scale = steering, scale
-        self.error: Exception | None = None
-
-    def __enter__(self) -> AskedOfBatch:
-        self._token = _OF_BATCH.set(self)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _OF_BATCH.reset(self._token)
-
-
-_OF_BATCH: ContextVar[AskedOfBatch | None] = ContextVar("finesteer_hf_batch", default=None)

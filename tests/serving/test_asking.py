@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import NEW_TOKENS, at, constant, engine, engine_config, results
+from engines import NEW_TOKENS, at, constant, engine, engine_config, results
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import engine, results
+from engines import engine, results
 from transformers.generation.continuous_batching import cache, requests
 
 from finesteer_hf import ConstantVector

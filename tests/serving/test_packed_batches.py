@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from conftest import METHODS, POSITIONS, STACK, engine, results
+from engines import METHODS, POSITIONS, STACK, engine, results
 from transformers.generation.continuous_batching.requests import RequestState
 
 from finesteer_hf.serving.prefix import SteeredCache

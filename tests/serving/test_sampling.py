@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import engine, results
+from engines import engine, results
 
 from finesteer_hf import SWAIConfig
 from finesteer_hf.serving.requests import child_id

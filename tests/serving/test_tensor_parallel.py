@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_ranks
-from conftest import at, constant, fitted
+from engines import at, constant, fitted
 
 from finesteer_hf import SteeredModelForCausalLM
 from finesteer_hf.testing.toy import toy_model
