@@ -66,7 +66,7 @@ def random_finesteer(model: Any, seed: int) -> SteeringAdapter:
     generator = torch.Generator().manual_seed(seed)
     shapes = SteeringAdapter(config, {}).tensor_shapes()
     tensors = {
-        name: torch.randn([size or 100 for size in shape], generator=generator) / width**0.5
+        name: torch.randn([size if isinstance(size, int) else 100 for size in shape], generator=generator) / width**0.5
         for name, shape in shapes.items()
     }
     tensors["gate.calibration"] = tensors["gate.calibration"].sort().values
