@@ -82,7 +82,7 @@ def test_a_card_goes_from_its_effect_to_its_tables(tmp_path: Path) -> None:
         "stays closed on held-out prompts that it should steer: 5.0%",
         "95th percentile: 0.03 nats",
         "## What it was not tested on",
-        "Anything but Q; G.",
+        "Anything other than Q; G.",
         "New kinds of prompts",
         "The gate guarantees nothing about queries of other kinds",
         "## Figures",

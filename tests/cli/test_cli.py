@@ -55,7 +55,7 @@ def test_generate_shows_both_answers_and_the_gate(folders: tuple[str, str]) -> N
 def test_errors_are_one_line_and_an_exit_code(folders: tuple[str, str], tmp_path: Path) -> None:
     base, adapter = folders
     assert "Give --prompt" in run("generate", base, text="", code=1)
-    assert "no steering adapter" in run("show", str(tmp_path), code=1).replace("\n", " ")
+    assert "not a steering adapter" in run("show", str(tmp_path), code=1).replace("\n", " ")
     assert "bfloat16" in run("generate", base, "-p", "sing", "--dtype", "int3", code=2)
     assert "Unknown benchmark" in run("eval", base, "-s", adapter, "-b", "mmlu", code=1)
     assert "Unknown steering_type" in run("methods", "nothing", code=1)

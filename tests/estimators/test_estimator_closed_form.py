@@ -258,7 +258,7 @@ def test_bad_input_is_refused() -> None:
             estimator.fit(np.where(np.arange(30)[:, None] == 4, np.inf, states), shifts)
         with pytest.raises(ValueError, match="at least"):
             estimator.fit(states[:1], shifts[:1])
-    with pytest.raises(ValueError, match="all rows are of 'one'"):
+    with pytest.raises(ValueError, match="all rows are in 'one'"):
         ReducedRankSteering().fit(states, shifts, ["one"] * 30)
     with pytest.raises(ValueError, match="interpolates"):
         held_out_residuals(*regression(10, 20), ridge=0.0)

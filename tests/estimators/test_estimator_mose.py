@@ -208,7 +208,7 @@ def test_bad_input_is_refused() -> None:
     for options, message in [
         ({"num_experts": 31}, "num_experts=31 must be between 1 and the number of rows, 30"),
         ({"residual_rank": 25}, "residual_rank=25"),
-        ({"variant": "best"}, "there are 'paper', 'orthogonal'"),
+        ({"variant": "best"}, "use one of 'paper', 'orthogonal'"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"epochs": 0}, "epochs=0"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),

@@ -81,7 +81,7 @@ def test_versions_are_pulled_by_tag_branch_and_commit(hub_client: HubServer) -> 
 def test_a_tag_that_exists_is_refused_before_the_commit(hub_client: HubServer) -> None:
     small_adapter(0).push_to_hub("org/a", tag="v1")
     before = hub_client.commits("org/a")
-    with pytest.raises(ValueError, match=r"tag 'v1' already.*Nothing was pushed.*delete_tag"):
+    with pytest.raises(ValueError, match=r"already has a tag 'v1'.*Nothing was pushed.*delete_tag"):
         small_adapter(1).push_to_hub("org/a", tag="v1")
     assert hub_client.commits("org/a") == before
 

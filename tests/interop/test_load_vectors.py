@@ -258,7 +258,7 @@ def test_other_contents_of_known_formats_are_refused(tmp_path: Path, vectors: Ve
         ("mlp", {"layers.1.mlp": entry}, "inside a block"),
         ("empty", {}, "not a steer file"),
         ("tensor", torch.ones(3), "not a steer file"),
-        ("wide", {"layers.1": {**entry, "steering_vector": torch.ones(1).expand(1 << 40)}}, "has shape"),
+        ("wide", {"layers.1": {**entry, "steering_vector": torch.ones(1).expand(1 << 40)}}, "of shape"),
         ("ints", {"layers.1": {**entry, "steering_vector": torch.ones(4, dtype=torch.int64)}}, "floating-point"),
         (
             "meta",

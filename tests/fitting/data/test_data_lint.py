@@ -41,7 +41,10 @@ def test_good_rows_give_no_findings() -> None:
         ([GOOD[0], chat("<|im_start|> sun1")], "templated twice: row 1 "),
         ([PreferenceRow("sun0 ", "oak0", "fox0"), GOOD[1]], "plain text and tokenised without it: row 0 "),
         ([PreferenceRow("<s> sun0", "oak0", "fox0"), GOOD[1]], "two words become one: row 0 "),
-        ([chat(f"sun{i}", "oak0 oak1 oak2") for i in range(5)], r"length alone (AUROC 1.00; 4.0 and 2.0 tokens"),
+        (
+            [chat(f"sun{i}", "oak0 oak1 oak2") for i in range(5)],
+            r"separates chosen from rejected answers (AUROC 1.00; 4.0 and 2.0 tokens",
+        ),
         (
             [chat(f"sun{i % 12} sea{i // 12}", group="many" if i else "few") for i in range(60)],
             "fewer than 2% of the rows: ['few']",

@@ -164,7 +164,7 @@ def test_a_preference_must_not_cost_the_models_own_words(name: str) -> None:
     limit = getattr(Limits(), name)
     data = Curves(lambda s: 0.5 + s / 20, lambda s: 0.0, "preference", **{name: lambda s: -1.0 - 0.25 * limit * s**2})
     strength, curve, why = choose("auto", data)
-    assert strength == 2.0 and f"at most {limit:g} nats a token less likely" in why
+    assert strength == 2.0 and f"at most {limit:g} nats per token less likely" in why
     assert curve[-1].strength == 3.0, "above the first strength that breaks it there is nothing to find"
     data.limits = dataclasses.replace(data.limits, **{name: 4 * limit})
     assert choose("auto", data)[0] == 4.0

@@ -89,11 +89,11 @@ def test_a_sliding_window_shows_the_weights_of_the_tokens_before():
 def test_attention_without_weights_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"attention=True needs.*attn_implementation='eager'"):
         fit_on_toy(TADConfig(layer=1, recurrence=N, attention=True, strength=1.0))
-    with pytest.raises(UnsupportedModelError, match=r"attention\[0\] needs.*'sdpa' does not give"):
+    with pytest.raises(UnsupportedModelError, match=r"attention\[0\] needs.*'sdpa' does not return"):
         SteeredModelForCausalLM.from_model(toy_model(), steering={"a": fitted()})
     model = SteeredModelForCausalLM.from_model(eager_model(), steering={"a": fitted()})
     model.set_attn_implementation("sdpa")
-    with pytest.raises(UnsupportedModelError, match=r"attention\[0\] needs.*'sdpa' does not give"):
+    with pytest.raises(UnsupportedModelError, match=r"attention\[0\] needs.*'sdpa' does not return"):
         model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2)
 
 

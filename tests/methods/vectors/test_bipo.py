@@ -88,7 +88,7 @@ def test_training_that_does_not_help_held_out_rows_is_refused(monkeypatch):
         return (0 * vector.sum()).expand(len(which))
 
     monkeypatch.setattr(BIPO, "losses", classmethod(flat))
-    with pytest.raises(DatasetError, match="BIPO's loss on other rows"):
+    with pytest.raises(DatasetError, match="BIPO's loss on held-out rows"):
         fit_on_toy(BIPOConfig(layer=1, strength=1.0, epochs=1))
 
 
