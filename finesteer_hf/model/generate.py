@@ -23,7 +23,7 @@ from finesteer_hf.runtime.forwards.prompt_ends import PROMPT_ENDS, told
 from finesteer_hf.runtime.forwards.streams import Prompt, cache_length, forward_cache
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.runtime.session import CallSession
-from finesteer_hf.serving.asking import AskedOfBatch
+from finesteer_hf.serving.asking import AskedOfBatch, each, plan_of
 from finesteer_hf.serving.manager import SteeredManager
 
 
@@ -208,8 +208,9 @@ class SteeredGeneration:
             assert session is not None
             # Each row of that call is a request of its own.
             steering = [session.plan.of_row(row) for row in range(len(inputs))]  # type: ignore[misc]
-        batch = AskedOfBatch(steering, steering_scale)
-        with batch:
+        # Before an engine is begun: it would be begun for nothing.
+        asked = each(len(inputs), steering, steering_scale)
+        with AskedOfBatch([plan_of(self._steering, *own) for own in asked]) as batch:
             results = outside_sessions(super().generate_batch, inputs, *args, **kwargs)  # type: ignore[misc]
         if batch.error is not None:
             raise batch.error

@@ -15,7 +15,7 @@ from finesteer_hf.sites import TextTower
 def check_plan(plan: Plan, tower: TextTower) -> None:
     """Raise `UnsupportedModelError` for steering that a packed batch cannot do, by name and with what to use instead."""
     for entry in plan.entries:
-        reason = _not_served(entry.processor)
+        reason = not_served(entry.processor)
         if reason is not None:
             raise UnsupportedModelError(
                 f"{entry.name!r} ({type(entry.processor).__name__}) cannot be served by continuous batching: {reason} Use "
@@ -26,7 +26,8 @@ def check_plan(plan: Plan, tower: TextTower) -> None:
             tower.check(site)
 
 
-def _not_served(processor: SteeringProcessor) -> str | None:
+def not_served(processor: SteeringProcessor) -> str | None:
+    """Why a packed batch cannot steer with a processor; None if it can."""
     if processor.lookback:
         return "it takes generated tokens back, and the engine's cache only grows."
     if type(processor).contrast_processors is not SteeringProcessor.contrast_processors:

@@ -14,11 +14,10 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
-from finesteer_hf.processors import SteeringProcessor
-from finesteer_hf.runtime.arguments import UNSET, Unset, as_number
-from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
-from finesteer_hf.serving.admission import check_engine, check_plan, check_prompt
-from finesteer_hf.serving.asking import OF_BATCH, each
+from finesteer_hf.runtime.arguments import UNSET, Unset
+from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike
+from finesteer_hf.serving.admission import check_engine, check_prompt
+from finesteer_hf.serving.asking import OF_BATCH, Active, each, plan_of
 from finesteer_hf.serving.contract import check_contract
 from finesteer_hf.serving.engine_parts import SteeredBatchProcessor, SteeredLogits, SteeredRouter
 from finesteer_hf.serving.paged import KEY, PagedSession, Stats
@@ -28,10 +27,6 @@ from finesteer_hf.serving.sampling import Sampling
 
 if TYPE_CHECKING:
     from finesteer_hf.runtime.call import SteeringRuntime
-
-
-# What is active where a manager was begun: adapters, and processors of the user's own.
-Active = tuple[Selection, tuple[SteeringProcessor, ...]]
 
 
 class SteeredManager(ContinuousBatchingManager):
@@ -141,11 +136,10 @@ class SteeredManager(ContinuousBatchingManager):
         All are checked before the first is queued.
         """
         batch = OF_BATCH.get()
-        if batch is not None:
-            steering, steering_scale = batch.steering, batch.scale
+        asked: tuple[Any, Any] = (steering, steering_scale) if batch is None else (batch.plans, 1.0)
         try:
             return self._add_requests(
-                inputs, max_new_tokens, streaming, record_timestamps, steering, steering_scale, logit_processor_kwargs
+                inputs, max_new_tokens, streaming, record_timestamps, *asked, logit_processor_kwargs
             )
         except Exception as error:
             if batch is not None:
@@ -188,27 +182,14 @@ class SteeredManager(ContinuousBatchingManager):
         return ids
 
     def _plan(self, steering: Any, scale: Any) -> tuple[Plan, Selection]:
-        """What a request steers with, checked."""
-        factor = as_number(scale, "steering_scale")
-        processors: tuple[SteeringProcessor, ...] = ()
-        if isinstance(steering, Plan):
-            plan = steering
-        else:
-            if not isinstance(steering, Unset):
-                selection = as_selection(steering)
-            elif self.began_in is not None and self.runtime.blocks.innermost() is None:
-                selection, processors = self.began_in
-            else:
-                self.runtime.blocks.warn_of_others(self.runtime.selection)
-                selection, processors = self.runtime.active()
-            self.runtime.follow_modules()
-            plan = self.runtime.plan(selection, processors, factor)
+        """What a request steers with, checked, and the same as plain values."""
+        plan = plan_of(self.runtime, steering, scale, self.began_in)
         if plan:
             check_engine(self.continuous_batching_config)
-            check_plan(plan, self.runtime.tower)
-        if processors and plan and self.distributed_helper.tp_size > 1:
+        own = [entry.name for entry in plan.entries if entry.name not in self.runtime.adapters]
+        if own and self.distributed_helper.tp_size > 1:
             raise ValueError(
-                "Processors of your own are objects of this rank. Under tensor parallelism, give adapters."
+                f"{own} are processors of this rank alone. Under tensor parallelism, steer with loaded adapters."
             )
         return plan, tuple((entry.name, float(entry.scale)) for entry in plan.entries)  # type: ignore[arg-type]
 

@@ -7,7 +7,8 @@ import threading
 from typing import Any
 
 import torch
-from transformers import CompileConfig, DynamicCache, TextIteratorStreamer
+from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from finesteer_hf.testing.bench import NEW_TOKENS, Bench
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
@@ -252,6 +253,21 @@ def check_deepcopy(bench: Bench) -> None:
     bench.model.delete_steering("a")
     other = Bench(twin, bench.prompts, bench.scale, bench.expected, bench.unsteered)
     _same([other.alone(i) for i in _everything(bench)], bench.expected, "a copy steers differently")
+
+
+def check_continuous_batching(bench: Bench) -> None:
+    """Packed with others, steered and not, each prompt gives its own answer."""
+    prompts = [prompt.tolist() for prompt in bench.prompts]
+    # Small: left alone an engine takes most of the machine's memory. In chunks of 16 tokens.
+    config = ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=16)
+    generation = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    steering = [{"a": bench.scale}, None] * len(prompts)
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    out = bench.model.generate_batch(twice, generation, config, steering=steering)
+    answers = [output.generated_tokens for output in out.values()]
+    _same(answers[::2], bench.expected, "packed with others, a prompt gives another answer")
+    unsteered = [bench.generate([i], steering=None)[0] for i in _everything(bench)]
+    _same(answers[1::2], unsteered, "packed with steered ones, an unsteered prompt gives another answer")
 
 
 def check_compiled_static_cache(bench: Bench) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
 from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.model.auto import SteeredModelForCausalLM
+from finesteer_hf.serving.admission import not_served
 from finesteer_hf.testing import checks
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
@@ -91,7 +92,9 @@ def check_feature(
     if feature in method_cls.differs:
         return FeatureResult(feature, "differs", method_cls.differs[feature])
     bench = make_bench(adapter, model, prompts)
-    refuses: Mapping[str, str] = method_cls.refused_by(adapter.config)
+    refuses = dict(method_cls.refused_by(adapter.config))
+    if reason := not_served(bench.model._steering.get("a").processor):
+        refuses["continuous_batching"] = reason
     if feature not in refuses:
         FEATURES[feature](bench)
         return FeatureResult(feature, "passed")
