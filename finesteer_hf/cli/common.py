@@ -55,6 +55,7 @@ def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
 
 def load(
     model: str,
+    tp: bool = False,
     *,
     steering: str | None = None,
     steering_revision: str | None = None,
@@ -69,6 +70,7 @@ def load(
 
     Args:
         model: Hub id, folder or `playground`.
+        tp: whether its layers are spread over the processes that torchrun has started.
         steering: adapter: a folder or a Hub id (org/name, org/name@revision).
         steering_revision: branch, tag or commit of the adapter's repo.
         revision: branch, tag or commit of the base model's repo.
@@ -84,9 +86,9 @@ def load(
     Raises:
         ValueError: for arguments that contradict each other, or that need a package which is not installed.
     """
-    if device and (device_map or quantization):
+    if device and (device_map or quantization or tp):
         raise ValueError(
-            "--device puts a whole model on one device; leave it out with --device-map or --quantization."
+            "--device puts a whole model on one device; leave it out with --device-map or --quantization, and with --tp."
         )
     import torch
     from transformers import AutoTokenizer, BitsAndBytesConfig
@@ -103,6 +105,10 @@ def load(
     if quantization is not None:
         bits = {f"load_in_{quantization}": True}
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
+    if tp:
+        from transformers.distributed import DistributedConfig
+
+        arguments["distributed_config"] = DistributedConfig(tp_plan="auto")
     shared = {name: arguments[name] for name in SHARED if name in arguments}
     tokenizer = AutoTokenizer.from_pretrained(location, **shared)
     # A missing package (transformers says how to install it), or an unknown argument.
@@ -113,7 +119,8 @@ def load(
         )
     except mendable as error:
         raise ValueError(str(error)) from error
-    if device_map is None and quantization is None:
+    # Of a model that is spread each process has its share where it belongs.
+    if device_map is None and quantization is None and not tp:
         loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return loaded.eval(), tokenizer
 
