@@ -3,8 +3,10 @@ would end every request."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
 
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.processors import SteeringProcessor
@@ -61,29 +63,41 @@ def check_engine(config: Any) -> None:
         )
 
 
-def check_prompt(
-    input_ids: Sequence[int], max_new_tokens: int | None, vocabulary: int, context: int | None, capacity: int
-) -> None:
-    """Raise `ValueError` for a prompt that would end the engine's thread.
+def room(
+    input_ids: Sequence[int], max_new_tokens: int | None, vocabulary: int, limits: Mapping[str, int | None]
+) -> int:
+    """How many new tokens a request may have, at most what it asks for.
 
     Args:
         input_ids: the prompt.
-        max_new_tokens: most tokens of the answer; None: no limit.
+        max_new_tokens: what it asks for; None: all that fits.
         vocabulary: rows of the input embedding.
-        context: most positions of the model; None if its config names none.
-        capacity: tokens that the engine's cache holds.
+        limits: tokens that something holds, by what it is; None for no limit.
+
+    Raises:
+        ValueError: for a prompt that would end the engine's thread, or that does not fit with its answer.
     """
     if not input_ids:
         raise ValueError("The prompt has no tokens. Give at least one, such as the tokenizer's bos token.")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not all(isinstance(token, int) and 0 <= token < vocabulary for token in input_ids):
-        outside = next(t for t in input_ids if not (isinstance(t, int) and 0 <= t < vocabulary))
-        raise ValueError(f"{outside!r} is not a token id of this model: they are 0 to {vocabulary - 1}.")
-    length = len(input_ids) + (max_new_tokens or 1)
-    for limit, what in ((context, "the model's context"), (capacity, "the engine's cache")):
-        if limit is not None and length > limit:
+    outside = [token for token in input_ids if not 0 <= token < vocabulary]
+    if outside:
+        raise ValueError(f"{outside[0]} is not a token id of this model: they are 0 to {vocabulary - 1}.")
+    needed = len(input_ids) + (max_new_tokens or 1)
+    for what, limit in limits.items():
+        if limit is not None and needed > limit:
             raise ValueError(
-                f"{len(input_ids)} prompt tokens and {max_new_tokens} new ones do not fit into {what} of {limit} tokens. "
-                "Shorten the prompt or lower max_new_tokens."
+                f"{len(input_ids)} prompt tokens and {max_new_tokens or 'some'} new ones do not fit into {what} of {limit} "
+                "tokens. Shorten the prompt or lower max_new_tokens."
             )
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return min((limit - len(input_ids) for limit in limits.values() if limit is not None), default=2**31 - 1)
+
+
+def capacity(cache: Any) -> int | None:
+    """Tokens of one request that an engine's cache holds; None where all attention slides over a window."""
+    allocators = cache.cache_allocators
+    sizes = [a.tokens_per_page * a.num_blocks for name, a in allocators.items() if name != SLIDING_ATTENTION]
+    return min(sizes, default=None)

@@ -36,6 +36,7 @@ _METHODS: dict[Any, dict[str, tuple[str, ...]]] = {
     },
     continuous_api.ContinuousBatchProcessor: {
         "update_batch": (),
+        "_generation_step": ("model",),
         "_handle_request_error": ("error", "state"),
     },
     continuous_api.OutputRouter: {"deliver": ("output",), "deliver_batch": ("outputs",)},

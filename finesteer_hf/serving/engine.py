@@ -20,7 +20,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from finesteer_hf.adapters.adapter import SteeringAdapter
 from finesteer_hf.errors import SteeringError
 from finesteer_hf.runtime.plan import Plan, PlanEntry
-from finesteer_hf.serving.admission import check_plan
+from finesteer_hf.serving.admission import capacity, check_plan
 from finesteer_hf.serving.catalogue import Catalogue
 from finesteer_hf.serving.generation import Choice, EngineDownError, Generation, RequestRefusedError
 from finesteer_hf.serving.sampling import Sampling
@@ -104,9 +104,8 @@ class Engine:
             if not self.manager.is_running():
                 raise EngineDownError("The engine's thread ended while it started; its error is in the log.")
             await asyncio.sleep(0.02)
-        allocators = self.manager.batch_processor.cache.cache_allocators.values()
-        capacity = min(each.tokens_per_page * each.num_blocks for each in allocators)
-        most = min(capacity, context_length(self.model) or capacity)
+        limits = (capacity(self.manager.batch_processor.cache), context_length(self.model))
+        most = min((limit for limit in limits if limit is not None), default=2**31 - 1)
         if self.max_length > most:
             raise ValueError(
                 f"max_length is {self.max_length}, and the model and the cache hold {most} tokens; give less."

@@ -63,6 +63,12 @@ class SteeredBatchProcessor(ContinuousBatchProcessor):
         cache.__class__, cache.session, cache.scheduler = SteeredCache, session, scheduler
         session.is_live = processor.is_live
 
+    def _generation_step(self, model: Any) -> None:
+        # A request with several sequences leaves its last prompt token for after the split. If that is all that a step
+        # holds, the step has no token, and a forward without tokens would end the engine.
+        if getattr(self.inputs_and_outputs, "num_q_tokens", 1):
+            super()._generation_step(model)
+
     def update_batch(self) -> None:
         batch: list[Any] = getattr(self.inputs_and_outputs, "requests_in_batch", [])
         # Looked up before: requests that end in this step are let go of in it.

@@ -16,12 +16,12 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 from finesteer_hf.runtime.arguments import UNSET, Unset
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike
-from finesteer_hf.serving.admission import check_engine, check_prompt
+from finesteer_hf.serving.admission import capacity, check_engine, room
 from finesteer_hf.serving.asking import OF_BATCH, Active, each, plan_of
 from finesteer_hf.serving.contract import check_contract
 from finesteer_hf.serving.engine_parts import SteeredBatchProcessor, SteeredLogits, SteeredRouter
 from finesteer_hf.serving.paged import KEY, PagedSession, Stats
-from finesteer_hf.serving.requests import Asked, SteeredRequest
+from finesteer_hf.serving.requests import Asked, SteeredRequest, ticket_of
 from finesteer_hf.serving.sampling import Sampling
 
 
@@ -84,7 +84,7 @@ class SteeredManager(ContinuousBatchingManager):
             input_ids: the prompt.
             request_id: to find its results by; None: one is made up. Returned sequences after the first are called
                 `{request_id}__child#0` and so on.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; None: as the generation config says, or all that fits.
             streaming: whether each token is delivered as it comes.
             record_timestamps: whether the time of each token is kept.
             eos_token_id: ends the answer.
@@ -160,7 +160,7 @@ class SteeredManager(ContinuousBatchingManager):
         eos_token_id = self.generation_config.eos_token_id
         eos_token_id = self.model.config.eos_token_id if eos_token_id is None else eos_token_id
         for input_ids in inputs:
-            self._check_prompt(input_ids, max_new_tokens)
+            self._room(input_ids, max_new_tokens)
         with self._request_lock:
             ids = [f"req_{self._request_counter + i}" for i in range(len(inputs))]
             self._request_counter += len(inputs)
@@ -219,9 +219,10 @@ class SteeredManager(ContinuousBatchingManager):
                 f"num_return_sequences; this engine's own processors take {sorted(self.logit_processor.supported_keys)}."
             )
         input_ids = [int(token) for token in input_ids]
-        if max_new_tokens is None:
-            max_new_tokens = self.generation_config.max_new_tokens
-        self._check_prompt(input_ids, max_new_tokens)
+        max_new_tokens = self._room(input_ids, max_new_tokens)
+        sequences = self.num_return_sequences if sequences is None else sequences
+        if sequences < 1:
+            raise ValueError(f"num_return_sequences must be at least 1, got {sequences}.")
         denial = self.background_thread_status.can_accept_new_requests()
         if denial is not None:
             raise RuntimeError(f"{denial} The request was not taken.") from self.background_thread_status.fatal_error
@@ -231,7 +232,8 @@ class SteeredManager(ContinuousBatchingManager):
             with self._request_lock:
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
-        sequences = self.num_return_sequences if sequences is None else sequences
+        elif ticket_of(request_id) != request_id:
+            raise ValueError(f"{request_id!r} is an id that the engine gives to returned sequences. Give another one.")
         asked = Asked(request_id, selection, sampling, sequences)
         state = RequestState(
             request_id=request_id,
@@ -252,13 +254,14 @@ class SteeredManager(ContinuousBatchingManager):
         self._wake_up_loop.set()
         return request_id
 
-    def _check_prompt(self, input_ids: Sequence[int], max_new_tokens: int | None) -> None:
-        config: Any = self.model.config.get_text_config()
-        cache = self._engine().cache
-        capacity = min(a.tokens_per_page * a.num_blocks for a in cache.cache_allocators.values())
+    def _room(self, input_ids: Sequence[int], max_new_tokens: int | None) -> int:
+        """How many new tokens a request may have; raises as `admission.room`."""
+        if max_new_tokens is None:
+            max_new_tokens = self.generation_config.max_new_tokens
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = {"the model's context": context, "the engine's cache": capacity(self._engine().cache)}
         vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        context = getattr(config, "max_position_embeddings", None)
-        check_prompt(input_ids, max_new_tokens, int(vocabulary), context, int(capacity))
+        return room(input_ids, max_new_tokens, int(vocabulary), limits)
 
     def queue_length(self) -> tuple[int, int]:
         """Number of requests that wait, and that are in work."""

@@ -83,7 +83,9 @@ def engine_config(**settings) -> ContinuousBatchingConfig:
 
 @contextlib.contextmanager
 def engine(model, generation: dict | None = None, **settings) -> Iterator[SteeredManager]:
-    config = GenerationConfig(max_new_tokens=NEW_TOKENS, eos_token_id=-1, **{"do_sample": False} | (generation or {}))
+    config = GenerationConfig(
+        eos_token_id=-1, **{"do_sample": False, "max_new_tokens": NEW_TOKENS} | (generation or {})
+    )
     with model.continuous_batching_context_manager(
         config, continuous_batching_config=engine_config(**settings), timeout=10
     ) as manager:

@@ -158,12 +158,26 @@ def test_what_would_end_the_engine_is_refused_at_the_door(model, prompts):
         ):
             with pytest.raises(ValueError, match=message):
                 manager.add_request(**wrong)
+        for wrong, message in (
+            ({"num_return_sequences": 0}, "num_return_sequences must be at least 1"),
+            ({"request_id": "mine__child#0"}, "returned sequences"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                manager.add_request([7], **wrong)
         with pytest.raises(TypeError, match=r"\['temprature'\].*sampling"):
             manager.add_request([7], temprature=1.0)
         assert not manager.session.requests and manager.queue_length() == (0, 0)
         results(manager, [manager.add_request([7] * 90, max_new_tokens=6)])
     with pytest.raises(RuntimeError, match=r"stopping.*not taken"):
         manager.add_request(prompts[0])
+
+
+def test_an_answer_without_a_limit_ends_where_the_cache_does(model, prompts):
+    with engine(model, {"max_new_tokens": None}, num_blocks=12) as manager:
+        name = manager.add_request([7] * 50)
+        other = manager.add_request(prompts[0], max_new_tokens=3)
+        got = results(manager, [name, other])
+    assert len(got[name].generated_tokens) == 96 - 50 and len(got[other].generated_tokens) == 3
 
 
 def test_the_models_context_is_a_limit(model):

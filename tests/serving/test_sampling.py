@@ -75,6 +75,15 @@ def test_returned_sequences_share_the_decision_and_draw_for_themselves(model, pr
         assert reports[0] == reports[1] == reports[2]
 
 
+def test_a_prompt_of_one_token_may_have_several_answers(model):
+    sampling = Sampling(temperature=1.0, seed=3)
+    with engine(model) as manager:
+        name = manager.add_request([7], steering="constant-all", sampling=sampling, num_return_sequences=2)
+        got = results(manager, [name, child_id(name, 0)])
+    for number, own in enumerate((name, child_id(name, 0))):
+        assert got[own].generated_tokens == generated(model, [7], "constant-all", sampling, number)
+
+
 def test_requests_without_a_seed_differ(model, prompts):
     with engine(model) as manager:
         ids = [
