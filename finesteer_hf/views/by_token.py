@@ -17,13 +17,11 @@ from finesteer_hf.runtime.forwards.streams import Prompt
 from finesteer_hf.runtime.plan import Plan, SelectionLike
 from finesteer_hf.runtime.session import CallSession
 from finesteer_hf.sites import Site
+from finesteer_hf.views.token_text import token_texts
 
 
 #: A text as it is, a chat, token ids `[n]` or `[1, n]`, or a tokenizer's output of one row, pads included.
 PromptLike: TypeAlias = "str | Sequence[dict[str, Any]] | Sequence[int] | torch.Tensor | Mapping[str, Any]"
-# Tokens of context that a token is decoded with: some tokenizers drop a leading space at the start of a text.
-_CONTEXT = 4
-_UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,13 @@ class AdapterReading:
     score: float | None
     sites: tuple[Site, ...]
     acts_on_logits: bool
+
+    def in_words(self) -> str:
+        """The decision as a sentence."""
+        gate = "no gate" if self.gate is None else f"gate {self.gate:.3f}"
+        score = "" if self.score is None else f", score {self.score:.3g}"
+        logits = ", also acts on logits, which no site shows" if self.acts_on_logits else ""
+        return f"{self.name}: {gate}{score}, scale {self.scale:g}{logits}."
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class SteeredTokens:
                 f"the prompt. The largest share of the state's norm is {float(largest[top]):.3g}, at token {top + 1}, "
                 f"{self.tokens[top]!r}, site {self.site_of(top)}."
             )
-        return " ".join([said, *(_in_words(reading) for reading in self.adapters)])
+        return " ".join([said, *(reading.in_words() for reading in self.adapters)])
 
     def to_dict(self) -> dict[str, Any]:
         """The view as plain JSON values."""
@@ -124,13 +129,6 @@ class SteeredTokens:
             "sites": [str(site) for site in self.sites],
             "adapters": [{**vars(reading), "sites": [str(s) for s in reading.sites]} for reading in self.adapters],
         }
-
-
-def _in_words(reading: AdapterReading) -> str:
-    gate = "no gate" if reading.gate is None else f"gate {reading.gate:.3f}"
-    score = "" if reading.score is None else f", score {reading.score:.3g}"
-    logits = ", also acts on logits, which no site shows" if reading.acts_on_logits else ""
-    return f"{reading.name}: {gate}{score}, scale {reading.scale:g}{logits}."
 
 
 @torch.no_grad()
@@ -232,8 +230,9 @@ def _run_watched(model: Any, plan: Plan, ids: torch.Tensor, prompt_length: int) 
     prompt = Prompt(ids.shape[1], lengths=torch.tensor([prompt_length], device=ids.device))
     runtime.follow_modules()
     runtime.hook(plan.sites)
+    session = _WatchedSession(runtime, plan, prompt)
     try:
-        with _WatchedSession(runtime, plan, prompt) as session:
+        with session:
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     finally:
         runtime.unhook(plan.sites)
@@ -292,28 +291,3 @@ def _ids_of(prompt: Any) -> list[int]:
     if mask is not None:
         ids = ids[torch.as_tensor(mask).reshape(-1).bool()]
     return [int(token) for token in ids]
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, such that all of them joined are the decoded text.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        ids: `[tokens]`.
-    """
-    tokenizer = text_tokenizer(tokenizer)
-
-    def decoded(start: int, stop: int) -> str:
-        return str(tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False))
-
-    texts: list[str] = []
-    told = 0
-    for index in range(len(ids)):
-        start = max(told - _CONTEXT, 0)
-        before, now = decoded(start, told), decoded(start, index + 1)
-        if now.endswith(_UNFINISHED) and index + 1 < len(ids):
-            texts.append("")
-            continue
-        texts.append(now[len(before) :])
-        told = index + 1
-    return texts

@@ -14,7 +14,8 @@ from finesteer_hf.errors import AdapterNotFoundError
 from finesteer_hf.sites import Site
 from finesteer_hf.testing.probe import probe_adapter
 from finesteer_hf.testing.toy import toy_model
-from finesteer_hf.views.by_token import steering_by_token, token_texts
+from finesteer_hf.views.by_token import steering_by_token
+from finesteer_hf.views.token_text import token_texts
 
 
 EARLY, SITE, LATE = (Site("resid_post", layer) for layer in range(3))
