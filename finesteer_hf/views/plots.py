@@ -62,14 +62,15 @@ def plot_gate_scores(
             axis.hist(values, bins.tolist(), weights=weights, label=label, **style)
             middle = f"{label}: {values.min():.3g} to {values.max():.3g}, median {np.median(values):.3g}"
             opens = "" if threshold is None else f", {np.mean(values >= threshold):.0%} at or above the threshold"
-            said.append(f"{middle}{opens}.")
+            said.append(f"{_sentence(middle)}{opens}.")
     if threshold is not None:
         axis.axvline(threshold, color=look.ink, linewidth=1.5, linestyle="--", label=f"threshold {threshold:.3g}")
         said.append(f"A dashed line marks the threshold, {threshold:.3g}.")
     axis.set_xlabel(score)
     axis.set_ylabel("share of queries")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axis.legend(frameon=False, fontsize=9)
+    # Outside: both distributions may fill the axes.
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return look.finish(figure, " ".join(said))
 
 
@@ -134,7 +135,8 @@ def plot_dose_response(
     axes[0].plot(strength, value, color=first, marker="o", **style)
     name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\nper token"
     axes[0].set_ylabel(f"{name}\n(band: 1 SE)", fontsize=9)
-    axes[1].plot(strength, kl, color=second, marker="s", linestyle="--", **style)
+    # A gate that stays shut gives a line on the axis, which should not be cut in half.
+    axes[1].plot(strength, kl, color=second, marker="s", linestyle="--", clip_on=False, zorder=3, **style)
     axes[1].set_ylabel("KL on general\nprompts, p95, nats", fontsize=9)
     # Rounding errors, about 1e-8 nats, must not fill the panel.
     axes[1].set_ylim(0, max(1.1 * max(kl, default=0.0), LEAST_KL))
@@ -156,14 +158,20 @@ def plot_dose_response(
 
 
 def _curve(name: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
-    """A curve in words: where it starts, its extremes and where it ends."""
-    name = " ".join(name.split())
-    if not y.size or np.isnan(y).all():
-        return f"{name[0].upper()}{name[1:]}: no figures."
+    """A curve in words: where it starts and ends, and its extremes."""
+    # Rounding errors are not worth a word.
+    name, y = _sentence(" ".join(name.split())), np.round(y, 6)
+    if np.isnan(y).all():
+        return f"{name}: no figures."
     low, high = int(np.nanargmin(y)), int(np.nanargmax(y))
+    if y[low] == y[high]:
+        return f"{name}: {y[low]:.3g} throughout."
     places = {"": 0, "to ": -1, "lowest ": low, "highest ": high}
-    told = ", ".join(f"{what}{y[at]:.3g} at {x[at]:.3g}" for what, at in places.items())
-    return f"{name[0].upper()}{name[1:]}: {told}."
+    return f"{name}: {', '.join(f'{what}{y[at]:.3g} at {x[at]:.3g}' for what, at in places.items())}."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def plot_expert_use(weights: ArrayLike, groups: Sequence[str], *, dark: bool = False) -> Drawn:
@@ -233,9 +241,8 @@ def plot_layer_screening(
         for layer in chosen:
             axis.axvline(layer, color=look.grey, linewidth=6, alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        said.append(
-            f"{' '.join(label.split())}: best at layer {x[y.argmax()]:.0f}, {y.max():.3g}, from {y.min():.3g}."
-        )
+        best = f"highest at layer {x[y.argmax()]:.0f}, {y.max():.3g}; lowest {y.min():.3g}"
+        said.append(f"{_sentence(' '.join(label.split()))}: {best}.")
     axes[-1].set_xlabel("layer (grey: steered)" if chosen else "layer")
     if chosen:
         said.append(f"Steered: {', '.join(str(layer) for layer in sorted(chosen))}.")
@@ -256,13 +263,14 @@ def plot_tokens(view: SteeredTokens, *, dark: bool = False) -> Drawn:
     for part, colour, hatch in (("prompt", look.palette[3], "//"), ("answer", look.palette[0], "")):
         mine = (places < view.prompt_length) == (part == "prompt")
         axis.bar(places[mine], largest[mine], color=colour, hatch=hatch, edgecolor=look.paper, label=part, width=0.9)
-    axis.plot(view.query, -0.03, marker="^", color=look.ink, clip_on=False, linestyle="", label="query",
-              transform=axis.get_xaxis_transform())  # fmt: skip
+    arrow = {"arrowstyle": "-|>", "color": look.ink}
+    above: dict[str, Any] = {"xytext": (0, 22), "textcoords": "offset points", "ha": "center", "arrowprops": arrow}
+    axis.annotate("query", (view.query, float(largest[view.query])), fontsize=8, **above)
     axis.set_xticks(places, [shown(token) for token in view.tokens], rotation=90, fontsize=7)
     axis.set_xlim(-0.7, len(places) - 0.3)
-    axis.set_ylim(0, 1.08 * view.deepest_colour)
+    axis.set_ylim(0, 1.2 * view.deepest_colour)
     axis.set_ylabel("|delta| / |h|,\nlargest over sites", fontsize=9)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return look.finish(figure, view.describe())
 
 

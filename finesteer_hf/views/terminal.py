@@ -103,7 +103,7 @@ class TokensInTerminal:
         yield Text(below.rstrip() or " ", overflow="fold")
 
     def _legend(self, coloured: bool) -> Text:
-        text = Text("|delta| / |h|, largest over sites: 0 ")
+        text = Text("|delta| / |h|: 0 ")
         for level, bar in enumerate(BARS):
             text.append("  " if coloured else bar, Style(bgcolor=RAMP[level]) if coloured else None)
         text.append(f" {self.full:.3g}; ")

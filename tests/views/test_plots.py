@@ -102,6 +102,7 @@ def test_rounding_is_invisible_and_one_point_is_not_a_curve() -> None:
     points = [DosePoint(s, 0.1, 0.01, 1e-8, own_words=-0.1 if s == 0 else None) for s in (0.0, 1.0, 2.0)]
     axes = plot_dose_response(points).figure.axes
     assert len(axes) == 2 and axes[1].get_ylim()[1] == 0.01
+    assert "nats): 0 throughout." in plot_dose_response(points).alt
     spoken = [DosePoint(s, 0.1, 0.01, 0.0, own_words=-0.1) for s in (0.0, 1.0)]
     assert len(plot_dose_response(spoken).figure.axes) == 3
 
@@ -109,14 +110,14 @@ def test_rounding_is_invisible_and_one_point_is_not_a_curve() -> None:
 def test_the_words_of_the_gates_scores_are_counts() -> None:
     alt = plot_gate_scores([1.0, 2.0, 3.0, 4.0], [0.0, 2.0], threshold=2.0).alt
     assert "IR queries (n=4): 1 to 4, median 2.5, 75% at or above the threshold." in alt
-    assert "general queries (n=2): 0 to 2, median 1, 50% at or above the threshold." in alt
+    assert "General queries (n=2): 0 to 2, median 1, 50% at or above the threshold." in alt
 
 
 def test_a_layer_table_is_drawn_whatever_a_method_measured() -> None:
     figure, alt = plot_layer_screening(LAYERS, chosen=[3])
     assert len(figure.axes) == 2, "a figure that was measured at no layer has no panel"
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [0.2, 0.3, 0.4, 0.5])
-    assert "Figures of layers 2 to 5." in alt and "held-out R²: best at layer 5, 0.5, from 0.2." in alt
+    assert "Figures of layers 2 to 5." in alt and "Held-out R²: highest at layer 5, 0.5; lowest 0.2." in alt
     assert alt.endswith("Steered: 3.")
     assert layer_figures({"layers": LAYERS}) == LAYERS
     assert layer_figures({}) == layer_figures({"layers": [3, 4]}) == layer_figures({"layers": [{"layer": 3}]}) == []
