@@ -23,7 +23,7 @@ from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
 from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.measures.prompts import as_chat
-from finesteer_hf.evaluation.report import render_report
+from finesteer_hf.views.report import render_report
 
 
 WORDS = ("cats", "dogs", "air", "water", "stone", "fire")
@@ -141,7 +141,7 @@ def test_the_report_shows_tables_plots_and_answers(result: DemoResult) -> None:
         "McNemar",
     ):
         assert expected in text
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count(' src="data:image/png;base64,') == 4
     assert "say nothing about large models" in text and "Whole kinds unseen, the harder half, were not tried" in text
 
 
