@@ -29,8 +29,10 @@ def model_identity(model: Any) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        if parameter.device.type != "meta" and parameter.numel():
-            values = parameter.detach().reshape(-1)
+        for tensor in _stored(parameter.detach()):
+            if tensor.device.type == "meta" or not tensor.numel():
+                continue
+            values = tensor.reshape(-1)
             picked = torch.linspace(0, len(values) - 1, SAMPLED_VALUES, dtype=torch.float64).long()
             digest.update(values[picked.to(values.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {
@@ -39,3 +41,12 @@ def model_identity(model: Any) -> dict[str, Any]:
         "lora": active_lora_names(model),
         "fingerprint": digest.hexdigest(),
     }
+
+
+def _stored(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that hold a weight: itself, or of a quantised one (torchao's, which cannot be reshaped) its parts."""
+    # A sharded weight has parts too, but each process sees its own: there the whole is read.
+    if not hasattr(weight, "__tensor_flatten__") or hasattr(weight, "full_tensor"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [part for name in names for part in _stored(getattr(weight, name))]

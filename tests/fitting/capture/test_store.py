@@ -97,6 +97,20 @@ def test_one_changed_weight_is_another_model() -> None:
     assert model_identity(model)["fingerprint"] != before
 
 
+def test_quantised_weights_are_told_apart() -> None:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    found = []
+    for seed in (0, 0, 1):
+        model = small_model("llama", seed=seed)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        # What is not quantised is the same in all three.
+        fixed = {name: value for name, value in model.named_parameters() if not hasattr(value, "qdata")}
+        for value in fixed.values():
+            value.data.fill_(1.0)
+        found.append(model_identity(model)["fingerprint"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_states_can_be_forgotten_on_request(tmp_path: Path) -> None:
     rows, request = random_rows(4), CaptureRequest((SITE,))
     first, _ = fill(tmp_path, rows, request)
