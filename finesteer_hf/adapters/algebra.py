@@ -37,8 +37,8 @@ def constant_vectors(adapter: SteeringAdapter) -> dict[Site, torch.Tensor]:
     kind = adapter.config.steering_type
     if processor.reads:
         raise ValueError(
-            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: its vector depends on it,  "
-            "so it is not a constant vector. Load both and call model.set_steering([...]) instead."
+            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: its vector depends on it, "
+            "and a constant vector does not. To have several act together, call model.set_steering([...])."
         )
     if processor.maps or processor.logits_processors(1.0) or not processor.writes:
         what = "maps the stream" if processor.maps else "acts on logits"
