@@ -61,6 +61,7 @@ class ChatSession:
         active: name of the adapter that steers; None for none.
         scale: factor of its strength.
         compare: whether answers come twice, unsteered and steered.
+        before: name of the adapter that steered before /off.
         stop: set to end the running answer.
     """
 
@@ -68,6 +69,7 @@ class ChatSession:
     active: str | None = None
     scale: float = 1.0
     compare: bool = False
+    before: str | None = None
     stop: Event = field(default_factory=Event)
 
     @property

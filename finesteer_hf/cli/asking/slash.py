@@ -12,7 +12,7 @@ from finesteer_hf.cli.common import errors, table
 
 # Each command with what follows it, and what it does; in the order of /help.
 HELP: dict[str, tuple[str, str]] = {
-    "/steer": ("NAME", "steer with an adapter; NAME=FOLDER or NAME=ORG/REPO loads one first"),
+    "/steer": ("NAME", "steer with an adapter; NAME=FOLDER loads one first"),
     "/scale": ("NUMBER", "multiply the adapter's strength, such as /scale 1.5"),
     "/off": ("", "stop steering; /steer brings it back"),
     "/compare": ("", "answer twice, unsteered and steered; again: once"),
@@ -49,8 +49,7 @@ def run(session: ChatSession, line: str) -> None:
 
 def _steer(session: ChatSession, argument: str) -> None:
     adapters = session.adapters
-    if not argument and len(adapters) == 1:
-        (argument,) = adapters
+    argument = argument or session.before or ""
     if argument not in adapters and "=" in argument:
         name, source = named_source(argument)
         session.turns.model.load_steering(source, name)
@@ -74,7 +73,7 @@ def _scale(session: ChatSession, argument: str) -> None:
 
 
 def _off(session: ChatSession, _: str) -> None:
-    session.active = None
+    session.before, session.active = session.active or session.before, None
     _say_state(session)
 
 

@@ -157,10 +157,10 @@ class Wrapping:
                     self.space += part
                 continue
             space = self.space or ""
-            if self.console.is_terminal and self.column + cell_len(space + part) > self.console.width > self.column:
-                if self.column > self.indent:
-                    self._break()
-                    space = ""
+            over = self.column + cell_len(space + part) > self.console.width
+            if self.console.is_terminal and over and self.column > self.indent:
+                self._break()
+                space = ""
             self._write(space + part)
             self.column += cell_len(space + part)
             self.space = ""

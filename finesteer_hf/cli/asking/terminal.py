@@ -49,6 +49,8 @@ class ChatLoop:
                 try:
                     line = self._read()
                 except KeyboardInterrupt:
+                    # The prompt's line has not ended.
+                    print(file=sys.stderr)
                     if self.presses > 1:
                         raise typer.Exit(interruption.STOPPED) from None
                     errors.print("[dim]ctrl-C again ends the chat[/]")

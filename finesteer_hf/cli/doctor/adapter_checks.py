@@ -138,7 +138,7 @@ def continuous_batching(processor: SteeringProcessor, looked: Looked | None) -> 
         if of_model:
             return Check(name, "no", "not on this model, see above")
     try:
-        check_plan(plan_of(processor), looked.tower if looked is not None else None)  # type: ignore[arg-type]
+        check_plan(plan_of(processor), looked.tower if looked is not None else None)
     except SteeringError as error:
         return Check(name, "no", str(error))
     return Check(name, "yes", "generate_batch, init_continuous_batching")
