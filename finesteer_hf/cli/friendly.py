@@ -37,7 +37,7 @@ _HINTS: tuple[tuple[type[Exception], str], ...] = (
     (known.UnsupportedModelError, "finesteer doctor MODEL shows what works on a model."),
 )
 # What transformers says of a name that is neither a folder nor in reach on the Hub.
-_NO_MODEL = ("huggingface.co", "is not a local folder", "is not a valid model identifier", "Repo id must")
+_NO_MODEL = ("to load the files", "is not a local folder", "is not a valid model identifier", "Repo id must")
 _MODEL_HINT = "a model is a folder, a Hub id (in the cache, if you are offline) or `playground`."
 _MEMORY_HINT = "use a smaller --batch-size, --dtype bfloat16, --quantization 4bit or --device-map auto."
 

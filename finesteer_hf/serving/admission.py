@@ -27,8 +27,9 @@ def check_plan(plan: Plan, tower: TextTower | None) -> None:
                 f"`generate(steering={entry.name!r})` for it; adapters that add one vector a query, as "
                 "FineSteer's, CAA's and ITI's do, can be served."
             )
-        for site in entry.processor.sites if tower is not None else ():
-            tower.check(site)
+        if tower is not None:
+            for site in entry.processor.sites:
+                tower.check(site)
 
 
 def _not_served(processor: SteeringProcessor) -> str | None:

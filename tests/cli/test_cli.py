@@ -37,7 +37,7 @@ def run(*arguments: str, code: int = 0, text: str | None = None) -> str:
 
 def test_help_lists_the_commands() -> None:
     output = run("--help")
-    for command in ("demo", "fit", "eval", "compare", "generate", "show", "methods"):
+    for command in ("demo", "fit", "eval", "compare", "generate", "chat", "show", "push", "list", "doctor", "methods"):
         assert f" {command} " in output
         assert "Usage" in run(command, "--help")
 
@@ -55,7 +55,7 @@ def test_generate_shows_both_answers_and_the_gate(folders: tuple[str, str]) -> N
 def test_errors_are_one_line_and_an_exit_code(folders: tuple[str, str], tmp_path: Path) -> None:
     base, adapter = folders
     assert "Give --prompt" in run("generate", base, text="", code=1)
-    assert "no steering adapter" in run("show", str(tmp_path), code=1).replace("\n", " ")
+    assert "not a steering adapter" in run("show", str(tmp_path), code=1).replace("\n", " ")
     assert "bfloat16" in run("generate", base, "-p", "sing", "--dtype", "int3", code=2)
     assert "Unknown benchmark" in run("eval", base, "-s", adapter, "-b", "mmlu", code=1)
     assert "Unknown steering_type" in run("methods", "nothing", code=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ def pull(
     Every command that takes --steering does this by itself; pull before you go offline, or to have a copy.
     """
     from finesteer_hf.adapters.adapter import SteeringAdapter
-    from finesteer_hf.adapters.config import WEIGHTS_NAME
+    from finesteer_hf.adapters.config import CONFIG_NAME, WEIGHTS_NAME
     from finesteer_hf.hub import resolve_adapter_files
 
     if out is not None:
@@ -39,19 +39,24 @@ def pull(
     if out is not None:
         path = adapter.save_pretrained(out)
     config = adapter.config
-    facts = {
+    facts: dict[str, Any] = {
         "name": name,
         "commit": adapter.revision,
         "method": config.steering_type,
         "base_model": config.base_model_name_or_path,
         "path": str(path),
-        "bytes": (path / WEIGHTS_NAME).stat().st_size,
+        "bytes": sum((path / file).stat().st_size for file in (CONFIG_NAME, WEIGHTS_NAME)),
     }
     if as_json:
         print_json(facts)
         return
-    shown = {**facts, "bytes": None, "size": size((path / WEIGHTS_NAME).stat().st_size)}
-    rows = [(key.replace("_", " "), str(value)) for key, value in shown.items() if value is not None]
-    console.print(table(("pulled", rows[0][1]), rows[1:]))
+    rows = [
+        ("commit", str(adapter.revision)),
+        ("method", config.steering_type),
+        ("base model", config.base_model_name_or_path or "not named"),
+        ("kept in", "the cache of the Hub" if out is None else str(out)),
+        ("size", size(facts["bytes"])),
+    ]
+    console.print(table(("pulled", name), rows))
     if config.base_model_name_or_path:
         say(f"finesteer chat {config.base_model_name_or_path} --steering {out or name}")

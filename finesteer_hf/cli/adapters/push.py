@@ -34,7 +34,7 @@ def push(
     facts = {
         "repo": name,
         "commit": commit.oid,
-        "url": commit.pr_url or commit.commit_url,
+        "url": commit.pr_url or commit.repo_url.url,
         "steering": f"{inner}@{at}" if at else inner,
     }
     if as_json:
