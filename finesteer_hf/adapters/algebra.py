@@ -37,8 +37,8 @@ def constant_vectors(adapter: SteeringAdapter) -> dict[Site, torch.Tensor]:
     kind = adapter.config.steering_type
     if processor.reads:
         raise ValueError(
-            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: its vector depends on it,  "
-            "so it is not a constant vector. Load both and call model.set_steering([...]) instead."
+            f"This {kind} adapter reads the query at {', '.join(map(str, processor.reads))}: its vector depends on it, "
+            "and a constant vector does not."
         )
     if processor.maps or processor.logits_processors(1.0) or not processor.writes:
         what = "maps the stream" if processor.maps else "acts on logits"
@@ -111,7 +111,13 @@ def combine(adapters: Sequence[SteeringAdapter], weights: Sequence[float] | None
         warnings.warn(f"Combining adapters that were fitted on different bases: {bases}.", stacklevel=2)
     total: dict[Site, torch.Tensor] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        for site, vector in constant_vectors(adapter).items():
+        try:
+            vectors = constant_vectors(adapter)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} To have several adapters act together, call model.set_steering([...])."
+            ) from error
+        for site, vector in vectors.items():
             total[site] = total[site] + weight * vector if site in total else weight * vector
     parts = [
         {"steering_type": a.config.steering_type, "weight": weight, "commit": a.revision}

@@ -7,12 +7,18 @@ from typing import Annotated
 import typer
 
 from finesteer_hf import __version__
-from finesteer_hf.cli.common import friendly
+from finesteer_hf.cli.adapters.convert import convert
+from finesteer_hf.cli.adapters.list import list_command
+from finesteer_hf.cli.adapters.pull import pull
+from finesteer_hf.cli.adapters.push import push
+from finesteer_hf.cli.asking.chat import chat
+from finesteer_hf.cli.asking.generate import generate
 from finesteer_hf.cli.compare import compare
 from finesteer_hf.cli.demo.command import demo
+from finesteer_hf.cli.doctor.command import doctor
 from finesteer_hf.cli.evaluate import evaluate
 from finesteer_hf.cli.fit import fit
-from finesteer_hf.cli.generate import generate
+from finesteer_hf.cli.friendly import friendly
 from finesteer_hf.cli.look import look
 from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.serve import serve
@@ -29,7 +35,13 @@ for name, command in (
     ("generate", generate),
     ("look", look),
     ("serve", serve),
+    ("chat", chat),
     ("show", show),
+    ("push", push),
+    ("pull", pull),
+    ("list", list_command),
+    ("convert", convert),
+    ("doctor", doctor),
     ("methods", methods),
 ):
     app.command(name)(friendly(command))

@@ -1,63 +1,34 @@
-"""What the commands share: consoles, loading, one-line errors."""
+"""What the commands share: consoles, JSON, tables, loading."""
 
 from __future__ import annotations
 
-import functools
 import json
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finesteer_hf.cli import interruption
 from finesteer_hf.cli.options import assignments
-from finesteer_hf.errors import SteeringError
 
 
 # Results go to stdout, so that they can be piped; progress goes to stderr.
 console = Console()
 errors = Console(stderr=True)
+# `--json` of a command whose result is one object or list.
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 # The model's keyword arguments that its tokenizer is loaded with too.
 SHARED = ("revision", "subfolder", "trust_remote_code", "token", "cache_dir", "local_files_only")
-
-
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show errors that a user can fix as a message; anything else is a bug and keeps its traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = functools.partial(show_warning, set())
-            try:
-                command(*args, **kwargs)
-            except (KeyboardInterrupt, SteeringError, ValueError, OSError) as error:
-                if isinstance(error, KeyboardInterrupt) or interruption.came():
-                    interruption.say_so()
-                    raise typer.Exit(interruption.STOPPED) from error
-                errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-                raise typer.Exit(1) from error
-
-    return run
-
-
-def show_warning(shown: set[str], message: Warning | str, *_: Any) -> None:
-    """Show a warning as a message, once, without the source line, which does not help the user."""
-    if str(message) in shown:
-        return
-    shown.add(str(message))
-    errors.print(f"[bold yellow]warning:[/] {escape(str(message))}", highlight=False)
 
 
 def load(
     model: str,
     tp: bool = False,
     *,
-    steering: str | None = None,
+    steering: str | dict[str, str] | None = None,
     steering_revision: str | None = None,
     revision: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -143,6 +114,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     for row in rows:
         made.add_row(*(escape(cell) for cell in row))
     return made
+
+
+def print_json(value: Any) -> None:
+    """Print a result as JSON, indented, for programs and for people."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def say(message: str) -> None:

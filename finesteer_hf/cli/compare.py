@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import check_folder, console, load, say, table
+from finesteer_hf.cli import interruption
+from finesteer_hf.cli.common import AsJson, check_folder, console, load, print_json, say, table
 from finesteer_hf.cli.fit import make_config
 from finesteer_hf.cli.options import FIT, LOAD, takes
 
@@ -29,6 +30,7 @@ def compare(
         Path, typer.Option("--out", "-o", help="Folder for report.html, figures.json and the adapters.")
     ] = Path("out/compare"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    as_json: AsJson = False,
     *,
     fitting: dict[str, Any],
     loading: dict[str, Any],
@@ -59,13 +61,27 @@ def compare(
     general = fitting.pop("general_dataset")
     parts = part(data, general, **{name: fitting[name] for name in ("split", "seed", "max_rows")})
     loaded, tokenizer = load(model, **loading)
-    result = compare_methods(loaded, tokenizer, parts, configs, max_new_tokens=max_new_tokens, note=say, **fitting)
+    with interruption.resumable(out, fitting.pop("store_dir")) as store:
+        result = compare_methods(
+            loaded, tokenizer, parts, configs, max_new_tokens=max_new_tokens, note=say, store_dir=store, **fitting
+        )
     if not result.trials:
         raise ValueError("No method could be fitted on these rows; the reasons are above.")
     for trial in result.trials:
         figures = [row.to_dict() for row in trial.against_base(result)]
         trial.adapter.config.fit["evaluation"] = figures
         trial.adapter.save_pretrained(out / "adapters" / trial.name)
+    content = {
+        "model": model,
+        "rows": {"fit": len(parts.fit), "held_out": len(parts.own), "general_held_out": len(parts.general)},
+        "figures": {t.name: [row.to_dict() for row in t.against_base(result)] for t in result.trials},
+        "failed": result.failed,
+    }
+    (out / "figures.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = write_report(build_report(result, str(model)), out / "report.html")
+    if as_json:
+        print_json(content)
+        return
     for title, columns, rows in (
         ("effect on held-out rows, p against unsteered", EFFECT_COLUMNS, effect_rows(result)),
         ("one against another", DUEL_COLUMNS, duel_rows(result)),
@@ -75,14 +91,6 @@ def compare(
             console.print(table(columns, rows, title=title))
     for note in (HOLM_NOTE, rank_note(result)):
         console.print(note, markup=False, highlight=False)
-    content = {
-        "model": model,
-        "rows": {"fit": len(parts.fit), "held_out": len(parts.own), "general_held_out": len(parts.general)},
-        "figures": {t.name: [row.to_dict() for row in t.against_base(result)] for t in result.trials},
-        "failed": result.failed,
-    }
-    (out / "figures.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    path = write_report(build_report(result, str(model)), out / "report.html")
     console.print(f"{path} written", markup=False, highlight=False)
 
 

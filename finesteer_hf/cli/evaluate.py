@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import console, load, say, table
+from finesteer_hf.cli.common import AsJson, console, load, print_json, say, table
 from finesteer_hf.cli.options import BENCHMARK, LOAD, takes
 
 
@@ -26,6 +27,7 @@ def evaluate(
     update_card: Annotated[
         bool, typer.Option(help="Put figures and an example on the card of a local adapter.")
     ] = False,
+    as_json: AsJson = False,
     *,
     choosing: dict[str, Any],
     loading: dict[str, Any],
@@ -38,6 +40,7 @@ def evaluate(
     from finesteer_hf.evaluation.comparison import COLUMNS, HOLM_NOTE, compare, table_cells
     from finesteer_hf.evaluation.data.benchmarks import load_benchmark
     from finesteer_hf.evaluation.examples import examples_of
+    from finesteer_hf.fitting.progress import FitProgress
 
     if update_card and not Path(steering).is_dir():
         raise ValueError("--update-card needs a local adapter folder; save the adapter first.")
@@ -50,19 +53,23 @@ def evaluate(
     examples: list[dict[str, Any]] = []
     for found in sets:
         say(f"{found.name}: {len(found.prompts)} prompts, at most {found.max_new_tokens} new tokens")
-        base = ask(loaded, tokenizer, found.prompts, max_new_tokens=found.max_new_tokens)
-        steered = ask(
-            loaded, tokenizer, found.prompts, adapter=adapter, scale=scale, max_new_tokens=found.max_new_tokens
-        )
+        with FitProgress(True) as bars, bars.task(f"asking {found.name}", 2 * len(found.prompts)) as advance:
+            asked = partial(
+                ask, loaded, tokenizer, found.prompts, max_new_tokens=found.max_new_tokens, advance=advance
+            )
+            base, steered = asked(), asked(adapter=adapter, scale=scale)
         rows += compare(found.name, found.metric, base, steered)
         examples = examples or examples_of(found.name, base, steered)
         answers += [
             {"set": found.name, "id": item.id, "unsteered": before, "steered": after}
             for item, before, after in zip(found.prompts, base.answers.texts, steered.answers.texts, strict=True)
         ]
-    console.print(table(COLUMNS, table_cells(rows)))
-    console.print(HOLM_NOTE, markup=False, highlight=False)
     figures = [row.to_dict() for row in rows]
+    if as_json:
+        print_json({"model": model, "steering": steering, "scale": scale, "figures": figures})
+    else:
+        console.print(table(COLUMNS, table_cells(rows)))
+        console.print(HOLM_NOTE, markup=False, highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": model, "steering": steering, "scale": scale, "figures": figures, "answers": answers}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finesteer_hf.cli.common import check_folder, console, load, say, table
+from finesteer_hf.cli import interruption
+from finesteer_hf.cli.common import AsJson, check_folder, console, load, print_json, say, table
 from finesteer_hf.cli.options import FIT, LOAD, assignments, takes
 
 
@@ -50,11 +51,15 @@ def fit(
     example: Annotated[
         str | None, typer.Option(help="A prompt that the card shows with both answers. It is published.")
     ] = None,
+    as_json: AsJson = False,
     *,
     fitting: dict[str, Any],
     loading: dict[str, Any],
 ) -> None:
-    """Fit a steering adapter and save it."""
+    """Fit a steering adapter and save it.
+
+    States are captured into OUT.states, which is removed at the end: after ctrl-C or a crash the same command continues.
+    """
     from finesteer_hf.evaluation.examples import ask_example
     from finesteer_hf.evaluation.measures.prompts import as_chat
     from finesteer_hf.fitting import fit_steering
@@ -69,7 +74,8 @@ def fit(
         rows = preference_rows(questions if half is Half.all else split_halves(questions, seed=fitting["seed"])[0])
         say(f"{len(rows)} rows from {len(questions)} questions")
     loaded, tokenizer = load(model, **loading)
-    adapter = fit_steering(loaded, tokenizer, rows, config, **fitting)
+    with interruption.resumable(out, fitting.pop("store_dir")) as store:
+        adapter = fit_steering(loaded, tokenizer, rows, config, store_dir=store, **fitting)
     if about is not None:
         adapter.config.fit["about"] = about
     if example is not None:
@@ -78,6 +84,10 @@ def fit(
         adapter.config.fit["examples"] = [ask_example(loaded, tokenizer, asked, "fitted")]
     adapter.save_pretrained(out)
     size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
+    if as_json:
+        kept = {"saved": str(out), "method": adapter.config.steering_type, "strength": adapter.config.strength}
+        print_json({**kept, "bytes": size, "fit": adapter.published().config.fit})
+        return
     facts = [("strength", f"{adapter.config.strength:g}"), ("files", f"{size:,} bytes")]
     console.print(table(("saved", str(out)), facts))
 

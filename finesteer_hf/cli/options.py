@@ -43,6 +43,9 @@ class OptionsOf:
 
 FIT = OptionsOf("fitting/fit.py", "fit_steering", also={"general_dataset": ("--general",), "store_dir": ("--store",)})
 BENCHMARK = OptionsOf("evaluation/data/benchmarks.py", "load_benchmark")
+# A token on a command line stays in the shell's history: `hf auth login` or HF_TOKEN instead.
+PUSH = OptionsOf("hub/push.py", "push_adapter", without=("token",))
+VECTORS = OptionsOf("interop/load.py", "load_vectors")
 LOAD = OptionsOf("cli/common.py", "load", also={"steering": ("-s",)})
 
 

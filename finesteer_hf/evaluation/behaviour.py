@@ -114,6 +114,7 @@ def evaluate(
     scale: float = 1.0,
     choices: bool = True,
     max_new_tokens: int = 32,
+    advance: Callable[[int], object] = lambda answered: None,
 ) -> Outcome:
     """Ask a list of prompts under one condition.
 
@@ -125,9 +126,12 @@ def evaluate(
         scale: run-time factor of its strength.
         choices: whether to score MC1 and MC2 for prompts that have choices.
         max_new_tokens: most tokens of an answer.
+        advance: called with the number of prompts that have been answered, as they are.
     """
     with steered_as(model, adapter, scale):
-        answers = greedy_answers(model, tokenizer, [item.prompt for item in prompts], max_new_tokens=max_new_tokens)
+        answers = greedy_answers(
+            model, tokenizer, [item.prompt for item in prompts], max_new_tokens=max_new_tokens, advance=advance
+        )
         items = [item.choices for item in prompts if item.choices is not None]
         scores = score_choices(model, tokenizer, items) if choices and items else None
     verdicts = [item.judge(text) for item, text in zip(prompts, answers.texts, strict=True)]

@@ -37,6 +37,7 @@ class HubAdapter:
 def list_adapters(
     base_model: str | None = None,
     *,
+    search: str | None = None,
     method: str | None = None,
     author: str | None = None,
     token: str | bool | None = None,
@@ -46,6 +47,7 @@ def list_adapters(
 
     Args:
         base_model: only adapters for this model, a Hub id.
+        search: text that the repo's id contains.
         method: a steering method, such as `FINESTEER`.
         author: a user or organisation.
         token: Hub token, if not the signed-in one; shows its private repos too.
@@ -63,7 +65,7 @@ def list_adapters(
         tags.append(f"{_BASE_TAG}{base_model}")
     if method is not None:
         tags.append(method.lower())
-    found = HfApi(token=token).list_models(filter=tags, author=author, limit=limit)
+    found = HfApi(token=token).list_models(filter=tags, search=search, author=author, limit=limit)
     return [
         HubAdapter(
             repo_id=info.id,

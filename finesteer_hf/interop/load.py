@@ -12,6 +12,7 @@ from finesteer_hf.adapters.algebra import constant_adapter
 from finesteer_hf.errors import AdapterFileError
 from finesteer_hf.interop.gguf_files import read_gguf
 from finesteer_hf.interop.json_vectors import read_svec
+from finesteer_hf.interop.plain_tensors import is_plain, read_tensors
 from finesteer_hf.interop.steering_lite import read_steering_lite
 from finesteer_hf.interop.torch_vectors import read_steer_file
 from finesteer_hf.interop.vectors import MOST_BYTES, ForeignVectors
@@ -23,6 +24,7 @@ _READERS: dict[str, Callable[[Path], ForeignVectors]] = {
     "svec": read_svec,
     "lm_eval": read_steer_file,
     "steering_lite": read_steering_lite,
+    "tensors": read_tensors,
 }
 _SUFFIXES = {
     ".gguf": "gguf",
@@ -48,8 +50,9 @@ def load_vectors(
 
     Args:
         path: the file.
-        format: `gguf` (repeng, llama.cpp), `svec` (CAST, AISteer360), `lm_eval` (its `steered` model's `.pt`) or
-            `steering_lite`; by default from the file's extension.
+        format: `gguf` (repeng, llama.cpp), `svec` (CAST, AISteer360), `lm_eval` (its `steered` model's `.pt`),
+            `steering_lite`, or `tensors` (safetensors with vectors named as their sites); by default from the file's
+            extension and metadata.
         site: site kind to steer, if not the format's own: GGUF, AISteer360, lm-eval and steering-lite add to the
             output (`resid_post`), CAST to the input (`resid_pre`).
         strength: lambda, if not the file's own (1 if it has none).
@@ -69,6 +72,8 @@ def load_vectors(
     if path.stat().st_size > MOST_BYTES:
         raise AdapterFileError(f"{path.name} has {path.stat().st_size} bytes; at most {MOST_BYTES} are read.")
     name = format or _SUFFIXES.get(path.suffix.lower())
+    if format is None and name == "steering_lite" and is_plain(path):
+        name = "tensors"
     if name not in _READERS:
         known = f"Give format= one of {list(FORMATS)}; known extensions: {sorted(_SUFFIXES)}."
         raise ValueError(
@@ -81,6 +86,8 @@ def load_vectors(
         found = dataclasses.replace(found, site=site)
     vectors = {Site(found.site, layer): vector for layer, vector in found.vectors.items()}
     settings.setdefault("base_model_type", found.model_type)
+    if found.positions is not None:
+        settings.setdefault("positions", found.positions)
     settings.setdefault("fit", {"imported": {"format": name, "file": path.name}})
     try:
         return constant_adapter(vectors, strength=found.strength if strength is None else strength, **settings)

@@ -53,12 +53,14 @@ class ForeignVectors:
         site: site of the block that they are added to.
         strength: the file's factor.
         model_type: `config.model_type` named in the file, if any.
+        positions: steered tokens, if the file says which.
     """
 
     vectors: dict[int, torch.Tensor]
     site: SiteKind
     strength: float = 1.0
     model_type: str | None = None
+    positions: str | None = None
 
 
 def as_vector(value: Any, what: str) -> torch.Tensor:

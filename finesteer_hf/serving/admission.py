@@ -14,8 +14,13 @@ from finesteer_hf.runtime.plan import Plan
 from finesteer_hf.sites import TextTower
 
 
-def check_plan(plan: Plan, tower: TextTower) -> None:
-    """Raise `UnsupportedModelError` for steering that a packed batch cannot do, by name and with what to use instead."""
+def check_plan(plan: Plan, tower: TextTower | None) -> None:
+    """Raise `UnsupportedModelError` for steering that a packed batch cannot do, by name and with what to use instead.
+
+    Args:
+        plan: what would steer.
+        tower: the model's; None where there is no model yet, and only the processors are looked at.
+    """
     for entry in plan.entries:
         reason = not_served(entry.processor)
         if reason is not None:
@@ -24,8 +29,9 @@ def check_plan(plan: Plan, tower: TextTower) -> None:
                 f"`generate(steering={entry.name!r})` for it; adapters that add one vector a query, as "
                 "FineSteer's, CAA's and ITI's do, can be served."
             )
-        for site in entry.processor.sites:
-            tower.check(site)
+        if tower is not None:
+            for site in entry.processor.sites:
+                tower.check(site)
 
 
 def not_served(processor: SteeringProcessor) -> str | None:

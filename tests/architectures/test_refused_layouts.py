@@ -34,7 +34,7 @@ def refuse(model, match):
         ("XLMWithLMHeadModel", "no blocks"),
         ("HrmTextForCausalLM", "several times in one forward"),
         ("ProphetNetForCausalLM", "a stream for each predicted token"),
-        ("RwkvForCausalLM", "no cache"),
+        ("RwkvForCausalLM", "not a transformers cache"),
         ("BltForCausalLM", "patches of bytes"),
     ],
 )

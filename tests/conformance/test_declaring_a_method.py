@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(registry):
     class Nameless(SteeringMethod[SteeringConfig]):
         pass
 
-    with pytest.raises(TypeError, match="Family names no config"):
+    with pytest.raises(TypeError, match="Family has no config"):
         register_steering_method(Family)
     with pytest.raises(TypeError, match="TOY names no config"):
         register_steering_method("TOY")

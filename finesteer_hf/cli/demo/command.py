@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from finesteer_hf.cli.common import console, say, table
+from finesteer_hf.cli.common import AsJson, console, print_json, say, table
 
 
 def demo(
@@ -22,6 +22,7 @@ def demo(
     ] = Path("out/real/model"),
     adapters: Annotated[Path, typer.Option("--adapters", help="Folder of its adapters.")] = Path("hub_cards"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer prompts, one split: about a minute.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run every step, from fitting to evaluation, on local models.
 
@@ -53,8 +54,14 @@ def demo(
     with warnings.catch_warnings():
         # The demo loads fitted adapters on another copy of the model on purpose.
         warnings.filterwarnings("ignore", message="Steering adapter")
-        show_real(model, adapters)
+        if not as_json:
+            show_real(model, adapters)
         result = run_demo(DemoSettings(out=out, seed=seed, **settings), say)
+    path = write_report(build_report(result), out / "report.html")
+    if as_json:
+        found = [standing.to_dict() for standing in standings(result)]
+        print_json({"standings": found, "seconds": round(result.seconds, 1), "report": str(path)})
+        return
     console.print(table(STANDING_COLUMNS, [standing.cells() for standing in standings(result)], title="won and lost"))
     for trial in result.trials:
         title = f"{TASK_NAMES[trial.task]}, split {SPLIT_NAMES[trial.task, trial.split]}"
@@ -71,5 +78,4 @@ def demo(
         console.print(table(GATE_COLUMNS, gate_rows(result, task), title=f"gates, {gate_title(result, task)}"))
     for note in (CAA_NOTE, INTERVAL_NOTE, GATE_NOTE):
         say(note)
-    path = write_report(build_report(result), out / "report.html")
     console.print(f"[bold]{escape(str(path))}[/] written; {result.seconds:.0f} s in all", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finesteer_hf.cli.demo.run import DemoResult, DemoTrial
 from finesteer_hf.cli.demo.tables import hit_name
@@ -54,6 +55,18 @@ class Standing:
         gained, lost = self.test.only_second, self.test.only_first
         corrected = "" if self.holds or not self.mark else ", not after Holm"
         return f"{_WORDS[self.mark]}: {gained} gained, {lost} lost (p = {self.test.p_value:.1g}{corrected})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figure for `--json`; p is uncorrected."""
+        return {
+            "what": self.what,
+            "unsteered": None if self.unsteered is None else self.unsteered.to_dict(),
+            "finesteer": self.finesteer.to_dict(),
+            "caa": self.caa.to_dict(),
+            "p_value": self.test.p_value,
+            "significant": self.holds,
+            "verdict": self.verdict,
+        }
 
     def cells(self) -> tuple[str, ...]:
         """The row of a table."""

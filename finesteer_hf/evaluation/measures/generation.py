@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ def greedy_answers(
     *,
     max_new_tokens: int = 64,
     batch_tokens: int = 8192,
+    advance: Callable[[int], object] = lambda answered: None,
     **generate_kwargs: Any,
 ) -> Answers:
     """Answer prompts greedily with the model's active steering.
@@ -49,6 +50,7 @@ def greedy_answers(
         prompts: texts or chats.
         max_new_tokens: most tokens of each answer.
         batch_tokens: padded tokens per batch, including new ones.
+        advance: called with the number of prompts that a batch has answered.
         **generate_kwargs: for `generate`.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -74,6 +76,7 @@ def greedy_answers(
         )
         for row, tokens in zip(rows, output.sequences[:, width:].tolist(), strict=True):
             new_ids[row] = until_end(tokens, ends)
+        advance(len(rows))
         for adapter, record in (getattr(output, "steering", None) or {}).items():
             for name, values in record.items():
                 if isinstance(values, torch.Tensor) and values.ndim and values.shape[0] == len(rows):

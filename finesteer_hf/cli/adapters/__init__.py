@@ -1,0 +1,1 @@
+"""`finesteer list`, `push`, `pull` and `convert`: adapters as files."""

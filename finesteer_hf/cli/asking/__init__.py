@@ -1,0 +1,1 @@
+"""`finesteer generate` and `finesteer chat`: ask a model, unsteered and steered."""

@@ -1,0 +1,1 @@
+"""`finesteer doctor`: what works here, on a model, with an adapter."""
