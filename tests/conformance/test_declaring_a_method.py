@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(registry):
 
     with pytest.raises(TypeError, match="Family has no config"):
         register_steering_method(Family)
-    with pytest.raises(TypeError, match="TOY names no config"):
+    with pytest.raises(TypeError, match="TOY has no config"):
         register_steering_method("TOY")
     with pytest.raises(ValueError, match="SteeringConfig has no steering_type"):
         register_steering_method(Nameless)

@@ -217,7 +217,7 @@ def test_bad_input_is_refused() -> None:
             PaperMoSE(**options).fit(states, shifts)
     with pytest.raises(ValueError, match="states has 30 rows and shifts has 29"):
         PaperMoSE().fit(states, shifts[1:])
-    with pytest.raises(ValueError, match="only 1 different"):
+    with pytest.raises(ValueError, match="only 1 shifts are different"):
         PaperMoSE(3).fit(states, same)
     with pytest.raises(ValueError, match="tries 4 to 10 experts, but there are only 4 rows"):
         PaperMoSE(residual_rank=2).fit(states[:4], shifts[:4])
