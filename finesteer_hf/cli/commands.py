@@ -15,6 +15,7 @@ from finesteer_hf.cli.fit import fit
 from finesteer_hf.cli.generate import generate
 from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.show import show
+from finesteer_hf.cli.ui import ui
 
 
 # Plain help: on 80 characters, boxes leave too narrow a column for the text.
@@ -27,6 +28,7 @@ for name, command in (
     ("generate", generate),
     ("show", show),
     ("methods", methods),
+    ("ui", ui),
 ):
     app.command(name)(friendly(command))
 
