@@ -15,8 +15,8 @@ from finesteer_hf.ui.answers import Reading
 
 
 # The picture's size, and the plot inside it, in the units of its view box.
-WIDTH, HEIGHT = 420, 120
-LEFT, RIGHT, TOP, BOTTOM = 12, 408, 22, 96
+WIDTH, HEIGHT = 320, 116
+LEFT, RIGHT, TOP, BOTTOM = 26, 310, 24, 94
 POINTS = 240
 
 CSS = """
@@ -49,7 +49,7 @@ def gate_gauge(adapter: SteeringAdapter, reading: Reading | None) -> str:
     """
     config = adapter.config
     gated = isinstance(config, QueryGateConfig) and config.gate != "always"
-    if gated and (reading is None or reading.score is not None):
+    if gated:
         return _panel("Gate", _curve(adapter, reading) + _in_words(adapter, reading))
     if reading is None:
         return _panel(
@@ -74,6 +74,8 @@ def expert_bars(adapter: SteeringAdapter, reading: Reading | None) -> str:
         return _panel("Experts", f"<p class='fs-soft'>This {escape(adapter.config.steering_type)} adapter {kind}.</p>")
     if reading is None:
         return _panel("Experts", "<p class='fs-soft'>Ask something to see which experts make the vector.</p>")
+    if not reading.experts:
+        return _panel("Experts", "<p class='fs-soft'>At strength 0 they are not asked.</p>")
     bars = [bar(f"expert {i + 1}", weight, f"{weight:.0%}") for i, weight in enumerate(reading.experts)]
     shut = "<p class='fs-soft'>The gate is shut, so their vector is not added.</p>" if reading.gate == 0 else ""
     return _panel("Experts", "".join(bars) + shut)
@@ -110,7 +112,8 @@ def _size(reading: Reading) -> str:
 def _in_words(adapter: SteeringAdapter, reading: Reading | None) -> str:
     if reading is None:
         return "<p class='fs-soft'>Ask something to see where its score falls.</p>"
-    assert reading.gate is not None and reading.score is not None
+    if reading.gate is None or reading.score is None:
+        return "<p class='fs-soft'>At strength 0 nothing is read and nothing is added.</p>"
     state = "shut" if reading.gate == 0 else "open" if reading.gate == 1 else "partly open"
     threshold = threshold_of(adapter)
     beside = "" if threshold is None else f", fully open from {threshold:.3g}"
@@ -137,7 +140,7 @@ def score_range(adapter: SteeringAdapter, reading: Reading | None) -> tuple[floa
     values += [] if reading is None or reading.score is None else [reading.score]
     values = values or [0.0, 1.0]
     low, high = min(values), max(values)
-    margin = 0.06 * (high - low) or 0.5
+    margin = 0.03 * (high - low) or 0.5
     return low - margin, high + margin
 
 
@@ -159,8 +162,11 @@ def _curve(adapter: SteeringAdapter, reading: Reading | None) -> str:
     parts = [
         f"<polygon class='fs-area' points='{LEFT},{BOTTOM} {line} {RIGHT},{BOTTOM}'/>",
         f"<line class='fs-axis' x1='{LEFT}' y1='{BOTTOM}' x2='{RIGHT}' y2='{BOTTOM}'/>",
-        _label(LEFT, BOTTOM + 16, f"score {low:.2g}", "start"),
-        _label(RIGHT, BOTTOM + 16, f"{high:.2g}", "end"),
+        _label(LEFT, BOTTOM + 15, f"{low:.2g}", "start"),
+        _label((LEFT + RIGHT) / 2, BOTTOM + 15, "score of the question", "middle"),
+        _label(RIGHT, BOTTOM + 15, f"{high:.2g}", "end"),
+        _label(LEFT - 6, BOTTOM + 4, "0", "end"),
+        _label(LEFT - 6, TOP + 4, "1", "end"),
     ]
     threshold, said = threshold_of(adapter), f"Gate of the adapter over scores from {low:.2g} to {high:.2g}"
     if threshold is not None:

@@ -60,7 +60,7 @@ class Workbench:
     own: tuple[str, ...] = ()
     folders: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
-    _of_visitors: list[str] = field(default_factory=list)
+    _given: list[str] = field(default_factory=list)
     _files: str | None = None
 
     def adapter(self, name: str) -> SteeringAdapter:
@@ -115,18 +115,18 @@ class Workbench:
         Raises:
             ValueError, OSError: as `load_steering` does.
         """
-        name = _NOT_A_NAME.sub("-", name.replace("@", "-")).strip("-") or "adapter"
+        name = _NOT_A_NAME.sub("-", name).strip("-.") or "adapter"
         with self.lock:
-            adapters = self.model.steering_adapters
+            # A name is never given twice: whoever chose an adapter that has gone must not get another visitor's.
             free, number = name, 2
-            while free in adapters:
+            while free in self._given or free in self.own:
                 free, number = f"{name}-{number}", number + 1
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 self.model.load_steering(source, free, revision=revision)
-            self._of_visitors.append(free)
-            while len(self._of_visitors) > MOST_OF_VISITORS:
-                self.model.delete_steering(self._of_visitors.pop(0))
+            self._given.append(free)
+            if len(self._given) > MOST_OF_VISITORS:
+                self.model.delete_steering(self._given[-MOST_OF_VISITORS - 1])
         return Loaded(free, distinct(str(warning.message) for warning in caught))
 
     def found_on_hub(self) -> list[str]:
