@@ -52,6 +52,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         'finesteer generate playground --steering truthful --prompt "Is it true that bats are blind?" '
         '--prompt "Say hello to the new neighbour."',
     ),
+    "look": ('finesteer look playground --steering truthful --prompt "Is it true that bats are blind?"',),
     "eval": ("finesteer eval playground --steering truthful --benchmark playground --limit 40 --update-card",),
     "compare": (
         "finesteer compare playground --data rows.jsonl --methods FINESTEER,CAA --set CAA.layer=2 "

@@ -13,6 +13,7 @@ from finesteer_hf.cli.demo.command import demo
 from finesteer_hf.cli.evaluate import evaluate
 from finesteer_hf.cli.fit import fit
 from finesteer_hf.cli.generate import generate
+from finesteer_hf.cli.look import look
 from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.show import show
 from finesteer_hf.cli.ui import ui
@@ -26,6 +27,7 @@ for name, command in (
     ("eval", evaluate),
     ("compare", compare),
     ("generate", generate),
+    ("look", look),
     ("show", show),
     ("methods", methods),
     ("ui", ui),

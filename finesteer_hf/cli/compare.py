@@ -54,7 +54,7 @@ def compare(
     )
     from finesteer_hf.evaluation.comparison import HOLM_NOTE
     from finesteer_hf.evaluation.method_comparison import compare_methods, part
-    from finesteer_hf.evaluation.report import write_report
+    from finesteer_hf.views.report import write_report
 
     general = fitting.pop("general_dataset")
     parts = part(data, general, **{name: fitting[name] for name in ("split", "seed", "max_rows")})

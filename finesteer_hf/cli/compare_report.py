@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -11,9 +12,15 @@ from finesteer_hf.evaluation.comparison import ALPHA, HOLM_NOTE, ComparisonRow, 
 from finesteer_hf.evaluation.measures.ranks import ranks_with_intervals
 from finesteer_hf.evaluation.measures.statistics import Mean, Proportion, holm
 from finesteer_hf.evaluation.method_comparison import HIT, MethodComparison, MethodTrial
-from finesteer_hf.evaluation.plots import plot_dose_response, plot_effect_and_cost, plot_shares
-from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
 from finesteer_hf.method_api import DosePoint
+from finesteer_hf.views.plots import (
+    layer_figures,
+    plot_dose_response,
+    plot_effect_and_cost,
+    plot_layer_screening,
+    plot_shares,
+)
+from finesteer_hf.views.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
 
 
 EFFECT_COLUMNS = ("method", "MC1", "p", "MC2", "p", HIT, "p")
@@ -151,8 +158,11 @@ def _effects(result: MethodComparison) -> Section:
     )
     if result.trials:
         section.plots = [
-            Plot(plot_effect_and_cost(changes), "What each method gains, and how many general answers it changes."),
-            Plot(plot_shares(_shares(result)), "Held-out figures with 95% intervals, methods side by side."),
+            Plot(
+                partial(plot_effect_and_cost, changes),
+                "What each method gains, and how many general answers it changes.",
+            ),
+            Plot(partial(plot_shares, _shares(result)), "Held-out figures with 95% intervals, methods side by side."),
         ]
     if len(result.trials) > 1:
         section.tables.append(Table(DUEL_COLUMNS, duel_rows(result), "One against another"))
@@ -177,8 +187,14 @@ def _costs(result: MethodComparison) -> Section:
         points = [DosePoint.from_report(point) for point in report.get("dose_response") or []]
         if len(points) > 1:
             leads = (report.get("objective") or {}).get("criterion", "sayable")
-            figure = plot_dose_response(points, chosen=float(trial.adapter.config.strength), leads=leads)
-            section.plots.append(Plot(figure, f"{trial.name}: dose response on rows held out from its fit."))
+            strength = float(trial.adapter.config.strength)
+            draw = partial(plot_dose_response, points, chosen=strength, leads=leads)
+            section.plots.append(Plot(draw, f"{trial.name}: dose response on rows held out from its fit."))
+        table = layer_figures(report)
+        if len(table) > 1:
+            steered = {site.layer for site in trial.adapter.build().writes}
+            draw = partial(plot_layer_screening, table, chosen=steered)
+            section.plots.append(Plot(draw, f"{trial.name}: figures of the layers that its fit chose from."))
     return section
 
 

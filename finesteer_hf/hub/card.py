@@ -130,11 +130,12 @@ def _slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class CardPlot:
-    """A plot of the card."""
+    """A plot of the card; the alt text says in words what it shows."""
 
     path: str
     png: bytes
     caption: str
+    alt: str
 
 
 def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
@@ -157,25 +158,27 @@ def draw_plots(adapter: SteeringAdapter) -> dict[str, CardPlot]:
 
 
 def _draw_dose(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot:
-    from finesteer_hf.evaluation.plots import plot_dose_response, png
     from finesteer_hf.method_api import DosePoint
+    from finesteer_hf.views.plot_style import png
+    from finesteer_hf.views.plots import plot_dose_response
 
     points = [DosePoint.from_report(point) for point in report["dose_response"]]
     leads = (report.get("objective") or {}).get("criterion", "sayable")
-    figure = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
+    drawn = plot_dose_response(points, chosen=float(adapter.config.strength), leads=leads)
     caption = "Dose response on held-out rows: the wanted answers, and how far general prompts shift."
-    return CardPlot(name, png(figure, dpi=110), caption)
+    return CardPlot(name, png(drawn.figure, dpi=110), caption, drawn.alt)
 
 
 def _draw_gate(name: str, report: dict[str, Any], adapter: SteeringAdapter) -> CardPlot | None:
-    from finesteer_hf.evaluation.plots import plot_gate_scores, png
+    from finesteer_hf.views.plot_style import png
+    from finesteer_hf.views.plots import plot_gate_scores
 
     scores = report["gate_scores"]
     if not scores["ir"] and not scores["general"]:
         return None
-    figure = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
+    drawn = plot_gate_scores(scores["ir"], scores["general"], threshold=scores.get("threshold"))
     caption = "Scores of the gate on held-out queries to steer and on general ones."
-    return CardPlot(name, png(figure, dpi=110), caption)
+    return CardPlot(name, png(drawn.figure, dpi=110), caption, drawn.alt)
 
 
 def render_section(adapter: SteeringAdapter, repo: str, subfolder: str | None, plots: dict[str, CardPlot]) -> str:

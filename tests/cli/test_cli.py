@@ -37,7 +37,7 @@ def run(*arguments: str, code: int = 0, text: str | None = None) -> str:
 
 def test_help_lists_the_commands() -> None:
     output = run("--help")
-    for command in ("demo", "fit", "eval", "compare", "generate", "show", "methods"):
+    for command in ("demo", "fit", "eval", "compare", "generate", "look", "show", "methods"):
         assert f" {command} " in output
         assert "Usage" in run(command, "--help")
 

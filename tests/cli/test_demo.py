@@ -23,7 +23,7 @@ from finesteer_hf.evaluation.behaviour import JudgedPrompt, evaluate
 from finesteer_hf.evaluation.gates import gate_figures
 from finesteer_hf.evaluation.measures.multiple_choice import ChoiceItem
 from finesteer_hf.evaluation.measures.prompts import as_chat
-from finesteer_hf.evaluation.report import render_report
+from finesteer_hf.views.report import render_report
 
 
 WORDS = ("cats", "dogs", "air", "water", "stone", "fire")

@@ -29,6 +29,7 @@ LAYERS = [
     ["playground"],
     ["fitting"],
     ["evaluation"],
+    ["views"],
     ["hub"],
     ["interop"],
     ["testing"],

@@ -47,7 +47,7 @@ def demo(
         trial_columns,
         trial_rows,
     )
-    from finesteer_hf.evaluation.report import write_report
+    from finesteer_hf.views.report import write_report
 
     settings: dict[str, Any] = dict(QUICK) if quick else {}
     with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -29,15 +30,15 @@ from finesteer_hf.cli.demo.tables import (
 from finesteer_hf.evaluation.behaviour import Outcome
 from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.measures.statistics import Proportion
-from finesteer_hf.evaluation.plots import (
+from finesteer_hf.method_api import DosePoint
+from finesteer_hf.views.plots import (
     plot_dose_response,
     plot_expert_use,
     plot_gate_roc,
     plot_gate_scores,
     plot_shares,
 )
-from finesteer_hf.evaluation.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
-from finesteer_hf.method_api import DosePoint
+from finesteer_hf.views.report import Answer, Exchange, Headline, Mark, Plot, Report, Section, Table
 
 
 LEAD = (
@@ -122,7 +123,9 @@ def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
                 title="CAA at each layer and strength",
             ),
         ],
-        plots=[Plot(plot_shares(_shares(trial)), "Shares with 95% Wilson intervals, conditions side by side.")],
+        plots=[
+            Plot(partial(plot_shares, _shares(trial)), "Shares with 95% Wilson intervals, conditions side by side.")
+        ],
         exchanges_title="Held-out answers side by side (chosen without looking at the outcome)",
         exchanges=[
             Exchange(
@@ -139,12 +142,12 @@ def _trial_section(result: DemoResult, trial: DemoTrial) -> Section:
     curve = dose_points(trial.adapter.config.fit)
     if curve:
         caption = "Dose response on rows held out from the fit: the wanted answers, and how far general prompts shift."
-        section.plots.append(Plot(plot_dose_response(curve, chosen=float(config.strength)), caption))
+        section.plots.append(Plot(partial(plot_dose_response, curve, chosen=float(config.strength)), caption))
     experts = trial.finesteer.target.recorded("experts")
     if experts is not None and experts.ndim == 2 and experts.shape[1] > 1:
         categories = [item.category for item in trial.finesteer.target.prompts]
         section.plots.append(
-            Plot(plot_expert_use(experts, categories), "Expert use: mean routing weight by kind of prompt.")
+            Plot(partial(plot_expert_use, experts, categories), "Expert use: mean routing weight by kind of prompt.")
         )
     return section
 
@@ -190,12 +193,15 @@ def _gate_section(result: DemoResult) -> Section:
         if scores:
             section.plots.append(
                 Plot(
-                    plot_gate_roc(scores),
+                    partial(plot_gate_roc, scores),
                     f"{task}: target prompts caught against general prompts disturbed, held out.",
                 )
             )
             name, (ir, general) = next(iter(scores.items()))
             section.plots.append(
-                Plot(plot_gate_scores(ir, general, score=f"{name} score"), f"{task}: scores of held-out prompts.")
+                Plot(
+                    partial(plot_gate_scores, ir, general, score=f"{name} score"),
+                    f"{task}: scores of held-out prompts.",
+                )
             )
     return section

@@ -8,7 +8,7 @@ from finesteer_hf.cli.demo.run import DemoResult, DemoTrial
 from finesteer_hf.cli.demo.tables import hit_name
 from finesteer_hf.evaluation.comparison import ALPHA
 from finesteer_hf.evaluation.measures.statistics import PairedTest, Proportion, holm, mcnemar
-from finesteer_hf.evaluation.report import Mark
+from finesteer_hf.views.report import Mark
 
 
 UNSEEN = {

@@ -5,15 +5,15 @@ from __future__ import annotations
 import base64
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 
-from finesteer_hf.evaluation.plots import png
+from finesteer_hf.views.plot_style import Drawn, png
 
 
 Mark = Literal["good", "bad", ""]
@@ -42,15 +42,31 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with a caption that describes it for readers who cannot see it."""
+    """A plot of the report, for light and for dark pages.
 
-    figure: Figure
+    Attributes:
+        draw: draws it, given `dark`: a function of `views.plots` with its other arguments bound.
+        caption: what it is, for all readers; what it shows in numbers is its own alt text.
+    """
+
+    draw: Callable[..., Drawn]
     caption: str
 
+    @cached_property
+    def light(self) -> Drawn:
+        """The plot for a light page."""
+        return self.draw(dark=False)
+
     @property
-    def base64(self) -> str:
-        """The PNG as text, for a data URI."""
-        return base64.b64encode(png(self.figure)).decode("ascii")
+    def alt(self) -> str:
+        """What it shows, for readers who do not see it."""
+        return self.light.alt
+
+    @property
+    def images(self) -> dict[str, str]:
+        """The PNGs for `light` and `dark` pages as text, for data URIs."""
+        figures = {"light": self.light.figure, "dark": self.draw(dark=True).figure}
+        return {page: base64.b64encode(png(figure)).decode("ascii") for page, figure in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class Report:
 def render_report(report: Report) -> str:
     """The report as HTML; prompts and answers are escaped."""
     environment = Environment(
-        loader=PackageLoader("finesteer_hf.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("finesteer_hf.views"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.jinja").render(report=report)
 

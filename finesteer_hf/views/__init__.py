@@ -1,0 +1,1 @@
+"""What steering did, to look at: tokens in a terminal or a page, plots, reports."""
