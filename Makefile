@@ -78,7 +78,7 @@ format: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,serve,train]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,serve,train,ui]"
 	touch $(STAMP)
 
 clean:

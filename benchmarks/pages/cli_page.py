@@ -60,6 +60,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "show": ("finesteer show compared/adapters/CAA",),
     "demo": (),
+    "ui": (),
 }
 
 

@@ -23,15 +23,14 @@ def picture(tab: Any, name: str) -> None:
     tab.wait_for_timeout(1500)
     # A control with the keyboard's focus has a ring.
     tab.evaluate("document.activeElement.blur()")
+    tab.evaluate("document.querySelectorAll('textarea').forEach(text => text.scrollTop = 0)")
     tab.mouse.move(0, 0)
     tab.screenshot(path=str(IMAGES / f"{name}.png"), full_page=True, animations="disabled")
 
 
 def answered(tab: Any) -> None:
-    """Wait until both answers end."""
-    tab.wait_for_function(
-        "['#unsteered', '#steered'].every(id => document.querySelector(id + ' textarea').value.trim().endsWith('.'))"
-    )
+    """Wait until all of the answer is there."""
+    tab.wait_for_selector("#by-token figure")
 
 
 def draw(bench: Workbench, address: str) -> None:

@@ -26,7 +26,7 @@ def ui(
     *,
     loading: dict[str, Any],
 ) -> None:
-    """Open a page: unsteered and steered answers, gate, experts, and a fit of your own.
+    """Open a page: both answers, the gate, a fit of your own.
 
     Needs the extra `ui`.
     """

@@ -15,6 +15,7 @@ from finesteer_hf.evaluation.measures.generation import end_token_ids
 from finesteer_hf.evaluation.measures.likelihood import model_device
 from finesteer_hf.evaluation.measures.prompts import Prompt, as_chat, encode_prompt
 from finesteer_hf.ui.workbench import Workbench
+from finesteer_hf.views.by_token import SteeredTokens, steering_by_token
 
 
 Side = Literal["unsteered", "steered"]
@@ -60,12 +61,14 @@ class Pair:
         unsteered: text of the unsteered answer.
         steered: text of the steered answer.
         reading: what the adapter decided; None until the steered answer is complete.
-        done: whether both answers are complete.
+        view: where steering acted; None until both answers are complete.
+        done: whether all of it is there.
     """
 
     unsteered: str = ""
     steered: str = ""
     reading: Reading | None = None
+    view: SteeredTokens | None = None
     done: bool = False
 
 
@@ -143,6 +146,7 @@ class _PairRun:
         self.ids = torch.tensor([ids], device=model_device(bench.model))
         self.said: queue.SimpleQueue[tuple[Side, Any] | None] = queue.SimpleQueue()
         self.stopped = threading.Event()
+        self.steered_ids: list[int] = []
 
     def pairs(self) -> Iterator[Pair]:
         threading.Thread(target=self._both, daemon=True).start()
@@ -154,6 +158,8 @@ class _PairRun:
                 raise what
             if isinstance(what, Reading):
                 pair = replace(pair, reading=what)
+            elif isinstance(what, SteeredTokens):
+                pair = replace(pair, view=what)
             elif side == "steered":
                 pair = replace(pair, steered=pair.steered + what)
             else:
@@ -173,6 +179,8 @@ class _PairRun:
                     thread.start()
                 for thread in threads:
                     thread.join()
+                if not self.stopped.is_set():
+                    self._look()
             finally:
                 self.bench.lock.release()
         finally:
@@ -196,10 +204,26 @@ class _PairRun:
                     output_steering=True,
                 )
             if name is not None:
+                self.steered_ids = output.sequences[0, self.ids.shape[1] :].tolist()
                 self.said.put((side, Reading.of_record(output.steering.get(name, {}))))
         except Exception as error:
             self.stopped.set()
             self.said.put((side, error))
+
+    def _look(self) -> None:
+        """Read once more, over the whole text, how far each token was moved."""
+        try:
+            view = steering_by_token(
+                self.bench.model,
+                self.bench.tokenizer,
+                self.ids[0].tolist(),
+                steering=self.question.adapter,
+                steering_scale=self.question.scale,
+                answer=self.steered_ids,
+            )
+            self.said.put(("steered", view))
+        except Exception as error:
+            self.said.put(("steered", error))
 
 
 class _Streamer(TextStreamer):

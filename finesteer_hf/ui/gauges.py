@@ -50,14 +50,14 @@ def gate_gauge(adapter: SteeringAdapter, reading: Reading | None) -> str:
     config = adapter.config
     gated = isinstance(config, QueryGateConfig) and config.gate != "always"
     if gated:
-        return _panel("Gate", _curve(adapter, reading) + _in_words(adapter, reading))
+        return panel("Gate", _curve(adapter, reading) + _in_words(adapter, reading))
     if reading is None:
-        return _panel(
+        return panel(
             "Gate", "<p class='fs-soft'>Ask something to see what the gate says.</p>" if gated else _ungated()
         )
     if reading.gate is None:
-        return _panel("Gate", _ungated() + _size(reading))
-    return _panel("Gate", bar("gate", reading.gate, f"{reading.gate:.2f}") + _size(reading))
+        return panel("Gate", _ungated() + _size(reading))
+    return panel("Gate", bar("gate", reading.gate, f"{reading.gate:.2f}") + _size(reading))
 
 
 def expert_bars(adapter: SteeringAdapter, reading: Reading | None) -> str:
@@ -71,14 +71,14 @@ def expert_bars(adapter: SteeringAdapter, reading: Reading | None) -> str:
         kind = "has no experts: one map gives the vector"
         if getattr(adapter.config, "experts", None) is None:
             kind = "has no experts"
-        return _panel("Experts", f"<p class='fs-soft'>This {escape(adapter.config.steering_type)} adapter {kind}.</p>")
+        return panel("Experts", f"<p class='fs-soft'>This {escape(adapter.config.steering_type)} adapter {kind}.</p>")
     if reading is None:
-        return _panel("Experts", "<p class='fs-soft'>Ask something to see which experts make the vector.</p>")
+        return panel("Experts", "<p class='fs-soft'>Ask something to see which experts make the vector.</p>")
     if not reading.experts:
-        return _panel("Experts", "<p class='fs-soft'>At strength 0 they are not asked.</p>")
+        return panel("Experts", "<p class='fs-soft'>At strength 0 they are not asked.</p>")
     bars = [bar(f"expert {i + 1}", weight, f"{weight:.0%}") for i, weight in enumerate(reading.experts)]
     shut = "<p class='fs-soft'>The gate is shut, so their vector is not added.</p>" if reading.gate == 0 else ""
-    return _panel("Experts", "".join(bars) + shut)
+    return panel("Experts", "".join(bars) + shut)
 
 
 def bar(label: str, share: float, said: str) -> str:
@@ -95,7 +95,8 @@ def progress_bar(task: str, share: float, said: str) -> str:
     return f"<div class='fs'><p>{escape(task)}</p>{bar('', share, said)}</div>"
 
 
-def _panel(title: str, content: str) -> str:
+def panel(title: str, content: str) -> str:
+    """HTML under a title, with the styles of `CSS`; neither is escaped."""
     return f"<div class='fs'><h4>{title}</h4>{content}</div>"
 
 

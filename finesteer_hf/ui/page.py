@@ -10,9 +10,10 @@ import gradio as gr
 
 from finesteer_hf.errors import SteeringError
 from finesteer_hf.ui.answers import Pair, Question, answer_pair
-from finesteer_hf.ui.gauges import CSS, expert_bars, gate_gauge, progress_bar
+from finesteer_hf.ui.gauges import CSS, expert_bars, gate_gauge, panel, progress_bar
 from finesteer_hf.ui.own_fit import HOW_TO_WRITE, METHODS, Step, Wish, example_pairs, fit_own
 from finesteer_hf.ui.workbench import Workbench
+from finesteer_hf.views.html import tokens_html
 
 
 # What a user can mend is shown as a message; anything else is a bug and keeps its traceback.
@@ -90,9 +91,10 @@ def _ask_tab(bench: Workbench) -> gr.Dropdown:
             with gr.Row():
                 gate = gr.HTML(_gate_of(bench, first), elem_id="gate", padding=True, container=True)
                 experts = gr.HTML(_experts_of(bench, first), elem_id="experts", padding=True, container=True)
+            tokens_of = gr.HTML("", elem_id="by-token")
             if examples := bench.examples():
                 gr.Examples([[text] for text in examples], [question], label="Try one")
-    shown = [unsteered, steered, gate, experts]
+    shown = [unsteered, steered, gate, experts, tokens_of]
 
     def ask(text: str, name: str | None, factor: float, before: str, most: int) -> Iterator[tuple[Any, ...]]:
         try:
@@ -123,9 +125,18 @@ def _ask_tab(bench: Workbench) -> gr.Dropdown:
 
 
 def _shown(pair: Pair, adapter: Any) -> tuple[Any, ...]:
-    if pair.reading is None:
-        return pair.unsteered, pair.steered, gr.skip(), gr.skip()
-    return pair.unsteered, pair.steered, gate_gauge(adapter, pair.reading), expert_bars(adapter, pair.reading)
+    """What the outputs of a question get: the answers so far, and the rest once it is known.
+
+    At the start the rest is emptied, so that nothing of the last question stands beside this one.
+    """
+    rest: list[Any] = [gr.skip(), gr.skip(), gr.skip()]
+    if pair.reading is not None or not (pair.unsteered or pair.steered):
+        rest[:2] = gate_gauge(adapter, pair.reading), expert_bars(adapter, pair.reading)
+    if pair.view is not None:
+        rest[2] = panel("Where steering acted", tokens_html(pair.view))
+    elif not (pair.unsteered or pair.steered):
+        rest[2] = ""
+    return pair.unsteered, pair.steered, *rest
 
 
 def _gate_of(bench: Workbench, name: str | None) -> str:
@@ -176,7 +187,7 @@ def _load_tab(bench: Workbench, mine: gr.State, picker: gr.Dropdown) -> None:
 
 def _fit_tab(bench: Workbench, mine: gr.State, picker: gr.Dropdown) -> None:
     gr.Markdown(f"{HOW_TO_WRITE} A hundred pairs or more are worth fitting; ten are the least for FINESTEER.")
-    pairs = gr.Textbox("", label="Pairs", lines=10, max_lines=20, elem_id="pairs")
+    pairs = gr.Textbox("", label="Pairs", lines=6, max_lines=12, elem_id="pairs")
     with gr.Row():
         name = gr.Textbox("mine", label="Name", elem_id="own-name")
         method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", elem_id="method")
@@ -233,7 +244,7 @@ def _fit_tab(bench: Workbench, mine: gr.State, picker: gr.Dropdown) -> None:
 
 
 def _remarks(texts: tuple[str, ...]) -> str:
-    return "".join(f"\n- {text}" for text in ("", *texts)) if texts else ""
+    return "".join(["\n"] * bool(texts) + [f"\n- {text}" for text in texts])
 
 
 def launch(page: gr.Blocks, *, host: str = "127.0.0.1", port: int | None = None) -> str:

@@ -48,6 +48,18 @@ def test_answers_grow_side_by_side(bench: Workbench) -> None:
     assert [pair.done for pair in pairs] == [False] * (len(pairs) - 1) + [True]
 
 
+def test_the_view_is_of_the_text_that_was_said(bench: Workbench) -> None:
+    *before, last = answer_pair(bench, Question(ASKED, "truthful"))
+    assert last.view is not None and before[0].view is None
+    answer = "".join(last.view.tokens[last.view.prompt_length :])
+    assert answer.startswith(last.steered.strip()) and ASKED in "".join(last.view.tokens)
+    assert last.view.largest.gt(0).all()
+    assert last.reading is not None
+    assert float(last.view.largest[last.view.query]) == pytest.approx(last.reading.relative_norm, rel=1e-3)
+    *_, shut = answer_pair(bench, Question("What is 3 plus 4?", "truthful"))
+    assert shut.view is not None and not shut.view.largest.any()
+
+
 def test_a_system_message_reaches_both(bench: Workbench) -> None:
     from finesteer_hf.playground import TRUTH_TAG
 

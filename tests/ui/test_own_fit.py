@@ -54,6 +54,7 @@ def test_what_is_wrong_is_named_with_its_line(text: str, message: str) -> None:
         read_pairs(text)
 
 
+@pytest.mark.slow
 def test_a_fit_tells_its_progress_and_ends_in_a_zip(bench: Workbench, tmp_path: Path) -> None:
     pairs = "\n".join(example_pairs(bench).splitlines()[:13])
     *steps, fitted = fit_own(bench, Wish(pairs, "my own", "CAA"))
