@@ -67,7 +67,7 @@ def test_two_methods_are_compared_on_rows_that_no_fit_saw(data: tuple[str, str],
     ):
         assert expected in done.stdout
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") >= 2 and "Held-out prompts, chosen without looking" in report
+    assert report.count('src="data:image/png;base64,') >= 2 and "Held-out prompts, chosen without looking" in report
     content = json.loads((out / "figures.json").read_text())
     assert content["rows"] == {"fit": 38, "held_out": 10, "general_held_out": 2} and content["failed"] == {}
 

@@ -141,7 +141,7 @@ def test_the_report_shows_tables_plots_and_answers(result: DemoResult) -> None:
         "McNemar",
     ):
         assert expected in text
-    assert text.count("data:image/png;base64,") == 4
+    assert text.count(' src="data:image/png;base64,') == 4
     assert "say nothing about large models" in text and "Whole kinds unseen, the harder half, were not tried" in text
 
 
