@@ -12,6 +12,9 @@ from finesteer_hf.cli.common import console, load
 from finesteer_hf.cli.options import LOAD, takes
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
 @takes(loading=dataclasses.replace(LOAD, without=("steering", "steering_revision")))
 def ui(
     model: Annotated[str, typer.Argument(help="Base model: Hub id, folder, or `playground`.")],
@@ -22,7 +25,9 @@ def ui(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port; by default 7860, or the next free.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on, 0.0.0.0 for all. Other machines load no folders of this one.")
+    ] = "127.0.0.1",
     *,
     loading: dict[str, Any],
 ) -> None:
@@ -42,7 +47,7 @@ def ui(
     loaded, tokenizer = load(model, **loading)
     for name, source in sources.items():
         loaded.load_steering(source, name)
-    bench = Workbench(loaded, tokenizer, model, own=tuple(sources))
+    bench = Workbench(loaded, tokenizer, model, own=tuple(sources), folders=host in LOOPBACK)
     page = build_page(bench)
     try:
         console.print(f"{launch(page, host=host, port=port)}  (ctrl-C ends it)", highlight=False, soft_wrap=True)

@@ -111,13 +111,14 @@ def _ask_tab(bench: Workbench) -> gr.Dropdown:
         if text.strip():
             yield from ask(text, *rest)
 
+    @taught
     def meters(name: str | None) -> tuple[str, str]:
         return _gate_of(bench, name), _experts_of(bench, name)
 
     inputs = [question, picker, scale, system, tokens]
     asked = question.submit(ask, inputs, shown, show_progress="hidden", **RUNS_MODEL)
     moved = scale.change(again, inputs, shown, show_progress="hidden", trigger_mode="always_last", **RUNS_MODEL)
-    chosen = picker.input(meters, [picker], [gate, experts], show_progress="hidden").then(
+    chosen = picker.change(meters, [picker], [gate, experts], show_progress="hidden").then(
         again, inputs, shown, show_progress="hidden", **RUNS_MODEL
     )
     question.stop(None, cancels=[asked, moved, chosen])

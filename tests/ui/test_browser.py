@@ -120,6 +120,7 @@ def test_load_an_adapter_and_ask_it(tab: Any) -> None:
     tab.wait_for_selector("#loaded >> text=Loaded playground-truthful")
     tab.click("role=tab[name='Ask']")
     assert tab.input_value("#adapter input").startswith("playground-truthful")
+    tab.wait_for_selector("#gate svg")
     ask(tab, ASKED)
     wait_for(tab, "u.endsWith('.') && s.endsWith('.') && u !== s")
 
@@ -140,6 +141,7 @@ def test_fit_your_own_ask_it_and_take_it_home(served: tuple[Workbench, str], tab
         assert {"home/steering_config.json", "home/steering_model.safetensors"} <= set(archive.namelist())
     tab.click("role=tab[name='Ask']")
     assert tab.input_value("#adapter input") == "home"
+    tab.wait_for_selector("#gate >> text=No gate")
     tab.fill("#question textarea", ASKED)
     tab.press("#question textarea", "Enter")
     wait_for(tab, "u.endsWith('.') && s.length > 0")
