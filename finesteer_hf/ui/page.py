@@ -107,9 +107,11 @@ def _ask_tab(bench: Workbench) -> gr.Dropdown:
             raise as_message(error) from error
 
     def again(text: str, *rest: Any) -> Iterator[tuple[Any, ...]]:
-        # Moving the slider before the first question is no mistake.
+        # Moving the slider before the first question is no mistake. Without any yield gradio empties the outputs.
         if text.strip():
             yield from ask(text, *rest)
+        else:
+            yield tuple(gr.skip() for _ in shown)
 
     @taught
     def meters(name: str | None) -> tuple[str, str]:
