@@ -92,6 +92,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "doctor": (f"finesteer doctor playground {TRUTHFUL}",),
     "demo": (),
+    "ui": (),
 }
 
 

@@ -23,6 +23,7 @@ from finesteer_hf.cli.look import look
 from finesteer_hf.cli.methods import methods
 from finesteer_hf.cli.serve import serve
 from finesteer_hf.cli.show import show
+from finesteer_hf.cli.ui import ui
 
 
 # Plain help: on 80 characters, boxes leave too narrow a column for the text.
@@ -43,6 +44,7 @@ for name, command in (
     ("convert", convert),
     ("doctor", doctor),
     ("methods", methods),
+    ("ui", ui),
 ):
     app.command(name)(friendly(command))
 

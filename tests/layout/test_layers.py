@@ -33,7 +33,7 @@ LAYERS = [
     ["hub"],
     ["interop"],
     ["testing"],
-    ["cli"],
+    ["cli", "ui"],
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 MOST_FILES, MOST_LINES = 15, 350
