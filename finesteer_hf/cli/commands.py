@@ -21,9 +21,9 @@ from finesteer_hf.cli.fit import fit
 from finesteer_hf.cli.friendly import friendly
 from finesteer_hf.cli.look import look
 from finesteer_hf.cli.methods import methods
-from finesteer_hf.cli.serve import serve
+from finesteer_hf.cli.services.serve import serve
+from finesteer_hf.cli.services.ui import ui
 from finesteer_hf.cli.show import show
-from finesteer_hf.cli.ui import ui
 
 
 # Plain help: on 80 characters, boxes leave too narrow a column for the text.

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from finesteer_hf.cli.commands import app
-from finesteer_hf.cli.ui import named
+from finesteer_hf.cli.services.ui import named
 from finesteer_hf.ui.workbench import Workbench
 
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from finesteer_hf.cli.commands import app
-from finesteer_hf.cli.serve import adapter_of, default_scales, not_applied
+from finesteer_hf.cli.services.serve import adapter_of, default_scales, not_applied
 from finesteer_hf.serving.http.server import bound
 
 

@@ -1,0 +1,1 @@
+"""Commands that answer until they are stopped: the server and the page."""
