@@ -8,8 +8,6 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
-# torchao's kernels are for GPUs; without one it says at each import that they cannot be loaded.
-export TORCHAO_FORCE_SKIP_LOADING_SO_FILES ?= 1
 WORKERS ?= 2
 
 .PHONY: compare demo package real real-model test test-all test-oldest lint format clean
@@ -81,6 +79,8 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,notebooks,serve,train,ui]"
+	# Beside the environment, for one notebook: transformers imports torchao wherever it finds it, and torchao prints then.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/beside torchao
 	touch $(STAMP)
 
 clean:
