@@ -227,6 +227,10 @@ class SteeredGeneration:
         CUDA graphs and asynchronous batching are off unless they are asked for; an engine with them serves unsteered
         requests only.
         """
+        if continuous_batching_config is None:
+            # Where older code puts it.
+            own = generation_config or self.generation_config  # type: ignore[attr-defined]
+            continuous_batching_config = getattr(own, "continuous_batching_config", None)
         config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
         config.use_cuda_graph = config.use_cuda_graph or False
         config.use_async_batching = config.use_async_batching or False

@@ -60,7 +60,11 @@ def test_pull_requests_and_folders_of_a_repo(hub_client: HubServer, folder: str)
     assert json.loads(run("pull", "org/c/inner", "--json").stdout)["path"].endswith("/inner")
 
 
-def test_list_finds_folders_and_the_cache(hub_client: HubServer, folder: str, tmp_path: Path) -> None:
+def test_list_finds_folders_and_the_cache(
+    hub_client: HubServer, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Long paths of temporary folders are wrapped in a narrow table.
+    monkeypatch.setenv("COLUMNS", "240")
     run("push", folder, "org/a", "--tag", "v1")
     run("pull", "org/a@v1")
     run("pull", "org/a")

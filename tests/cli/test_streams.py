@@ -184,7 +184,8 @@ def test_results_are_json_where_asked(base: str, half_plane: None) -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     without = [name for name, command in commands.items() if not any("--json" in p.opts for p in command.params)]
-    assert without == []
+    # These run until they are stopped, and print no result.
+    assert without == ["serve", "ui"]
     listed = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
     assert {"method", "config", "summary"} == set(listed[0])
     caa = json.loads(CliRunner().invoke(app, ["methods", "caa", "--json"]).stdout)
