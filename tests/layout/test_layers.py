@@ -85,3 +85,9 @@ def test_no_folder_has_too_many_files(root: Path) -> None:
 def test_no_file_is_too_long(root: Path) -> None:
     lines = {str(f.relative_to(root.parent)): len(f.read_text("utf-8").splitlines()) for f in root.rglob("*.py")}
     assert lines and not {file: count for file, count in lines.items() if count > MOST_LINES}
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    # pytest imports them by their names alone, and would refuse the second.
+    names = [path.name for root in ("tests", "integrations") for path in (REPO / root).rglob("test_*.py")]
+    assert names and not {name for name in names if names.count(name) > 1}
