@@ -1,4 +1,4 @@
-"""FASB: steer when the state deviates, starting a few tokens earlier (Gao et al., NeurIPS 2025, arXiv 2508.17621)."""
+"""FASB: steer when the state deviates, starting a few tokens earlier (Gan et al., NeurIPS 2025, arXiv 2508.17621)."""
 
 from finesteer_hf.adapters.registry import register_steering_method
 from finesteer_hf.methods.fasb.config import FASBConfig
