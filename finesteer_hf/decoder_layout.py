@@ -74,3 +74,8 @@ def find_blocks(decoder: nn.Module, config: Any, model_name: str) -> nn.ModuleLi
             f"{type(decoder).__name__} has the module lists {outer}."
         )
     return next(iter(candidates.values()))
+
+
+def context_length(model: Any) -> int | None:
+    """Most positions of a causal LM's text; None if its config names no limit."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from finesteer_hf.decoder_layout import context_length
 from finesteer_hf.fitting.answers import StateRecorder, answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture.jobs import batches
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
@@ -40,7 +41,7 @@ def own_words(
     eos = model.generation_config.eos_token_id
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     settings = GenerationConfig(do_sample=False, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model)
     asked = list(dict.fromkeys(prompt.ids[: prompt.answer_start] for prompt in prompts))
     asked.sort(key=len, reverse=True)
     device, found = input_device(model), dict[tuple[int, ...], Passage]()

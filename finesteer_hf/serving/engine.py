@@ -18,6 +18,7 @@ from typing import Any
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.decoder_layout import context_length
 from finesteer_hf.errors import SteeringError
 from finesteer_hf.runtime.plan import Plan, PlanEntry
 from finesteer_hf.serving.admission import capacity, check_plan
@@ -257,8 +258,3 @@ def end_tokens(model: Any) -> frozenset[int]:
     if ends is None:
         return frozenset()
     return frozenset(end for end in ([ends] if isinstance(ends, int) else ends) if end >= 0)
-
-
-def context_length(model: Any) -> int | None:
-    """Most positions that the model knows, if its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -14,6 +14,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import RequestState
 
+from finesteer_hf.decoder_layout import context_length
 from finesteer_hf.runtime.arguments import UNSET, Unset
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike
 from finesteer_hf.serving.admission import capacity, check_engine, room
@@ -258,8 +259,10 @@ class SteeredManager(ContinuousBatchingManager):
         """How many new tokens a request may have; raises as `admission.room`."""
         if max_new_tokens is None:
             max_new_tokens = self.generation_config.max_new_tokens
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = {"the model's context": context, "the engine's cache": capacity(self._engine().cache)}
+        limits = {
+            "the model's context": context_length(self.model),
+            "the engine's cache": capacity(self._engine().cache),
+        }
         vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         return room(input_ids, max_new_tokens, int(vocabulary), limits)
 

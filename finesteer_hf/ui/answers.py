@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from finesteer_hf.decoder_layout import context_length
 from finesteer_hf.evaluation.measures.generation import end_token_ids
 from finesteer_hf.evaluation.measures.likelihood import model_device
 from finesteer_hf.evaluation.measures.prompts import Prompt, as_chat, encode_prompt
@@ -125,7 +126,7 @@ def answer_pair(bench: Workbench, question: Question) -> Iterator[Pair]:
     """
     bench.adapter(question.adapter)
     ids = encode_prompt(bench.tokenizer, question.prompt(bench.tokenizer))
-    longest = getattr(bench.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = context_length(bench.model)
     if longest is not None and len(ids) + question.max_new_tokens > longest:
         raise ValueError(
             f"The question has {len(ids)} tokens, and {question.max_new_tokens} are for the answer: more than the "

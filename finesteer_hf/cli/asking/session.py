@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 from finesteer_hf.cli.asking.streaming import Answer, stream_answer
+from finesteer_hf.decoder_layout import context_length
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Turns:
         Raises:
             ValueError: if the model's context is full.
         """
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_length(self.model)
         left = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(ids))
         if left < 1:
             raise ValueError(
