@@ -83,6 +83,10 @@ class DosePoint:
             per token. It is low if the steered text degenerates. None if the answers are the wanted ones.
         own_length: mean number of tokens of those answers.
         repeated: share of their 4-grams that occurred earlier in the same answer.
+        wanted: mean probability that those answers are of the chosen answers' kind; None if a classifier of the
+            unsteered model's states cannot tell held-out chosen answers from rejected ones (see `AnswerJudge`).
+        wanted_se: its standard error.
+        wanted_rise_se: standard error of its difference from the unsteered model's.
     """
 
     strength: float
@@ -100,6 +104,9 @@ class DosePoint:
     own_words: float | None = None
     own_length: float | None = None
     repeated: float | None = None
+    wanted: float | None = None
+    wanted_se: float = 0.0
+    wanted_rise_se: float = 0.0
 
     @classmethod
     def from_report(cls, row: Mapping[str, Any]) -> DosePoint:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import compress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from finesteer_hf.fitting.answers import QueryRecorder, answer_logits, logit_budget, steered
+from finesteer_hf.fitting.answer_judge import DEPTH, EXAMPLES, AnswerJudge
+from finesteer_hf.fitting.answers import QueryRecorder, StateRecorder, answer_logits, logit_budget, steered
 from finesteer_hf.fitting.capture.jobs import batches
 from finesteer_hf.fitting.capture.prompt_cache import PromptCache
 from finesteer_hf.fitting.capture.reader import input_device
 from finesteer_hf.fitting.data.encoding import EncodedRow, Passage
-from finesteer_hf.fitting.data.units import clustered_se, mean_over_units, shuffle_units
+from finesteer_hf.fitting.data.units import clustered_se, draw, mean_over_units, shuffle_units
 from finesteer_hf.fitting.measured import AnswerScores, Measured, RowScores, SideEffects, Words
 from finesteer_hf.fitting.own_words import Heard, own_words, repeated_share
 from finesteer_hf.method_api import DosePoint
 from finesteer_hf.methods._shared.objective import is_sayable
 from finesteer_hf.processors import SteeringProcessor
+from finesteer_hf.sites import resid_post
 
 
 # More rows barely reduce the curve's standard error, and each costs two passes per strength.
@@ -55,6 +57,7 @@ class DoseRunner:
         prompts: general prompts.
         seed: seed of the draw if there are more than `MAX_ROWS` or `MAX_PROMPTS`.
         cache: caches the prompts; None creates a cache.
+        examples: rows of other prompts, for the judge of the model's own answers; none leaves them unjudged.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class DoseRunner:
         prompts: Sequence[Passage],
         seed: int = 0,
         cache: PromptCache | None = None,
+        examples: Sequence[EncodedRow] = (),
     ) -> None:
         self.model = model
         self.rows = shuffle_units(draw(rows, MAX_ROWS, seed), seed)
@@ -71,6 +75,7 @@ class DoseRunner:
         self.units = np.unique([str(row.prompt.ids) for row in self.rows], return_inverse=True)[1]
         self.device = input_device(model)
         self.cache = PromptCache(model) if cache is None else cache
+        self.examples = draw(examples, EXAMPLES, seed)
         self._general: dict[int, list[Passage]] = {}
         self._said: dict[Passage, Passage] = {}
         # Results for a `build` are freed when the `build` is.
@@ -156,6 +161,7 @@ class DoseRunner:
         )
         mean, error = partial(mean_over_units, units=units), partial(clustered_se, units=units)
         said = [] if self._unheard(found, look) else [found.words[p] for p in self._asked(look) if found.words]
+        wanted = self._wanted(found, look) if said else None
         effects = found.effects or SideEffects(0.0, None)
         counted = any(other.effects and other.effects.changed is not None for other in known.values())
         return DosePoint(
@@ -174,7 +180,17 @@ class DoseRunner:
             own_words=float(np.mean([words.log_prob for words in said])) if said else None,
             own_length=float(np.mean([words.tokens for words in said])) if said else None,
             repeated=float(np.mean([words.repeated for words in said])) if said else None,
+            **({} if wanted is None else wanted),
         )
+
+    def _wanted(self, found: Measured, look: Look) -> dict[str, float] | None:
+        """How far own answers are of the wanted kind; None if they are not judged."""
+        pairs = [(found.words[prompt].wanted, self._unsteered.words[prompt].wanted) for prompt in self._asked(look)]
+        if any(None in pair for pair in pairs):
+            return None
+        own, base = np.array(pairs, dtype=np.float64).T
+        se, rise_se = (float(np.std(v, ddof=1) / np.sqrt(len(v))) if len(v) > 1 else 0.0 for v in (own, own - base))
+        return {"wanted": float(own.mean()), "wanted_se": se, "wanted_rise_se": rise_se}
 
     def _answer(
         self,
@@ -192,7 +208,7 @@ class DoseRunner:
                 as_generated = self._as_generated(batch, {s: processors[s] for s, _ in lacking if s})
                 for strength, found in lacking:
                     for passage, logits in self._logits(batch, as_generated.get(strength)):
-                        found.answers[passage] = _score(passage, logits)
+                        found.answers[passage] = AnswerScores.of(passage, logits)
                     advance(len(batch))
 
     def _row_scores(self, found: Measured, look: Look) -> RowScores:
@@ -235,10 +251,37 @@ class DoseRunner:
         """Generate the model's own answers to prompts and compute their likelihood under the base."""
         prompts = [prompt for prompt in self._asked(look) if prompt not in found.words]
         said = own_words(self.model, prompts, SPOKEN_TOKENS, [processor] if processor else [], self.cache)
-        scores = {p: _score(p, logits) for batch in self._batches(said) for p, logits in self._logits(batch, None)}
-        for prompt, answer in zip(prompts, said, strict=True):
-            score = scores[answer]
-            found.words[prompt] = Words(score.total / score.tokens, score.tokens, repeated_share(answer))
+        scores, states = self._read(said)
+        judged = [None] * len(said) if self.judge is None or not said else self.judge.probability(states).tolist()
+        for prompt, answer, score, wanted in zip(prompts, said, scores, judged, strict=True):
+            found.words[prompt] = Words(score.total / score.tokens, score.tokens, repeated_share(answer), wanted)
+
+    @cached_property
+    def judge(self) -> AnswerJudge | None:
+        """The judge of the model's own answers; None if it cannot tell held-out answers apart."""
+        rows = (self.examples, self.rows[:EXAMPLES])
+        if not all(rows):
+            return None
+        (chosen, rejected), held_out = (
+            [self._read([getattr(row, side) for row in of])[1] for side in ("chosen", "rejected")] for of in rows
+        )
+        judge = AnswerJudge(chosen, rejected)
+        return judge if judge.tells_apart(*held_out) else None
+
+    def _read(self, answers: Sequence[Passage]) -> tuple[list[AnswerScores], np.ndarray]:
+        """Answers under the unsteered model: their scores, and the means of their states at the judge's block, `[answers,
+        d]`.
+        """
+        recorder = StateRecorder([resid_post(round(DEPTH * (self.cache.tower.num_layers - 1)))])
+        found: dict[Passage, tuple[AnswerScores, np.ndarray]] = {}
+        for batch in self._batches(list(dict.fromkeys(answers))):
+            scores = [AnswerScores.of(passage, logits) for passage, logits in self._logits(batch, recorder)]
+            (hidden,) = recorder.states.values()
+            for row, (passage, score) in enumerate(zip(batch, scores, strict=True)):
+                start = 1 if recorder.behind else int(passage.answer_start or 0)
+                end = start + len(passage.ids) - int(passage.answer_start or 0)
+                found[passage] = score, hidden[row, start:end].float().mean(dim=0).cpu().numpy()
+        return [found[answer][0] for answer in answers], np.array([found[answer][1] for answer in answers])
 
     def _affect(
         self,
@@ -304,17 +347,3 @@ class DoseRunner:
             return
         processors = [] if processor is None else [processor]
         yield from zip(batch, answer_logits(self.model, batch, processors, self.cache), strict=True)
-
-
-def _score(passage: Passage, logits: torch.Tensor) -> AnswerScores:
-    answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
-    log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])[:, 0]
-    return AnswerScores(float(log_probs.double().sum()), len(answer), float(log_probs.min().exp()))
-
-
-def draw(items: Sequence[Any], most: int, seed: int) -> list[Any]:
-    """At most `most` items, drawn at random, in their order."""
-    if len(items) <= most:
-        return list(items)
-    kept = np.sort(np.random.default_rng(seed).choice(len(items), most, replace=False))
-    return [items[i] for i in kept]

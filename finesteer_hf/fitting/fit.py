@@ -168,7 +168,11 @@ def fit_steering(
             row_texts=inputs.texts,
             general_texts=inputs.general_texts,
             dose=DoseRunner(
-                model, [inputs.rows[i] for i in inputs.split.rows["validation"]], inputs.side_effects, seed
+                model,
+                [inputs.rows[i] for i in inputs.split.rows["validation"]],
+                inputs.side_effects,
+                seed,
+                examples=[inputs.rows[i] for i in inputs.split.rows["fit"]] if inputs.split.held_out else (),
             ),
             bars=bars,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from finesteer_hf.fitting.data.encoding import Passage
 
@@ -19,11 +20,13 @@ class SideEffects:
 
 @dataclass(frozen=True)
 class Words:
-    """The model's greedy answer to a prompt: tokens, likelihood per token under the base, repeated share."""
+    """The model's greedy answer to a prompt: tokens, likelihood per token under the base, repeated share, and the
+    probability that it is of the wanted kind (None if kinds cannot be told apart)."""
 
     log_prob: float
     tokens: int
     repeated: float
+    wanted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class AnswerScores:
     total: float
     tokens: int
     least: float
+
+    @classmethod
+    def of(cls, passage: Passage, logits: torch.Tensor) -> AnswerScores:
+        """From the logits of the answer's tokens and the next one, `[answer + 1, vocabulary]`."""
+        answer = torch.tensor(passage.ids[passage.answer_start :], device=logits.device)
+        log_probs = logits[:-1].log_softmax(-1).gather(1, answer[:, None])[:, 0]
+        return cls(float(log_probs.double().sum()), len(answer), float(log_probs.min().exp()))
 
 
 @dataclass(frozen=True)

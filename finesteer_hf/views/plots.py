@@ -13,7 +13,7 @@ from sklearn.metrics import roc_curve
 from finesteer_hf.evaluation.gates import auroc
 from finesteer_hf.evaluation.measures.statistics import Mean, Proportion
 from finesteer_hf.method_api import DosePoint
-from finesteer_hf.methods._shared.objective import Criterion
+from finesteer_hf.methods._shared.objective import LEADING, Criterion
 from finesteer_hf.views.by_token import SteeredTokens
 from finesteer_hf.views.plot_style import Drawn, theme
 from finesteer_hf.views.token_text import shown
@@ -21,6 +21,11 @@ from finesteer_hf.views.token_text import shown
 
 # Smallest range of a divergence axis, in nats.
 LEAST_KL = 0.01
+LEADING_NAMES: dict[Criterion, str] = {
+    "sayable": "p of the wanted answers'\nleast likely token",
+    "wanted": "p(own answers are of\nthe wanted kind)",
+    "preference": "p(chosen beats rejected),\nper token",
+}
 # What the figures of a layer are called on an axis.
 LAYER_FIGURES = {
     "r2": "held-out R²",
@@ -124,16 +129,16 @@ def plot_dose_response(
     spoken = spoken if len(spoken) > 1 else []
     figure, axes = look.axes(6.4, 4.6 + 1.8 * bool(spoken), 2 + bool(spoken), sharex=True)
     strength = np.array([point.strength for point in points])
-    sayable = leads == "sayable"
-    value = np.array([point.bottleneck if sayable else point.preference for point in points])
-    error = np.array([point.bottleneck_se if sayable else point.preference_se for point in points])
+    figures = LEADING[leads][:2]
+    # A point whose own answers were not needed has no judgement: a gap in the curve.
+    value, error = (np.array([getattr(point, name) for point in points], dtype=float) for name in figures)
     kl = np.array([point.kl for point in points])
     words = np.array([point.own_words for point in spoken], dtype=float)
     style: dict[str, Any] = {"markersize": 4, "linewidth": 2}
     first, second, third = look.palette[0], look.palette[1], look.grey
     axes[0].fill_between(strength, value - error, value + error, color=first, alpha=0.2, linewidth=0)
     axes[0].plot(strength, value, color=first, marker="o", **style)
-    name = "p of the wanted answers'\nleast likely token" if sayable else "p(chosen beats rejected),\nper token"
+    name = LEADING_NAMES[leads]
     axes[0].set_ylabel(f"{name}\n(band: 1 SE)", fontsize=9)
     # A gate that stays shut gives a line on the axis, which should not be cut in half.
     axes[1].plot(strength, kl, color=second, marker="s", linestyle="--", clip_on=False, zorder=3, **style)
@@ -141,7 +146,7 @@ def plot_dose_response(
     # Rounding errors, about 1e-8 nats, must not fill the panel.
     axes[1].set_ylim(0, max(1.1 * max(kl, default=0.0), LEAST_KL))
     said = [_curve(name, strength, value), _curve("KL on general prompts (95th percentile, nats)", strength, kl)]
-    if sayable:
+    if leads == "sayable":
         axes[0].set_ylim(bottom=0)
     if spoken:
         at = np.array([point.strength for point in spoken])

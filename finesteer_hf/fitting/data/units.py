@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from finesteer_hf.fitting.data.encoding import EncodedRow
+
+
+Item = TypeVar("Item")
 
 
 def mean_over_units(values: np.ndarray, units: np.ndarray) -> float:
@@ -36,3 +40,11 @@ def shuffle_units(rows: Sequence[EncodedRow], seed: int) -> list[EncodedRow]:
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     rank = dict(zip(prompts, np.random.default_rng(seed).permutation(len(prompts)), strict=True))
     return sorted(rows, key=lambda row: rank[row.prompt])
+
+
+def draw(items: Sequence[Item], most: int, seed: int) -> list[Item]:
+    """At most `most` items, drawn at random, in their order."""
+    if len(items) <= most:
+        return list(items)
+    kept = np.sort(np.random.default_rng(seed).choice(len(items), most, replace=False))
+    return [items[i] for i in kept]

@@ -1,10 +1,12 @@
 """How candidates are compared: by their effect on held-out answers, within limits on the damage.
 
-One of two figures leads, depending on the held-out rows. If steering makes the wanted answers likely token by token,
+One of three figures leads, depending on the held-out rows. If steering makes the wanted answers likely token by token,
 the probability of their least likely token leads: it rises only if the model gives whole answers, and an overdose
-lowers it. Open answers have many wordings, so steering does not make one of them likely. For these the preference
-leads: the probability that the chosen answer beats the rejected one. A preference can be won by making everything
-unlikely, so the limits also bound how much less likely the model's own words and the chosen answers may become.
+lowers it. Open answers have many wordings, so steering does not make one of them likely. If a classifier can tell
+chosen answers from rejected ones, it judges what the steered model itself says, and the probability that this is of the
+chosen kind leads, discounted by what it costs in fluency. Otherwise the preference leads: the probability that the
+chosen answer beats the rejected one. A preference can be won by making everything unlikely, so the limits also bound how
+much less likely the model's own words and the chosen answers may become.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from typing import Any, Literal
 from finesteer_hf.method_api import DosePoint
 
 
-Criterion = Literal["sayable", "preference"]
+Criterion = Literal["sayable", "wanted", "preference"]
+# For each criterion, the figure of a point, its standard error, and that of its rise.
+LEADING: Mapping[Criterion, tuple[str, str, str]] = {
+    "sayable": ("bottleneck", "bottleneck_se", "bottleneck_rise_se"),
+    "wanted": ("wanted", "wanted_se", "wanted_rise_se"),
+    "preference": ("preference", "preference_se", "preference_rise_se"),
+}
 # Wanted answers count as sayable if their least likely token reaches this mean probability, and steering raised it: by
 # twice the standard error of the difference.
 SAYABLE = 0.1
@@ -74,14 +82,14 @@ class Limits:
         """Names of the limits that a point breaks.
 
         If the model gives the wanted answers, they may be unlikely under the base, and their own likelihood leads. So
-        the limits on likelihoods apply only to preferences.
+        the limits on likelihoods do not apply then.
         """
         excess = {
             "general_kl": point.kl,
             "general_changed": point.changed,
             "repetition": _rise(unsteered.repeated, point.repeated),
         }
-        if criterion == "preference":
+        if criterion != "sayable":
             excess["likelihood"] = _rise(point.likelihood, unsteered.likelihood)
             lost = _rise(point.own_words, unsteered.own_words)
             gained = max(0.0, point.likelihood - unsteered.likelihood)
@@ -109,12 +117,24 @@ class Objective:
         points = list(points)
         unsteered = next(point for point in points if point.strength == 0)
         sayable = any(is_sayable(p) and not limits.broken_by(p, unsteered, "sayable") for p in points if p.strength)
-        return cls(unsteered, limits, "sayable" if sayable else "preference")
+        return cls(unsteered, limits, "sayable" if sayable else "preference" if unsteered.wanted is None else "wanted")
 
     def value(self, point: DosePoint) -> float:
-        """The figure to raise: a probability."""
-        value = point.bottleneck if self.criterion == "sayable" else point.preference
-        return value if math.isfinite(value) else -math.inf
+        """The figure to raise: a probability.
+
+        For `wanted` it is discounted by the ratio of perplexities: when nearly all answers are of the chosen kind, a
+        higher dose still moves the judge a little, and breaks the text.
+        """
+        value = getattr(point, LEADING[self.criterion][0])
+        if value is None or not math.isfinite(value):
+            return -math.inf
+        if self.criterion == "wanted":
+            value *= math.exp(-max(0.0, _rise(point.own_words, self.unsteered.own_words) or 0.0))
+        return float(value)
+
+    def rise_se(self, point: DosePoint) -> float:
+        """Standard error of the rise of that figure."""
+        return float(getattr(point, LEADING[self.criterion][2]))
 
     def broken(self, point: DosePoint) -> list[str]:
         """Names of the limits that a point breaks."""
@@ -135,6 +155,11 @@ class Objective:
                 f"the least likely token of the wanted answers has probability {point.bottleneck:.3f}, unsteered "
                 f"{self.unsteered.bottleneck:.3f}"
             )
+        if self.criterion == "wanted":
+            return (
+                f"the model's own answers are of the chosen kind with probability {point.wanted or 0:.3f}, unsteered "
+                f"{self.unsteered.wanted:.3f}"
+            )
         return (
             f"the chosen answer is preferred with probability {point.preference:.3f} (per token), unsteered "
             f"{self.unsteered.preference:.3f}"
@@ -146,7 +171,7 @@ class Objective:
         parts.append(f"divergence on general prompts at most {limits.general_kl:g} nats")
         if self.unsteered.changed is not None:
             parts.append(f"at most {limits.general_changed:.0%} of their answers changed")
-        if self.criterion == "preference":
+        if self.criterion != "sayable":
             parts.append(f"own words at most {limits.own_words:g} nats per token less likely under the base")
             parts.append(f"chosen answers at most {limits.likelihood:g} nats per token less likely")
         return ", ".join(parts)

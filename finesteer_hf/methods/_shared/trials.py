@@ -137,8 +137,10 @@ def point_row(point: DosePoint, objective: Objective) -> dict[str, Any]:
         "strength": point.strength,
         "bottleneck": point.bottleneck,
         "preference": point.preference,
+        "wanted": point.wanted,
         "likelihood": point.likelihood,
         "own_words": point.own_words,
         "kl": point.kl,
+        "criterion": objective.criterion,
         "broken": objective.broken(point),
     }

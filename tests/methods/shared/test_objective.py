@@ -12,7 +12,7 @@ from planted import PlantedData
 
 from finesteer_hf import ConstantVector, Site, SteeringAdapter, fit_steering
 from finesteer_hf.method_api import DosePoint
-from finesteer_hf.methods._shared.objective import SAYABLE, Limits, Objective, is_sayable
+from finesteer_hf.methods._shared.objective import LEADING, SAYABLE, Limits, Objective, is_sayable
 from finesteer_hf.methods._shared.trials import Trial, point_row, try_each
 from finesteer_hf.methods.caa import CAAConfig
 from finesteer_hf.testing import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
@@ -110,26 +110,45 @@ def test_the_data_decide_what_leads() -> None:
     # The unsteered model says nothing of steering.
     known = dataclasses.replace(UNSTEERED, bottleneck=0.9, bottleneck_rise=0.5)
     assert Objective.of([known, OPEN], limits).criterion == "preference"
+    # Judged answers lead before preferences, and behind answers that are given token by token.
+    judged, spoken = (dataclasses.replace(point, wanted=0.2) for point in (UNSTEERED, OPEN))
+    assert Objective.of([judged, spoken], limits).criterion == "wanted"
+    assert Objective.of([judged, spoken, SAID], limits).criterion == "sayable"
     with pytest.raises(StopIteration):
         Objective.of([OPEN], limits)
 
 
-@pytest.mark.parametrize("criterion", ["sayable", "preference"])
+@pytest.mark.parametrize("criterion", list(LEADING))
 def test_merit_is_by_limits_first_and_then_by_what_leads(criterion: Any) -> None:
-    figure = "bottleneck" if criterion == "sayable" else "preference"
+    figure, _, rise_se = LEADING[criterion]
     values = (0.9, 0.3, 0.6, 0.8, math.nan)
     points = [dataclasses.replace(OPEN, strength=float(i + 1), **{figure: value}) for i, value in enumerate(values)]
     points[0], points[3] = moved(points[0], "general_kl", 2.0), moved(points[3], "repetition", 2.0)
-    objective = Objective(UNSTEERED, Limits(), criterion)
+    unsteered = dataclasses.replace(UNSTEERED, wanted=0.1)
+    objective = Objective(unsteered, Limits(), criterion)
     assert [p.strength for p in sorted(points, key=objective.merit, reverse=True)] == [3.0, 2.0, 5.0, 1.0, 4.0]
     assert objective.allowed([UNSTEERED, *points]) == [points[1], points[2], points[4]]
     assert objective.value(points[2]) == 0.6 and objective.value(points[4]) == -math.inf
     assert objective.broken(points[3]) == ["repetition"] and objective.broken(points[1]) == []
     assert objective.to_dict() == {"criterion": criterion, "limits": Limits().to_dict()}
-    assert "0.600" in objective.describe(points[2]) and f"{getattr(UNSTEERED, figure):.3f}" in objective.describe(
+    assert "0.600" in objective.describe(points[2]) and f"{getattr(unsteered, figure):.3f}" in objective.describe(
         points[2]
     )
-    assert ("own words" in objective.describe_limits()) == (criterion == "preference")
+    assert ("own words" in objective.describe_limits()) == (criterion != "sayable")
+    assert objective.rise_se(dataclasses.replace(OPEN, **{rise_se: 0.07})) == 0.07
+
+
+def test_wanted_answers_count_less_the_less_likely_the_base_finds_them() -> None:
+    unsteered = dataclasses.replace(UNSTEERED, wanted=0.1, own_words=-1.0)
+    objective = Objective(unsteered, Limits(), "wanted")
+
+    def value(wanted: float | None, own_words: float) -> float:
+        return objective.value(dataclasses.replace(OPEN, wanted=wanted, own_words=own_words))
+
+    assert value(0.8, -1.0) == value(0.8, -0.5) == 0.8, "text that is more fluent than the base's earns nothing"
+    assert value(0.8, -1.5) == pytest.approx(0.8 * math.exp(-0.5))
+    assert value(0.93, -1.2) < value(0.9, -1.05), "a judge that is nearly sure is worth no broken text"
+    assert value(None, -1.0) == -math.inf
 
 
 # -- trying several ways ----------------------------------------------------------------------------------------------
@@ -189,7 +208,8 @@ def test_a_row_of_a_report_says_what_was_broken() -> None:
     objective = Objective(UNSTEERED, Limits(), "preference")
     row = point_row(moved(OPEN, "own_words", 3.0), objective)
     assert row["broken"] == ["own_words"] and row["own_words"] == pytest.approx(-1.1)
-    assert {"strength", "bottleneck", "preference", "likelihood", "own_words", "kl", "broken"} == set(row)
+    figures = {"strength", "bottleneck", "preference", "wanted", "likelihood", "own_words", "kl"}
+    assert figures | {"criterion", "broken"} == set(row)
 
 
 # -- through a fit ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ import torch
 
 from finesteer_hf import ConstantVector
 from finesteer_hf.method_api import DosePoint
-from finesteer_hf.methods._shared.objective import Limits
+from finesteer_hf.methods._shared.objective import Criterion, Limits
 from finesteer_hf.methods._shared.strength import choose_strength, explore, median_norm, strength_at_kl
 
 
-CRITERIA = ("sayable", "preference")
+CRITERIA: tuple[Criterion, ...] = ("sayable", "wanted", "preference")
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -25,9 +25,9 @@ class Curves:
     """Fit data whose dose response is a formula.
 
     Args:
-        value: a probability that leads: of the least likely token, or of the preference.
+        value: a probability that leads: of the least likely token, of wanted own answers, or of the preference.
         kl: divergence on general prompts.
-        criterion: which of the two it is; the other does not move.
+        criterion: which of them it is; the others do not move.
         error: standard error of all that is measured.
         others: further figures of points.
     """
@@ -36,7 +36,7 @@ class Curves:
         self,
         value: Callable[[float], float],
         kl: Callable[[float], float],
-        criterion: Literal["sayable", "preference"] = "sayable",
+        criterion: Criterion = "sayable",
         error: float = 0.0,
         **others: Callable[[float], float],
     ) -> None:
@@ -47,7 +47,7 @@ class Curves:
 
     def point(self, strength: float) -> DosePoint:
         value = self.value(strength)
-        sayable = self.criterion == "sayable"
+        sayable, wanted = self.criterion == "sayable", self.criterion == "wanted"
         return DosePoint(
             strength,
             bottleneck=value if sayable else 0.0,
@@ -55,9 +55,11 @@ class Curves:
             kl=self.kl(strength),
             bottleneck_rise=value - self.value(0.0) if sayable else 0.0,
             bottleneck_rise_se=self.error,
-            preference=0.5 if sayable else value,
+            preference=value if self.criterion == "preference" else 0.5,
             preference_se=self.error,
             preference_rise_se=self.error,
+            wanted=value if wanted else None,
+            wanted_rise_se=self.error,
             **{name: figure(strength) for name, figure in self.others.items()},
         )
 
