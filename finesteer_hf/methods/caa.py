@@ -39,8 +39,8 @@ class CAAConfig(SteeringConfig):
     """Settings of a constant vector.
 
     Attributes:
-        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, as the paper does, unless
-            `all` steers held-out rows better.
+        positions: steered tokens; `auto` tries `generated`, from the prompt's last token on, as in the paper, `prompt`
+            and `all`, and takes what steers held-out rows best.
         layer: decoder block whose output is steered; `auto` tries each and takes the best on held-out rows.
         pool: answer states to average: `answer_mean` over the answer's tokens, or `answer_last`, its last token (the
             answer's letter in the paper's multiple-choice prompts).

@@ -28,6 +28,8 @@ OpenPositions = Positions | Literal["auto"]
 CURVE = (0.5, 0.75, 1.0, 1.33)
 # Many variants are first tried at two doses, a low and a middle one, on this share of the held-out prompts.
 SCREENED, SCREEN_SHARE = (0, 2), 0.25
+# Steering all tokens needs a lower dose than steering some of them.
+LESS = (0.75, 1.0)
 # A first look at a few variants uses this share of the held-out prompts, if that is at least so many.
 FIRST_LOOK, ENOUGH_PROMPTS = 0.5, 40
 
@@ -98,31 +100,34 @@ def search_places(
 ) -> Found[Place]:
     """Choose the blocks, the steered tokens and the strength.
 
-    Single blocks are compared first. If a method may steer several at once, the best ones together and all together
-    are compared with them. Open positions are compared at the best place.
+    Single blocks are compared first, with open positions both from the query on and in the prompt. If a method may
+    steer several at once, the best ones together and all together are compared with them. All tokens are compared at
+    the best place.
 
     Args:
         data: runs the model on its validation part.
         rule: the config's strength.
         layers: blocks that may be steered.
         trial_of: returns the trial of a place.
-        positions: the config's; `auto` compares `generated` with `all`.
+        positions: the config's; `auto` compares `generated` with `all`, and with `prompt` if the strength is open too.
         several: whether more than one block may be steered at once.
     """
     first: Positions = "generated" if positions == "auto" else positions
-    trials = {Place((layer,), first): trial_of(Place((layer,), first)) for layer in layers}
+    tokens: tuple[Positions, ...] = ("generated", "prompt") if positions == rule == "auto" else (first,)
+    trials = {place: trial_of(place) for place in (Place((layer,), own) for own in tokens for layer in layers)}
     screened = None
     if len(trials) > SHORT_LIST:
         trials, screened = shortlist(data, rule, trials, "place", RELATIVE_DOSES)
     if several and len(layers) > 1:
-        best = tuple(sorted(place.layers[0] for place in trials))
-        together = dict.fromkeys(Place(blocks, first) for blocks in (best, tuple(layers)))
+        best = tuple(sorted({place.layers[0] for place in trials}))
+        together = dict.fromkeys(Place(blocks, own) for own in tokens for blocks in (best, tuple(layers)))
         trials |= {place: trial_of(place) for place in together}
     place, near, tried = _choose(data, rule, trials, "place")
     trial, table = trials[place], None
     if positions == "auto" and near:
         other = trial_of(dataclasses.replace(place, positions="all"))
-        chosen, near, table = compare_positions(data, trial, other, near)
+        trials_of = {place.positions: (trial, [near]), "all": (other, [share * near for share in LESS])}
+        chosen, near, table = compare_positions(data, trials_of)
         if chosen == "all":
             place, trial = dataclasses.replace(place, positions="all"), other
     strength, report = settle(data, rule, trial, near)
@@ -189,33 +194,35 @@ def shortlist(
 
 
 def compare_positions(
-    data: FitData, generated: Trial, everywhere: Trial, dose: float
+    data: FitData, trials: Mapping[Positions, tuple[Trial, Sequence[float]]]
 ) -> tuple[Positions, float, list[dict[str, Any]]]:
-    """`generated`, unless `all` is better by more than the standard error; `generated` needs no second pass.
+    """The first positions, unless others are better by more than the standard error.
 
     Args:
         data: runs the model on its validation part.
-        generated: steers from the query on.
-        everywhere: the same vectors at all tokens.
-        dose: best dose of `generated`, in units of the state's norm.
+        trials: for each positions, the trial that steers these tokens, and doses in units of the state's norm.
 
     Returns:
         The positions, their best dose, and the table.
     """
-    trials: dict[Positions, Trial] = {"generated": generated, "all": everywhere}
     share = first_look(data)
     curves = {
-        "generated": explore(data, generated.build, [generated.strength_of(dose)], share),
-        # Steering more tokens needs a lower dose.
-        "all": explore(data, everywhere.build, [everywhere.strength_of(f * dose) for f in (0.75, 1.0)], share),
+        name: explore(data, trial.build, [trial.strength_of(dose) for dose in doses], share)
+        for name, (trial, doses) in trials.items()
     }
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
     best = {name: max(curve[1:], key=objective.merit) for name, curve in curves.items()}
     table = [{"positions": name, **point_row(point, objective)} for name, point in best.items()]
-    margin = best["all"].bottleneck_rise_se if objective.criterion == "sayable" else best["all"].preference_rise_se
-    better = objective.value(best["all"]) - objective.value(best["generated"]) > margin
-    name: Positions = "all" if better and not objective.broken(best["all"]) else "generated"
-    return name, best[name].strength / trials[name].strength_of(1.0), table
+    first = next(iter(trials))
+    broken = bool(objective.broken(best[first]))
+    better = {
+        name: point
+        for name, point in best.items()
+        if not objective.broken(point)
+        and (broken or objective.value(point) - objective.value(best[first]) > objective.rise_se(point))
+    }
+    name = max(better, key=lambda other: objective.value(better[other])) if better else first
+    return name, best[name].strength / trials[name][0].strength_of(1.0), table
 
 
 def first_look(data: FitData) -> float:

@@ -34,8 +34,8 @@ class FineSteerConfig(QueryGateConfig):
     `QueryGateConfig`.
 
     Attributes:
-        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, unless `all` steers
-            held-out rows clearly better. With `generated` the prompt needs no second pass, and prompts can share
+        positions: steered tokens; `auto` takes `generated`, from the prompt's last token on, unless `prompt` or `all`
+            steers held-out rows clearly better. With `generated` the prompt needs no second pass, and prompts can share
             prefixes.
         layer: decoder block whose output is read and first steered; `auto` takes the one that steers held-out rows
             best.

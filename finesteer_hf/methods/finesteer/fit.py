@@ -14,7 +14,7 @@ from finesteer_hf.method_api import FitData, FitResult
 from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
-from finesteer_hf.methods._shared.search import compare, compare_positions, first_look, settle
+from finesteer_hf.methods._shared.search import LESS, compare, compare_positions, first_look, settle, shortlist
 from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
@@ -37,6 +37,9 @@ NEAR_DOSES = (0.75, 1.0, 1.33)
 # A candidate is run steered if its first-order gain is at least this share of the best; this many differences of
 # states are.
 SCREENED_GAIN, SCREENED = 0.25, 2
+# Blocks at which the prompt's tokens are steered in a first look, evenly over the depth, and those of them that are
+# compared further.
+PROMPT_BLOCKS, PROMPT_SHORT_LIST = 7, 2
 
 
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
@@ -63,6 +66,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
 
     chosen, dose, tried, agreement = _choose_place(fits, sweep, positions)
     chosen, dose, experts_tried = _choose_experts(fits, chosen, dose)
+    chosen, dose, prompt_tried = _try_prompts(fits, sweep, chosen, dose)
     chosen, dose, refined_tried = _choose_refinement(fits, chosen, dose)
     chosen, dose, positions_tried = _choose_positions(fits, chosen, dose)
 
@@ -74,6 +78,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "place": str(chosen.place),
         "layers": sweep.table,
         "layers_tried": tried,
+        "prompt_tried": prompt_tried,
         "screening_agrees": agreement,
         "experts_tried": experts_tried,
         "refinement_tried": refined_tried,
@@ -141,7 +146,7 @@ def _choose_experts(
     if config.experts not in ("auto", "reduced_rank") or not open_choice:
         return chosen, dose, None
     candidates = {f"rank {chosen.experts.residual_rank}": chosen}
-    if place.target == "gradient":
+    if place.target == "gradient" or chosen.positions == "prompt":
         # Most of a gradient is specific to its row; only the part that the query predicts is worth more than the
         # constant.
         best = fits.fit(place, dataclasses.replace(config, experts="reduced_rank"), chosen.positions)
@@ -170,6 +175,41 @@ def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFi
         return {}
 
 
+def _try_prompts(
+    fits: CandidateFits, sweep: Sweep, chosen: CandidateFit, dose: float | None
+) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
+    """Steer the prompt's tokens instead, if steering from the query on does not make the model say the wanted answers.
+
+    What the model makes of a steered prompt it says in its own words, so a dose that would break its text from the query
+    on leaves it fluent. First-order gains are those of vectors from the query on and say nothing of this: constant
+    differences of states are run steered at some blocks.
+    """
+    config, data = fits.config, fits.data
+    if not (config.positions == config.strength == "auto" and config.target != "gradient" and dose):
+        return chosen, dose, None
+    known = data.dose_response(fits.trial(chosen).build, (0.0, fits.trial(chosen).strength_of(dose)), first_look(data))
+    if Objective.of(known, data.limits).criterion == "sayable":
+        return chosen, dose, None
+    blocks = sorted(sweep.by_fit)[:: -(-len(sweep.by_fit) // PROMPT_BLOCKS)]
+    found = {
+        str(place): fits.fit(place, of_rank(config, 0), "prompt")
+        for place in (fits.place([block], "difference") for block in blocks)
+    }
+    trials = {name: fits.trial(fit) for name, fit in found.items()}
+    best, screened = shortlist(data, config.strength, trials, "place", RELATIVE_DOSES)
+    finalists = {name: best[name] for name in list(best)[:PROMPT_SHORT_LIST]}
+    name, near, tried = compare(data, config.strength, finalists, "place")
+    if not near:
+        return chosen, dose, screened
+    steered = {chosen.positions: (fits.trial(chosen), [dose]), "prompt": (best[name], [near])}
+    positions, better, against = compare_positions(data, steered)
+    table = [*screened, *(tried or []), *against]
+    if positions != "prompt":
+        return chosen, better, table
+    experts, near, ranks = _choose_experts(fits, found[name], better)
+    return experts, near, [*table, *(ranks or [])]
+
+
 def _choose_refinement(
     fits: CandidateFits, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
@@ -192,12 +232,16 @@ def _choose_refinement(
 def _choose_positions(
     fits: CandidateFits, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
-    """`generated`, unless `all` is better by more than the standard error."""
+    """The chosen positions, unless `all` is better by more than the standard error."""
     config = fits.config
     if config.positions != "auto" or not dose or isinstance(config.strength, (int, float)):
         return chosen, dose, None
     others = dataclasses.replace(chosen, positions="all")
-    name, dose, table = compare_positions(fits.data, fits.trial(chosen), fits.trial(others), dose)
+    trials = {
+        chosen.positions: (fits.trial(chosen), [dose]),
+        "all": (fits.trial(others), [share * dose for share in LESS]),
+    }
+    name, dose, table = compare_positions(fits.data, trials)
     return (others if name == "all" else chosen), dose, table
 
 

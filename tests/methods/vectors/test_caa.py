@@ -64,7 +64,8 @@ def test_layer_and_strength_are_chosen_on_held_out_rows() -> None:
     result = CAA.fit(data, CAAConfig())
     assert result.config.layer == 2 and isinstance(result.config.strength, float) and result.config.strength > 0
     report = json.loads(json.dumps(result.report, allow_nan=False))
-    assert [row["place"] for row in report["places_tried"]] == [f"block {layer}, generated" for layer in range(4)]
+    screened = [f"block {layer}, {tokens}" for tokens in ("generated", "prompt") for layer in range(4)]
+    assert [row["place"] for row in report["places_screened"]] == screened
     assert max(report["places_tried"], key=lambda row: row["preference"])["place"] == "block 2, generated"
     assert report["dose_response"][0]["strength"] == 0.0
 
