@@ -127,6 +127,12 @@ ROWS: tuple[Row, ...] = (
         changes={"experts": "reduced_rank", "num_experts": 1, "residual_rank": 0, "strength": "auto"},
         note="gate with a constant vector, the same place",
     ),
+    Row(
+        "FINESTEER, from the query on",
+        of("FINESTEER", positions="generated"),
+        tasks=("refusal",),
+        note='positions="generated"',
+    ),
     Row("FINESTEER, difference", of("FINESTEER", target="difference"), note='target="difference"', extra=True),
     Row(
         "FINESTEER, few pairs",
@@ -140,6 +146,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "CAA, gradient, look-alikes", of("CAA", vector="gradient"), data="look-alikes", tasks=("refusal",), extra=True
     ),
+    Row("ALPHASTEER", of("ALPHASTEER"), extra=True, note="no gate; steers the prompt"),
     Row("REPS", of("REPS")),
     Row("BIPO", of("BIPO")),
     Row("ITI", of("ITI"), extra=True),
