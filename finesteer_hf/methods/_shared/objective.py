@@ -3,17 +3,17 @@
 One of three figures leads, depending on the held-out rows. If steering makes the wanted answers likely token by token,
 the probability of their least likely token leads: it rises only if the model gives whole answers, and an overdose
 lowers it. Open answers have many wordings, so steering does not make one of them likely. If a classifier can tell
-chosen answers from rejected ones, it judges what the steered model itself says, and the probability that this is of the
-chosen kind leads, discounted by what it costs in fluency. Otherwise the preference leads: the probability that the
-chosen answer beats the rejected one. A preference can be won by making everything unlikely, so the limits also bound how
-much less likely the model's own words and the chosen answers may become.
+chosen answers from rejected ones, it judges what the steered model itself says. If steering raises the probability that
+this is of the chosen kind, it leads, discounted by what it costs in fluency. Otherwise the preference leads: the
+probability that the chosen answer beats the rejected one. A preference can be won by making everything unlikely, so the
+limits also bound how much less likely the model's own words and the chosen answers may become.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,8 +116,14 @@ class Objective:
         """Choose the leading figure from points, which must include the unsteered one of strength 0."""
         points = list(points)
         unsteered = next(point for point in points if point.strength == 0)
-        sayable = any(is_sayable(p) and not limits.broken_by(p, unsteered, "sayable") for p in points if p.strength)
-        return cls(unsteered, limits, "sayable" if sayable else "preference" if unsteered.wanted is None else "wanted")
+        raises: dict[Criterion, Callable[[DosePoint], bool]] = {
+            "sayable": is_sayable,
+            "wanted": lambda point: raises_wanted(point, unsteered),
+        }
+        for criterion, moves in raises.items():
+            if any(moves(p) and not limits.broken_by(p, unsteered, criterion) for p in points if p.strength):
+                return cls(unsteered, limits, criterion)
+        return cls(unsteered, limits, "preference")
 
     def value(self, point: DosePoint) -> float:
         """The figure to raise: a probability.
@@ -184,6 +190,13 @@ class Objective:
 def is_sayable(point: DosePoint) -> bool:
     """Whether a steered point makes the wanted answers likely token by token."""
     return point.bottleneck >= SAYABLE and point.bottleneck_rise > 2 * point.bottleneck_rise_se
+
+
+def raises_wanted(point: DosePoint, unsteered: DosePoint) -> bool:
+    """Whether a steered model's own answers are judged, and clearly more of them are of the wanted kind."""
+    if point.wanted is None or unsteered.wanted is None:
+        return False
+    return point.wanted - unsteered.wanted > 2 * point.wanted_rise_se
 
 
 def _rise(before: float | None, after: float | None) -> float | None:

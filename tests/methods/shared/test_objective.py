@@ -111,9 +111,15 @@ def test_the_data_decide_what_leads() -> None:
     known = dataclasses.replace(UNSTEERED, bottleneck=0.9, bottleneck_rise=0.5)
     assert Objective.of([known, OPEN], limits).criterion == "preference"
     # Judged answers lead before preferences, and behind answers that are given token by token.
-    judged, spoken = (dataclasses.replace(point, wanted=0.2) for point in (UNSTEERED, OPEN))
+    judged, spoken = (
+        dataclasses.replace(UNSTEERED, wanted=0.2),
+        dataclasses.replace(OPEN, wanted=0.6, wanted_rise_se=0.1),
+    )
     assert Objective.of([judged, spoken], limits).criterion == "wanted"
     assert Objective.of([judged, spoken, SAID], limits).criterion == "sayable"
+    # By chance, at too high a price, or not judged.
+    for point in (dataclasses.replace(spoken, wanted=0.4), moved(spoken, "own_words", 1.5), OPEN):
+        assert Objective.of([judged, point], limits).criterion == "preference"
     with pytest.raises(StopIteration):
         Objective.of([OPEN], limits)
 
