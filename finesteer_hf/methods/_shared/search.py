@@ -28,6 +28,8 @@ OpenPositions = Positions | Literal["auto"]
 CURVE = (0.5, 0.75, 1.0, 1.33)
 # Many variants are first tried at two doses, a low and a middle one, on this share of the held-out prompts.
 SCREENED, SCREEN_SHARE = (0, 2), 0.25
+# The prompt's tokens are tried at so many blocks, evenly over the depth: these trials cannot use cached prompts.
+PROMPT_BLOCKS = 7
 # Steering all tokens needs a lower dose than steering some of them.
 LESS = (0.75, 1.0)
 # A first look at a few variants uses this share of the held-out prompts, if that is at least so many.
@@ -100,7 +102,7 @@ def search_places(
 ) -> Found[Place]:
     """Choose the blocks, the steered tokens and the strength.
 
-    Single blocks are compared first, with open positions both from the query on and in the prompt. If a method may
+    Single blocks are compared first, with open positions from the query on, and some of them in the prompt. If a method may
     steer several at once, the best ones together and all together are compared with them. All tokens are compared at
     the best place.
 
@@ -113,14 +115,18 @@ def search_places(
         several: whether more than one block may be steered at once.
     """
     first: Positions = "generated" if positions == "auto" else positions
-    tokens: tuple[Positions, ...] = ("generated", "prompt") if positions == rule == "auto" else (first,)
-    trials = {place: trial_of(place) for place in (Place((layer,), own) for own in tokens for layer in layers)}
+    blocks: dict[Positions, Sequence[int]] = {first: layers}
+    if positions == rule == "auto":
+        blocks["prompt"] = spread(layers, PROMPT_BLOCKS)
+    trials = {
+        place: trial_of(place) for place in (Place((at,), own) for own, all_at in blocks.items() for at in all_at)
+    }
     screened = None
     if len(trials) > SHORT_LIST:
         trials, screened = shortlist(data, rule, trials, "place", RELATIVE_DOSES)
     if several and len(layers) > 1:
         best = tuple(sorted({place.layers[0] for place in trials}))
-        together = dict.fromkeys(Place(blocks, own) for own in tokens for blocks in (best, tuple(layers)))
+        together = dict.fromkeys(Place(several_of, own) for own in blocks for several_of in (best, tuple(layers)))
         trials |= {place: trial_of(place) for place in together}
     place, near, tried = _choose(data, rule, trials, "place")
     trial, table = trials[place], None
@@ -223,6 +229,11 @@ def compare_positions(
     }
     name = max(better, key=lambda other: objective.value(better[other])) if better else first
     return name, best[name].strength / trials[name][0].strength_of(1.0), table
+
+
+def spread(layers: Sequence[int], most: int) -> list[int]:
+    """At most so many of some layers, evenly over them, ascending."""
+    return sorted(layers)[:: -(-len(layers) // most)]
 
 
 def first_look(data: FitData) -> float:

@@ -14,7 +14,16 @@ from finesteer_hf.method_api import FitData, FitResult
 from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
-from finesteer_hf.methods._shared.search import LESS, compare, compare_positions, first_look, settle, shortlist
+from finesteer_hf.methods._shared.search import (
+    LESS,
+    PROMPT_BLOCKS,
+    compare,
+    compare_positions,
+    first_look,
+    settle,
+    shortlist,
+    spread,
+)
 from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
@@ -37,9 +46,8 @@ NEAR_DOSES = (0.75, 1.0, 1.33)
 # A candidate is run steered if its first-order gain is at least this share of the best; this many differences of
 # states are.
 SCREENED_GAIN, SCREENED = 0.25, 2
-# Blocks at which the prompt's tokens are steered in a first look, evenly over the depth, and those of them that are
-# compared further.
-PROMPT_BLOCKS, PROMPT_SHORT_LIST = 7, 2
+# Blocks at which steering the prompt's tokens is compared further, after a first look.
+PROMPT_SHORT_LIST = 2
 
 
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
@@ -190,7 +198,7 @@ def _try_prompts(
     known = data.dose_response(fits.trial(chosen).build, (0.0, fits.trial(chosen).strength_of(dose)), first_look(data))
     if Objective.of(known, data.limits).criterion == "sayable":
         return chosen, dose, None
-    blocks = sorted(sweep.by_fit)[:: -(-len(sweep.by_fit) // PROMPT_BLOCKS)]
+    blocks = spread(sweep.by_fit, PROMPT_BLOCKS)
     found = {
         str(place): fits.fit(place, of_rank(config, 0), "prompt")
         for place in (fits.place([block], "difference") for block in blocks)

@@ -11,7 +11,7 @@ from planted import PlantedData
 from quick_fit import fit
 
 from finesteer_hf.method_api import DosePoint, FitResult
-from finesteer_hf.methods.finesteer.fit import PROMPT_BLOCKS
+from finesteer_hf.methods._shared.search import PROMPT_BLOCKS
 from finesteer_hf.processors import SteeringProcessor
 
 
