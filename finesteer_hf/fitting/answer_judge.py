@@ -11,12 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 
-# The judge is trusted if this share of held-out pairs is in the right order, of at least so many.
-TOLD_APART, ENOUGH_PAIRS = 0.95, 16
+# The judge is trusted if it puts this share of pairs that it was not fitted on in the right order, of at least so many.
+TOLD_APART, ENOUGH_PAIRS, FOLDS = 0.95, 16, 4
 # Rows that it is fitted on; kinds that need more of them to be told apart are not.
 EXAMPLES = 64
 # Block whose states it reads, as a share of the depth; its figures differ little between 20% and 90%.
@@ -34,14 +35,19 @@ class AnswerJudge:
 
     def __init__(self, chosen: NDArray[np.floating], rejected: NDArray[np.floating]) -> None:
         self._model: Pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=1000))
-        labels = np.repeat([1, 0], [len(chosen), len(rejected)])
-        self._model.fit(np.concatenate([chosen, rejected]).astype(np.float64), labels)
+        states = np.concatenate([chosen, rejected]).astype(np.float64)
+        labels = np.repeat([1, 0], len(chosen))
+        rows = np.tile(np.arange(len(chosen)), 2)
+        self.trusted = len(chosen) >= ENOUGH_PAIRS and self._right(states, labels, rows) >= TOLD_APART
+        self._model.fit(states, labels)
 
     def probability(self, states: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probability that answers are of the chosen kind, `[rows]`, from their mean states `[rows, d]`."""
         return np.asarray(self._model.predict_proba(states.astype(np.float64))[:, 1], dtype=np.float64)
 
-    def tells_apart(self, chosen: NDArray[np.floating], rejected: NDArray[np.floating]) -> bool:
-        """Whether it puts enough held-out pairs in the right order to be trusted."""
-        right = self.probability(chosen) > self.probability(rejected)
-        return len(right) >= ENOUGH_PAIRS and float(right.mean()) >= TOLD_APART
+    def _right(self, states: NDArray[np.float64], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> float:
+        """Share of pairs in the right order, each judged by a fit without it."""
+        folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
+        scores = cross_val_predict(self._model, states, labels, groups=rows, cv=folds, method="decision_function")
+        chosen, rejected = np.split(scores, 2)
+        return float((chosen > rejected).mean())

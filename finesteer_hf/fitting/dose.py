@@ -258,15 +258,14 @@ class DoseRunner:
 
     @cached_property
     def judge(self) -> AnswerJudge | None:
-        """The judge of the model's own answers; None if it cannot tell held-out answers apart."""
-        rows = (self.examples, self.rows[:EXAMPLES])
-        if not all(rows):
+        """The judge of the model's own answers; None if it cannot tell answers apart that it was not fitted on."""
+        if not self.examples:
             return None
-        (chosen, rejected), held_out = (
-            [self._read([getattr(row, side) for row in of])[1] for side in ("chosen", "rejected")] for of in rows
+        chosen, rejected = (
+            self._read([getattr(row, side) for row in self.examples])[1] for side in ("chosen", "rejected")
         )
         judge = AnswerJudge(chosen, rejected)
-        return judge if judge.tells_apart(*held_out) else None
+        return judge if judge.trusted else None
 
     def _read(self, answers: Sequence[Passage]) -> tuple[list[AnswerScores], np.ndarray]:
         """Answers under the unsteered model: their scores, and the means of their states at the judge's block, `[answers,

@@ -27,25 +27,26 @@ def states(rows: int, apart: float, seed: int, width: int = 12) -> tuple[np.ndar
 def test_kinds_that_lie_apart_are_told_apart() -> None:
     judge = AnswerJudge(*states(64, 6.0, 0))
     chosen, rejected = states(40, 6.0, 1)
-    assert judge.tells_apart(chosen, rejected) and not judge.tells_apart(rejected, chosen)
+    assert judge.trusted
     assert judge.probability(chosen).mean() > 0.6 > 0.4 > judge.probability(rejected).mean()
     # Half way between the kinds it does not know.
     assert judge.probability((chosen + rejected) / 2).mean() == pytest.approx(0.5, abs=0.1)
 
 
 def test_kinds_that_lie_in_each_other_are_not() -> None:
-    assert not AnswerJudge(*states(64, 0.5, 0)).tells_apart(*states(40, 0.5, 1))
+    assert not AnswerJudge(*states(64, 0.5, 0)).trusted
+    # With more columns than rows every fit separates its own rows; what counts are rows without which it was fitted.
+    assert not AnswerJudge(*states(64, 0.0, 0, width=500)).trusted
 
 
 def test_a_few_pairs_are_no_evidence() -> None:
-    judge = AnswerJudge(*states(64, 6.0, 0))
-    assert judge.tells_apart(*states(ENOUGH_PAIRS, 6.0, 1))
-    assert not judge.tells_apart(*states(ENOUGH_PAIRS - 1, 6.0, 1))
+    assert AnswerJudge(*states(ENOUGH_PAIRS, 6.0, 1)).trusted
+    assert not AnswerJudge(*states(ENOUGH_PAIRS - 1, 6.0, 1)).trusted
 
 
 # -- through a model --------------------------------------------------------------------------------------------------
 
-WANTED, UNWANTED = range(5, 9), range(20, 24)
+WANTED, UNWANTED = range(5, 7), range(20, 22)
 
 
 def rows_of_kinds(count: int, seed: int) -> list[EncodedRow]:
@@ -71,7 +72,7 @@ def mean_state(model: Any, passage: Passage) -> np.ndarray:
 
 @pytest.fixture
 def runner() -> DoseRunner:
-    return DoseRunner(small_model("llama"), rows_of_kinds(20, 1), [], examples=rows_of_kinds(40, 2))
+    return DoseRunner(small_model("llama"), rows_of_kinds(20, 1), [], examples=rows_of_kinds(60, 2))
 
 
 def test_own_answers_are_judged_by_their_unsteered_states(runner: DoseRunner) -> None:
@@ -94,12 +95,12 @@ def test_own_answers_are_judged_by_their_unsteered_states(runner: DoseRunner) ->
         assert point.wanted == pytest.approx(probabilities[point.strength].mean(), abs=5e-3)
         rise = probabilities[point.strength] - probabilities[0.0]
         assert point.wanted_rise_se == pytest.approx(rise.std(ddof=1) / np.sqrt(len(rise)), abs=5e-3)
-    assert points[2].wanted is not None and points[0].wanted is not None and points[2].wanted > points[0].wanted + 0.1
+    assert points[2].wanted is not None and points[0].wanted is not None and points[2].wanted > points[0].wanted + 0.03
 
 
 def test_without_examples_or_with_kinds_that_are_alike_nothing_is_judged(runner: DoseRunner) -> None:
     build = lambda strength: ConstantVector("resid_post[3]", torch.ones(32), strength=strength)  # noqa: E731
-    swapped = [EncodedRow(row.prompt, row.rejected, row.chosen) for row in runner.rows[::2]] + runner.rows[1::2]
-    for rows, examples in ((runner.rows, []), (swapped, runner.examples), (runner.rows[:4], runner.examples)):
-        point = DoseRunner(runner.model, rows, [], examples=examples).run(build, [1.0])[0]
+    alike = [EncodedRow(row.prompt, row.rejected, row.chosen) for row in runner.examples[::2]] + runner.examples[1::2]
+    for examples in ([], alike, runner.examples[:4]):
+        point = DoseRunner(runner.model, runner.rows, [], examples=examples).run(build, [1.0])[0]
         assert point.wanted is None and point.own_words is not None
