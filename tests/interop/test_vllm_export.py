@@ -57,13 +57,13 @@ def finesteer(**settings: Any) -> SteeringAdapter:
 
 
 def test_a_shipped_adapter_goes_out_whole(tmp_path: Path) -> None:
-    adapter = SteeringAdapter.from_pretrained(HUB_CARDS / "smollm2-safety")
+    adapter = SteeringAdapter.from_pretrained(HUB_CARDS / "smollm2-truthful")
     assert export_vllm(adapter, tmp_path / "new") == tmp_path / "new"
     config, tensors = read(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
     assert (config["vector"], config["score"], config["gate"]) == ("reduced_rank", "state", "stepped")
     assert config["requires"] == ["gate:stepped", "score:state", "vector:reduced_rank"]
-    assert (config["read_layer"], config["write_layers"]) == (6, [6, 9, 12, 15, 18, 21, 24])
+    assert (config["read_layer"], config["write_layers"]) == (17, list(range(17, 25)))
     assert (config["strength"], config["positions"]) == (adapter.config.strength, "generated")
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert config["base_model_fingerprint"] == adapter.config.base_model_fingerprint

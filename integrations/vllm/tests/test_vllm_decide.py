@@ -119,7 +119,7 @@ def test_every_vector(tmp_path: Path, data: PlantedData, settings: dict) -> None
 def test_the_adapters_that_ship(tmp_path: Path, name: str) -> None:
     adapter = SteeringAdapter.from_pretrained(HUB_CARDS / name)
     if adapter.config.positions != "generated":
-        with pytest.raises(ValueError, match="positions='all'"):
+        with pytest.raises(ValueError, match=f"positions={adapter.config.positions!r}"):
             export_vllm(adapter, tmp_path / "refused")
         assert not (tmp_path / "refused").exists()
         adapter.config = dataclasses.replace(adapter.config, positions="generated")
