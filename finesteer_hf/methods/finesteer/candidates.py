@@ -198,6 +198,11 @@ class CandidateFits:
         return dataclasses.replace(constant, experts=dataclasses.replace(constant.experts, tensors=tensors))
 
 
+def has_open_experts(config: FineSteerConfig) -> bool:
+    """Whether the rank of the closed form is left to the fit."""
+    return config.experts in ("auto", "reduced_rank") and config.num_experts == config.residual_rank == "auto"
+
+
 def of_rank(config: FineSteerConfig, rank: int) -> FineSteerConfig:
     """Settings of the closed form with one rank; rank 0 is a constant vector."""
     if rank:

@@ -25,7 +25,7 @@ from finesteer_hf.methods._shared.search import (
     spread,
 )
 from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row
-from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, of_rank
+from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, has_open_experts, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
 from finesteer_hf.methods.finesteer.layers import Sweep, sweep_layers, wants_gradients
@@ -54,11 +54,12 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     """Fit gate, experts, place, target and strength.
 
     Places that separate the queries are ranked by the closed forms' R^2 and by first-order gain. The few best are run
-    steered on held-out rows: differences of states at single blocks, gradients of the preference at the best block and
-    at several. At the chosen place the fit tries maps of lower rank (the rank that predicts shifts best does not
+    steered on held-out rows: differences of states at single blocks, gradients of the preference at the best block
+    and at several. At the chosen place the fit tries maps of lower rank (the rank that predicts shifts best does not
     always steer best) and a small mixture trained as published; then the prompt's tokens instead of those from the
-    query on; then the closed form trained further through the frozen model. The experts learn from the `fit` and `calibration` parts (see `fit_gate` for the gate's data); everything
-    else is chosen on `validation`, by `Objective`.
+    query on; then the closed form trained further through the frozen model. The experts learn from the `fit` and
+    `calibration` parts (see `fit_gate` for the gate's data); everything else is chosen on `validation`, by
+    `Objective`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts when there are none.
@@ -150,8 +151,7 @@ def _choose_experts(
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
     """Maps of several ranks and a small trained mixture, compared with the best predictor of shifts there."""
     data, config, place = fits.data, fits.config, chosen.place
-    open_choice = (config.num_experts, config.residual_rank) == ("auto", "auto")
-    if config.experts not in ("auto", "reduced_rank") or not open_choice:
+    if not has_open_experts(config):
         return chosen, dose, None
     candidates = {f"rank {chosen.experts.residual_rank}": chosen}
     if place.target == "gradient" or chosen.positions == "prompt":
@@ -193,14 +193,19 @@ def _try_prompts(
     differences of states are run steered at some blocks.
     """
     config, data = fits.config, fits.data
-    if not (config.positions == config.strength == "auto" and config.target != "gradient" and dose):
+    if not config.positions == config.strength == "auto" or config.target == "gradient":
         return chosen, dose, None
-    known = data.dose_response(fits.trial(chosen).build, (0.0, fits.trial(chosen).strength_of(dose)), first_look(data))
+    late = fits.trial(chosen)
+    dose = dose or compare(data, config.strength, {str(chosen.place): late}, "place")[1]
+    if not dose:
+        return chosen, dose, None
+    known = data.dose_response(late.build, (0.0, late.strength_of(dose)), first_look(data))
     if Objective.of(known, data.limits).criterion == "sayable":
         return chosen, dose, None
     blocks = spread(sweep.by_fit, PROMPT_BLOCKS)
+    settings = of_rank(config, 0) if has_open_experts(config) else config
     found = {
-        str(place): fits.fit(place, of_rank(config, 0), "prompt")
+        str(place): fits.fit(place, settings, "prompt")
         for place in (fits.place([block], "difference") for block in blocks)
     }
     trials = {name: fits.trial(fit) for name, fit in found.items()}
@@ -209,7 +214,10 @@ def _try_prompts(
     name, near, tried = compare(data, config.strength, finalists, "place")
     if not near:
         return chosen, dose, screened
-    steered = {chosen.positions: (fits.trial(chosen), [dose]), "prompt": (best[name], [near])}
+    steered: dict[Positions, tuple[Trial, list[float]]] = {
+        chosen.positions: (late, [dose]),
+        "prompt": (best[name], [near]),
+    }
     positions, better, against = compare_positions(data, steered)
     table = [*screened, *(tried or []), *against]
     if positions != "prompt":

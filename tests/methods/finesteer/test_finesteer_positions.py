@@ -15,7 +15,7 @@ from finesteer_hf.methods._shared.search import PROMPT_BLOCKS
 from finesteer_hf.processors import SteeringProcessor
 
 
-OPEN = dict.fromkeys(("layer", "strength", "positions", "experts", "gate_score"), "auto")
+OPEN = {"strength": "auto", "positions": "auto", "residual_rank": 0}
 
 
 class Judged(PlantedData):
@@ -57,7 +57,7 @@ def chosen(data: PlantedData, **settings: Any) -> FitResult:
 
 
 def test_the_prompt_is_steered_where_that_makes_the_model_say_what_is_wanted() -> None:
-    result = chosen(Judged("prompt", 0.4))
+    result = chosen(Judged("prompt", 0.4), layer="auto", experts="auto", residual_rank="auto")
     assert result.config.positions == "prompt" and result.config.target == "difference"
     table = result.report["prompt_tried"]
     places = [row["place"] for row in table if "place" in row]
@@ -84,6 +84,11 @@ def test_nothing_else_is_tried_where_the_wanted_answers_come_word_by_word() -> N
     result = chosen(data)
     assert result.report["prompt_tried"] is None and "prompt" not in data.steered
     assert result.config.positions == "generated"
+
+
+def test_experts_that_are_set_stay_in_the_prompt_too() -> None:
+    result = chosen(Judged("prompt", 0.4), experts="reduced_rank", residual_rank=2)
+    assert (result.config.positions, result.config.residual_rank) == ("prompt", 2)
 
 
 @pytest.mark.parametrize("settings", [{"positions": "generated"}, {"strength": 1.0}, {"target": "gradient"}])
