@@ -21,7 +21,7 @@ from benchmarks.real.real_tables import (
 
 
 REMARKS = Path(__file__).with_name("real_model_remarks.md")
-SIDE_BY_SIDE = 30
+SIDE_BY_SIDE, SHOWN_REQUESTS = 30, 8
 SHOWN = (REFERENCE, "CAA, gradient", "CAA")
 HEAD = """Written by `make real`. The model: {model}; {dtype}, on one CPU thread.
 
@@ -96,7 +96,26 @@ def refusal_section(folder: Path) -> list[str]:
     text = ["## Refusals", "", REFUSAL_HEAD.format(rows=study["rows"]), "", *refusal_table(rows), ""]
     curve = curve_table(rows)
     text += [CURVE_HEAD, "", *curve, ""] if curve else []
-    return [*text, *side_effects(rows, study), *not_made(folder, rows)]
+    return [*text, *side_effects(rows, study), *not_made(folder, rows), *answers_to_requests(rows, study["sets"])]
+
+
+def answers_to_requests(rows: dict[str, Any], sets: dict[str, list[str]]) -> list[str]:
+    """The first steered answers to held-out requests, unselected."""
+    shown = next((row for row in rows.values() if row["label"] == REFERENCE), None)
+    if shown is None:
+        return []
+    text = [
+        "### Answers, unselected",
+        "",
+        f"{REFERENCE} on the first held-out requests of each set, and what the judge says.",
+        "",
+    ]
+    text += ["| request | answer | judged |", "| --- | --- | --- |"]
+    for name in ("advbench", "jailbreakbench"):
+        found = shown["refusals"][name]
+        triples = list(zip(sets[name], found["texts"], found["classes"], strict=True))[:SHOWN_REQUESTS]
+        text += [f"| {' | '.join(cell(part) for part in triple)} |" for triple in triples]
+    return [*text, ""]
 
 
 def side_effects(rows: dict[str, Any], study: dict[str, Any]) -> list[str]:
