@@ -22,6 +22,7 @@ from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringPr
 from finesteer_hf.sites import Site
 
 
+SITE = Site("resid_post", 2)
 FREE = Limits.of({"general_kl": 1e9, "likelihood": 1e9})
 
 
@@ -192,3 +193,26 @@ def test_open_positions_are_all_where_that_is_better() -> None:
 
     found = search_places(data, "auto", range(3), trial_of, positions="auto", several=False)
     assert found.key.positions == "all"
+
+
+def test_a_first_look_goes_lower_where_its_doses_cost_too_much() -> None:
+    class Sloped(PlantedData):
+        """Each variant gains and costs in proportion to a slope; a half of the low dose is within the limits for all."""
+
+        def dose_response(self, build: Any, strengths: Any, share: float = 1.0) -> list[DosePoint]:
+            found = []
+            for strength in strengths:
+                slope = float(build(strength).vector.norm())
+                gain = 0.5 + slope * strength if slope * strength < 0.3 else 0.5
+                found.append(DosePoint(strength, 0.0, 0.0, kl=60 * slope * strength**2, preference=gain))
+            return found
+
+    slopes = (0.02, 0.03, 0.04, 0.05, 0.06, 0.5)
+    data = Sloped()
+    build = {
+        slope: (lambda s, slope=slope: ConstantVector(SITE, torch.tensor([slope]), strength=s)) for slope in slopes
+    }
+    trials = {str(slope): Trial.of_factor(build[slope]) for slope in slopes}
+    # The steepest breaks the limit at both doses of the first look, and is the best within it.
+    found = search(data, "auto", trials, what="way")
+    assert found.key == "0.5" and found.strength < 0.1
