@@ -192,7 +192,8 @@ def shortlist(
         data.note(f"a first look at {what} {key}")
         strengths = [float(rule)] if isinstance(rule, (int, float)) else list(map(trial.strength_of, two))
         curves[key] = data.dose_response(trial.build, [0.0, *strengths], SCREEN_SHARE)
-        if not Objective.of(curves[key], data.limits).allowed(curves[key]):
+        open_doses = rule == "auto" and tuple(doses) == RELATIVE_DOSES
+        if open_doses and not Objective.of(curves[key], data.limits).allowed(curves[key]):
             # Or the blocks where steering does least would win: there alone the low dose is within the limits.
             curves[key] += data.dose_response(trial.build, [strengths[0] / 2], SCREEN_SHARE)
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
