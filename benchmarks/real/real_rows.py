@@ -33,6 +33,7 @@ class Row:
         data: `plain`; `few` (four pairs a question); or `look-alikes` (XSTest's fit families beside AdvBench: unsafe
             prompts to refuse, safe ones as general prompts).
         tasks: where it belongs.
+        split: what the fit holds out: prompts, or whole categories.
         packed: whether answers of a question may share a row when they are scored: not where a method looks back.
         extra: whether it only runs when it is named.
         note: what is not default in it.
@@ -45,6 +46,7 @@ class Row:
     lora: Literal["dpo", "sft"] | None = None
     data: Literal["plain", "few", "look-alikes"] = "plain"
     tasks: tuple[Task, ...] = TASKS
+    split: Literal["prompt", "group"] = "prompt"
     packed: bool = True
     extra: bool = False
     note: str = ""
@@ -134,6 +136,14 @@ ROWS: tuple[Row, ...] = (
         note='positions="generated"',
     ),
     Row("FINESTEER, difference", of("FINESTEER", target="difference"), note='target="difference"', extra=True),
+    Row(
+        "FINESTEER, groups",
+        of("FINESTEER"),
+        split="group",
+        tasks=("truthful",),
+        note='split="group": its fit holds out whole categories',
+        extra=True,
+    ),
     Row(
         "FINESTEER, few pairs",
         of("FINESTEER"),

@@ -140,6 +140,7 @@ def fitted(study: Study, row: Row) -> SteeringAdapter:
         general_dataset=general_rows,
         progress=False,
         seed=0,
+        split=row.split,
         store_dir=study.out / "store" / study.folder.name,
     )
     if is_prepared(study.source):
