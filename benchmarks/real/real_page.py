@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.real_rows import REFERENCE, ROWS, UNSTEERED
+from benchmarks.real.real_rows import REFERENCE, ROWS, UNSTEERED, slug_of
 from benchmarks.real.real_setup import BASE, WEIGHTS
 from benchmarks.real.real_tables import (
     curve_table,
@@ -101,7 +101,7 @@ def refusal_section(folder: Path) -> list[str]:
 
 def answers_to_requests(rows: dict[str, Any], sets: dict[str, list[str]]) -> list[str]:
     """The first steered answers to held-out requests, unselected."""
-    shown = next((row for row in rows.values() if row["label"] == REFERENCE), None)
+    shown = rows.get(slug_of(REFERENCE))
     if shown is None:
         return []
     text = [
@@ -131,7 +131,7 @@ def not_made(folder: Path, rows: dict[str, Any]) -> list[str]:
 
 def side_by_side(rows: dict[str, Any], questions: Sequence[str]) -> list[str]:
     """The first answers, unselected, unsteered and steered."""
-    shown = next((rows[slug] for label in SHOWN for slug in rows if rows[slug]["label"] == label), None)
+    shown = next((rows[slug_of(label)] for label in SHOWN if slug_of(label) in rows), None)
     if shown is None:
         return []
     text = [

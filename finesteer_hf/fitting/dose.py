@@ -161,7 +161,6 @@ class DoseRunner:
         )
         mean, error = partial(mean_over_units, units=units), partial(clustered_se, units=units)
         said = [] if self._unheard(found, look) else [found.words[p] for p in self._asked(look) if found.words]
-        wanted = self._wanted(found, look) if said else None
         effects = found.effects or SideEffects(0.0, None)
         counted = any(other.effects and other.effects.changed is not None for other in known.values())
         return DosePoint(
@@ -180,17 +179,17 @@ class DoseRunner:
             own_words=float(np.mean([words.log_prob for words in said])) if said else None,
             own_length=float(np.mean([words.tokens for words in said])) if said else None,
             repeated=float(np.mean([words.repeated for words in said])) if said else None,
-            **({} if wanted is None else wanted),
+            **(self._wanted(found, look) if said else {}),
         )
 
-    def _wanted(self, found: Measured, look: Look) -> dict[str, float] | None:
-        """How far own answers are of the wanted kind; None if they are not judged."""
+    def _wanted(self, found: Measured, look: Look) -> dict[str, float]:
+        """How far own answers are of the wanted kind; nothing if they are not judged."""
         pairs = [(found.words[prompt].wanted, self._unsteered.words[prompt].wanted) for prompt in self._asked(look)]
         if any(None in pair for pair in pairs):
-            return None
+            return {}
         own, base = np.array(pairs, dtype=np.float64).T
-        se, rise_se = (float(np.std(v, ddof=1) / np.sqrt(len(v))) if len(v) > 1 else 0.0 for v in (own, own - base))
-        return {"wanted": float(own.mean()), "wanted_se": se, "wanted_rise_se": rise_se}
+        error = partial(clustered_se, units=np.arange(len(own)))
+        return {"wanted": float(own.mean()), "wanted_se": error(own), "wanted_rise_se": error(own - base)}
 
     def _answer(
         self,

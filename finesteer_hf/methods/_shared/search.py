@@ -17,7 +17,7 @@ import numpy as np
 from finesteer_hf.method_api import FitData
 from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.strength import explore
-from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, name_of, point_row, try_each
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, evenly, name_of, point_row, try_each
 from finesteer_hf.processors import Positions
 
 
@@ -117,7 +117,7 @@ def search_places(
     first: Positions = "generated" if positions == "auto" else positions
     blocks: dict[Positions, Sequence[int]] = {first: layers}
     if positions == rule == "auto":
-        blocks["prompt"] = spread(layers, PROMPT_BLOCKS)
+        blocks["prompt"] = evenly(sorted(layers), PROMPT_BLOCKS)
     trials = {
         place: trial_of(place) for place in (Place((at,), own) for own, all_at in blocks.items() for at in all_at)
     }
@@ -132,8 +132,7 @@ def search_places(
     trial, table = trials[place], None
     if positions == "auto" and near:
         other = trial_of(dataclasses.replace(place, positions="all"))
-        trials_of = {place.positions: (trial, [near]), "all": (other, [share * near for share in LESS])}
-        chosen, near, table = compare_positions(data, trials_of)
+        chosen, near, table = compare_with_all(data, place.positions, trial, other, near)
         if chosen == "all":
             place, trial = dataclasses.replace(place, positions="all"), other
     strength, report = settle(data, rule, trial, near)
@@ -203,10 +202,19 @@ def shortlist(
     return {key: trials[key] for key in order[:SHORT_LIST]}, table
 
 
+def compare_with_all(
+    data: FitData, positions: Positions, chosen: Trial, everywhere: Trial, dose: float
+) -> tuple[Positions, float, list[dict[str, Any]]]:
+    """`compare_positions` with the same vectors at all tokens, around the best dose of the chosen positions."""
+    return compare_positions(
+        data, {positions: (chosen, [dose]), "all": (everywhere, [share * dose for share in LESS])}
+    )
+
+
 def compare_positions(
     data: FitData, trials: Mapping[Positions, tuple[Trial, Sequence[float]]]
 ) -> tuple[Positions, float, list[dict[str, Any]]]:
-    """The first positions, unless others are better by more than the standard error.
+    """The first of two positions, unless the other is better by more than the standard error.
 
     Args:
         data: runs the model on its validation part.
@@ -223,21 +231,11 @@ def compare_positions(
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
     best = {name: max(curve[1:], key=objective.merit) for name, curve in curves.items()}
     table = [{"positions": name, **point_row(point, objective)} for name, point in best.items()]
-    first = next(iter(trials))
-    broken = bool(objective.broken(best[first]))
-    better = {
-        name: point
-        for name, point in best.items()
-        if not objective.broken(point)
-        and (broken or objective.value(point) - objective.value(best[first]) > objective.rise_se(point))
-    }
-    name = max(better, key=lambda other: objective.value(better[other])) if better else first
+    first, other = trials
+    gain = objective.value(best[other]) - objective.value(best[first])
+    better = bool(objective.broken(best[first])) or gain > objective.rise_se(best[other])
+    name = other if better and not objective.broken(best[other]) else first
     return name, best[name].strength / trials[name][0].strength_of(1.0), table
-
-
-def spread(layers: Sequence[int], most: int) -> list[int]:
-    """At most so many of some layers, evenly over them, ascending."""
-    return sorted(layers)[:: -(-len(layers) // most)]
 
 
 def first_look(data: FitData) -> float:

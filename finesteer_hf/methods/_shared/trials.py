@@ -83,6 +83,11 @@ def candidate_layers(layer: int | str, num_layers: int) -> list[int]:
     return list(range(math.floor(SHALLOWEST * last), math.ceil(DEEPEST * last) + 1, step))
 
 
+def evenly(layers: Sequence[int], most: int) -> list[int]:
+    """At most so many of some layers, the first one and others at equal steps."""
+    return list(layers[:: max(1, -(-len(layers) // most))])
+
+
 def try_each(
     data: FitData,
     trials: Mapping[Key, Trial],

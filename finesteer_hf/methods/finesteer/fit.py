@@ -15,16 +15,15 @@ from finesteer_hf.methods._shared.objective import Objective
 from finesteer_hf.methods._shared.rows import json_ready
 from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
 from finesteer_hf.methods._shared.search import (
-    LESS,
     PROMPT_BLOCKS,
     compare,
     compare_positions,
+    compare_with_all,
     first_look,
     settle,
     shortlist,
-    spread,
 )
-from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, point_row
+from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, SHORT_LIST, Trial, evenly, point_row
 from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFits, Place, has_open_experts, of_rank
 from finesteer_hf.methods.finesteer.config import FineSteerConfig
 from finesteer_hf.methods.finesteer.experts import MIN_ROWS, ExpertFit, small_width
@@ -155,8 +154,8 @@ def _choose_experts(
         return chosen, dose, None
     candidates = {f"rank {chosen.experts.residual_rank}": chosen}
     if place.target == "gradient" or chosen.positions == "prompt":
-        # Most of a gradient is specific to its row; only the part that the query predicts is worth more than the
-        # constant.
+        # The constant was chosen. Most of a gradient is specific to its row; only the part that the query predicts is
+        # worth more than the constant.
         best = fits.fit(place, dataclasses.replace(config, experts="reduced_rank"), chosen.positions)
         candidates |= {f"rank {best.experts.residual_rank}": best}
     else:
@@ -202,7 +201,7 @@ def _try_prompts(
     known = data.dose_response(late.build, (0.0, late.strength_of(dose)), first_look(data))
     if Objective.of(known, data.limits).criterion == "sayable":
         return chosen, dose, None
-    blocks = spread(sweep.by_fit, PROMPT_BLOCKS)
+    blocks = evenly(sorted(sweep.by_fit), PROMPT_BLOCKS)
     settings = of_rank(config, 0) if has_open_experts(config) else config
     found = {
         str(place): fits.fit(place, settings, "prompt")
@@ -253,11 +252,8 @@ def _choose_positions(
     if config.positions != "auto" or not dose or isinstance(config.strength, (int, float)):
         return chosen, dose, None
     others = dataclasses.replace(chosen, positions="all")
-    trials = {
-        chosen.positions: (fits.trial(chosen), [dose]),
-        "all": (fits.trial(others), [share * dose for share in LESS]),
-    }
-    name, dose, table = compare_positions(fits.data, trials)
+    trials = fits.trial(chosen), fits.trial(others)
+    name, dose, table = compare_with_all(fits.data, chosen.positions, *trials, dose)
     return (others if name == "all" else chosen), dose, table
 
 

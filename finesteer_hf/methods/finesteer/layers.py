@@ -13,7 +13,7 @@ from finesteer_hf.estimators.ridge import group_blocks
 from finesteer_hf.method_api import FitData, ModelInfo
 from finesteer_hf.methods._shared.rows import ContrastRows, contrast_rows, general_rows, query_rows
 from finesteer_hf.methods._shared.screening import first_order_gain, preference_gradients, state_norms
-from finesteer_hf.methods._shared.trials import candidate_layers
+from finesteer_hf.methods._shared.trials import candidate_layers, evenly
 from finesteer_hf.methods.finesteer.config import FineSteerConfig, sites_of
 from finesteer_hf.methods.query_gate import separability
 from finesteer_hf.methods.query_gate.read_site import BLUNT, SWEEP_ROWS
@@ -135,6 +135,5 @@ def _gains(data: FitData, writes: dict[int, tuple[Site, ...]]) -> dict[int, floa
 def _several(sharp: list[LayerFigures]) -> list[int]:
     best = max(found.gain or 0.0 for found in sharp)
     worth = sorted(found.layer for found in sharp if best > 0 and (found.gain or 0.0) >= WORTH_STEERING * best)
-    step = -(-len(worth) // MOST_BLOCKS)
-    chosen = worth[::-1][:: max(step, 1)][::-1]
+    chosen = evenly(worth[::-1], MOST_BLOCKS)[::-1]
     return chosen if len(chosen) > 1 else []
