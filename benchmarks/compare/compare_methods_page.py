@@ -1,8 +1,7 @@
-"""The page of `compare_methods.py`, made of its JSON files."""
+"""The page of `compare_methods.py`, made of its record."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.compare.compare_record import read
 from benchmarks.compare.compare_rows import PROMPT
 from benchmarks.real.real_rows import REFERENCE, UNSTEERED
 from finesteer_hf.evaluation.comparison import ALPHA
@@ -76,7 +76,7 @@ class Found:
     Attributes:
         label: of the row.
         note: what is not default in it.
-        splits: its JSON by seed.
+        splits: its results by seed.
     """
 
     label: str
@@ -91,7 +91,7 @@ class Found:
             name: of another score than the main one.
         """
         by_id: dict[str, list[float]] = defaultdict(list)
-        for split in self.splits.values():
+        for split in self.measured(part):
             scores = split[part]["scores"] if name is None else split[part]["others"][name]
             for item, score in zip(split[part]["ids"], scores, strict=False):
                 by_id[item].append(float(score))
@@ -99,7 +99,11 @@ class Found:
 
     def identical(self, part: str = "own") -> list[float]:
         """Whether each general prompt stays as it is, over all splits."""
-        return [float(same) for split in self.splits.values() for same in split[part]["identical"]]
+        return [float(same) for split in self.measured(part) for same in split[part]["identical"]]
+
+    def measured(self, part: str) -> list[dict[str, Any]]:
+        """The splits that a part was measured on."""
+        return [split for split in self.splits.values() if part in split]
 
     @property
     def is_fitted(self) -> bool:
@@ -107,15 +111,14 @@ class Found:
         return all("bytes" in split for split in self.splits.values())
 
 
-def load(out: Path, subject: str) -> list[Found]:
+def load(record: Path, subject: str) -> list[Found]:
     """All rows of a subject, by falling score."""
     rows: dict[str, Found] = {}
-    for folder in sorted(out.glob(f"{subject}-*")):
-        for file in sorted(folder.glob("*.json")):
-            found = json.loads(file.read_text())
-            if "own" in found:
-                row = rows.setdefault(found["label"], Found(found["label"], found["note"]))
-                row.splits[found["seed"]] = found
+    for file in sorted(record.glob(f"{subject}-*.json")):
+        seed = int(file.stem.removeprefix(f"{subject}-"))
+        for found in read(record, subject, seed).values():
+            row = rows.setdefault(found["label"], Found(found["label"], found["note"]))
+            row.splits[seed] = found
     return sorted(rows.values(), key=lambda row: -float(np.mean(list(row.items().values()))))
 
 
@@ -154,18 +157,26 @@ def line(row: Found, difference: str, rank: str, percent: bool) -> list[str]:
     splits = str(len(row.splits))
     if not row.is_fitted:
         return [*own, "", "", "", "", splits]
-    limits = [split["equal"]["limit"] for split in row.splits.values()]
-    bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
     seconds = float(np.median([split["seconds"]["all"] for split in row.splits.values()]))
     size = max(split["bytes"] for split in row.splits.values())
     return [
         *own,
-        f"{shown(list(row.items('equal').values()), percent)} ({', '.join(bound)})",
-        shown(row.identical("equal"), True),
+        *at_equal_side_effects(row, percent),
         f"{seconds:.0f} s",
         f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB",
         splits,
     ]
+
+
+def at_equal_side_effects(row: Found, percent: bool) -> list[str]:
+    """Score and identical answers there; empty cells where that was not measured."""
+    found = row.measured("equal")
+    if not found:
+        return ["", ""]
+    limits = [split["equal"]["limit"] for split in found]
+    bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
+    scores = shown(list(row.items("equal").values()), percent)
+    return [f"{scores} ({', '.join(bound)})", shown(row.identical("equal"), True)]
 
 
 def table(rows: Sequence[Found], subject: str) -> list[str]:
@@ -182,10 +193,10 @@ def table(rows: Sequence[Found], subject: str) -> list[str]:
     ]
     notes = [f"{row.label}: {row.note}." for row in rows if row.note]
     prompts = [split["system"] for row in rows if row.label == PROMPT for split in row.splits.values()]
-    device = {split["device"] for row in rows for split in row.splits.values()}
+    places = {f"{split['device']} in {split['dtype']}" for row in rows for split in row.splits.values()}
     return [
         f"Score: {SCORES[subject]}. n = {len(reference.items())} items of {len(reference.splits)} splits, "
-        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(device))}.",
+        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(places))}.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
@@ -221,16 +232,16 @@ def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
     return [*lines, "</details>", ""]
 
 
-def page(out: Path, remarks: Path = REMARKS) -> str:
-    """The page of all results in a folder.
+def page(record: Path, remarks: Path = REMARKS) -> str:
+    """The page of all results in a record.
 
     Args:
-        out: folder of the results.
+        record: its folder.
         remarks: what is to be said of the tables, in markdown; put before them.
     """
     text = ["# The methods side by side", "", HEAD, remarks.read_text()]
     for subject, title in TITLES.items():
-        rows = load(out, subject)
+        rows = load(record, subject)
         if any(row.label == REFERENCE for row in rows):
             text += [f"## {title}", "", *table(rows, subject), *further(rows, subject), *texts(rows)]
     return "\n".join(text).rstrip() + "\n"

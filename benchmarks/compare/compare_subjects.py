@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.real.real_conditions import Condition
 from benchmarks.real.real_data import (
@@ -29,7 +28,7 @@ from benchmarks.real.real_data import (
 )
 from benchmarks.real.real_measures import Clock, choices, general, own_words, refusals
 from benchmarks.real.real_rows import CAREFUL, HARM, HONEST, LITERAL, POLICY, SORRY
-from benchmarks.real.real_setup import load_model
+from benchmarks.real.real_setup import load_model, working_dtype
 from finesteer_hf import SteeredModelForCausalLM, playground
 from finesteer_hf.evaluation.behaviour import JudgedPrompt, Outcome, evaluate
 from finesteer_hf.evaluation.data.playground_eval import fit_rows, general_prompts, target_prompts
@@ -93,6 +92,16 @@ class Subject(abc.ABC):
     @abc.abstractmethod
     def split(self) -> SplitBy:
         """What the parts of a fit are disjoint by."""
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: `cpu` or `cuda`."""
+        return str(self.base[0].device.type)
+
+    @property
+    def dtype(self) -> str:
+        """Of the model's weights."""
+        return str(self.base[0].dtype).removeprefix("torch.")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -184,17 +193,17 @@ class Real(Subject):
 
     def __init__(self, name: str, seed: int, quick: bool, source: str, data: Path, device: str) -> None:
         super().__init__(name, seed, quick)
-        self.source, self.data, self.device = source, data, device
+        self.source, self.data, self.place = source, data, device
         few = Sizes(fit=48, questions=12, spoken=12, requests=8, xstest=8, general=8, texts=2, chosen_on=8)
         self.amounts = few if quick else Sizes(spoken=100, xstest=60, general=60, texts=10, chosen_on=60)
 
     @functools.cached_property
     def base(self) -> tuple[Any, Any]:
-        return load_model(self.source, torch.bfloat16, self.device)
+        return load_model(self.source, working_dtype(self.place), self.place)
 
     @functools.cached_property
     def steered(self) -> Any:
-        return SteeredModelForCausalLM.from_model(load_model(self.source, torch.bfloat16, self.device)[0])
+        return SteeredModelForCausalLM.from_model(load_model(self.source, working_dtype(self.place), self.place)[0])
 
     @property
     def split(self) -> SplitBy:

@@ -1,6 +1,6 @@
 """The table of all methods in `docs/methods.md`: what each is, and what it reached in `compare_methods.py`.
 
-python -m benchmarks.compare.methods_table --out out/compare --page docs/methods.md
+python -m benchmarks.compare.methods_table --page docs/methods.md
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.compare.compare_methods_page import Found, load
+from benchmarks.compare.compare_record import RECORD
 from benchmarks.compare.compare_subjects import SUBJECTS
 
 
@@ -215,9 +216,9 @@ def size(rows: list[Found], name: str) -> str:
     return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
 
 
-def table(out: Path) -> list[str]:
+def table(record: Path) -> list[str]:
     """The table's lines."""
-    by_subject = {subject: load(out, subject) for subject in SUBJECTS}
+    by_subject = {subject: load(record, subject) for subject in SUBJECTS}
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     for method in METHODS:
         scores = [reached(rows, method.name, subject != "real-truthful") for subject, rows in by_subject.items()]
@@ -233,13 +234,13 @@ def table(out: Path) -> list[str]:
 def main() -> None:
     """Put the table where the page has its marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of compare_methods' results")
+    parser.add_argument("--record", type=Path, default=RECORD, help="folder of compare_methods' results")
     parser.add_argument("--page", type=Path, required=True, help="markdown with the marks of the table")
     args = parser.parse_args()
     text = args.page.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.out), f"{END}{after}"]))
+    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.record), f"{END}{after}"]))
 
 
 if __name__ == "__main__":

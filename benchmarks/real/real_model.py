@@ -34,7 +34,7 @@ from benchmarks.real.real_data import (
 from benchmarks.real.real_measures import Clock, choices, general, own_words, refusals
 from benchmarks.real.real_page import page
 from benchmarks.real.real_rows import REFERENCE, TASKS, UNSTEERED, Row, rows_of
-from benchmarks.real.real_setup import is_prepared
+from benchmarks.real.real_setup import is_prepared, working_dtype
 from benchmarks.real.real_study import DATA, Study, condition_of, keep_questions, write
 
 
@@ -166,7 +166,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=None, metavar="ROW", help="rows by name, such as finesteer")
     parser.add_argument("--split", default="question", choices=("question", "category"), help="of TruthfulQA")
     parser.add_argument("--quick", action="store_true", help="a few of everything: tries the machinery, shows nothing")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the model's weights")
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        choices=("bfloat16", "float32"),
+        help="of the model's weights; by default bfloat16 where the device computes in it",
+    )
     parser.add_argument("--device", default="cpu", help="where the model runs, such as cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a task after so long")
     parser.add_argument("--only-page", action="store_true", help="measure nothing")
@@ -183,7 +188,8 @@ def main() -> None:
     out = args.out / "quick" if args.quick else args.out
     for task in () if args.only_page else args.tasks:
         by = args.split if task == "truthful" else "question"
-        sizes, dtype = QUICK if args.quick else Sizes(), getattr(torch, args.dtype)
+        sizes = QUICK if args.quick else Sizes()
+        dtype = getattr(torch, args.dtype) if args.dtype else working_dtype(args.device)
         study = Study(task, out, source, args.data, sizes, by, dtype, args.device)
         run(study, rows_of(task, args.rows), args.seconds)
     if args.page is not None:

@@ -1,8 +1,7 @@
-"""The comparison of methods: tables of results, and strengths of equal side effects."""
+"""The comparison of methods: its record, tables of results, and strengths of equal side effects."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,37 +11,47 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compare.compare_methods import EQUAL, Job, at_limits
+from benchmarks.compare.compare_methods import EQUAL, Job, Setting, at_limits, open_jobs
 from benchmarks.compare.compare_methods_page import load, page
+from benchmarks.compare.compare_record import add, read
 from benchmarks.compare.compare_rows import REFERENCE, UNSTEERED, rows
 from finesteer_hf import CAAConfig, SteeringAdapter, steering_methods
 from finesteer_hf.method_api import DosePoint
 
 
 ITEMS = 20
+SUBJECT = "playground-truthful"
 
 
-def write(out: Path, label: str, hits: int, seed: int = 0, first: int = 0, fitted: bool = True) -> None:
-    """A row's result on one split, with items numbered from `first` on."""
+def write(
+    record: Path,
+    label: str,
+    hits: int,
+    seed: int = 0,
+    first: int = 0,
+    fitted: bool = True,
+    parts: tuple[str, ...] = ("own", "equal"),
+) -> dict[str, Any]:
+    """Add a row's result on one split, with items numbered from `first` on, to the record; returns what was added."""
     asked: dict[str, Any] = {
         "ids": [f"item {first + i}" for i in range(ITEMS)],
         "scores": [float(i < hits) for i in range(ITEMS)],
-        "others": {"neither": [0.0] * ITEMS},
+        "others": {"neither": [0.0] * ITEMS, "words": [-0.12345] * ITEMS},
         "identical": [True] * 9 + [False],
-        "texts": [["question", f"{label} says"]] * 3,
+        "texts": [["question", f"{label} says"]] * 9,
     }
-    found: dict[str, Any] = {"label": label, "note": "", "own": asked, "seed": seed, "device": "cpu"}
+    found: dict[str, Any] = {"label": label, "note": "", "own": asked, "device": "cpu", "dtype": "float32"}
     if fitted:
         equal = {**asked, "strength": 2.0, "limit": "own_words", "kl": 0.01}
         found |= {"equal": equal, "bytes": 1500, "seconds": {"all": 12.0}}
-    file = Job("playground-truthful", seed, label.lower()).file(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found))
+    found = {name: value for name, value in found.items() if name not in {"own", "equal"} - set(parts)}
+    add(record, SUBJECT, seed, label.lower(), found)
+    return found
 
 
-def table(out: Path, remarks: Path) -> dict[str, list[str]]:
+def table(record: Path, remarks: Path) -> dict[str, list[str]]:
     """Cells by method from the page's first table."""
-    text = page(out, remarks).split("<details>")[0]
+    text = page(record, remarks).split("<details>")[0]
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "| " in line]
     return {row[0]: row for row in cells}
 
@@ -76,11 +85,51 @@ def test_an_item_of_several_splits_counts_once(tmp_path: Path, remarks: Path) ->
     assert table(tmp_path, remarks)[REFERENCE][-1] == "2"
 
 
-def test_failed_rows_are_left_out(tmp_path: Path, remarks: Path) -> None:
-    write(tmp_path, REFERENCE, 5)
-    failed = Job("playground-truthful", 0, "broken").file(tmp_path).with_suffix(".failed.json")
-    failed.write_text(json.dumps({"label": "BROKEN", "reason": "no"}))
-    assert list(table(tmp_path, remarks)) == ["method", "---", REFERENCE] or "BROKEN" not in table(tmp_path, remarks)
+def test_a_row_without_equal_side_effects_leaves_its_cells_empty(tmp_path: Path, remarks: Path) -> None:
+    write(tmp_path, REFERENCE, 5, parts=("own",))
+    write(tmp_path, "ONE", 5)
+    found = table(tmp_path, remarks)
+    assert found[REFERENCE][5:7] == ["", ""] and found["ONE"][5].startswith("25.0%")
+
+
+# -- record -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_comes_back_from_the_record_with_its_items_hashed(tmp_path: Path) -> None:
+    found = write(tmp_path, "ONE", 7)
+    row = read(tmp_path, SUBJECT, 0)["one"]
+    for part in ("own", "equal"):
+        assert row[part]["scores"] == found[part]["scores"] and row[part]["identical"] == [1.0] * 9 + [0.0]
+        assert row[part]["others"] == {"neither": [0.0] * ITEMS, "words": [-0.1235] * ITEMS}
+        assert len(set(row[part]["ids"])) == ITEMS and len(row[part]["texts"]) == 3
+    assert row["equal"]["limit"] == "own_words" and row["version"]
+    assert "item 3" not in next(tmp_path.iterdir()).read_text()
+
+
+def test_parts_of_a_row_are_added_one_by_one(tmp_path: Path) -> None:
+    write(tmp_path, "ONE", 7, parts=("own",))
+    write(tmp_path, "TWO", 3)
+    assert "equal" not in read(tmp_path, SUBJECT, 0)["one"]
+    write(tmp_path, "ONE", 7, parts=("equal",))
+    found = read(tmp_path, SUBJECT, 0)
+    assert list(found) == ["one", "two"] and set(found["one"]) == set(found["two"])
+
+
+def test_rows_of_other_items_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "ONE", 7)
+    before = next(tmp_path.iterdir()).read_text()
+    with pytest.raises(ValueError, match=r"playground-truthful-0.json is of other held-out items than two"):
+        write(tmp_path, "TWO", 7, first=1)
+    assert next(tmp_path.iterdir()).read_text() == before
+
+
+def test_what_the_record_has_is_not_measured_again(tmp_path: Path) -> None:
+    record, setting = tmp_path / "record", Setting(tmp_path, False, "", tmp_path, "cpu")
+    write(record, "CAA", 7, parts=("own",))
+    jobs = [Job(SUBJECT, 0, slug, part) for slug in ("caa", "cast") for part in ("own", "equal")]
+    assert open_jobs(jobs, setting, record) == [jobs[2]]  # no adapter lies here
+    jobs[1].adapter(tmp_path).mkdir(parents=True)
+    assert open_jobs(jobs, setting, record) == [jobs[1], jobs[2]]
 
 
 # -- equal side effects -----------------------------------------------------------------------------------------------
