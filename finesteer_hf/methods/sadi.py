@@ -40,7 +40,7 @@ from finesteer_hf.methods._shared.checks import (
 from finesteer_hf.methods._shared.moments import mean_difference
 from finesteer_hf.methods._shared.search import search
 from finesteer_hf.methods._shared.strength import median_norm
-from finesteer_hf.methods._shared.trials import RELATIVE_DOSES, Trial, candidate_layers
+from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, TokenView
 from finesteer_hf.sites import Site, SiteKind
 
@@ -218,7 +218,7 @@ class SADI(SteeringMethod[SADIConfig]):
             counts = [config.num_elements]
         masks = {count: largest(found, count) for count in counts}
         trials = {count: _trial(data, config, layers, mask) for count, mask in masks.items()}
-        doses: Sequence[float] = RELATIVE_DOSES
+        doses: Sequence[float] | None = None
         if config.compat == "official":
             # Factors of an element's own activation, which mean the same for every K.
             trials = {count: Trial.of_factor(trial.build) for count, trial in trials.items()}

@@ -69,7 +69,7 @@ def search(
     trials: Mapping[Key, Trial],
     *,
     what: str = "layer",
-    doses: Sequence[float] = RELATIVE_DOSES,
+    doses: Sequence[float] | None = None,
 ) -> Found[Key]:
     """Choose one of several variants, then its strength.
 
@@ -81,13 +81,13 @@ def search(
         rule: the config's strength: a number, `auto`, `kl:<nats>` or `norm:<share>`.
         trials: the variants; if nothing is held out, the first is taken.
         what: what the keys are, for the report.
-        doses: ascending, in units of the state's norm.
+        doses: ascending, in units of the state's norm, where the paper fixes them; by default `RELATIVE_DOSES`.
     """
     screened = None
     if len(trials) > SHORT_LIST:
         trials, screened = shortlist(data, rule, trials, what, doses)
-    key, near, tried = _choose(data, rule, trials, what, doses)
-    strength, report = settle(data, rule, trials[key], near, doses)
+    key, near, tried = _choose(data, rule, trials, what, doses or RELATIVE_DOSES)
+    strength, report = settle(data, rule, trials[key], near, doses or RELATIVE_DOSES)
     return Found(key, strength, {f"{what}s_screened": screened, f"{what}s_tried": tried, **report})
 
 
@@ -123,7 +123,7 @@ def search_places(
     }
     screened = None
     if len(trials) > SHORT_LIST:
-        trials, screened = shortlist(data, rule, trials, "place", RELATIVE_DOSES)
+        trials, screened = shortlist(data, rule, trials, "place")
     if several and len(layers) > 1:
         best = tuple(sorted({place.layers[0] for place in trials}))
         together = dict.fromkeys(Place(several_of, own) for own in blocks for several_of in (best, tuple(layers)))
@@ -183,16 +183,29 @@ def settle(
 
 
 def shortlist(
-    data: FitData, rule: float | str, trials: Mapping[Key, Trial], what: str, doses: Sequence[float]
+    data: FitData,
+    rule: float | str,
+    trials: Mapping[Key, Trial],
+    what: str,
+    doses: Sequence[float] | None = None,
 ) -> tuple[dict[Key, Trial], list[dict[str, Any]]]:
-    """The `SHORT_LIST` best of a first look, best first, and the table of all."""
-    curves, two = {}, [doses[min(at, len(doses) - 1)] for at in SCREENED]
+    """The `SHORT_LIST` best of a first look, best first, and the table of all.
+
+    Args:
+        data: runs the model on its validation part.
+        rule: the config's strength.
+        trials: the variants.
+        what: what the keys are, for the report.
+        doses: as for `search`; if they are not fixed, a lower one is tried where the lowest already does damage.
+    """
+    curves = {}
+    steps = doses or RELATIVE_DOSES
+    two = [steps[min(at, len(steps) - 1)] for at in SCREENED]
     for key, trial in trials.items():
         data.note(f"a first look at {what} {key}")
         strengths = [float(rule)] if isinstance(rule, (int, float)) else list(map(trial.strength_of, two))
         curves[key] = data.dose_response(trial.build, [0.0, *strengths], SCREEN_SHARE)
-        open_doses = rule == "auto" and tuple(doses) == RELATIVE_DOSES
-        if open_doses and not Objective.of(curves[key], data.limits).allowed(curves[key]):
+        if rule == "auto" and doses is None and not Objective.of(curves[key], data.limits).allowed(curves[key]):
             # Or the blocks where steering does least would win: there alone the low dose is within the limits.
             curves[key] += data.dose_response(trial.build, [strengths[0] / 2], SCREEN_SHARE)
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)

@@ -208,7 +208,7 @@ def _try_prompts(
         for place in (fits.place([block], "difference") for block in blocks)
     }
     trials = {name: fits.trial(fit) for name, fit in found.items()}
-    best, screened = shortlist(data, config.strength, trials, "place", RELATIVE_DOSES)
+    best, screened = shortlist(data, config.strength, trials, "place")
     finalists = {name: best[name] for name in list(best)[:PROMPT_SHORT_LIST]}
     name, near, tried = compare(data, config.strength, finalists, "place")
     if not near:
