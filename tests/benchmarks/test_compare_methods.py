@@ -15,6 +15,7 @@ from benchmarks.compare.compare_methods import EQUAL, Job, Setting, at_limits, o
 from benchmarks.compare.compare_methods_page import load, page
 from benchmarks.compare.compare_record import add, read
 from benchmarks.compare.compare_rows import REFERENCE, UNSTEERED, rows
+from benchmarks.real.real_setup import working_dtype
 from finesteer_hf import CAAConfig, SteeringAdapter, steering_methods
 from finesteer_hf.method_api import DosePoint
 
@@ -172,6 +173,25 @@ def test_a_method_that_spares_everything_has_no_limit() -> None:
     found = at_limits(runner, adapter(1e-6, length=0.01))  # type: ignore[arg-type]
     # From a twentieth of the state's norm, however short the vector is.
     assert min(s for s in runner.asked if s) == pytest.approx(0.05 * 10 / 0.01) and found["limit"] is None
+
+
+# -- where it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "dtype"),
+    [
+        ("cuda", {}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": True}, torch.bfloat16),
+        ("cpu", {"avx512_bf16": False}, torch.float32),
+        ("cpu", {}, torch.float32),
+    ],
+)
+def test_half_precision_is_left_to_devices_that_compute_in_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, capabilities: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert working_dtype(device) is dtype
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
