@@ -1,5 +1,7 @@
 """The table of all methods in `docs/methods.md`: what each is, and what it reached in `compare_methods.py`.
 
+A figure that the record does not have (yet) is kept as it stands on the page, with the mark of older fits.
+
 python -m benchmarks.compare.methods_table --page docs/methods.md
 """
 
@@ -196,13 +198,16 @@ COLUMNS = (
     "method", "reads", "writes", "decides", "trains", "costs beside", "file, playground / SmolLM2",
     "playground: truthful, refusals", "SmolLM2: MC2, refusals", "source", "differs",
 )  # fmt: skip
+# Where figures stand in a line, and what parts them.
+FIGURES = {6: " / ", 7: ", ", 8: ", "}
+UNKNOWN, OLDER = "-", "†"
 
 
 def reached(rows: list[Found], name: str, percent: bool) -> str:
-    """Mean score of a method's default; empty where it was not measured."""
+    """Mean score of a method's default."""
     found = next((row for row in rows if row.label == name), None)
     if found is None:
-        return "-"
+        return UNKNOWN
     mean = float(np.mean(list(found.items().values())))
     return f"{100 * mean:.0f}%" if percent else f"{mean:.3f}"
 
@@ -211,24 +216,44 @@ def size(rows: list[Found], name: str) -> str:
     """Of a method's file."""
     found = next((row for row in rows if row.label == name and row.is_fitted), None)
     if found is None:
-        return "-"
+        return UNKNOWN
     kilobytes = max(split["bytes"] for split in found.splits.values()) / 1000
     return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
 
 
-def table(record: Path) -> list[str]:
-    """The table's lines."""
+def table(record: Path, before: list[str]) -> list[str]:
+    """The table's lines.
+
+    Args:
+        record: folder of the results.
+        before: the lines that stand on the page.
+    """
     by_subject = {subject: load(record, subject) for subject in SUBJECTS}
+    old = {cells[0]: cells for cells in map(cells_of, before)}
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     for method in METHODS:
         scores = [reached(rows, method.name, subject != "real-truthful") for subject, rows in by_subject.items()]
+        sizes = [size(by_subject[subject], method.name) for subject in SUBJECTS[::2]]
         cells = [
             f"[{method.name}](#{method.name.lower()})", method.reads, method.writes, method.decides, method.trains,
-            method.costs, " / ".join(size(by_subject[subject], method.name) for subject in SUBJECTS[::2]),
-            ", ".join(scores[:2]), ", ".join(scores[2:]), method.source, method.differs,
+            method.costs, " / ".join(sizes), ", ".join(scores[:2]), ", ".join(scores[2:]), method.source, method.differs,
         ]  # fmt: skip
+        if cells[0] in old:
+            for at, mark in FIGURES.items():
+                cells[at] = kept(cells[at], old[cells[0]][at], mark)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def cells_of(line: str) -> list[str]:
+    """Cells of a table's line."""
+    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+
+
+def kept(new: str, old: str, mark: str) -> str:
+    """New figures, and older ones where there is none."""
+    pairs = zip(new.split(mark), old.split(mark), strict=True)
+    return mark.join(was.rstrip(OLDER) + OLDER if is_now == UNKNOWN != was else is_now for is_now, was in pairs)
 
 
 def main() -> None:
@@ -239,8 +264,8 @@ def main() -> None:
     args = parser.parse_args()
     text = args.page.read_text()
     before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.record), f"{END}{after}"]))
+    lines, _, after = rest.partition(END)
+    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.record, lines.splitlines()), f"{END}{after}"]))
 
 
 if __name__ == "__main__":

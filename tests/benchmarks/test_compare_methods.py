@@ -15,6 +15,7 @@ from benchmarks.compare.compare_methods import EQUAL, Job, Setting, at_limits, o
 from benchmarks.compare.compare_methods_page import load, page
 from benchmarks.compare.compare_record import add, read
 from benchmarks.compare.compare_rows import REFERENCE, UNSTEERED, rows
+from benchmarks.compare.methods_table import table as methods_table
 from benchmarks.real.real_setup import working_dtype
 from finesteer_hf import CAAConfig, SteeringAdapter, steering_methods
 from finesteer_hf.method_api import DosePoint
@@ -91,6 +92,18 @@ def test_a_row_without_equal_side_effects_leaves_its_cells_empty(tmp_path: Path,
     write(tmp_path, "ONE", 5)
     found = table(tmp_path, remarks)
     assert found[REFERENCE][5:7] == ["", ""] and found["ONE"][5].startswith("25.0%")
+
+
+def test_the_table_of_methods_keeps_what_the_record_lacks(tmp_path: Path) -> None:
+    write(tmp_path, REFERENCE, 5)
+    first = methods_table(tmp_path, [])
+    assert "| 1.5 kB / - | 25%, - | -, - |" in next(line for line in first if "[FINESTEER]" in line)
+    before = [
+        line.replace("1.5 kB / -", "9 kB / 8 kB").replace("25%, - | -, -", "90%, 80% | 0.7, 60%†") for line in first
+    ]
+    for _ in range(2):  # the marks stay as they are
+        before = methods_table(tmp_path, before)
+        assert "| 1.5 kB / 8 kB† | 25%, 80%† | 0.7†, 60%† |" in next(line for line in before if "[FINESTEER]" in line)
 
 
 # -- record -----------------------------------------------------------------------------------------------------------
