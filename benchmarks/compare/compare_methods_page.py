@@ -35,7 +35,8 @@ HEAD = """Each method is fitted by `fit_steering` on one half of a task's data a
 question (request, cluster of requests) with it. Where to steer, which tokens and how strongly is searched for all methods
 by the same function (`methods/_shared/search.py`), on rows that the fit holds out; what a method's paper fixes stays
 fixed in the rows "published", whose strength alone is chosen. Nothing is chosen on the test half. A seed draws the halves
-and is the fit's own.
+and is the fit's own. `make compare` measures what is missing here and adds it to the item-by-item results in
+[compare](compare); empty cells have not been measured.
 
 - score: mean over held-out items with its 95% interval (Wilson for shares of one split, else bootstrap over items; an item
   that several splits hold out counts once, by its mean).
