@@ -5,9 +5,8 @@ that keeps within the same limits for all. Nothing is chosen on the test half. R
 repository (`compare_record.py`), and what it has is not measured again; a method that cannot be made does not stop the
 others.
 
-    python -m benchmarks.compare.compare_methods --out out/compare --subjects playground-truthful playground-refusal
-    python -m benchmarks.compare.compare_methods --out out/compare --subjects real-truthful real-refusal --device cuda \\
-        --workers 8
+    python -m benchmarks.compare.compare_methods --subjects playground-truthful playground-refusal
+    python -m benchmarks.compare.compare_methods --subjects real-truthful real-refusal --device cuda --workers 8
     python -m benchmarks.compare.compare_methods --only-page
 """
 
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -224,7 +222,7 @@ def run(job: Job, setting: Setting) -> tuple[Job, dict[str, Any] | str]:
 
 def open_jobs(jobs: list[Job], setting: Setting, record: Path) -> list[Job]:
     """Those that the record lacks; at equal side effects, if the row's adapter is here."""
-    kept = {(job.subject, job.seed): read(record, job.subject, job.seed) for job in jobs}
+    kept = {split: read(record, *split) for split in {(job.subject, job.seed) for job in jobs}}
     missing = [job for job in jobs if job.part not in kept[job.subject, job.seed].get(job.slug, {})]
     return [job for job in missing if job.part == "own" or job.adapter(setting.out).exists()]
 
@@ -238,9 +236,11 @@ def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> 
     # Processes that share a device are started anew, not forked.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         found = pool.imap_unordered(functools.partial(run, setting=setting), jobs)
-        with contextlib.suppress(multiprocessing.TimeoutError):
+        try:
             for _ in jobs:
                 yield found.next(timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[attr-defined]
+        except multiprocessing.TimeoutError:
+            print("out of time", flush=True)
 
 
 def main() -> None:

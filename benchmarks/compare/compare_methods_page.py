@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare.compare_record import read
+from benchmarks.compare.compare_record import splits
 from benchmarks.compare.compare_rows import PROMPT
 from benchmarks.real.real_rows import REFERENCE, UNSTEERED
 from finesteer_hf.evaluation.comparison import ALPHA
@@ -115,9 +115,8 @@ class Found:
 def load(record: Path, subject: str) -> list[Found]:
     """All rows of a subject, by falling score."""
     rows: dict[str, Found] = {}
-    for file in sorted(record.glob(f"{subject}-*.json")):
-        seed = int(file.stem.removeprefix(f"{subject}-"))
-        for found in read(record, subject, seed).values():
+    for seed, split in splits(record, subject).items():
+        for found in split.values():
             row = rows.setdefault(found["label"], Found(found["label"], found["note"]))
             row.splits[seed] = found
     return sorted(rows.values(), key=lambda row: -float(np.mean(list(row.items().values()))))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real.real_study import write_text
 from finesteer_hf import __version__
 
 
@@ -22,8 +23,8 @@ TEXTS = 3
 NUMBERS = ("scores", "identical", "general_right")
 
 
-def file_of(folder: Path, subject: str, seed: int) -> Path:
-    """Where the rows of a subject and split are."""
+def file_of(folder: Path, subject: str, seed: int | str) -> Path:
+    """Where the rows of a subject and split are; with `*` for the seed, a pattern of all splits."""
     return folder / f"{subject}-{seed}.json"
 
 
@@ -38,6 +39,12 @@ def read(folder: Path, subject: str, seed: int) -> dict[str, dict[str, Any]]:
         return {}
     found = json.loads(file.read_text())
     return {slug: _opened(row, found["ids"]) for slug, row in found["rows"].items()}
+
+
+def splits(folder: Path, subject: str) -> dict[int, dict[str, dict[str, Any]]]:
+    """All rows of a subject, by seed and slug."""
+    seeds = sorted(int(file.stem.rpartition("-")[2]) for file in folder.glob(file_of(folder, subject, "*").name))
+    return {seed: read(folder, subject, seed) for seed in seeds}
 
 
 def add(folder: Path, subject: str, seed: int, slug: str, found: dict[str, Any]) -> None:
@@ -57,13 +64,9 @@ def add(folder: Path, subject: str, seed: int, slug: str, found: dict[str, Any])
 
 
 def _write(file: Path, kept: dict[str, Any]) -> None:
-    """Write one line a row, for differences that can be read; whole or not at all."""
+    """Write one line a row, for differences that can be read."""
     lines = [f"{json.dumps(slug)}: {json.dumps(row)}" for slug, row in sorted(kept["rows"].items())]
-    text = "{\n" + f'"ids": {json.dumps(kept["ids"])},\n"rows": {{\n' + ",\n".join(lines) + "\n}\n}\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
+    write_text(file, "{\n" + f'"ids": {json.dumps(kept["ids"])},\n"rows": {{\n' + ",\n".join(lines) + "\n}\n}\n")
 
 
 def _hash(item: str) -> str:

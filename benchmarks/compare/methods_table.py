@@ -198,8 +198,9 @@ COLUMNS = (
     "method", "reads", "writes", "decides", "trains", "costs beside", "file, playground / SmolLM2",
     "playground: truthful, refusals", "SmolLM2: MC2, refusals", "source", "differs",
 )  # fmt: skip
-# Where figures stand in a line, and what parts them.
-FIGURES = {6: " / ", 7: ", ", 8: ", "}
+# The columns of figures, and what parts the figures in each.
+FIGURES = slice(6, 9)
+MARKS = (" / ", ", ", ", ")
 UNKNOWN, OLDER = "-", "†"
 
 
@@ -234,13 +235,16 @@ def table(record: Path, before: list[str]) -> list[str]:
     for method in METHODS:
         scores = [reached(rows, method.name, subject != "real-truthful") for subject, rows in by_subject.items()]
         sizes = [size(by_subject[subject], method.name) for subject in SUBJECTS[::2]]
+        name = f"[{method.name}](#{method.name.lower()})"
+        before_it = old[name][FIGURES] if name in old else [mark.join([UNKNOWN] * 2) for mark in MARKS]
+        figures = [
+            mark.join(kept(*pair) for pair in zip(new, was.split(mark), strict=True))
+            for mark, new, was in zip(MARKS, (sizes, scores[:2], scores[2:]), before_it, strict=True)
+        ]
         cells = [
-            f"[{method.name}](#{method.name.lower()})", method.reads, method.writes, method.decides, method.trains,
-            method.costs, " / ".join(sizes), ", ".join(scores[:2]), ", ".join(scores[2:]), method.source, method.differs,
+            name, method.reads, method.writes, method.decides, method.trains,
+            method.costs, *figures, method.source, method.differs,
         ]  # fmt: skip
-        if cells[0] in old:
-            for at, mark in FIGURES.items():
-                cells[at] = kept(cells[at], old[cells[0]][at], mark)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -250,10 +254,9 @@ def cells_of(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
 
 
-def kept(new: str, old: str, mark: str) -> str:
-    """New figures, and older ones where there is none."""
-    pairs = zip(new.split(mark), old.split(mark), strict=True)
-    return mark.join(was.rstrip(OLDER) + OLDER if is_now == UNKNOWN != was else is_now for is_now, was in pairs)
+def kept(new: str, old: str) -> str:
+    """The new figure; the older one, marked, where there is none."""
+    return old.rstrip(OLDER) + OLDER if new == UNKNOWN != old else new
 
 
 def main() -> None:

@@ -118,9 +118,14 @@ class Study:
 
 def write(file: Path, found: Any) -> None:
     """Write JSON, whole or not at all."""
+    write_text(file, json.dumps(found) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text, whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(found) + "\n")
+    part.write_text(text)
     part.replace(file)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from benchmarks.compare.compare_methods import EQUAL, Job, Setting, at_limits, open_jobs
+from benchmarks.compare.compare_methods import EQUAL, Job, Setting, at_limits, open_jobs, run_all
 from benchmarks.compare.compare_methods_page import load, page
 from benchmarks.compare.compare_record import add, read
 from benchmarks.compare.compare_rows import REFERENCE, UNSTEERED, rows
@@ -144,6 +145,17 @@ def test_what_the_record_has_is_not_measured_again(tmp_path: Path) -> None:
     assert open_jobs(jobs, setting, record) == [jobs[2]]  # no adapter lies here
     jobs[1].adapter(tmp_path).mkdir(parents=True)
     assert open_jobs(jobs, setting, record) == [jobs[1], jobs[2]]
+
+
+def test_a_method_that_cannot_be_made_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: None)  # would outlast the test
+    monkeypatch.setattr(transformers.utils.logging, "disable_progress_bar", lambda: None)
+    jobs = [Job(SUBJECT, 0, slug, "own") for slug in ("no-method", "neither")]
+    found = list(run_all(jobs, Setting(tmp_path, True, "", tmp_path, "cpu"), workers=1, seconds=60))
+    assert [job for job, _ in found] == jobs
+    assert all(isinstance(why, str) and f"KeyError: '{job.slug}'" in why for job, why in found)
 
 
 # -- equal side effects -----------------------------------------------------------------------------------------------

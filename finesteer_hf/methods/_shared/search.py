@@ -86,8 +86,9 @@ def search(
     screened = None
     if len(trials) > SHORT_LIST:
         trials, screened = shortlist(data, rule, trials, what, doses)
-    key, near, tried = _choose(data, rule, trials, what, doses or RELATIVE_DOSES)
-    strength, report = settle(data, rule, trials[key], near, doses or RELATIVE_DOSES)
+    steps = doses or RELATIVE_DOSES
+    key, near, tried = _choose(data, rule, trials, what, steps)
+    strength, report = settle(data, rule, trials[key], near, steps)
     return Found(key, strength, {f"{what}s_screened": screened, f"{what}s_tried": tried, **report})
 
 
