@@ -58,7 +58,7 @@ def test_answers_in_one_row(loaded: tuple[Any, Any]) -> None:
 def test_the_wheel_is_found_without_being_imported() -> None:
     import sys
 
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="gguf is not installed (the extra `dev`)")
     try:
         wheel_folder()
     except FileNotFoundError:

@@ -38,7 +38,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="session")
 def toy_adapters() -> dict[str, SteeringAdapter]:
     """Adapters for `toy_model`: gated at several sites, gated by another score, never gated, and constants."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="adapters are fitted with torch, which is not installed")
     common = {"positions": "generated", "strength": 3.0, "target": "difference", "refine": 0}
 
     def fitted(config) -> SteeringAdapter:
