@@ -53,7 +53,7 @@ class TaskDrivenConfig(SteeringConfig):
     """Settings of task-driven shifts.
 
     Attributes:
-        layer: decoder block whose heads are shifted; `auto` fits the three where a shift of equal size lowers the loss
+        layer: decoder block whose heads are shifted; `auto` fits the four where a shift of equal size lowers the loss
             most, to first order, and takes the one with the best held-out effect.
         num_rows: number of training prompts.
         l1: penalty on single coordinates, as a share of the smallest one that alone makes all shifts zero.

@@ -35,14 +35,14 @@ from finesteer_hf.methods._shared.preference_training import (
     first_order,
     train,
 )
-from finesteer_hf.methods._shared.search import search
+from finesteer_hf.methods._shared.search import search, shortlist
 from finesteer_hf.methods._shared.trials import Trial, candidate_layers
 from finesteer_hf.processors import Decision, Positions, QueryStates, SteeringProcessor
 from finesteer_hf.sites import Site, resid_post
 
 
 MIN_ROWS = 2
-# Blocks to train at with layer="auto": one training costs ten times as much as the first-order gains of all blocks.
+# Blocks to train at with layer="auto": one training costs ten times as much as a first look at all blocks.
 TRAINED_LAYERS = 2
 # For learning_rate="auto": norm of the vector if all steps went one way, in units of the state's. They do not: on the
 # playground REPS ends at a fifth of it or less. At 1 its held-out loss is still falling when the steps end.
@@ -56,8 +56,8 @@ class PreferenceVectorConfig(SteeringConfig):
     """Settings of a vector trained on preferences.
 
     Attributes:
-        layer: decoder block whose output is steered; `auto` trains at the two where a vector of the state's norm
-            lowers the loss most, to first order, and takes the one with the best held-out answers.
+        layer: decoder block whose output is steered; `auto` trains at the two where the loss's first gradient, added as
+            a vector, does most for held-out answers, and takes the better one.
         num_rows: training rows, drawn with the seed; None for all.
         epochs: passes over the rows.
         batch_size: rows a step.
@@ -213,15 +213,9 @@ class PreferenceVector(SteeringMethod[PreferenceConfigT]):
         rows = PreferenceRows.draw(data, "fit", config.num_rows)
         held_out = PreferenceRows.draw(data, "calibration", config.num_rows)
         sites = [resid_post(layer) for layer in candidate_layers(config.layer, data.info.num_layers)]
-        norms = {site: median_query_norm(data, site) for site in sites}
-        if len(sites) > 1:
-            slopes = first_order(
-                lambda which, steering: cls.first_losses(rows, which, steering, config),
-                len(rows),
-                dict.fromkeys(sites, data.info.hidden_size),
-                config.positions,
-            )
-            sites = sorted(sites, key=lambda site: -norms[site] * float(slopes[site].norm()))[:TRAINED_LAYERS]
+        norms, screened = {site: median_query_norm(data, site) for site in sites}, None
+        if len(sites) > TRAINED_LAYERS:
+            sites, screened = cls._promising(data, rows, norms, config)
         vectors, histories = {}, {}
         for site in sites:
             data.note(f"{name}: training a vector at layer {site.layer}")
@@ -235,25 +229,59 @@ class PreferenceVector(SteeringMethod[PreferenceConfigT]):
                 "the unsteered one. Give more rows (num_rows), another learning_rate or another layer, or keep='last'."
             )
 
-        def fitted(layer: int, strength: float) -> PreferenceConfigT:
-            return filled_in(config, data.info, layer=layer, strength=strength)
-
         trials = {
-            layer: Trial(
-                build=lambda strength, at=layer: cls(fitted(at, strength), {"vector": vectors[at]}),  # type: ignore[misc]
-                vector_norm=float(vector.norm()),
-                state_norm=norms[resid_post(layer)],
-            )
+            layer: cls._trial(data, config, layer, vector, norms[resid_post(layer)])
             for layer, vector in vectors.items()
         }
         chosen = search(data, config.strength, trials)
         layer = chosen.key
+        fitted = filled_in(config, data.info, layer=layer, strength=chosen.strength)
         report: dict[str, Any] = {
             "layer": layer,
             "training": {"rows": len(rows), "held_out_rows": len(held_out), **histories[layer].report()},
             **chosen.report,
+            "layers_screened": screened,
         }
-        return FitResult(fitted(layer, chosen.strength), {"vector": vectors[layer]}, report)
+        return FitResult(fitted, {"vector": vectors[layer]}, report)
+
+    @classmethod
+    def _promising(
+        cls,
+        data: FitData,
+        rows: PreferenceRows,
+        norms: Mapping[Site, float],
+        config: PreferenceConfigT,
+    ) -> tuple[list[Site], list[dict[str, Any]]]:
+        """The sites to train at, and the table of all.
+
+        The gradients are tried as vectors. Their lengths, the gains of tiny ones, favour late blocks: where the prompt is
+        steered too, what an early block gains begins slowly.
+        """
+        slopes = first_order(
+            lambda which, steering: cls.first_losses(rows, which, steering, config),
+            len(rows),
+            dict.fromkeys(norms, data.info.hidden_size),
+            config.positions,
+        )
+        trials = {
+            site.layer: cls._trial(data, config, site.layer, -slope, norms[site])
+            for site, slope in slopes.items()
+            if slope.any()
+        }
+        # A given strength is one of trained vectors, which are longer.
+        best, table = shortlist(data, "auto", trials, "layer")
+        return [resid_post(layer) for layer in list(best)[:TRAINED_LAYERS]], table
+
+    @classmethod
+    def _trial(
+        cls, data: FitData, config: PreferenceConfigT, layer: int, vector: torch.Tensor, state_norm: float
+    ) -> Trial:
+        """A vector at a block, with open strength."""
+
+        def build(strength: float) -> SteeringProcessor:
+            return cls(filled_in(config, data.info, layer=layer, strength=strength), {"vector": vector})
+
+        return Trial(build, float(vector.norm()), state_norm)
 
     @classmethod
     def _trained(

@@ -6,6 +6,7 @@ import torch
 from toy_rows import WIDTH, ToyData, margins, scores
 
 from finesteer_hf import Site
+from finesteer_hf.methods._shared import preference_vector
 from finesteer_hf.methods._shared.preference_training import PairScores, PreferenceRows
 from finesteer_hf.methods.reps import PAPER_FACTORS, REPS, NulledDirection, REPSConfig, positive_half, reps_loss
 from finesteer_hf.processors import TokenView
@@ -140,11 +141,32 @@ def test_the_vector_makes_unseen_rows_prefer_the_chosen_answer(negative):
     assert subtracted < unsteered
 
 
-def test_auto_trains_at_the_layers_of_the_steepest_loss():
+def test_auto_trains_at_the_layers_where_the_gradient_as_a_vector_does_most():
     _, _, adapter = fit_on_toy(REPSConfig(strength=0.5, epochs=1))
-    tried = [row["layer"] for row in adapter.config.fit["report"]["layers_tried"]]
-    assert len(tried) == 2
+    report = adapter.config.fit["report"]
+    looked_at = sorted(report["layers_screened"], key=lambda row: row[row["criterion"]], reverse=True)
+    assert len(looked_at) > 2
+    assert not any(row["broken"] for row in looked_at)
+    tried = [row["layer"] for row in report["layers_tried"]]
+    assert sorted(tried) == sorted(row["layer"] for row in looked_at[:2])
     assert adapter.config.layer in tried
+
+
+def test_the_first_look_tries_the_gradient_of_the_loss_as_a_vector(monkeypatch):
+    looks = []
+
+    def noted(data, rule, trials, what, doses=None):
+        looks.append((rule, {layer: trial.build(1.0).tensors["vector"] for layer, trial in trials.items()}))
+        return trials, []
+
+    monkeypatch.setattr(preference_vector, "shortlist", noted)
+    fit_on_toy(REPSConfig(strength=0.5, epochs=1))
+    ((rule, vectors),) = looks
+    # A given strength is the trained vector's.
+    assert rule == "auto"
+    assert len(vectors) > 2
+    steered, plain = (margins(vectors[2], 2, factor, toy_preferences(24, seed=5)) for factor in (1.0, 0.0))
+    assert steered > plain
 
 
 def test_the_stored_vector_is_the_trained_one_at_the_mean_factor():
