@@ -37,6 +37,7 @@ from benchmarks.compare.compare_subjects import SUBJECTS, Subject, subject_of
 from benchmarks.real.real_rows import UNSTEERED
 from benchmarks.real.real_study import DATA
 from finesteer_hf.adapters.adapter import SteeringAdapter
+from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.adapters.registry import get_steering_method
 from finesteer_hf.fitting import fit_steering
 from finesteer_hf.fitting.data.inputs import prepare_inputs
@@ -52,7 +53,7 @@ EQUAL = Limits(general_kl=0.05, own_words=0.2, likelihood=float("inf"), repetiti
 # The search for it begins at this dose at least, in units of the state's norm, doubles up to so many times, and halves
 # the gap (in logarithms) so often.
 LEAST_DOSE, DOUBLINGS, HALVINGS = 0.05, 7, 3
-ADAPTER = "method"
+ADAPTER, MODEL = "method", "out/real/model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +224,15 @@ def run(job: Job, setting: Setting) -> tuple[Job, dict[str, Any] | str]:
 def open_jobs(jobs: list[Job], setting: Setting, record: Path) -> list[Job]:
     """Those that the record lacks; at equal side effects, if the row's adapter is here."""
     kept = {split: read(record, *split) for split in {(job.subject, job.seed) for job in jobs}}
-    missing = [job for job in jobs if job.part not in kept[job.subject, job.seed].get(job.slug, {})]
-    return [job for job in missing if job.part == "own" or job.adapter(setting.out).exists()]
+    found = [(job, kept[job.subject, job.seed].get(job.slug, {})) for job in jobs]
+    missing = [(job, row) for job, row in found if job.part not in row]
+    return [job for job, row in missing if job.part == "own" or is_of(row, job.adapter(setting.out))]
+
+
+def is_of(row: dict[str, Any], folder: Path) -> bool:
+    """Whether a folder has the adapter of a recorded row, not one that was fitted elsewhere or before."""
+    strength = row.get("settings", {}).get("strength")
+    return strength is not None and folder.exists() and SteeringConfig.from_pretrained(folder).strength == strength
 
 
 def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[tuple[Job, Any]]:
@@ -254,7 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="own strength, equal side effects"
     )
-    parser.add_argument("--model", default="out/real/model", help="the real model's folder or id")
+    parser.add_argument("--model", default=MODEL, help="the real model's folder or id")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets of the real model's tasks")
     parser.add_argument("--device", default="cpu", help="where the real model runs")
     parser.add_argument("--workers", type=int, default=1, help="processes")
@@ -265,6 +273,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick and args.record == RECORD:
         parser.error("--quick measures too little to be kept: give a --record and a --page of its own.")
+    if args.model != MODEL and args.record == RECORD:
+        parser.error(
+            f"the record is of SmolLM2, as in {MODEL}: give another model a --record and a --page of its own."
+        )
     setting = Setting(args.out, args.quick, args.model, args.data, args.device)
     deadline = time.monotonic() + args.seconds
     # Equal side effects come last, for they want the adapters.

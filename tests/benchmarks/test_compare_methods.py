@@ -46,7 +46,7 @@ def write(
     found: dict[str, Any] = {"label": label, "note": "", "own": asked, "device": "cpu", "dtype": "float32"}
     if fitted:
         equal = {**asked, "strength": 2.0, "limit": "own_words", "kl": 0.01}
-        found |= {"equal": equal, "bytes": 1500, "seconds": {"all": 12.0}}
+        found |= {"equal": equal, "bytes": 1500, "seconds": {"all": 12.0}, "settings": {"strength": 2.0}}
     found = {name: value for name, value in found.items() if name not in {"own", "equal"} - set(parts)}
     add(record, SUBJECT, seed, label.lower(), found)
     return found
@@ -143,8 +143,19 @@ def test_what_the_record_has_is_not_measured_again(tmp_path: Path) -> None:
     write(record, "CAA", 7, parts=("own",))
     jobs = [Job(SUBJECT, 0, slug, part) for slug in ("caa", "cast") for part in ("own", "equal")]
     assert open_jobs(jobs, setting, record) == [jobs[2]]  # no adapter lies here
-    jobs[1].adapter(tmp_path).mkdir(parents=True)
+    CAAConfig(strength=2.0).save_pretrained(jobs[1].adapter(tmp_path))
     assert open_jobs(jobs, setting, record) == [jobs[1], jobs[2]]
+
+
+def test_another_fit_s_adapter_is_not_taken_for_a_recorded_row(tmp_path: Path) -> None:
+    record, setting, job = (
+        tmp_path / "record",
+        Setting(tmp_path, False, "", tmp_path, "cpu"),
+        Job(SUBJECT, 0, "caa", "equal"),
+    )
+    write(record, "CAA", 7, parts=("own",))
+    CAAConfig(strength=1.5).save_pretrained(job.adapter(tmp_path))
+    assert open_jobs([job], setting, record) == []
 
 
 def test_a_method_that_cannot_be_made_does_not_stop_the_others(
