@@ -45,8 +45,6 @@ NEAR_DOSES = (0.75, 1.0, 1.33)
 # A candidate is run steered if its first-order gain is at least this share of the best; this many differences of
 # states are.
 SCREENED_GAIN, SCREENED = 0.25, 2
-# Blocks at which steering the prompt's tokens is compared further, after a first look.
-PROMPT_SHORT_LIST = 2
 
 
 def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineSteer]) -> FitResult:
@@ -108,10 +106,7 @@ def _choose_place(
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None, float | None]:
     """The place that steers best with the quickest experts, its best dose, the table, the screening's agreement."""
     data, config = fits.data, fits.config
-    places: list[Place] = []
-    if wants_gradients(config):
-        places += [fits.place([layer], "gradient") for layer in sweep.by_gain[:1]]
-        places += [fits.place(sweep.several, "gradient")] if sweep.several else []
+    places = _gradient_places(fits, sweep)
     if config.target != "gradient":
         places += [fits.place([layer], "difference") for layer in sweep.by_fit[:SHORT_LIST]]
     quick = dataclasses.replace(config, experts="reduced_rank", num_experts="auto", residual_rank="auto")
@@ -143,6 +138,14 @@ def _choose_place(
     place = found[name].place
     simple = place.target == "gradient" and (config.experts, config.residual_rank) == ("auto", "auto")
     return (found[name] if simple else fits.fit(place, config, positions)), dose, tried, agreement
+
+
+def _gradient_places(fits: CandidateFits, sweep: Sweep) -> list[Place]:
+    """The block of the highest first-order gain, and several together; none where gradients are not wanted."""
+    if not wants_gradients(fits.config):
+        return []
+    places = [fits.place([layer], "gradient") for layer in sweep.by_gain[:1]]
+    return places + ([fits.place(sweep.several, "gradient")] if sweep.several else [])
 
 
 def _choose_experts(
@@ -185,32 +188,27 @@ def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFi
 def _try_prompts(
     fits: CandidateFits, sweep: Sweep, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
-    """Steer the prompt's tokens instead, if steering from the query on does not make the model say the wanted answers.
+    """Steer the prompt's tokens instead, if that is better by more than the standard error.
 
     What the model makes of a steered prompt it says in its own words, so a dose that would break its text from the query
-    on leaves it fluent. First-order gains are those of vectors from the query on and say nothing of this: constant
-    differences of states are run steered at some blocks.
+    on leaves it fluent. First-order gains are those of vectors from the query on and say little of this: constant
+    differences of states are run steered at some blocks, and constant gradients where they gain most.
     """
     config, data = fits.config, fits.data
-    if not config.positions == config.strength == "auto" or config.target == "gradient":
+    if not config.positions == config.strength == "auto":
         return chosen, dose, None
     late = fits.trial(chosen)
     dose = dose or compare(data, config.strength, {str(chosen.place): late}, "place")[1]
     if not dose:
         return chosen, dose, None
-    known = data.dose_response(late.build, (0.0, late.strength_of(dose)), first_look(data))
-    if Objective.of(known, data.limits).criterion == "sayable":
-        return chosen, dose, None
-    blocks = evenly(sorted(sweep.by_fit), PROMPT_BLOCKS)
     settings = of_rank(config, 0) if has_open_experts(config) else config
-    found = {
-        str(place): fits.fit(place, settings, "prompt")
-        for place in (fits.place([block], "difference") for block in blocks)
-    }
+    places = _gradient_places(fits, sweep)
+    if config.target != "gradient":
+        places += [fits.place([block], "difference") for block in evenly(sorted(sweep.by_fit), PROMPT_BLOCKS)]
+    found = {str(place): fits.fit(place, settings, "prompt") for place in places}
     trials = {name: fits.trial(fit) for name, fit in found.items()}
     best, screened = shortlist(data, config.strength, trials, "place")
-    finalists = {name: best[name] for name in list(best)[:PROMPT_SHORT_LIST]}
-    name, near, tried = compare(data, config.strength, finalists, "place")
+    name, near, tried = compare(data, config.strength, best, "place")
     if not near:
         return chosen, dose, screened
     steered: dict[Positions, tuple[Trial, list[float]]] = {

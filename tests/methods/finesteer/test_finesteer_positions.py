@@ -19,12 +19,12 @@ OPEN = {"strength": "auto", "positions": "auto", "residual_rank": 0}
 
 
 class Judged(PlantedData):
-    """Wanted answers are never given word by word; own answers are judged, with a bonus for some positions.
+    """Own answers are judged, and wanted answers are likelier with some positions.
 
     Args:
         positions: what gets the bonus.
         bonus: how much likelier wanted answers are there.
-        sayable: whether wanted answers come word by word after all.
+        sayable: whether wanted answers come word by word.
     """
 
     def __init__(self, positions: str, bonus: float, *, sayable: bool = False) -> None:
@@ -46,8 +46,11 @@ class Judged(PlantedData):
                 "wanted_rise_se": 0.05,
                 "own_words": -1.0,
             }
-            if not self.sayable:
-                judged |= {"bottleneck": 0.001, "bottleneck_rise": 0.0}
+            judged |= (
+                {"bottleneck": point.bottleneck + bonus}
+                if self.sayable
+                else {"bottleneck": 0.001, "bottleneck_rise": 0.0}
+            )
             found.append(dataclasses.replace(point, **judged))
         return found
 
@@ -79,11 +82,21 @@ def test_all_tokens_are_steered_where_that_is_better_still() -> None:
     assert chosen(Judged("all", 0.4)).config.positions == "all"
 
 
-def test_nothing_else_is_tried_where_the_wanted_answers_come_word_by_word() -> None:
-    data = Judged("prompt", 0.4, sayable=True)
-    result = chosen(data)
-    assert result.report["prompt_tried"] is None and "prompt" not in data.steered
-    assert result.config.positions == "generated"
+@pytest.mark.parametrize(("bonus", "positions"), [(0.4, "prompt"), (0.0, "generated")])
+def test_the_prompt_is_tried_where_the_wanted_answers_come_word_by_word_too(bonus: float, positions: str) -> None:
+    result = chosen(Judged("prompt", bonus, sayable=True))
+    assert result.report["objective"]["criterion"] == "sayable"
+    assert result.report["prompt_tried"] and result.config.positions == positions
+
+
+@pytest.mark.parametrize(
+    ("target", "tried"),
+    [("difference", {"difference"}), ("gradient", {"gradient"}), ("auto", {"difference", "gradient"})],
+)
+def test_the_prompt_is_tried_with_whatever_vectors_may_be_fitted_to(target: str, tried: set[str]) -> None:
+    result = chosen(Judged("prompt", 0.4), layer="auto", target=target)
+    assert result.config.positions == "prompt"
+    assert {row["place"].split(",")[0] for row in result.report["prompt_tried"] if "place" in row} == tried
 
 
 def test_experts_that_are_set_stay_in_the_prompt_too() -> None:
@@ -91,7 +104,7 @@ def test_experts_that_are_set_stay_in_the_prompt_too() -> None:
     assert (result.config.positions, result.config.residual_rank) == ("prompt", 2)
 
 
-@pytest.mark.parametrize("settings", [{"positions": "generated"}, {"strength": 1.0}, {"target": "gradient"}])
+@pytest.mark.parametrize("settings", [{"positions": "generated"}, {"strength": 1.0}])
 def test_what_is_set_stays(settings: dict[str, Any]) -> None:
     data = Judged("prompt", 0.4)
     result = chosen(data, **settings)
