@@ -22,6 +22,7 @@ from finesteer_hf.processors import Positions
 
 
 Key = TypeVar("Key")
+Name = TypeVar("Name", bound=str)
 OpenPositions = Positions | Literal["auto"]
 
 # Multiples of a place's best dose among which the strength is chosen.
@@ -219,23 +220,23 @@ def shortlist(
 def compare_with_all(
     data: FitData, positions: Positions, chosen: Trial, everywhere: Trial, dose: float
 ) -> tuple[Positions, float, list[dict[str, Any]]]:
-    """`compare_positions` with the same vectors at all tokens, around the best dose of the chosen positions."""
-    return compare_positions(
-        data, {positions: (chosen, [dose]), "all": (everywhere, [share * dose for share in LESS])}
-    )
+    """`compare_two` with the same vectors at all tokens, around the best dose of the chosen positions."""
+    doses = {positions: (chosen, [dose]), "all": (everywhere, [share * dose for share in LESS])}
+    return compare_two(data, doses, "positions")
 
 
-def compare_positions(
-    data: FitData, trials: Mapping[Positions, tuple[Trial, Sequence[float]]]
-) -> tuple[Positions, float, list[dict[str, Any]]]:
-    """The first of two positions, unless the other is better by more than the standard error.
+def compare_two(
+    data: FitData, trials: Mapping[Name, tuple[Trial, Sequence[float]]], what: str
+) -> tuple[Name, float, list[dict[str, Any]]]:
+    """The first of two variants, unless the other is better by more than the standard error.
 
     Args:
         data: runs the model on its validation part.
-        trials: for each positions, the trial that steers these tokens, and doses in units of the state's norm.
+        trials: each variant's trial, and doses in units of the state's norm.
+        what: what the keys are, for the report.
 
     Returns:
-        The positions, their best dose, and the table.
+        The variant, its best dose, and the table.
     """
     share = first_look(data)
     curves = {
@@ -244,7 +245,7 @@ def compare_positions(
     }
     objective = Objective.of([point for curve in curves.values() for point in curve], data.limits)
     best = {name: max(curve[1:], key=objective.merit) for name, curve in curves.items()}
-    table = [{"positions": name, **point_row(point, objective)} for name, point in best.items()]
+    table = [{what: name, **point_row(point, objective)} for name, point in best.items()]
     first, other = trials
     gain = objective.value(best[other]) - objective.value(best[first])
     better = bool(objective.broken(best[first])) or gain > objective.rise_se(best[other])

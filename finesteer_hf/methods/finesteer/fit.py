@@ -17,7 +17,7 @@ from finesteer_hf.methods._shared.screening import SCREEN_DOSE, rank_agreement
 from finesteer_hf.methods._shared.search import (
     PROMPT_BLOCKS,
     compare,
-    compare_positions,
+    compare_two,
     compare_with_all,
     first_look,
     settle,
@@ -73,6 +73,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     chosen, dose, tried, agreement = _choose_place(fits, sweep, positions)
     chosen, dose, experts_tried = _choose_experts(fits, chosen, dose)
     chosen, dose, prompt_tried = _try_prompts(fits, sweep, chosen, dose)
+    chosen, dose, trained_prompt_tried = _try_trained_prompt(fits, sweep, chosen, dose)
     chosen, dose, refined_tried = _choose_refinement(fits, chosen, dose)
     chosen, dose, positions_tried = _choose_positions(fits, chosen, dose)
 
@@ -85,6 +86,7 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
         "layers": sweep.table,
         "layers_tried": tried,
         "prompt_tried": prompt_tried,
+        "trained_prompt_tried": trained_prompt_tried,
         "screening_agrees": agreement,
         "experts_tried": experts_tried,
         "refinement_tried": refined_tried,
@@ -215,7 +217,7 @@ def _try_prompts(
         chosen.positions: (late, [dose]),
         "prompt": (best[name], [near]),
     }
-    positions, better, against = compare_positions(data, steered)
+    positions, better, against = compare_two(data, steered, "positions")
     table = [*screened, *(tried or []), *against]
     if positions != "prompt":
         return chosen, better, table
@@ -223,12 +225,37 @@ def _try_prompts(
     return experts, near, [*table, *(ranks or [])]
 
 
+def _try_trained_prompt(
+    fits: CandidateFits, sweep: Sweep, chosen: CandidateFit, dose: float | None
+) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
+    """Steer the prompt's tokens with gradients that are trained further, if that is better by more than the standard error.
+
+    A gradient is the best direction for a small step, and in the prompt the way to the answer is long: untrained it may
+    do little where trained it does most.
+    """
+    config, data = fits.config, fits.data
+    places = _gradient_places(fits, sweep)
+    if not dose or not config.positions == config.strength == config.refine == "auto" or not places:
+        return chosen, dose, None
+    start = fits.fit(places[-1], of_rank(config, 0) if has_open_experts(config) else config, "prompt")
+    near = compare(data, config.strength, {str(start.place): fits.trial(start)}, "place")[1]
+    if not near or start.experts.kind != "reduced_rank":
+        return chosen, dose, None
+    trained = refine(fits, start, AUTO_EPOCHS, near)
+    candidates = {
+        "untrained": (fits.trial(chosen), [dose]),
+        "trained": (fits.trial(trained), [near * f for f in NEAR_DOSES]),
+    }
+    name, better, table = compare_two(data, candidates, "experts")
+    return (trained if name == "trained" else chosen), better, table
+
+
 def _choose_refinement(
     fits: CandidateFits, chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
     """The closed form trained further through the frozen model, if requested or better on held-out rows."""
     config, data = fits.config, fits.data
-    if config.refine == 0 or chosen.experts.kind != "reduced_rank":
+    if config.refine == 0 or chosen.refined or chosen.experts.kind != "reduced_rank":
         return chosen, dose, None
     if config.refine == "auto" and (chosen.place.target != "gradient" or not dose):
         return chosen, dose, None

@@ -30,7 +30,7 @@ from finesteer_hf.methods.finesteer.candidates import CandidateFit, CandidateFit
 
 
 BETA, SCALE, ANCHOR, DRIFT, NORM = 4.0, 1.0, 0.2, 1.0, 1.0
-# Number of the queries' principal directions that the map reads.
+# Number of the queries' principal directions that the map reads, if its rank is open.
 RANK = 16
 # Passes over the rows if the data decide whether they help.
 AUTO_EPOCHS = 2
@@ -66,14 +66,15 @@ def refine(fits: CandidateFits, start: CandidateFit, epochs: int, dose: float) -
     norms = torch.tensor(list(fits.norms(place.writes).values()), dtype=torch.float32)
     width = queries.shape[1]
     per_site = norms.repeat_interleave(width)
-    mean, down = _principal_directions(queries, RANK)
+    rank = RANK if fits.config.residual_rank == "auto" else int(fits.config.residual_rank)
+    mean, down = _principal_directions(queries, rank)
     features = torch.from_numpy((queries - mean.numpy()) @ down.double().numpy()).float()
     trial = fits.trial(start)
     begun = torch.from_numpy(start.experts.predict(data.query(place.read, "fit"))) * trial.strength_of(dose)
     # Parameters are in units of the dose at each site, so that one rate works for all.
     unit = per_site * dose / np.sqrt(len(place.writes))
     bias = (begun.mean(dim=0) / unit).requires_grad_()
-    up = torch.linalg.lstsq(features, (begun - begun.mean(dim=0)) / unit).solution.requires_grad_()
+    up = (torch.linalg.pinv(features) @ ((begun - begun.mean(dim=0)) / unit)).requires_grad_()
 
     def vectors(rows: Sequence[int]) -> torch.Tensor:
         return (bias + features[list(rows)] @ up) * unit

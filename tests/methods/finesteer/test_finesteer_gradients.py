@@ -334,6 +334,15 @@ def test_a_fit_trains_for_the_given_number_of_epochs() -> None:
     assert preferences(found[2]).mean() > preferences(None).mean()
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_training_keeps_a_rank_that_is_set(rank: int) -> None:
+    settings = {"layer": 1, "target": "gradient", "gate": "always", "positions": "generated", "refine": 1}
+    adapter = fit_on_toy(FineSteerConfig(strength=1.0, experts="reduced_rank", residual_rank=rank, **settings))[2]
+    assert adapter.config.residual_rank == rank and adapter.tensors["residual.up"].shape[0] == rank
+    path = adapter.config.fit["report"]["experts"]["training"]["path"]
+    assert path[-1]["epoch"] == 1
+
+
 def test_everything_auto_is_filled_in_on_a_real_model() -> None:
     adapter = fit_on_toy(FineSteerConfig(refine="auto"))[2]
     config, report = adapter.config, adapter.config.fit["report"]
@@ -343,7 +352,11 @@ def test_everything_auto_is_filled_in_on_a_real_model() -> None:
     assert {row["place"].split(",")[0] for row in report["layers_tried"]} == {"difference", "gradient"}
     tried = [row["positions"] for row in report["positions_tried"] or []]
     assert tried in ([], ["generated", "all"], ["prompt", "all"])
-    assert (report["refinement_tried"] is None) == (config.target == "difference")
+    # What steers the prompt may be trained already.
+    trained = [row["experts"] for row in report["trained_prompt_tried"]]
+    assert trained == ["untrained", "trained"]
+    if config.refine == 0 or config.positions == "generated":
+        assert (report["refinement_tried"] is None) == (config.target == "difference")
     # The same figures in whole texts, at the strength that was taken.
     point = next(p for p in report["dose_response"] if p["strength"] == config.strength)
     assert point["preference"] == pytest.approx(preferences(adapter).mean(), rel=1e-3)
