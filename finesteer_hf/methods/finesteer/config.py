@@ -47,13 +47,15 @@ class FineSteerConfig(QueryGateConfig):
             `gradient`: of the preference for the wanted answer, with respect to a vector added at the site; `auto`:
             the one that steers held-out rows best.
         refine: passes over the rows that train the closed form further through the frozen model; `auto` tries two if
-            gradients are the target and keeps them if held-out rows improve; 0 for none.
+            gradients are the target, and with gradients in the prompt, and keeps them if held-out rows improve; 0 for
+            none.
         experts: `mixture` (prototypes, routing and residual in closed form), `reduced_rank` (residual map only),
             `paper` (trained as published), or `auto` (the one that steers held-out rows best: closed forms of several
             ranks, or a small mixture trained as published).
         residual: residual basis of `experts="paper"`: `pca` (Eq. 13) or `orthogonal` (to the prototypes).
         num_experts: number of prototypes.
-        residual_rank: rank of the residual map; `auto` takes the one that steers held-out rows best, including 0.
+        residual_rank: rank of the residual map, in training too; `auto` takes the one that steers held-out rows best,
+            including 0.
         key_dim: width of the routing keys of `experts="paper"`; None is the hidden size. The adapter stores the keys
             folded into the router.
         hidden_dim: width of the residual network of `experts="paper"`; None is the hidden size, which takes 67 MB at 4096.

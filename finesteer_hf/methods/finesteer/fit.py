@@ -54,9 +54,9 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
     steered on held-out rows: differences of states at single blocks, gradients of the preference at the best block
     and at several. At the chosen place the fit tries maps of lower rank (the rank that predicts shifts best does not
     always steer best) and a small mixture trained as published; then the prompt's tokens instead of those from the
-    query on; then the closed form trained further through the frozen model. The experts learn from the `fit` and
-    `calibration` parts (see `fit_gate` for the gate's data); everything else is chosen on `validation`, by
-    `Objective`.
+    query on, with closed forms and with gradients that are trained further; then the closed form trained further through
+    the frozen model. The experts learn from the `fit` and `calibration` parts (see `fit_gate` for the gate's data);
+    everything else is chosen on `validation`, by `Objective`.
 
     Raises:
         DatasetError: for too few rows, or a gate that needs general prompts when there are none.
