@@ -1,4 +1,4 @@
-"""A workbench with the playground and its two adapters."""
+"""A workbench with the playground and its two adapters, and one that has a third, which mixes experts at all tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from finesteer_hf import SteeredModelForCausalLM, playground
+from finesteer_hf import FineSteerConfig, SteeredModelForCausalLM, SteeringAdapter, fit_steering, playground
+from finesteer_hf.evaluation.data.playground_eval import fit_rows
 from finesteer_hf.ui.workbench import Workbench
 
 
 CARDS = Path(__file__).resolve().parents[2] / "hub_cards"
+
+
+@pytest.fixture(scope="session")
+def mixture() -> SteeringAdapter:
+    settings = {"experts": "mixture", "num_experts": 4, "residual_rank": 1, "positions": "all"}
+    config = FineSteerConfig(layer=4, strength=4.5, target="difference", **settings)
+    rows = fit_rows("truthful", split="question", limit=120)
+    general = list(playground.general_rows("fit"))
+    return fit_steering(*playground.load(), rows, config, general_dataset=general, progress=False)
 
 
 @pytest.fixture
@@ -23,6 +33,12 @@ def bench() -> Iterator[Workbench]:
     made = Workbench(steered, tokenizer, "playground", own=("truthful", "safety"))
     yield made
     made.close()
+
+
+@pytest.fixture
+def mixing(bench: Workbench, mixture: SteeringAdapter) -> Workbench:
+    bench.model.load_steering(mixture, "mixture")
+    return bench
 
 
 @pytest.fixture

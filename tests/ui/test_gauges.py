@@ -21,9 +21,9 @@ def curve_of(html: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("question", ["Tell me something about shaved hair.", "What is 3 plus 4?"])
-def test_the_question_lies_on_the_curve(bench: Workbench, question: str) -> None:
-    *_, last = answer_pair(bench, Question(question, "truthful"))
-    adapter = bench.adapter("truthful")
+def test_the_question_lies_on_the_curve(mixing: Workbench, question: str) -> None:
+    *_, last = answer_pair(mixing, Question(question, "mixture"))
+    adapter = mixing.adapter("mixture")
     html = gate_gauge(adapter, last.reading)
     x, y = (float(value) for value in re.findall(r"cx='([\d.]+)' cy='([\d.]+)'", html)[0])
     curve = curve_of(html)
@@ -46,18 +46,18 @@ def test_the_threshold_is_where_the_curve_reaches_one(bench: Workbench) -> None:
     assert float(line) == pytest.approx(first, abs=2 * step)
 
 
-def test_strength_zero_is_no_missing_gate(bench: Workbench) -> None:
-    adapter = bench.adapter("truthful")
+def test_strength_zero_is_no_missing_gate(mixing: Workbench) -> None:
+    adapter = mixing.adapter("mixture")
     assert "At strength 0" in gate_gauge(adapter, Reading()) and "At strength 0" in expert_bars(adapter, Reading())
     assert "steers every question" not in gate_gauge(adapter, Reading())
 
 
-def test_bars_show_the_weights(bench: Workbench) -> None:
+def test_bars_show_the_weights(mixing: Workbench) -> None:
     reading = Reading(gate=1.0, score=0.5, experts=(0.125, 0.5, 0.375, 0.0))
-    html = expert_bars(bench.adapter("truthful"), reading)
+    html = expert_bars(mixing.adapter("mixture"), reading)
     assert re.findall(r"width:([\d.]+)%", html) == ["12.5", "50.0", "37.5", "0.0"]
     assert "50%" in html and "expert 4" in html
-    assert "one map gives the vector" in expert_bars(bench.adapter("safety"), reading)
+    assert "one map gives the vector" in expert_bars(mixing.adapter("safety"), reading)
 
 
 def test_methods_without_gate_or_experts_say_so() -> None:

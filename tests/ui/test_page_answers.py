@@ -17,13 +17,14 @@ from finesteer_hf.ui.workbench import Workbench
 ASKED = "Tell me something about shaved hair."
 
 
+@pytest.mark.parametrize("adapter", ["truthful", "mixture"])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
-def test_both_answers_are_those_of_generate(bench: Workbench, scale: float) -> None:
+def test_both_answers_are_those_of_generate(mixing: Workbench, scale: float, adapter: str) -> None:
     expected = {}
-    for side, name in (("unsteered", None), ("steered", "truthful")):
-        with steered_as(bench.model, name, scale):
-            expected[side] = greedy_answers(bench.model, bench.tokenizer, [as_chat(ASKED)], max_new_tokens=24)
-    *_, last = answer_pair(bench, Question(ASKED, "truthful", scale, max_new_tokens=24))
+    for side, name in (("unsteered", None), ("steered", adapter)):
+        with steered_as(mixing.model, name, scale):
+            expected[side] = greedy_answers(mixing.model, mixing.tokenizer, [as_chat(ASKED)], max_new_tokens=24)
+    *_, last = answer_pair(mixing, Question(ASKED, adapter, scale, max_new_tokens=24))
     assert last.done
     assert (last.unsteered.strip(), last.steered.strip()) == (
         expected["unsteered"].texts[0],
@@ -34,9 +35,10 @@ def test_both_answers_are_those_of_generate(bench: Workbench, scale: float) -> N
     if scale == 0:
         assert last.reading == Reading()
         return
-    record = expected["steered"].steering["truthful"]
+    record = expected["steered"].steering[adapter]
     assert last.reading.gate == float(record["gate"]) and last.reading.score == float(record["score"])
-    assert last.reading.experts == pytest.approx(record["experts"][0].tolist())
+    weights = record["experts"][0].tolist() if adapter == "mixture" else []
+    assert last.reading.experts == pytest.approx(weights) and ("experts" in record) is bool(weights)
 
 
 def test_answers_grow_side_by_side(bench: Workbench) -> None:
@@ -48,15 +50,15 @@ def test_answers_grow_side_by_side(bench: Workbench) -> None:
     assert [pair.done for pair in pairs] == [False] * (len(pairs) - 1) + [True]
 
 
-def test_the_view_is_of_the_text_that_was_said(bench: Workbench) -> None:
-    *before, last = answer_pair(bench, Question(ASKED, "truthful"))
+def test_the_view_is_of_the_text_that_was_said(mixing: Workbench) -> None:
+    *before, last = answer_pair(mixing, Question(ASKED, "mixture"))
     assert last.view is not None and before[0].view is None
     answer = "".join(last.view.tokens[last.view.prompt_length :])
     assert answer.startswith(last.steered.strip()) and ASKED in "".join(last.view.tokens)
     assert last.view.largest.gt(0).all()
     assert last.reading is not None
     assert float(last.view.largest[last.view.query]) == pytest.approx(last.reading.relative_norm, rel=1e-3)
-    *_, shut = answer_pair(bench, Question("What is 3 plus 4?", "truthful"))
+    *_, shut = answer_pair(mixing, Question("What is 3 plus 4?", "truthful"))
     assert shut.view is not None and not shut.view.largest.any()
 
 
@@ -84,17 +86,17 @@ def test_an_error_inside_generate_reaches_the_reader(bench: Workbench) -> None:
     assert bench.lock.acquire(timeout=10)
 
 
-def test_a_reader_who_leaves_stops_both_answers(bench: Workbench) -> None:
+def test_a_reader_who_leaves_stops_both_answers(mixing: Workbench) -> None:
     # At this strength the answer goes on for ever.
-    pairs = answer_pair(bench, Question(ASKED, "truthful", scale=2.0, max_new_tokens=200))
+    pairs = answer_pair(mixing, Question(ASKED, "mixture", scale=10.0, max_new_tokens=200))
     while not next(pairs).steered:
         pass
     pairs.close()
     started = time.monotonic()
-    assert bench.lock.acquire(timeout=30)
-    bench.lock.release()
+    assert mixing.lock.acquire(timeout=30)
+    mixing.lock.release()
     stopped = time.monotonic() - started
     started = time.monotonic()
-    *_, last = answer_pair(bench, Question(ASKED, "truthful", scale=2.0, max_new_tokens=200))
+    *_, last = answer_pair(mixing, Question(ASKED, "mixture", scale=10.0, max_new_tokens=200))
     assert len(last.steered.split()) > 100
     assert stopped < time.monotonic() - started

@@ -42,7 +42,8 @@ def test_what_is_missing_is_named(bench: Workbench) -> None:
 
 def test_examples_come_from_the_cards(bench: Workbench) -> None:
     examples = bench.examples()
-    assert "Tell me something about shaved hair." in examples and examples[-1] == GENERAL_QUESTION
+    shipped = [example["prompt"] for example in bench.adapter("truthful").config.fit["examples"]]
+    assert shipped and set(shipped) < set(examples) and examples[-1] == GENERAL_QUESTION
     bench.own = ()
     assert bench.examples() == []
 

@@ -312,15 +312,6 @@ def test_training_begins_at_the_closed_form_and_lowers_its_loss(
     assert config.refine == 3 and set(tensors) == set(FineSteer.tensor_shapes(config))
 
 
-def test_principal_directions_are_whitened() -> None:
-    queries = kept_data(*SEVERAL).query(SITES[1], "fit").astype(np.float64)
-    mean, down = refine._principal_directions(queries, 3)
-    features = (queries - mean.numpy()) @ down.double().numpy()
-    assert down.shape == (32, 3)
-    np.testing.assert_allclose(features.T @ features / len(queries), np.eye(3), atol=1e-3)
-    np.testing.assert_allclose(features.mean(axis=0), 0.0, atol=1e-4)
-
-
 def test_a_fit_trains_for_the_given_number_of_epochs() -> None:
     found = {}
     for epochs in (0, 2):
@@ -332,15 +323,6 @@ def test_a_fit_trains_for_the_given_number_of_epochs() -> None:
     path = found[2].config.fit["report"]["experts"]["training"]["path"]
     assert [row["epoch"] for row in path] == [0, 1, 2] and path[2]["fit"] < path[1]["fit"]
     assert preferences(found[2]).mean() > preferences(None).mean()
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-def test_training_keeps_a_rank_that_is_set(rank: int) -> None:
-    settings = {"layer": 1, "target": "gradient", "gate": "always", "positions": "generated", "refine": 1}
-    adapter = fit_on_toy(FineSteerConfig(strength=1.0, experts="reduced_rank", residual_rank=rank, **settings))[2]
-    assert adapter.config.residual_rank == rank and adapter.tensors["residual.up"].shape[0] == rank
-    path = adapter.config.fit["report"]["experts"]["training"]["path"]
-    assert path[-1]["epoch"] == 1
 
 
 def test_everything_auto_is_filled_in_on_a_real_model() -> None:
