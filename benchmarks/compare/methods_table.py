@@ -52,7 +52,7 @@ METHODS = (
         "query, one block",
         "1 to 8 blocks",
         "gate and vector, by query",
-        "closed form; small mixture",
+        "closed form; small mixture, or a map",
         "a map a query",
         "arXiv 2604.15488",
         "calibrated gate, gradients as targets; `paper()`",
