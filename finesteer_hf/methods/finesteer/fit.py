@@ -72,8 +72,9 @@ def fit_finesteer(data: FitData, config: FineSteerConfig, method_cls: type[FineS
 
     chosen, dose, tried, agreement = _choose_place(fits, sweep, positions)
     chosen, dose, experts_tried = _choose_experts(fits, chosen, dose)
-    chosen, dose, prompt_tried = _try_prompts(fits, sweep, chosen, dose)
-    chosen, dose, trained_prompt_tried = _try_trained_prompt(fits, sweep, chosen, dose)
+    gradients = _gradients_in_prompt(fits, sweep)
+    chosen, dose, prompt_tried = _try_prompts(fits, sweep, gradients, chosen, dose)
+    chosen, dose, trained_prompt_tried = _try_trained_prompt(fits, gradients, chosen, dose)
     chosen, dose, refined_tried = _choose_refinement(fits, chosen, dose)
     chosen, dose, positions_tried = _choose_positions(fits, chosen, dose)
 
@@ -187,8 +188,20 @@ def _trained(fits: CandidateFits, chosen: CandidateFit) -> dict[str, CandidateFi
         return {}
 
 
+def _gradients_in_prompt(fits: CandidateFits, sweep: Sweep) -> list[CandidateFit]:
+    """Gradients in the prompt's tokens, constant if that is open; none where positions or strength are set."""
+    if not fits.config.positions == fits.config.strength == "auto":
+        return []
+    settings = _constant_if_open(fits.config)
+    return [fits.fit(place, settings, "prompt") for place in _gradient_places(fits, sweep)]
+
+
+def _constant_if_open(config: FineSteerConfig) -> FineSteerConfig:
+    return of_rank(config, 0) if has_open_experts(config) else config
+
+
 def _try_prompts(
-    fits: CandidateFits, sweep: Sweep, chosen: CandidateFit, dose: float | None
+    fits: CandidateFits, sweep: Sweep, gradients: list[CandidateFit], chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
     """Steer the prompt's tokens instead, if that is better by more than the standard error.
 
@@ -203,11 +216,11 @@ def _try_prompts(
     dose = dose or compare(data, config.strength, {str(chosen.place): late}, "place")[1]
     if not dose:
         return chosen, dose, None
-    settings = of_rank(config, 0) if has_open_experts(config) else config
-    places = _gradient_places(fits, sweep)
+    found = {str(fit.place): fit for fit in gradients}
     if config.target != "gradient":
-        places += [fits.place([block], "difference") for block in evenly(sorted(sweep.by_fit), PROMPT_BLOCKS)]
-    found = {str(place): fits.fit(place, settings, "prompt") for place in places}
+        settings = _constant_if_open(config)
+        places = [fits.place([block], "difference") for block in evenly(sorted(sweep.by_fit), PROMPT_BLOCKS)]
+        found |= {str(place): fits.fit(place, settings, "prompt") for place in places}
     trials = {name: fits.trial(fit) for name, fit in found.items()}
     best, screened = shortlist(data, config.strength, trials, "place")
     name, near, tried = compare(data, config.strength, best, "place")
@@ -226,7 +239,7 @@ def _try_prompts(
 
 
 def _try_trained_prompt(
-    fits: CandidateFits, sweep: Sweep, chosen: CandidateFit, dose: float | None
+    fits: CandidateFits, gradients: list[CandidateFit], chosen: CandidateFit, dose: float | None
 ) -> tuple[CandidateFit, float | None, list[dict[str, Any]] | None]:
     """Steer the prompt's tokens with gradients that are trained further, if that is better by more than the standard error.
 
@@ -234,12 +247,11 @@ def _try_trained_prompt(
     do little where trained it does most.
     """
     config, data = fits.config, fits.data
-    places = _gradient_places(fits, sweep)
-    if not dose or not config.positions == config.strength == config.refine == "auto" or not places:
+    if not dose or not gradients or config.refine != "auto" or gradients[-1].experts.kind != "reduced_rank":
         return chosen, dose, None
-    start = fits.fit(places[-1], of_rank(config, 0) if has_open_experts(config) else config, "prompt")
+    start = gradients[-1]
     near = compare(data, config.strength, {str(start.place): fits.trial(start)}, "place")[1]
-    if not near or start.experts.kind != "reduced_rank":
+    if not near:
         return chosen, dose, None
     trained = refine(fits, start, AUTO_EPOCHS, near)
     candidates = {
