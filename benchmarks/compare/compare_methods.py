@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
+import queue
 import shutil
 import tempfile
 import time
@@ -219,6 +221,9 @@ def run(job: Job, setting: Setting) -> tuple[Job, dict[str, Any] | str]:
     except Exception:
         # One method that cannot be made must not cost the others their turn.
         return job, traceback.format_exc()
+    finally:
+        # Nothing without a GPU; on one that several processes share, what this one keeps is what others lack.
+        torch.cuda.empty_cache()
 
 
 def open_jobs(jobs: list[Job], setting: Setting, record: Path) -> list[Job]:
@@ -235,20 +240,35 @@ def is_of(row: dict[str, Any], folder: Path) -> bool:
     return strength is not None and folder.exists() and SteeringConfig.from_pretrained(folder).strength == strength
 
 
-def run_all(jobs: list[Job], setting: Setting, workers: int, seconds: float) -> Iterator[tuple[Job, Any]]:
-    """Run jobs in their order, in so many processes; what is still running after `seconds` is given up."""
+def run_all(
+    jobs: list[Job], setting: Setting, record: Path, workers: int, seconds: float
+) -> Iterator[tuple[Job, dict[str, Any] | str]]:
+    """Run what the record lacks of the jobs, in so many processes; what is still running after `seconds` is given up.
+
+    A free process takes the first job that can be begun. What is yielded belongs in the record before the next is asked
+    for: equal side effects wait for the row at its own strength.
+    """
     deadline = time.monotonic() + seconds
-    if workers == 1:
-        yield from (run(job, setting) for job in jobs if time.monotonic() < deadline)
-        return
+    waiting, running = list(jobs), 0
+    finished: queue.SimpleQueue[tuple[Job, dict[str, Any] | str]] = queue.SimpleQueue()
     # Processes that share a device are started anew, not forked.
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        found = pool.imap_unordered(functools.partial(run, setting=setting), jobs)
-        try:
-            for _ in jobs:
-                yield found.next(timeout=max(0.0, deadline - time.monotonic()))  # type: ignore[attr-defined]
-        except multiprocessing.TimeoutError:
-            print("out of time", flush=True)
+    with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else contextlib.nullcontext() as pool:
+        while time.monotonic() < deadline:
+            for job in open_jobs(waiting, setting, record)[: workers - running]:
+                waiting.remove(job)
+                running += 1
+                if pool is None:
+                    finished.put(run(job, setting))
+                else:
+                    pool.apply_async(run, (job, setting), callback=finished.put)
+            if not running:
+                return
+            try:
+                yield finished.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            running -= 1
+    print("out of time", flush=True)
 
 
 def main() -> None:
@@ -278,18 +298,22 @@ def main() -> None:
             f"the record is of SmolLM2, as in {MODEL}: give another model a --record and a --page of its own."
         )
     setting = Setting(args.out, args.quick, args.model, args.data, args.device)
-    deadline = time.monotonic() + args.seconds
-    # Equal side effects come last, for they want the adapters.
-    for part in () if args.only_page else [part for part in PARTS if part in args.parts]:
-        # Split by split, so that an early end leaves whole tables.
-        jobs = [Job(name, seed, slug, part) for seed in args.seeds for slug in args.methods for name in args.subjects]
-        missing = open_jobs(jobs, setting, args.record)
-        for job, found in run_all(missing, setting, args.workers, deadline - time.monotonic()):
-            if isinstance(found, str):
-                print(f"{job}: FAILED\n{found}", flush=True)
-                continue
-            add(args.record, job.subject, job.seed, job.slug, found)
-            print(f"{job}: {np.mean(found[part]['scores']):.3f}", flush=True)
+    # Split by split, so that an early end leaves whole tables.
+    jobs = [
+        Job(name, seed, slug, part)
+        for seed in args.seeds
+        for part in args.parts
+        for slug in args.methods
+        for name in args.subjects
+    ]
+    if args.only_page:
+        jobs = []
+    for job, found in run_all(jobs, setting, args.record, args.workers, args.seconds):
+        if isinstance(found, str):
+            print(f"{job}: FAILED\n{found}", flush=True)
+            continue
+        add(args.record, job.subject, job.seed, job.slug, found)
+        print(f"{job}: {np.mean(found[job.part]['scores']):.3f}", flush=True)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(page(args.record))
 

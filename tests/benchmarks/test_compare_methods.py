@@ -164,9 +164,29 @@ def test_a_method_that_cannot_be_made_does_not_stop_the_others(
     monkeypatch.setattr(transformers.logging, "set_verbosity_error", lambda: None)  # would outlast the test
     monkeypatch.setattr(transformers.utils.logging, "disable_progress_bar", lambda: None)
     jobs = [Job(SUBJECT, 0, slug, "own") for slug in ("no-method", "neither")]
-    found = list(run_all(jobs, Setting(tmp_path, True, "", tmp_path, "cpu"), workers=1, seconds=60))
+    setting = Setting(tmp_path, True, "", tmp_path, "cpu")
+    found = list(run_all(jobs, setting, tmp_path / "record", workers=1, seconds=60))
     assert [job for job, _ in found] == jobs
     assert all(isinstance(why, str) and f"KeyError: '{job.slug}'" in why for job, why in found)
+
+
+def test_equal_side_effects_wait_for_the_row_and_splits_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, setting = tmp_path / "record", Setting(tmp_path, False, "", tmp_path, "cpu")
+
+    def fitted(job: Job, setting: Setting) -> tuple[Job, dict[str, Any]]:
+        if job.part == "own":
+            CAAConfig(strength=2.0).save_pretrained(job.adapter(tmp_path))
+        return job, {}
+
+    monkeypatch.setattr("benchmarks.compare.compare_methods.run", fitted)
+    jobs = [Job(SUBJECT, seed, slug, part) for seed in (0, 1) for part in ("own", "equal") for slug in ("caa", "cast")]
+    ran = []
+    for job, _ in run_all(jobs, setting, record, workers=1, seconds=60):
+        ran.append(job)
+        write(record, job.slug.upper(), 7, seed=job.seed, parts=(job.part,))
+    assert ran == jobs
 
 
 # -- equal side effects -----------------------------------------------------------------------------------------------
