@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList
@@ -24,7 +24,11 @@ from finesteer_hf.runtime.forwards.streams import Prompt, cache_length, forward_
 from finesteer_hf.runtime.plan import Plan, Selection, SelectionLike, as_selection
 from finesteer_hf.runtime.session import CallSession
 from finesteer_hf.serving.asking import AskedOfBatch, each, plan_of
-from finesteer_hf.serving.manager import SteeredManager
+from finesteer_hf.serving.contract import check_contract
+
+
+if TYPE_CHECKING:
+    from finesteer_hf.serving.manager import SteeredManager
 
 
 # Arguments of `generate`; functions that would silently ignore them refuse them.
@@ -226,7 +230,14 @@ class SteeredGeneration:
 
         CUDA graphs and asynchronous batching are off unless they are asked for; an engine with them serves unsteered
         requests only.
+
+        Raises:
+            UnsupportedModelError: if the engine of the installed transformers cannot be steered.
         """
+        check_contract()
+        # An older transformers lacks what this builds on, and everything but serving works with it.
+        from finesteer_hf.serving.manager import SteeredManager
+
         if continuous_batching_config is None:
             # Where older code puts it.
             own = generation_config or self.generation_config  # type: ignore[attr-defined]

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers.generation.continuous_batching.cache_allocators import SLIDING_ATTENTION
-
 from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.processors import SteeringProcessor
 from finesteer_hf.runtime.plan import Plan
 from finesteer_hf.sites import TextTower
+
+
+# The cache's name for layers that attend within a window, as in a config's `layer_types`.
+SLIDING_ATTENTION = "sliding_attention"
 
 
 def check_plan(plan: Plan, tower: TextTower | None) -> None:

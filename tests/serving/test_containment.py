@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -181,3 +183,29 @@ def test_an_engine_without_the_seam_is_refused(model, monkeypatch):
     ]
     with pytest.raises(UnsupportedModelError, match=r"search_prefix_match.*Install transformers"):
         model.generate_batch([[7]], max_new_tokens=1)
+
+
+# transformers as it was before it had what serving builds on.
+OLDER = """
+import sys
+from transformers import LlamaForCausalLM
+for name in list(sys.modules):
+    if name.startswith("transformers.generation.continuous_batching."):
+        sys.modules[name] = None
+import torch
+from finesteer_hf import SteeredModelForCausalLM
+from finesteer_hf.errors import UnsupportedModelError
+from finesteer_hf.testing import toy_model
+model = SteeredModelForCausalLM.from_model(toy_model())
+assert model.generate(torch.tensor([[7]]), max_new_tokens=2).shape == (1, 3)
+try:
+    model.init_continuous_batching()
+except UnsupportedModelError as error:
+    print(error)
+"""
+
+
+def test_everything_but_serving_works_where_transformers_lacks_the_seam():
+    found = subprocess.run([sys.executable, "-c", OLDER], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "it lacks continuous_api.ContinuousBatchingManager" in found.stdout and "use `generate`" in found.stdout
