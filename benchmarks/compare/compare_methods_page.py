@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,24 @@ def load(record: Path, subject: str) -> list[Found]:
         for found in split.values():
             row = rows.setdefault(found["label"], Found(found["label"], found["note"]))
             row.splits[seed] = found
-    return sorted(rows.values(), key=lambda row: -float(np.mean(list(row.items().values()))))
+    return by_score(rows.values())
+
+
+def by_score(rows: Iterable[Found]) -> list[Found]:
+    """Rows by falling score."""
+    return sorted(rows, key=lambda row: -float(np.mean(list(row.items().values()))))
+
+
+def wide_splits(rows: Sequence[Found]) -> set[int]:
+    """Seeds of the splits that at least three quarters of the rows were measured on."""
+    seeds = {seed for row in rows for seed in row.splits}
+    return {seed for seed in seeds if 4 * sum(seed in row.splits for row in rows) >= 3 * len(rows)}
+
+
+def on_splits(rows: Sequence[Found], seeds: set[int]) -> list[Found]:
+    """The rows with only some of their splits: means over different splits are of different questions."""
+    kept = [dataclasses.replace(r, splits={s: r.splits[s] for s in r.splits if s in seeds}) for r in rows]
+    return by_score(row for row in kept if row.splits)
 
 
 def shown(values: Sequence[float], percent: bool) -> str:
@@ -191,8 +209,6 @@ def table(rows: Sequence[Found], subject: str) -> list[str]:
         line(row, difference, str(ranks[row.label]) if row.label in ranks else "", percent)
         for row, difference in zip(rows, differences, strict=True)
     ]
-    notes = [f"{row.label}: {row.note}." for row in rows if row.note]
-    prompts = [split["system"] for row in rows if row.label == PROMPT for split in row.splits.values()]
     places = {f"{split['device']} in {split['dtype']}" for row in rows for split in row.splits.values()}
     return [
         f"Score: {SCORES[subject]}. n = {len(reference.items())} items of {len(reference.splits)} splits, "
@@ -202,6 +218,14 @@ def table(rows: Sequence[Found], subject: str) -> list[str]:
         f"|{' --- |' * len(COLUMNS)}",
         *(f"| {' | '.join(row)} |" for row in cells),
         "",
+    ]
+
+
+def settings(rows: Sequence[Found]) -> list[str]:
+    """What is not default in the rows of a table."""
+    notes = [f"{row.label}: {row.note}." for row in rows if row.note]
+    prompts = [split["system"] for row in rows if row.label == PROMPT for split in row.splits.values()]
+    return [
         *([f"System prompt: {' / '.join(dict.fromkeys(prompts))}", ""] if prompts else []),
         *(["Not default: " + " ".join(notes), ""] if notes else []),
     ]
@@ -232,6 +256,18 @@ def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
     return [*lines, "</details>", ""]
 
 
+def tables(rows: Sequence[Found], subject: str) -> list[str]:
+    """All of a subject: the splits that most rows have, then the rows that have more of them."""
+    wide = on_splits(rows, wide_splits(rows))
+    lines = [*table(wide, subject), *settings(wide), *further(wide, subject), *texts(wide)]
+    every = next(set(row.splits) for row in rows if row.label == REFERENCE)
+    if every > wide_splits(rows):
+        measured = [row for row in on_splits(rows, every) if set(row.splits) == every]
+        lines += ["### More splits", "", "The rows that were measured on further splits too.", ""]
+        lines += table(measured, subject)
+    return lines
+
+
 def page(record: Path, remarks: Path = REMARKS) -> str:
     """The page of all results in a record.
 
@@ -243,5 +279,5 @@ def page(record: Path, remarks: Path = REMARKS) -> str:
     for subject, title in TITLES.items():
         rows = load(record, subject)
         if any(row.label == REFERENCE for row in rows):
-            text += [f"## {title}", "", *table(rows, subject), *further(rows, subject), *texts(rows)]
+            text += [f"## {title}", "", *tables(rows, subject)]
     return "\n".join(text).rstrip() + "\n"

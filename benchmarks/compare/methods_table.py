@@ -1,7 +1,5 @@
 """The table of all methods in `docs/methods.md`: what each is, and what it reached in `compare_methods.py`.
 
-A figure that the record does not have (yet) is kept as it stands on the page, with the mark of older fits.
-
 python -m benchmarks.compare.methods_table --page docs/methods.md
 """
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compare.compare_methods_page import Found, load
+from benchmarks.compare.compare_methods_page import Found, load, on_splits, wide_splits
 from benchmarks.compare.compare_record import RECORD
 from benchmarks.compare.compare_subjects import SUBJECTS
 
@@ -198,10 +196,7 @@ COLUMNS = (
     "method", "reads", "writes", "decides", "trains", "costs beside", "file, playground / SmolLM2",
     "playground: truthful, refusals", "SmolLM2: MC2, refusals", "source", "differs",
 )  # fmt: skip
-# The columns of figures, and what parts the figures in each.
-FIGURES = slice(6, 9)
-MARKS = (" / ", ", ", ", ")
-UNKNOWN, OLDER = "-", "†"
+UNKNOWN = "-"
 
 
 def reached(rows: list[Found], name: str, percent: bool) -> str:
@@ -222,41 +217,25 @@ def size(rows: list[Found], name: str) -> str:
     return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
 
 
-def table(record: Path, before: list[str]) -> list[str]:
+def table(record: Path) -> list[str]:
     """The table's lines.
 
     Args:
         record: folder of the results.
-        before: the lines that stand on the page.
     """
-    by_subject = {subject: load(record, subject) for subject in SUBJECTS}
-    old = {cells[0]: cells for cells in map(cells_of, before)}
+    every = {subject: load(record, subject) for subject in SUBJECTS}
+    by_subject = {subject: on_splits(rows, wide_splits(rows)) for subject, rows in every.items()}
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     for method in METHODS:
         scores = [reached(rows, method.name, subject != "real-truthful") for subject, rows in by_subject.items()]
         sizes = [size(by_subject[subject], method.name) for subject in SUBJECTS[::2]]
-        name = f"[{method.name}](#{method.name.lower()})"
-        before_it = old[name][FIGURES] if name in old else [mark.join([UNKNOWN] * 2) for mark in MARKS]
-        figures = [
-            mark.join(kept(*pair) for pair in zip(new, was.split(mark), strict=True))
-            for mark, new, was in zip(MARKS, (sizes, scores[:2], scores[2:]), before_it, strict=True)
-        ]
+        figures = [" / ".join(sizes), ", ".join(scores[:2]), ", ".join(scores[2:])]
         cells = [
-            name, method.reads, method.writes, method.decides, method.trains,
+            f"[{method.name}](#{method.name.lower()})", method.reads, method.writes, method.decides, method.trains,
             method.costs, *figures, method.source, method.differs,
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def cells_of(line: str) -> list[str]:
-    """Cells of a table's line."""
-    return [cell.strip() for cell in line.strip().strip("|").split(" | ")]
-
-
-def kept(new: str, old: str) -> str:
-    """The new figure; the older one, marked, where there is none."""
-    return old.rstrip(OLDER) + OLDER if new == UNKNOWN != old else new
 
 
 def main() -> None:
@@ -267,8 +246,8 @@ def main() -> None:
     args = parser.parse_args()
     text = args.page.read_text()
     before, _, rest = text.partition(BEGIN)
-    lines, _, after = rest.partition(END)
-    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.record, lines.splitlines()), f"{END}{after}"]))
+    _, _, after = rest.partition(END)
+    args.page.write_text("\n".join([f"{before}{BEGIN}", *table(args.record), f"{END}{after}"]))
 
 
 if __name__ == "__main__":

@@ -95,16 +95,21 @@ def test_a_row_without_equal_side_effects_leaves_its_cells_empty(tmp_path: Path,
     assert found[REFERENCE][5:7] == ["", ""] and found["ONE"][5].startswith("25.0%")
 
 
-def test_the_table_of_methods_keeps_what_the_record_lacks(tmp_path: Path) -> None:
+def test_the_table_of_methods_leaves_out_what_the_record_lacks(tmp_path: Path) -> None:
     write(tmp_path, REFERENCE, 5)
-    first = methods_table(tmp_path, [])
-    assert "| 1.5 kB / - | 25%, - | -, - |" in next(line for line in first if "[FINESTEER]" in line)
-    before = [
-        line.replace("1.5 kB / -", "9 kB / 8 kB").replace("25%, - | -, -", "90%, 80% | 0.7, 60%†") for line in first
-    ]
-    for _ in range(2):  # the marks stay as they are
-        before = methods_table(tmp_path, before)
-        assert "| 1.5 kB / 8 kB† | 25%, 80%† | 0.7†, 60%† |" in next(line for line in before if "[FINESTEER]" in line)
+    found = next(line for line in methods_table(tmp_path) if "[FINESTEER]" in line)
+    assert "| 1.5 kB / - | 25%, - | -, - |" in found
+
+
+def test_a_split_of_few_rows_has_a_table_of_its_own(tmp_path: Path, remarks: Path) -> None:
+    for label, hits in ((REFERENCE, 10), ("ONE", 16), ("TWO", 12)):
+        write(tmp_path, label, hits)
+    for label, hits in ((REFERENCE, 5), ("ONE", 0)):
+        write(tmp_path, label, hits, seed=1, first=20)
+    few = page(tmp_path, remarks).partition("### More splits")[2]
+    assert table(tmp_path, remarks)["ONE"][1].startswith("80.0%")  # 40% with the other split, which two rows lack
+    assert "| ONE | 40.0%" in few and "| FINESTEER | 37.5%" in few and "TWO" not in few
+    assert "| 50%, - |" in next(line for line in methods_table(tmp_path) if "[FINESTEER]" in line)
 
 
 # -- record -----------------------------------------------------------------------------------------------------------
