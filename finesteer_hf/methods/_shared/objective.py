@@ -31,7 +31,8 @@ LEADING: Mapping[Criterion, tuple[str, str, str]] = {
 # twice the standard error of the difference.
 SAYABLE = 0.1
 # Own words may become less likely by this share of what the chosen answers gain. With a share of 1 a map for refusals
-# got far more than the dose at which the refusals were most likely.
+# got far more than the dose at which the refusals were most likely. With none, where the judge's figure is level over a
+# range of doses, the fit took the lowest: 74% of the held-out refusals of SmolLM2, where 83% were to be had.
 SURPRISE = 0.5
 
 
@@ -91,9 +92,7 @@ class Limits:
         }
         if criterion != "sayable":
             excess["likelihood"] = _rise(point.likelihood, unsteered.likelihood)
-            lost = _rise(point.own_words, unsteered.own_words)
-            gained = max(0.0, point.likelihood - unsteered.likelihood)
-            excess["own_words"] = None if lost is None else lost - SURPRISE * gained
+            excess["own_words"] = surprise(point, unsteered)
         return [name for name, value in excess.items() if value is not None and value > getattr(self, name) + 1e-9]
 
 
@@ -128,14 +127,14 @@ class Objective:
     def value(self, point: DosePoint) -> float:
         """The figure to raise: a probability.
 
-        For `wanted` it is discounted by the ratio of perplexities: when nearly all answers are of the chosen kind, a
-        higher dose still moves the judge a little, and breaks the text.
+        For `wanted` it is discounted by the ratio of perplexities, less what new answers must surprise: when nearly all
+        answers are of the chosen kind, a higher dose still moves the judge a little, and breaks the text.
         """
         value = getattr(point, LEADING[self.criterion][0])
         if value is None or not math.isfinite(value):
             return -math.inf
         if self.criterion == "wanted":
-            value *= math.exp(-max(0.0, _rise(point.own_words, self.unsteered.own_words) or 0.0))
+            value *= math.exp(-max(0.0, surprise(point, self.unsteered) or 0.0))
         return float(value)
 
     def rise_se(self, point: DosePoint) -> float:
@@ -197,6 +196,17 @@ def raises_wanted(point: DosePoint, unsteered: DosePoint) -> bool:
     if point.wanted is None or unsteered.wanted is None:
         return False
     return point.wanted - unsteered.wanted > 2 * point.wanted_rise_se
+
+
+def surprise(point: DosePoint, unsteered: DosePoint) -> float | None:
+    """Nats per token by which own words are less likely under the base than new answers must be; None if not measured.
+
+    New answers are unlikely under it even where nothing is wrong with them, so half of what the chosen answers gain is
+    free.
+    """
+    lost = _rise(point.own_words, unsteered.own_words)
+    gained = max(0.0, point.likelihood - unsteered.likelihood)
+    return None if lost is None else lost - SURPRISE * gained
 
 
 def _rise(before: float | None, after: float | None) -> float | None:

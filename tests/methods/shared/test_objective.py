@@ -148,13 +148,17 @@ def test_wanted_answers_count_less_the_less_likely_the_base_finds_them() -> None
     unsteered = dataclasses.replace(UNSTEERED, wanted=0.1, own_words=-1.0)
     objective = Objective(unsteered, Limits(), "wanted")
 
-    def value(wanted: float | None, own_words: float) -> float:
-        return objective.value(dataclasses.replace(OPEN, wanted=wanted, own_words=own_words))
+    def value(wanted: float | None, own_words: float, gain: float = 0.0) -> float:
+        likelihood = unsteered.likelihood + gain
+        return objective.value(dataclasses.replace(OPEN, wanted=wanted, own_words=own_words, likelihood=likelihood))
 
     assert value(0.8, -1.0) == value(0.8, -0.5) == 0.8, "text that is more fluent than the base's earns nothing"
     assert value(0.8, -1.5) == pytest.approx(0.8 * math.exp(-0.5))
     assert value(0.93, -1.2) < value(0.9, -1.05), "a judge that is nearly sure is worth no broken text"
     assert value(None, -1.0) == -math.inf
+    # What new answers must surprise the base is no cost: half of what the chosen answers gain.
+    assert value(0.8, -1.2, gain=0.4) == 0.8
+    assert value(0.8, -1.5, gain=0.4) == pytest.approx(0.8 * math.exp(-0.3))
 
 
 # -- trying several ways ----------------------------------------------------------------------------------------------
