@@ -8,6 +8,9 @@ others.
     python -m benchmarks.compare.compare_methods --subjects playground-truthful playground-refusal
     python -m benchmarks.compare.compare_methods --subjects real-truthful real-refusal --device cuda --workers 8
     python -m benchmarks.compare.compare_methods --only-page
+
+On one GPU, start NVIDIA's multi-process service first (`nvidia-cuda-mps-control -d`): kernels of several processes then run
+side by side. Eighteen processes took 60 GB.
 """
 
 from __future__ import annotations

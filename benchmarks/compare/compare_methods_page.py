@@ -187,9 +187,9 @@ def line(row: Found, difference: str, rank: str, percent: bool) -> list[str]:
 
 
 def at_equal_side_effects(row: Found, percent: bool) -> list[str]:
-    """Score and identical answers there; empty cells where that was not measured."""
+    """Score and identical answers there; empty cells where that was not measured on all of the row's splits."""
     found = row.measured("equal")
-    if not found:
+    if len(found) < len(row.splits):
         return ["", ""]
     limits = [split["equal"]["limit"] for split in found]
     bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
