@@ -19,8 +19,10 @@ import torch
 from finesteer_hf.adapters.adapter import SteeringAdapter, tensors_equal
 from finesteer_hf.adapters.config import SteeringConfig
 from finesteer_hf.adapters.registry import get_steering_method
+from finesteer_hf.errors import UnsupportedModelError
 from finesteer_hf.model.auto import SteeredModelForCausalLM
 from finesteer_hf.serving.admission import not_served
+from finesteer_hf.serving.contract import check_contract
 from finesteer_hf.testing import checks
 from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.toy import toy_general_prompts, toy_model, toy_preferences, toy_tokenizer
@@ -91,6 +93,11 @@ def check_feature(
     method_cls = get_steering_method(adapter.config.steering_type).method_cls
     if feature in method_cls.differs:
         return FeatureResult(feature, "differs", method_cls.differs[feature])
+    if feature == "continuous_batching":
+        try:
+            check_contract()
+        except UnsupportedModelError as error:
+            return FeatureResult(feature, "refused", str(error))
     bench = make_bench(adapter, model, prompts)
     refuses = dict(method_cls.refused_by(adapter.config))
     if reason := not_served(bench.model._steering.get("a").processor):
