@@ -3,7 +3,8 @@
 make real
 python -m benchmarks.pages.real_cards out/real
 
-Where only the cards or what they say of their base changed, nothing is fitted; `make real-model` is enough then:
+A task that the study lacks keeps the adapter that it has. Where only the cards or what they say of their base changed,
+nothing is fitted; `make real-model` is enough then:
 
 python -m benchmarks.pages.real_cards --again
 """
@@ -80,8 +81,11 @@ def main() -> None:
     if (arguments.study is None) is not arguments.again:
         parser.error("give either the folder of a study or --again")
     model, _ = load_model(arguments.model)
-    for task, name in FOLDERS.items():
-        target = arguments.to / name
+    tasks = [task for task in FOLDERS if arguments.again or (arguments.study / task / arguments.row).is_dir()]
+    if not tasks:
+        parser.error(f"{arguments.study} has no adapter of {arguments.row}")
+    for task in tasks:
+        target = arguments.to / FOLDERS[task]
         adapter = SteeringAdapter.from_pretrained(
             str(target if arguments.again else arguments.study / task / arguments.row)
         )
