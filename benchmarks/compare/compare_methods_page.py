@@ -258,10 +258,11 @@ def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
 
 def tables(rows: Sequence[Found], subject: str) -> list[str]:
     """All of a subject: the splits that most rows have, then the rows that have more of them."""
-    wide = on_splits(rows, wide_splits(rows))
+    seeds = wide_splits(rows)
+    wide = on_splits(rows, seeds)
     lines = [*table(wide, subject), *settings(wide), *further(wide, subject), *texts(wide)]
     every = next(set(row.splits) for row in rows if row.label == REFERENCE)
-    if every > wide_splits(rows):
+    if every > seeds:
         measured = [row for row in on_splits(rows, every) if set(row.splits) == every]
         lines += ["### More splits", "", "The rows that were measured on further splits too.", ""]
         lines += table(measured, subject)

@@ -107,7 +107,7 @@ def test_a_split_of_few_rows_has_a_table_of_its_own(tmp_path: Path, remarks: Pat
     for label, hits in ((REFERENCE, 5), ("ONE", 0)):
         write(tmp_path, label, hits, seed=1, first=20)
     few = page(tmp_path, remarks).partition("### More splits")[2]
-    assert table(tmp_path, remarks)["ONE"][1].startswith("80.0%")  # 40% with the other split, which two rows lack
+    assert table(tmp_path, remarks)["ONE"][1].startswith("80.0%")  # 40% with the other split, which TWO lacks
     assert "| ONE | 40.0%" in few and "| FINESTEER | 37.5%" in few and "TWO" not in few
     assert "| 50%, - |" in next(line for line in methods_table(tmp_path) if "[FINESTEER]" in line)
 
