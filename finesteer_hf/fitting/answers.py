@@ -16,6 +16,7 @@ from finesteer_hf.fitting.data.encoding import Passage
 from finesteer_hf.method_api import AnswerRun
 from finesteer_hf.model.auto import SteeredModelForCausalLM
 from finesteer_hf.model.verbs import SteeringMixin
+from finesteer_hf.model_head import contiguous_head
 from finesteer_hf.processors import QueryStates, SteeringProcessor, SteeringProcessorList, TokenView
 from finesteer_hf.sites import Site
 
@@ -156,11 +157,12 @@ class QueryRecorder(StateRecorder):
 
 @contextlib.contextmanager
 def steered(model: Any) -> Iterator[None]:
-    """Make a model steerable inside a block, if it is not."""
+    """Make a model steerable inside a block, if it is not, and its head fast."""
     already = isinstance(model, SteeringMixin)
     SteeredModelForCausalLM.from_model(model)
     try:
-        yield
+        with contiguous_head(model):
+            yield
     finally:
         if not already:
             model.unload_steering()

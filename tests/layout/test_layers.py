@@ -17,7 +17,7 @@ PACKAGE = Path(finesteer_hf.__file__).parent
 LAYERS = [
     ["errors"],
     ["estimators"],
-    ["decoder_layout"],
+    ["decoder_layout", "model_head"],
     ["sites"],
     ["processors"],
     ["adapters", "method_api"],
