@@ -128,10 +128,10 @@ def by_score(rows: Iterable[Found]) -> list[Found]:
     return sorted(rows, key=lambda row: -float(np.mean(list(row.items().values()))))
 
 
-def wide_splits(rows: Sequence[Found]) -> set[int]:
-    """Seeds of the splits that at least three quarters of the rows were measured on."""
+def wide_splits(rows: Sequence[Found], part: str = "own") -> set[int]:
+    """Seeds of the splits on which a part was measured for at least three quarters of the rows."""
     seeds = {seed for row in rows for seed in row.splits}
-    return {seed for seed in seeds if 4 * sum(seed in row.splits for row in rows) >= 3 * len(rows)}
+    return {seed for seed in seeds if 4 * sum(part in row.splits.get(seed, {}) for row in rows) >= 3 * len(rows)}
 
 
 def on_splits(rows: Sequence[Found], seeds: set[int]) -> list[Found]:
@@ -169,8 +169,8 @@ def against(reference: Mapping[str, float], rows: Sequence[Found], percent: bool
     return cells
 
 
-def line(row: Found, difference: str, rank: str, percent: bool) -> list[str]:
-    """One method's cells."""
+def line(row: Found, difference: str, rank: str, equal: set[int], percent: bool) -> list[str]:
+    """One method's cells; `equal` are the seeds of the splits with equal side effects."""
     own = [row.label, shown(list(row.items().values()), percent), difference, rank, shown(row.identical(), True)]
     splits = str(len(row.splits))
     if not row.is_fitted:
@@ -179,22 +179,22 @@ def line(row: Found, difference: str, rank: str, percent: bool) -> list[str]:
     size = max(split["bytes"] for split in row.splits.values())
     return [
         *own,
-        *at_equal_side_effects(row, percent),
+        *at_equal_side_effects(row, equal, percent),
         f"{seconds:.0f} s",
         f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB",
         splits,
     ]
 
 
-def at_equal_side_effects(row: Found, percent: bool) -> list[str]:
-    """Score and identical answers there; empty cells where that was not measured on all of the row's splits."""
-    found = row.measured("equal")
-    if len(found) < len(row.splits):
+def at_equal_side_effects(row: Found, seeds: set[int], percent: bool) -> list[str]:
+    """Score and identical answers there on some splits; empty cells where it was not measured on all of them."""
+    if not seeds or not all("equal" in row.splits.get(seed, {}) for seed in seeds):
         return ["", ""]
-    limits = [split["equal"]["limit"] for split in found]
+    (on,) = on_splits([row], seeds)
+    limits = [split["equal"]["limit"] for split in on.splits.values()]
     bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
-    scores = shown(list(row.items("equal").values()), percent)
-    return [f"{scores} ({', '.join(bound)})", shown(row.identical("equal"), True)]
+    scores = shown(list(on.items("equal").values()), percent)
+    return [f"{scores} ({', '.join(bound)})", shown(on.identical("equal"), True)]
 
 
 def table(rows: Sequence[Found], subject: str) -> list[str]:
@@ -205,14 +205,16 @@ def table(rows: Sequence[Found], subject: str) -> list[str]:
     common = sorted(set.intersection(*(set(items) for items in fitted.values())))
     ranks = ranks_with_intervals({label: [items[item] for item in common] for label, items in fitted.items()})
     differences = against(reference.items(), rows, percent)
+    equal = wide_splits([row for row in rows if row.is_fitted], "equal")
     cells = [
-        line(row, difference, str(ranks[row.label]) if row.label in ranks else "", percent)
+        line(row, difference, str(ranks[row.label]) if row.label in ranks else "", equal, percent)
         for row, difference in zip(rows, differences, strict=True)
     ]
     places = {f"{split['device']} in {split['dtype']}" for row in rows for split in row.splits.values()}
     return [
         f"Score: {SCORES[subject]}. n = {len(reference.items())} items of {len(reference.splits)} splits, "
-        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(places))}.",
+        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(places))}."
+        + (f" Equal side effects on {len(equal)} of the splits." if equal < set(reference.splits) else ""),
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",

@@ -90,9 +90,19 @@ def test_an_item_of_several_splits_counts_once(tmp_path: Path, remarks: Path) ->
 
 def test_a_row_without_equal_side_effects_leaves_its_cells_empty(tmp_path: Path, remarks: Path) -> None:
     write(tmp_path, REFERENCE, 5, parts=("own",))
-    write(tmp_path, "ONE", 5)
+    for label in ("ONE", "TWO", "THREE"):
+        write(tmp_path, label, 5)
     found = table(tmp_path, remarks)
     assert found[REFERENCE][5:7] == ["", ""] and found["ONE"][5].startswith("25.0%")
+
+
+def test_equal_side_effects_are_those_of_the_splits_that_most_rows_have(tmp_path: Path, remarks: Path) -> None:
+    for label in (REFERENCE, "ONE"):
+        write(tmp_path, label, 20)
+        write(tmp_path, label, 0, seed=1, first=20, parts=("own",))
+    found = table(tmp_path, remarks)["ONE"]
+    assert found[1].startswith("50.0%") and found[5].startswith("100.0%") and found[-1] == "2"
+    assert "Equal side effects on 1 of the splits." in page(tmp_path, remarks)
 
 
 def test_the_table_of_methods_leaves_out_what_the_record_lacks(tmp_path: Path) -> None:
