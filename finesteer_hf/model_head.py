@@ -20,8 +20,8 @@ def contiguous_head(model: Any) -> Iterator[None]:
     Args:
         model: a causal LM; one without output embeddings stays as it is.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or head.weight.device.type != "cpu":
+    head = model.get_output_embeddings()
+    if head is None:
         yield
         return
     handle = head.register_forward_pre_hook(_contiguous)
@@ -32,4 +32,4 @@ def contiguous_head(model: Any) -> Iterator[None]:
 
 
 def _contiguous(head: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (states[0].contiguous(), *states[1:])
+    return tuple(state.contiguous() if state.is_cpu else state for state in states)
