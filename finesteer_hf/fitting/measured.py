@@ -21,7 +21,7 @@ class SideEffects:
 @dataclass(frozen=True)
 class Words:
     """The model's greedy answer to a prompt: tokens, likelihood per token under the base, repeated share, and the
-    probability that it is of the wanted kind (None if kinds cannot be told apart)."""
+    probability that it is of the wanted kind (None if nothing tells the kinds apart)."""
 
     log_prob: float
     tokens: int
