@@ -25,6 +25,8 @@ NAMES = [path.stem for path in notebooks()]
 NEEDS = {"lora_and_dpo": "trl", "quantised": "torchao"}
 # Where the Makefile puts torchao: in the environment itself it would print at each start of the command line.
 BESIDE = Path(sys.prefix) / "beside"
+# Twenty seconds each; what they use has tests of its own.
+SLOW = {"compare_methods", "lora_and_dpo"}
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
@@ -38,7 +40,9 @@ def printed(notebook: Any) -> list[str]:
     return shown
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+)
 def test_it_runs_and_prints_what_it_shows(name: str, hub: HubServer, tmp_path: Path) -> None:
     beside = (BESIDE / NEEDS.get(name, "nothing")).is_dir()
     if name in NEEDS and not beside:
