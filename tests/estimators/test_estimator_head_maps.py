@@ -6,9 +6,6 @@ import torch
 from finesteer_hf.estimators.head_maps import HeadMap, Regions, WantedStates, region_loss, train_head_maps
 
 
-torch.set_num_threads(1)
-
-
 def random_map(heads=2, size=5, rank=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(heads, size, rank, generator=generator) for _ in range(3)]

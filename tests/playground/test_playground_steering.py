@@ -74,7 +74,6 @@ def adding(model: LlamaForCausalLM, vectors: np.ndarray) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    torch.set_num_threads(1)
     return playground.load()
 
 

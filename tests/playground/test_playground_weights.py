@@ -16,7 +16,6 @@ from finesteer_hf.playground.corpus import Encoder, Example
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    torch.set_num_threads(1)
     return playground.load()
 
 

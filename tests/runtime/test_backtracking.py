@@ -12,7 +12,6 @@ from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.toy import toy_model, toy_tokenizer
 
 
-torch.set_num_threads(1)
 NEW = 12
 # Half of the vocabulary, which a row may not use any more once it has gone back.
 BANNED = list(range(6, 54, 2))

@@ -41,7 +41,6 @@ class Child:
         if not self.pid:
             code = 1
             with contextlib.suppress(BaseException):
-                torch.set_num_threads(1)
                 work()
                 code = 0
             os._exit(code)

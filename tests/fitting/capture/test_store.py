@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from fitting_toys import random_rows, small_model
 from safetensors.numpy import load_file
 
@@ -137,7 +136,6 @@ def in_a_fork(run: Callable[[], None]) -> tuple[int, str]:
     reading, writing = os.pipe()
     process = os.fork()
     if not process:
-        torch.set_num_threads(1)
         try:
             run()
         except BaseException as error:
@@ -219,7 +217,6 @@ def test_a_capture_killed_at_a_random_moment_leaves_the_store_of_an_undisturbed_
     duration = time.monotonic() - started
     process = os.fork()
     if not process:
-        torch.set_num_threads(1)
         run()
         os._exit(0)
     time.sleep(random.Random(moment).uniform(0.1, 0.9) * duration)

@@ -22,8 +22,6 @@ from finesteer_hf.testing import toy_model
 from finesteer_hf.testing.conformance import fit_on_toy
 
 
-torch.set_num_threads(1)
-
 # A map of a state [tokens, d] at a layer, given the states [tokens, d] of the unsteered prompt at all layers' inputs.
 Formula = Callable[[int, np.ndarray, list[np.ndarray]], np.ndarray]
 PROMPTS = torch.randint(6, 54, (12, 7), generator=torch.Generator().manual_seed(3))

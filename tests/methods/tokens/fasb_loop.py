@@ -12,7 +12,6 @@ from finesteer_hf.testing.conformance import fit_on_toy
 from finesteer_hf.testing.toy import toy_model
 
 
-torch.set_num_threads(1)
 NEW = 11
 LENGTHS = (7, 4, 9, 5)
 

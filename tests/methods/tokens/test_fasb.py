@@ -14,9 +14,6 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 from finesteer_hf.testing.toy import toy_model
 
 
-torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize(
     "changes",
     [

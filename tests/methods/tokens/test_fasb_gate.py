@@ -14,9 +14,6 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy, make_bench
 from finesteer_hf.testing.toy import toy_model
 
 
-torch.set_num_threads(1)
-
-
 GATE = {"gate": "conformal", "gate_score": "state", "gate_epsilon": 0.3, "read_site": "resid_post[1]"}
 
 

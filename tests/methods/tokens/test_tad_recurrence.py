@@ -20,9 +20,6 @@ from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
 
 
-torch.set_num_threads(1)
-
-
 def by_formula(p, attention, weights, reach):
     """u of one text: the published features, token by token; `attention [tokens, N, weights]`."""
     u = []

@@ -17,9 +17,6 @@ from finesteer_hf.testing.bench import Bench
 from finesteer_hf.testing.conformance import fit_on_toy
 
 
-torch.set_num_threads(1)
-
-
 @functools.cache
 def fitted(**settings):
     return fit_on_toy(FlorainConfig(layer=1, strength=1.0, epochs=40, **settings))[2]

@@ -16,9 +16,6 @@ from finesteer_hf.testing import toy_model
 from finesteer_hf.testing.conformance import fit_on_toy
 
 
-torch.set_num_threads(1)
-
-
 @functools.cache
 def fitted(**settings):
     return fit_on_toy(InferAlignerConfig(layers=[1, 2], strength=2.0, **settings))[2]

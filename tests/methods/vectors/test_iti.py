@@ -20,9 +20,6 @@ from finesteer_hf.testing.conformance import check_files, fit_on_toy
 from finesteer_hf.testing.toy import toy_model
 
 
-torch.set_num_threads(1)
-
-
 @functools.cache
 def fitted(**settings):
     return fit_on_toy(ITIConfig(**{"num_heads": 5, "strength": 6.0, **settings}))[2]

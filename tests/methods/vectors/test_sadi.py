@@ -20,9 +20,6 @@ from finesteer_hf.testing.conformance import fit_on_toy
 from finesteer_hf.testing.tiny_models import tiny_model
 
 
-torch.set_num_threads(1)
-
-
 @functools.cache
 def fitted(**settings):
     return fit_on_toy(SADIConfig(**{"num_elements": 3, "strength": 4.0, **settings}))[2]
