@@ -37,32 +37,27 @@ question (request, cluster of requests) with it. Where to steer, which tokens an
 by the same function (`methods/_shared/search.py`), on rows that the fit holds out; what a method's paper fixes stays
 fixed in the rows "published", whose strength alone is chosen. Nothing is chosen on the test half. A seed draws the halves
 and is the fit's own. `make compare` measures what is missing here and adds it to the item-by-item results in
-[compare](compare); empty cells have not been measured.
+[compare](compare).
+
+Each task has two tables. In the first, methods have the strength that their own fit chose. In the second, side effects are
+equal: each method has the highest strength within the same limits for all, on rows that the fit holds out. General
+prompts diverge by at most .05 nats (95th percentile over tokens), own words are at most .2 nats a token less likely under
+the base, at most .1 more of them is repeated, and at most 5% of the general answers change (counted for methods that take
+tokens back).
 
 - score: mean over held-out items with its 95% interval (Wilson for shares of one split, else bootstrap over items; an item
   that several splits hold out counts once, by its mean).
 - against FineSteer: mean difference to FineSteer's default on the same items and its interval; p by flipping signs; a star:
   below 5% after Holm's correction for all rows of the table.
-- rank: by score among the fitted methods at their own strength, with a bootstrap interval over items.
+- rank: by score among the fitted methods, with a bootstrap interval over items.
 - identical: held-out general prompts with the same greedy tokens as unsteered.
-- equal side effects: the same at the highest strength within the same limits for all, on rows that the fit holds out:
-  general prompts diverge by at most .05 nats (95th percentile over tokens), own words are at most .2 nats a token less
-  likely under the base, at most .1 more of them is repeated, and at most 5% of the general answers change (counted for
-  methods that take tokens back); in brackets the limit that binds. `none`: none did.
+- bound by: the limits that stop the strength on some split. `none`: none did, up to 64 times the chosen strength.
 - fit: seconds of the whole fit, and the size of `steering_model.safetensors`.
 """
-COLUMNS = (
-    "method",
-    "score",
-    "against FineSteer",
-    "rank",
-    "identical",
-    "equal side effects: score",
-    "identical",
-    "fit",
-    "file",
-    "splits",
-)
+COLUMNS = {
+    "own": ("method", "score", "against FineSteer", "rank", "identical", "fit", "file", "splits"),
+    "equal": ("method", "score", "against FineSteer", "rank", "identical", "bound by", "splits"),
+}
 LIMITS = {
     "general_kl": "general prompts",
     "general_changed": "general answers",
@@ -123,9 +118,9 @@ def load(record: Path, subject: str) -> list[Found]:
     return by_score(rows.values())
 
 
-def by_score(rows: Iterable[Found]) -> list[Found]:
+def by_score(rows: Iterable[Found], part: str = "own") -> list[Found]:
     """Rows by falling score."""
-    return sorted(rows, key=lambda row: -float(np.mean(list(row.items().values()))))
+    return sorted(rows, key=lambda row: -float(np.mean(list(row.items(part).values()))))
 
 
 def wide_splits(rows: Sequence[Found], part: str = "own") -> set[int]:
@@ -134,10 +129,13 @@ def wide_splits(rows: Sequence[Found], part: str = "own") -> set[int]:
     return {seed for seed in seeds if 4 * sum(part in row.splits.get(seed, {}) for row in rows) >= 3 * len(rows)}
 
 
-def on_splits(rows: Sequence[Found], seeds: set[int]) -> list[Found]:
+def on_splits(rows: Sequence[Found], seeds: set[int], part: str = "own") -> list[Found]:
     """The rows with only some of their splits: means over different splits are of different questions."""
-    kept = [dataclasses.replace(r, splits={s: r.splits[s] for s in r.splits if s in seeds}) for r in rows]
-    return by_score(row for row in kept if row.splits)
+    kept = [
+        dataclasses.replace(row, splits={s: split for s, split in row.splits.items() if s in seeds and part in split})
+        for row in rows
+    ]
+    return by_score((row for row in kept if row.splits), part)
 
 
 def shown(values: Sequence[float], percent: bool) -> str:
@@ -148,11 +146,11 @@ def shown(values: Sequence[float], percent: bool) -> str:
     return f"{factor * mean.value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def against(reference: Mapping[str, float], rows: Sequence[Found], percent: bool) -> list[str]:
+def against(reference: Mapping[str, float], rows: Sequence[Found], part: str, percent: bool) -> list[str]:
     """Each row's difference to the reference on the items of both, with what holds after Holm's correction."""
     pairs = []
     for row in rows:
-        mine = row.items()
+        mine = row.items(part)
         common = [item for item in mine if item in reference]
         pairs.append(([reference[item] for item in common], [mine[item] for item in common]))
     p_values = [paired_p_value(*pair) for pair in pairs]
@@ -169,55 +167,49 @@ def against(reference: Mapping[str, float], rows: Sequence[Found], percent: bool
     return cells
 
 
-def line(row: Found, difference: str, rank: str, equal: set[int], percent: bool) -> list[str]:
-    """One method's cells; `equal` are the seeds of the splits with equal side effects."""
-    own = [row.label, shown(list(row.items().values()), percent), difference, rank, shown(row.identical(), True)]
-    splits = str(len(row.splits))
+def costs(row: Found) -> list[str]:
+    """Time of a row's fit and size of its file."""
     if not row.is_fitted:
-        return [*own, "", "", "", "", splits]
+        return ["", ""]
     seconds = float(np.median([split["seconds"]["all"] for split in row.splits.values()]))
     size = max(split["bytes"] for split in row.splits.values())
-    return [
-        *own,
-        *at_equal_side_effects(row, equal, percent),
-        f"{seconds:.0f} s",
-        f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB",
-        splits,
-    ]
+    return [f"{seconds:.0f} s", f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB"]
 
 
-def at_equal_side_effects(row: Found, seeds: set[int], percent: bool) -> list[str]:
-    """Score and identical answers there on some splits; empty cells where it was not measured on all of them."""
-    if not seeds or not all("equal" in row.splits.get(seed, {}) for seed in seeds):
-        return ["", ""]
-    (on,) = on_splits([row], seeds)
-    limits = [split["equal"]["limit"] for split in on.splits.values()]
-    bound = sorted({"none" if limit is None else LIMITS[limit] for limit in limits})
-    scores = shown(list(on.items("equal").values()), percent)
-    return [f"{scores} ({', '.join(bound)})", shown(on.identical("equal"), True)]
+def bound_by(row: Found) -> str:
+    """The limits that stop a row's strength at equal side effects."""
+    limits = [split["equal"]["limit"] for split in row.splits.values()]
+    return ", ".join(sorted({"none" if limit is None else LIMITS[limit] for limit in limits}))
 
 
-def table(rows: Sequence[Found], subject: str) -> list[str]:
-    """A subject's table, by score."""
+def table(rows: Sequence[Found], subject: str, part: str) -> list[str]:
+    """A part's table of a subject: the rows by score."""
     percent = subject != "real-truthful"
     reference = next(row for row in rows if row.label == REFERENCE)
-    fitted = {row.label: row.items() for row in rows if row.is_fitted and set(row.splits) == set(reference.splits)}
+    fitted = {row.label: row.items(part) for row in rows if row.is_fitted and set(row.splits) == set(reference.splits)}
     common = sorted(set.intersection(*(set(items) for items in fitted.values())))
     ranks = ranks_with_intervals({label: [items[item] for item in common] for label, items in fitted.items()})
-    differences = against(reference.items(), rows, percent)
-    equal = wide_splits([row for row in rows if row.is_fitted], "equal")
+    differences = against(reference.items(part), rows, part, percent)
     cells = [
-        line(row, difference, str(ranks[row.label]) if row.label in ranks else "", equal, percent)
+        [
+            row.label,
+            shown(list(row.items(part).values()), percent),
+            difference,
+            str(ranks.get(row.label, "")),
+            shown(row.identical(part), True),
+            *(costs(row) if part == "own" else [bound_by(row)]),
+            str(len(row.splits)),
+        ]
         for row, difference in zip(rows, differences, strict=True)
     ]
+    count = len(reference.splits)
     places = {f"{split['device']} in {split['dtype']}" for row in rows for split in row.splits.values()}
     return [
-        f"Score: {SCORES[subject]}. n = {len(reference.items())} items of {len(reference.splits)} splits, "
-        f"{len(reference.identical())} general prompts; run on {', '.join(sorted(places))}."
-        + (f" Equal side effects on {len(equal)} of the splits." if equal < set(reference.splits) else ""),
+        f"Score: {SCORES[subject]}. n = {len(reference.items(part))} items of {count} split{'s' * (count > 1)}, "
+        f"{len(reference.identical(part))} general prompts; run on {', '.join(sorted(places))}.",
         "",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{' --- |' * len(COLUMNS)}",
+        f"| {' | '.join(COLUMNS[part])} |",
+        f"|{' --- |' * len(COLUMNS[part])}",
         *(f"| {' | '.join(row)} |" for row in cells),
         "",
     ]
@@ -258,16 +250,14 @@ def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
     return [*lines, "</details>", ""]
 
 
-def tables(rows: Sequence[Found], subject: str) -> list[str]:
-    """All of a subject: the splits that most rows have, then the rows that have more of them."""
-    seeds = wide_splits(rows)
-    wide = on_splits(rows, seeds)
-    lines = [*table(wide, subject), *settings(wide), *further(wide, subject), *texts(wide)]
-    every = next(set(row.splits) for row in rows if row.label == REFERENCE)
+def tables(rows: Sequence[Found], subject: str, part: str) -> list[str]:
+    """A part's tables of a subject: the splits that most rows have, then the rows that have all of the reference's."""
+    seeds = wide_splits(rows, part)
+    every = next({seed for seed in row.splits if part in row.splits[seed]} for row in rows if row.label == REFERENCE)
+    lines = table(on_splits(rows, seeds, part), subject, part) if seeds & every else []
     if every > seeds:
-        measured = [row for row in on_splits(rows, every) if set(row.splits) == every]
-        lines += ["### More splits", "", "The rows that were measured on further splits too.", ""]
-        lines += table(measured, subject)
+        measured = [row for row in on_splits(rows, every, part) if set(row.splits) == every]
+        lines += ["The rows that were measured on further splits too:", "", *table(measured, subject, part)]
     return lines
 
 
@@ -281,6 +271,11 @@ def page(record: Path, remarks: Path = REMARKS) -> str:
     text = ["# The methods side by side", "", HEAD, remarks.read_text()]
     for subject, title in TITLES.items():
         rows = load(record, subject)
-        if any(row.label == REFERENCE for row in rows):
-            text += [f"## {title}", "", *tables(rows, subject)]
+        if not any(row.label == REFERENCE for row in rows):
+            continue
+        wide = on_splits(rows, wide_splits(rows))
+        text += [f"## {title}", "", *tables(rows, subject, "own"), *settings(wide)]
+        equal = tables([row for row in rows if row.is_fitted], subject, "equal")
+        text += ["### At equal side effects", "", *equal] if equal else []
+        text += [*further(wide, subject), *texts(wide)]
     return "\n".join(text).rstrip() + "\n"

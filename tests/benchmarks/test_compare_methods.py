@@ -52,9 +52,9 @@ def write(
     return found
 
 
-def table(record: Path, remarks: Path) -> dict[str, list[str]]:
-    """Cells by method from the page's first table."""
-    text = page(record, remarks).split("<details>")[0]
+def table(record: Path, remarks: Path, equal: bool = False) -> dict[str, list[str]]:
+    """Cells by method from the page's first table, or from the first at equal side effects."""
+    text = page(record, remarks).split("<details>")[0].split("### At equal")[equal].split("The rows that")[0]
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "| " in line]
     return {row[0]: row for row in cells}
 
@@ -75,8 +75,17 @@ def test_a_star_marks_what_is_significant_over_all_rows(tmp_path: Path, remarks:
     assert found[UNSTEERED][2].startswith("-50.0 [") and found[UNSTEERED][2].endswith("p = 0.002*")
     assert found["ONE"][2].startswith("+30.0 [") and found["ONE"][2].endswith("p = 0.031")
     assert found[REFERENCE][2] == "" and found["TWO"][2].endswith("p = 1.000")
-    assert found[UNSTEERED][3] == "" and found["ONE"][3].startswith("1 [") and found["ONE"][5].endswith("(own words)")
-    assert found["ONE"][4].startswith("90.0%") and found["ONE"][7:] == ["12 s", "1.5 kB", "1"]
+    assert found[UNSTEERED][3] == "" and found["ONE"][3].startswith("1 [")
+    assert found["ONE"][4].startswith("90.0%") and found["ONE"][5:] == ["12 s", "1.5 kB", "1"]
+
+
+def test_equal_side_effects_have_a_table_of_paired_differences(tmp_path: Path, remarks: Path) -> None:
+    write(tmp_path, UNSTEERED, 0, fitted=False)
+    for label, hits in ((REFERENCE, 10), ("ONE", 16), ("TWO", 10)):
+        write(tmp_path, label, hits)
+    found = table(tmp_path, remarks, equal=True)
+    assert UNSTEERED not in found and found["ONE"][2].endswith("p = 0.031") and found["TWO"][2].endswith("p = 1.000")
+    assert found["ONE"][3].startswith("1 [") and found["ONE"][5:] == ["own words", "1"]
 
 
 def test_an_item_of_several_splits_counts_once(tmp_path: Path, remarks: Path) -> None:
@@ -88,21 +97,22 @@ def test_an_item_of_several_splits_counts_once(tmp_path: Path, remarks: Path) ->
     assert table(tmp_path, remarks)[REFERENCE][-1] == "2"
 
 
-def test_a_row_without_equal_side_effects_leaves_its_cells_empty(tmp_path: Path, remarks: Path) -> None:
+def test_equal_side_effects_are_of_the_splits_that_most_rows_have(tmp_path: Path, remarks: Path) -> None:
+    for label in (REFERENCE, "ONE", "TWO"):
+        write(tmp_path, label, 20)
+        write(tmp_path, label, 0, seed=1, first=20, parts=("own",) if label == "TWO" else ("own", "equal"))
+    assert table(tmp_path, remarks)["TWO"][1].startswith("50.0%")
+    found, text = table(tmp_path, remarks, equal=True), page(tmp_path, remarks)
+    assert all(found[label][1].startswith("100.0%") and found[label][-1] == "1" for label in (REFERENCE, "ONE", "TWO"))
+    further = text.partition("further splits too")[2].partition("<details>")[0]
+    assert "| ONE | 50.0%" in further and f"| {REFERENCE} | 50.0%" in further and "| TWO |" not in further
+
+
+def test_there_is_no_table_of_equal_side_effects_without_the_reference(tmp_path: Path, remarks: Path) -> None:
     write(tmp_path, REFERENCE, 5, parts=("own",))
     for label in ("ONE", "TWO", "THREE"):
         write(tmp_path, label, 5)
-    found = table(tmp_path, remarks)
-    assert found[REFERENCE][5:7] == ["", ""] and found["ONE"][5].startswith("25.0%")
-
-
-def test_equal_side_effects_are_those_of_the_splits_that_most_rows_have(tmp_path: Path, remarks: Path) -> None:
-    for label in (REFERENCE, "ONE"):
-        write(tmp_path, label, 20)
-        write(tmp_path, label, 0, seed=1, first=20, parts=("own",))
-    found = table(tmp_path, remarks)["ONE"]
-    assert found[1].startswith("50.0%") and found[5].startswith("100.0%") and found[-1] == "2"
-    assert "Equal side effects on 1 of the splits." in page(tmp_path, remarks)
+    assert "### At equal" not in page(tmp_path, remarks)
 
 
 def test_the_table_of_methods_leaves_out_what_the_record_lacks(tmp_path: Path) -> None:
@@ -116,7 +126,7 @@ def test_a_split_of_few_rows_has_a_table_of_its_own(tmp_path: Path, remarks: Pat
         write(tmp_path, label, hits)
     for label, hits in ((REFERENCE, 5), ("ONE", 0)):
         write(tmp_path, label, hits, seed=1, first=20)
-    few = page(tmp_path, remarks).partition("### More splits")[2]
+    few = page(tmp_path, remarks).partition("further splits too")[2].partition("### At equal")[0]
     assert table(tmp_path, remarks)["ONE"][1].startswith("80.0%")  # 40% with the other split, which TWO lacks
     assert "| ONE | 40.0%" in few and "| FINESTEER | 37.5%" in few and "TWO" not in few
     assert "| 50%, - |" in next(line for line in methods_table(tmp_path) if "[FINESTEER]" in line)
