@@ -27,7 +27,7 @@ def look_at_adapter(adapter: SteeringAdapter, looked: Looked | None) -> list[Che
 
     Args:
         adapter: the adapter.
-        looked: the model that it shall steer; None for what depends on no model.
+        looked: the model to steer; None for what depends on no model.
     """
     processor = adapter.build()
     checks = [method(adapter, processor)]
