@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,10 @@ class Found:
         """The splits that a part was measured on."""
         return [split for split in self.splits.values() if part in split]
 
+    def seeds(self, part: str) -> set[int]:
+        """Of the splits that a part was measured on."""
+        return {seed for seed, split in self.splits.items() if part in split}
+
     @property
     def is_fitted(self) -> bool:
         """Whether there is an adapter."""
@@ -125,14 +129,14 @@ def by_score(rows: Iterable[Found], part: str = "own") -> list[Found]:
 
 def wide_splits(rows: Sequence[Found], part: str = "own") -> set[int]:
     """Seeds of the splits on which a part was measured for at least three quarters of the rows."""
-    seeds = {seed for row in rows for seed in row.splits}
-    return {seed for seed in seeds if 4 * sum(part in row.splits.get(seed, {}) for row in rows) >= 3 * len(rows)}
+    counts = Counter(seed for row in rows for seed in row.seeds(part))
+    return {seed for seed, count in counts.items() if 4 * count >= 3 * len(rows)}
 
 
 def on_splits(rows: Sequence[Found], seeds: set[int], part: str = "own") -> list[Found]:
     """The rows with only some of their splits: means over different splits are of different questions."""
     kept = [
-        dataclasses.replace(row, splits={s: split for s, split in row.splits.items() if s in seeds and part in split})
+        dataclasses.replace(row, splits={seed: row.splits[seed] for seed in sorted(row.seeds(part) & seeds)})
         for row in rows
     ]
     return by_score((row for row in kept if row.splits), part)
@@ -172,8 +176,13 @@ def costs(row: Found) -> list[str]:
     if not row.is_fitted:
         return ["", ""]
     seconds = float(np.median([split["seconds"]["all"] for split in row.splits.values()]))
-    size = max(split["bytes"] for split in row.splits.values())
-    return [f"{seconds:.0f} s", f"{size / 1000:.0f} kB" if size >= 10_000 else f"{size / 1000:.1f} kB"]
+    return [f"{seconds:.0f} s", file_size(row)]
+
+
+def file_size(row: Found) -> str:
+    """Of a fitted row's largest adapter."""
+    kilobytes = max(split["bytes"] for split in row.splits.values()) / 1000
+    return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
 
 
 def bound_by(row: Found) -> str:
@@ -253,7 +262,7 @@ def texts(rows: Sequence[Found], count: int = 3, methods: int = 4) -> list[str]:
 def tables(rows: Sequence[Found], subject: str, part: str) -> list[str]:
     """A part's tables of a subject: the splits that most rows have, then the rows that have all of the reference's."""
     seeds = wide_splits(rows, part)
-    every = next({seed for seed in row.splits if part in row.splits[seed]} for row in rows if row.label == REFERENCE)
+    every = next(row.seeds(part) for row in rows if row.label == REFERENCE)
     lines = table(on_splits(rows, seeds, part), subject, part) if seeds & every else []
     if every > seeds:
         measured = [row for row in on_splits(rows, every, part) if set(row.splits) == every]

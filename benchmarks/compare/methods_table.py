@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compare.compare_methods_page import Found, load, on_splits, wide_splits
+from benchmarks.compare.compare_methods_page import Found, file_size, load, on_splits, wide_splits
 from benchmarks.compare.compare_record import RECORD
 from benchmarks.compare.compare_subjects import SUBJECTS
 
@@ -211,10 +211,7 @@ def reached(rows: list[Found], name: str, percent: bool) -> str:
 def size(rows: list[Found], name: str) -> str:
     """Of a method's file."""
     found = next((row for row in rows if row.label == name and row.is_fitted), None)
-    if found is None:
-        return UNKNOWN
-    kilobytes = max(split["bytes"] for split in found.splits.values()) / 1000
-    return f"{kilobytes:.0f} kB" if kilobytes >= 10 else f"{kilobytes:.1f} kB"
+    return UNKNOWN if found is None else file_size(found)
 
 
 def table(record: Path) -> list[str]:

@@ -32,7 +32,7 @@ def test_two_ranks_serve_what_one_process_serves(tmp_path, prompts):
     (tmp_path / "adapters" / "prompts.json").write_text(json.dumps(prompts))
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(Path(two_ranks.__file__)), str(tmp_path / "base"), str(tmp_path / "adapters"), str(result)],
         env=environment,

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 from transformers.distributed import DistributedConfig
@@ -48,7 +47,6 @@ def serve(model, requests: list[dict]) -> tuple[list[list[int]], dict]:
 
 def main() -> None:
     base, adapters, result_file = sys.argv[1:]
-    torch.set_num_threads(1)
     model = SteeredModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(tp_plan="auto"))
     names = sorted(path.name for path in Path(adapters).iterdir() if path.is_dir())
     for name in names:

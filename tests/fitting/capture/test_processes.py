@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,7 @@ from finesteer_hf.fitting.capture.store import MANIFEST
 
 SCRIPT = """
 import sys, warnings
-import torch
 from finesteer_hf import CAAConfig, fit_steering, playground
-torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 model, tokenizer = playground.load()
 rows = playground.preference_rows("truthful", "fit")[::20]
@@ -93,7 +90,6 @@ def test_two_processes_write_the_store_of_one(tmp_path: Path, launcher: str, on_
             *LAUNCHERS[launcher],
             *map(str, (tmp_path / "fit.py", folder, tmp_path / "adapter", vector)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,

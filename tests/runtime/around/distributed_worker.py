@@ -118,7 +118,6 @@ def every_hook(module: torch.nn.Module) -> list[Any]:
 
 def main() -> None:
     base, result_file = sys.argv[1:]
-    torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     result = {"fsdp": fsdp(base), "tensor_parallel": tensor_parallel(base)}

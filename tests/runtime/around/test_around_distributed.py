@@ -28,7 +28,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     tiny_llama().save_pretrained(folder / "base")
     result = folder / "result.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(folder / "base"), str(result)], env=environment, capture_output=True, text=True, timeout=240
     )
